@@ -1,0 +1,34 @@
+"""Settings that every test shares: one thread, fixed hypothesis cases, and `gpu` tests only where there is a GPU."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any test imports a kernel: Triton reads it at decoration
+
+from tests import ranks
+
+torch.set_num_threads(1)
+
+# The same cases on every run and machine; `--hypothesis-profile=explore` draws new ones.
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests without CUDA; with it, keep them all in one pytest-xdist worker so that they share one GPU."""
+    for item in items:
+        if item.get_closest_marker("gpu") is None:
+            continue
+        if torch.cuda.is_available():
+            item.add_marker(pytest.mark.xdist_group("gpu"))
+        else:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_sessionfinish() -> None:
+    ranks.close_pools()
