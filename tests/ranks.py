@@ -161,7 +161,7 @@ class _Ranks:
             self.processes.append(process)
 
     def call(self, fn: Callable[..., Any], args: tuple, timeout: float, grace: float | None) -> list[RankOutcome]:
-        """One outcome per rank. Once a rank has failed, the others get `grace` more seconds (None: all of `timeout`)."""
+        """One outcome per rank. Once a rank has failed, the others get `grace` more seconds (None: `timeout`)."""
         request = _dumps((fn, args))
         begin = time.monotonic()
         deadline = begin + timeout
