@@ -91,7 +91,7 @@ modules_for() { # the modules that tell whether the extras are installed
 }
 
 install_all() {
-    local extras="$1" constraints
+    local extras="$1" constraints pinned
     constraints="$(mktemp)"
     if can_import python torch >/dev/null; then
         say "keeping the torch that is there"
@@ -109,7 +109,8 @@ for name in ("torch", "triton"):
     except PackageNotFoundError:
         pass
 PY
-    say "installing moba_cp[$extras] and what it needs, keeping: $(paste -sd' ' "$constraints")"
+    pinned="$(paste -sd' ' "$constraints")"
+    say "installing moba_cp[$extras] and what it needs, beside ${pinned:-no torch so far}"
     python -m pip install --quiet --constraint "$constraints" --editable ".[$extras]"
     local status=$?
     rm -f "$constraints"
