@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ IMPORT = LOOK + "import moba_cp, moba_cp.kernels, moba_cp.parallel, pkgutil\n"
 
 
 def _build(source: Path, command: str, out: Path) -> Path:
-    """`build_wheel`, `build_sdist` or `build_editable` of the checkout's build backend, with no isolation or network."""
+    """Run `build_wheel`, `build_sdist` or `build_editable` of the build backend, with no isolation or network."""
     out.mkdir()
     code = f"import setuptools.build_meta as b; b.{command}({str(out)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, text=True)
@@ -57,11 +56,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     zipfile.ZipFile(_build(checkout, "build_wheel", folder / "dist")).extractall(folder / "site")
-    yield folder / "site"
+    return folder / "site"
 
 
 def test_wheel_imports_elsewhere_and_holds_no_other_top_level_package(wheel: Path, tmp_path: Path) -> None:
@@ -70,11 +69,9 @@ def test_wheel_imports_elsewhere_and_holds_no_other_top_level_package(wheel: Pat
 
 
 def test_wheel_holds_every_module_of_the_tree(wheel: Path) -> None:
-    expected = {f"moba_cp/{path.relative_to(REPO / 'moba_cp').as_posix()}" for path in (REPO / "moba_cp").rglob("*.py")}
+    expected = {f"moba_cp/{name}" for name in _python_files(REPO / "moba_cp")}
     for half in ("kernels", "parallel"):  # the links; rglob does not follow them
-        expected |= {
-            f"moba_cp/{half}/{path.relative_to(REPO / half).as_posix()}" for path in (REPO / half).rglob("*.py")
-        }
+        expected |= {f"moba_cp/{half}/{name}" for name in _python_files(REPO / half)}
     assert _python_files(wheel) == expected
 
 
