@@ -44,7 +44,7 @@ find_python() {
 }
 
 choose_environment() {
-    local base flags=()
+    local base lent=false
     if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
         say "using the active virtual environment $VIRTUAL_ENV"
         export PATH="$VIRTUAL_ENV/bin:$PATH"
@@ -56,14 +56,14 @@ choose_environment() {
             base="$(find_python)" || exit 1
             if has_gpu && can_import "$base" torch >/dev/null; then
                 say "$base has torch and this machine has a GPU: .venv will build on its packages"
-                flags=(--system-site-packages)
+                lent=true
             fi
             say "making a virtual environment in .venv with $base"
-            if ! "$base" -m venv "${flags[@]}" .venv; then
+            if ! "$base" -m venv .venv; then
                 rm -rf .venv
                 die "$base cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)"
             fi
-            if [ ${#flags[@]} -gt 0 ]; then see_packages_of "$base"; fi
+            if $lent; then see_packages_of "$base"; fi
         else
             say "using .venv"
         fi
@@ -73,13 +73,14 @@ choose_environment() {
     is_new_enough python || die "Python 3.11 or newer is needed; $(command -v python) is $(python --version 2>&1)"
 }
 
-see_packages_of() { # --system-site-packages skips the packages of BASE where BASE is itself a virtual environment
+see_packages_of() { # like --system-site-packages, but also where BASE is itself a virtual environment
     "$1" - .venv/bin/python <<'PY'
-import pathlib, subprocess, sys, sysconfig
-if sys.prefix != sys.base_prefix:
-    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    target = subprocess.run([sys.argv[1], "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    pathlib.Path(target, "base_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
+import pathlib, site, subprocess, sys, sysconfig
+code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+target = subprocess.run([sys.argv[1], "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+folders = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()])
+lines = [f"import site; site.addsitedir({folder!r})" for folder in folders if pathlib.Path(folder).is_dir()]
+pathlib.Path(target, "base_environment.pth").write_text("\n".join(lines) + "\n")
 PY
 }
 
