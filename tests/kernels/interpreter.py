@@ -1,0 +1,71 @@
+"""Triton kernels on the CPU: run a test module again in a process where `triton.jit` means the interpreter.
+
+`TRITON_INTERPRET` counts when Triton is imported, and in a process that has it no kernel compiles any more. So nothing sets
+it here: interpreter tests carry the mark `interpreted` and are skipped in the main process, where each module has one test
+
+    def test_in_interpreter():
+        interpreter.run_module(__file__)
+
+that runs them in a process of their own. On a machine with a GPU both are skipped: there the same kernels run compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+ACTIVE = os.environ.get("TRITON_INTERPRET") == "1"
+ROOT = Path(__file__).resolve().parents[2]
+
+interpreted = pytest.mark.skipif(not ACTIVE, reason="runs in the process that test_in_interpreter starts")
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA or ACTIVE, reason="needs a CUDA device and compiled kernels")]
+
+
+def run_module(path: str, timeout: float = 280) -> None:
+    """Run the `interpreted` tests of the module `path` in a process with Triton's interpreter; fail as it fails."""
+    if ACTIVE:
+        pytest.skip("already in the interpreter")
+    if CUDA:
+        pytest.skip("the module's GPU tests run the same kernels")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", path]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def run_without_interpreter(path: str, *arguments: str, timeout: float = 280) -> str:
+    """Run the Python file `path` where kernels compile, whatever this process does; its standard output."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, path, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    return done.stdout
+
+
+def _patch_bfloat16_dot() -> None:
+    """The interpreter keeps bf16 as its bits in uint16 and `tl.dot` multiplies those; give it their values instead."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def value(handle):
+        if handle.dtype.scalar == tl.bfloat16:
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return handle.data
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = np.matmul(value(a), value(b), dtype=d.data.dtype) + d.data
+        return interpreter.TensorHandle(product, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+if ACTIVE:
+    _patch_bfloat16_dot()
