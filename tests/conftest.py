@@ -1,13 +1,8 @@
 """Settings that every test shares: one thread, fixed hypothesis cases, and `gpu` tests only where there is a GPU."""
 
-import os
-
 import hypothesis
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any test imports a kernel: Triton reads it at decoration
 
 from tests import ranks
 
