@@ -1,0 +1,152 @@
+"""The public attention functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import pipeline
+from .config import MoBAConfig
+from .kernels import backend_for
+from .parallel import agreement
+from .parallel.blocks import home_plan, rank_plan
+from .parallel.comm import CommGroup
+from .parallel.layout import SequenceLayout
+from .report import MoBAReport, make_report
+from .validation import check_call, check_tensors, group_size
+
+DEFAULT_WORKSPACE_BYTES = 1 << 30
+"""Default of `workspace_bytes`: 1 GiB."""
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    *,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None = None,
+    comm: str = "auto",
+    return_report: bool = False,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Tensor | tuple[Tensor, MoBAReport]:
+    """Mixture of Block Attention over the ranks of a context-parallel group; differentiable in q, k and v.
+
+    Each rank passes the tokens that `layout` gives it and gets their output; backward gives the full gradient of its own
+    q, k and v, summed over every rank that used them and never divided by the group's size. The result does not depend on
+    the layout, the number of ranks or `comm`. All ranks of the group must make the same call.
+
+    Args:
+        q: `[T, Hq, D]`, fp64, fp32, bf16 or fp16; `T` is the number of local tokens, in the layout's order.
+        k: `[T, Hkv, D]`; `Hq` is a multiple of `Hkv`. RoPE and any normalisation are applied already.
+        v: `[T, Hkv, Dv]`.
+        config: block size, top-k and scale.
+        layout: which rank holds which tokens.
+        group: the context-parallel group; None for the default group, or for none at all when `layout.cp_size == 1`.
+        comm: how keys and values travel: "all_gather", "ring", "fetch" (selected blocks only), or "auto", which takes one
+            of these by the rule in `moba_cp.parallel.cost`.
+        return_report: also return a `MoBAReport` of routing and traffic; costs a few small collectives.
+        workspace_bytes: most bytes of partial results in memory at once; kv heads, then query rows, are processed in
+            groups to stay under it. At least one kv head and 128 rows are processed together.
+
+    Returns:
+        `[T, Hq, Dv]` in the dtype of `q`, and the report if asked for.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said, on the rank that passed it before it starts any collective,
+            and on the others as well; or the ranks disagree on layout, config, dtype, shapes or comm.
+        RuntimeError: a rank did not take part within the group's timeout.
+    """
+    try:
+        check_call(q, k, v, config, layout, group, comm, workspace_bytes)
+    except (TypeError, ValueError) as error:
+        if group_size(layout, group) > 1:
+            agreement.refuse(group, error)
+        raise
+    comm_group = CommGroup(group, layout.cp_size)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if comm_group.size > 1:
+        agreement.check(
+            group,
+            {
+                "layout": f"{layout.digest.hex()} {layout!r}",
+                "config": repr(config),
+                "dtype": f"{q.dtype} on {q.device.type}",
+                "heads and head sizes": f"Hq {q.shape[1]}, Hkv {k.shape[1]}, D {q.shape[2]}, Dv {v.shape[2]}",
+                "comm": comm,
+                "return_report": str(bool(return_report)),
+                "workspace_bytes": str(workspace_bytes),
+                "gradients": "wanted" if gradients else "not wanted",
+            },
+            q.device,
+        )
+    plan = rank_plan(home_plan(layout, config.block_size), comm_group.rank)
+    call = pipeline.Call(
+        config, plan, comm_group, backend_for(q.device, q.dtype), comm, k.shape[1], workspace_bytes
+    )
+    out, selected = _MoBAFunction.apply(q, k, v, call)
+    if return_report:
+        return out, make_report(call, selected, (k.shape[2] + v.shape[2]) * k.itemsize)
+    return out
+
+
+def moba_attn_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    moba_chunk_size: int,
+    moba_topk: int,
+) -> Tensor:
+    """Drop-in for the function of that name in MoonshotAI/MoBA, on one device.
+
+    Args:
+        q: `[T, Hq, D]`.
+        k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`.
+        cu_seqlens: int `[documents + 1]`, on any device (reading it from a GPU waits for the GPU).
+        max_seqlen: the longest document, in tokens; must be what `cu_seqlens` says or more.
+        moba_chunk_size: `block_size`.
+        moba_topk: `topk`, own block counted. 1 is attention within the own block.
+
+    Returns:
+        `[T, Hq, Dv]`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said.
+    """
+    check_tensors(q, k, v)
+    config = MoBAConfig(block_size=moba_chunk_size, topk=moba_topk)
+    host = cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    layout = SequenceLayout.contiguous(host, 1)
+    boundaries = layout.cu_seqlens
+    longest = max((b - a for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)), default=0)
+    if max_seqlen < longest:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a document of {longest} tokens")
+    out = moba_attention(q, k, v, config, layout=layout)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _MoBAFunction(torch.autograd.Function):
+    """Forward and backward of the pipeline as one autograd function; also hands out the selected blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call) -> tuple[Tensor, Tensor]:
+        saved = pipeline.forward(call, q, k, v)
+        ctx.call = call
+        ctx.save_for_backward(q, k, v, saved.out, saved.lse, pipeline.compact(saved.selected, call))
+        ctx.mark_non_differentiable(saved.selected)
+        return saved.out, saved.selected
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, selected = ctx.saved_tensors
+        saved = pipeline.Saved(selected.to(torch.int32), out, lse)
+        return *pipeline.backward(ctx.call, q, k, v, saved, dout), None

@@ -1,0 +1,46 @@
+"""What a MoBA attention layer computes, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MoBAConfig:
+    """Mixture of Block Attention (arXiv 2502.13189), section 2.2.
+
+    Attributes:
+        block_size: tokens a block, at least 1.
+        topk: blocks a query attends to at most, its own block counted, at least 1. With `topk=1` a query attends to its
+            own block only; with `topk * block_size` covering a document it is full causal attention.
+        softmax_scale: factor on the attention scores (not on the routing scores); None stands for `D ** -0.5`.
+
+    Raises:
+        TypeError: a field is not of its type.
+        ValueError: a field is out of range.
+    """
+
+    block_size: int
+    topk: int
+    softmax_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "topk"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        scale = self.softmax_scale
+        if scale is None:
+            return
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"softmax_scale must be a float or None, got {scale!r} ({type(scale).__name__})")
+        if not math.isfinite(scale):
+            raise ValueError(f"softmax_scale must be finite, got {scale}")
+        object.__setattr__(self, "softmax_scale", float(scale))
+
+    def scale(self, head_dim: int) -> float:
+        """Factor on attention scores for heads of size `head_dim`."""
+        return head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale

@@ -1,0 +1,261 @@
+"""MoBA attention over a context-parallel group, step by step: where `kernels` and `parallel` meet.
+
+home blocks -> centroids -> gate -> routing lists -> transport -> block attention -> merge; backward walks the same parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import MoBAConfig
+from .kernels import KVPart, QueryRows, query_rows
+from .parallel.blocks import HomePlan, RankPlan
+from .parallel.comm import CommGroup
+from .parallel.cost import choose_transport
+from .parallel.home import HomeBlocks, bring_home, gather_centroids, order_centroids, send_back
+from .parallel.transports import AllGather, Fetch, LocalOnly, Part, Ring, Transport
+from .parallel.wanted import Wanted, exchange_wanted
+
+ROW_MULTIPLE = 128
+"""Chunks of query rows end at multiples of this."""
+
+
+@dataclass
+class Call:
+    """One attention call on one rank: what it is asked to do, and what it decided on the way.
+
+    Attributes:
+        config, plan, comm, backend: configuration, this rank's plan, its group, and the module of primitives.
+        requested: the `comm` argument.
+        kv_heads: kv heads.
+        workspace_bytes: most bytes of partial results at once.
+        transport: the transport in use; `requested` unless that is "auto".
+        wanted: every rank's wanted pairs, where the transport needs them.
+    """
+
+    config: MoBAConfig
+    plan: RankPlan
+    comm: CommGroup
+    backend: ModuleType
+    requested: str
+    kv_heads: int
+    workspace_bytes: int
+    transport: str = ""
+    wanted: Wanted | None = field(default=None, repr=False)
+
+    @cached_property
+    def topk(self) -> int:
+        """Slots a row needs: `config.topk`, but never more than the blocks of the longest document."""
+        blocks = self.plan.plan.blocks
+        if not len(blocks):
+            return 1
+        return min(self.config.topk, int((np.arange(len(blocks)) - blocks.first_of_document).max()) + 1)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Query rows and kv heads whose partial results are in memory together."""
+
+    heads: slice
+    q_heads: slice
+    rows: slice
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What backward needs of a forward pass, besides its inputs."""
+
+    selected: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
+    """Output, log-sum-exp and selected blocks of the local rows."""
+    home = bring_home(call.plan, k, v, call.comm)
+    rows = device_rows(call.plan, q.device)
+    selected = select_blocks(call, q, home, rows)
+    transport = open_transport(call, home, selected)
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    lse = call.backend.new_lse(q)
+    scale = call.config.scale(q.shape[-1])
+    for heads, chunks in head_ranges(call, q, k, v.shape[-1]):
+        parts = Replayed(transport, heads) if transport.resident else None
+        for chunk in chunks:
+            here, chosen = rows.slice(chunk.rows.start, chunk.rows.stop), selected[chunk.q_heads, chunk.rows]
+            lists = call.backend.route(
+                chosen, len(call.plan.plan.blocks), heads.stop - heads.start, here, call.config.block_size
+            )
+            partials = call.backend.new_partials(chosen, v.shape[-1], q.dtype)
+            queries = q[chunk.rows, chunk.q_heads]
+            for part in parts or transport.forward(heads):
+                call.backend.attend(queries, _kv_part(call, part), lists, here, chosen, scale, partials)
+            call.backend.merge(partials, chosen, out[chunk.rows, chunk.q_heads], lse[chunk.q_heads, chunk.rows])
+    return Saved(selected, out, lse)
+
+
+def backward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of the local rows; dk and dv summed over every rank that used them."""
+    home = bring_home(call.plan, k, v, call.comm)
+    rows = device_rows(call.plan, q.device)
+    transport = open_transport(call, home, saved.selected)
+    delta = call.backend.delta(saved.out, dout)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
+    scale = call.config.scale(q.shape[-1])
+    for heads, chunks in head_ranges(call, q, k, q.shape[-1]):
+        room_dk, room_dv = _gradient_room(call, dk[:, heads], dv[:, heads], len(chunks))
+        gradients = list(transport.backward(heads, room_dk, room_dv)) if transport.resident and len(chunks) > 1 else None
+        taken = []
+        for index, chunk in enumerate(chunks):
+            here, chosen = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
+            lists = call.backend.route(
+                chosen, len(call.plan.plan.blocks), heads.stop - heads.start, here, call.config.block_size, backward=True
+            )
+            partials = call.backend.new_partials(chosen, q.shape[-1], q.dtype, backward=True)
+            for gradient in gradients or transport.backward(heads, room_dk, room_dv):
+                taken.append(gradient)
+                # A transport that is not resident gives its remote parts fresh room on every walk.
+                again = index > 0 and (transport.resident or gradient.dk is room_dk)
+                call.backend.attend_backward(
+                    q[chunk.rows, chunk.q_heads],
+                    dout[chunk.rows, chunk.q_heads],
+                    saved.lse[chunk.q_heads, chunk.rows],
+                    delta[chunk.q_heads, chunk.rows],
+                    _kv_part(call, gradient.part),
+                    lists,
+                    here,
+                    chosen,
+                    scale,
+                    gradient.dk,
+                    gradient.dv,
+                    partials,
+                    again,
+                )
+                if not transport.resident:
+                    taken.clear()
+            call.backend.merge_dq(partials, chosen, dq[chunk.rows, chunk.q_heads])
+        transport.return_gradients(gradients or taken, room_dk, room_dv)
+        if room_dk.data_ptr() != dk[:, heads].data_ptr():
+            dk[:, heads] = room_dk
+            dv[:, heads] = room_dv
+    return dq, *send_back(call.plan, dk, dv, call.comm)
+
+
+def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> Tensor:
+    """Centroids of home blocks, all-gathered; then the gate. int32 `[Hq, T, topk]`."""
+    n_blocks = len(call.plan.plan.blocks)
+    if call.topk > 1:
+        start = _centroid_start(call.plan, q.device)
+        local = call.backend.centroids(home.k, start, call.config.block_size)
+        gathered = gather_centroids(call.plan, local, call.comm).wait() if call.comm.size > 1 else local[None]
+        centroids = order_centroids(call.plan, gathered)
+    else:
+        centroids = q.new_zeros(n_blocks, home.k.shape[1], q.shape[-1])
+    return call.backend.select_blocks(q, centroids, rows, call.topk)
+
+
+def compact(selected: Tensor, call: Call) -> Tensor:
+    """Selected blocks in int16 where every block number fits, for keeping."""
+    return selected.to(torch.int16) if len(call.plan.plan.blocks) <= torch.iinfo(torch.int16).max else selected
+
+
+def open_transport(call: Call, home: HomeBlocks, selected: Tensor) -> Transport:
+    """The transport asked for, or the one that the rule of `parallel.cost` takes; the same on every rank."""
+    if call.comm.size == 1:
+        call.transport = LocalOnly.name
+        return LocalOnly(home, call.comm)
+    if call.requested in ("auto", Fetch.name) and call.wanted is None:
+        call.wanted = exchange_wanted(selected, call.plan, call.kv_heads, call.comm)
+    if not call.transport:
+        call.transport = call.requested
+        if call.requested == "auto":
+            assert call.wanted is not None
+            pair_bytes = (home.k.shape[-1] + home.v.shape[-1]) * home.k.itemsize
+            call.transport = choose_transport(call.plan.plan, call.wanted.tokens(), call.kv_heads, pair_bytes)
+    match call.transport:
+        case AllGather.name:
+            return AllGather(home, call.comm)
+        case Ring.name:
+            return Ring(home, call.comm)
+        case Fetch.name:
+            assert call.wanted is not None
+            return Fetch(home, call.comm, call.wanted)
+    raise AssertionError(f"unknown transport {call.transport!r} got past validation")
+
+
+def head_ranges(call: Call, q: Tensor, k: Tensor, width: int) -> list[tuple[slice, list[Chunk]]]:
+    """Ranges of kv heads, each with its chunks of query rows, so that partial results fit `call.workspace_bytes`.
+
+    Every rank makes the same number of ranges and chunks, whatever it holds, since each makes collectives.
+
+    Args:
+        call: the call.
+        q, k: local queries and keys.
+        width: last size of the partial results.
+    """
+    layout = call.plan.plan.layout
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    most = max(layout.local_tokens(r) for r in range(layout.cp_size))
+    row_bytes = max(1, group * call.topk * call.backend.bytes_per_slot(width, q.dtype))  # of one kv head
+    per_range = min(kv_heads, max(1, call.workspace_bytes // max(1, most * row_bytes)))
+    per_chunk = max(ROW_MULTIPLE, call.workspace_bytes // (per_range * row_bytes) // ROW_MULTIPLE * ROW_MULTIPLE)
+    ranges = []
+    for first in range(0, kv_heads, per_range):
+        heads = slice(first, min(first + per_range, kv_heads))
+        q_heads = slice(heads.start * group, heads.stop * group)
+        begins = range(0, max(most, 1), per_chunk)
+        rows = [slice(min(b, len(q)), min(b + per_chunk, len(q))) for b in begins]
+        ranges.append((heads, [Chunk(heads, q_heads, r) for r in rows]))
+    return ranges
+
+
+class Replayed:
+    """The parts of a resident transport: taken as they arrive the first time, kept for the chunks of rows that follow."""
+
+    def __init__(self, transport: Transport, heads: slice) -> None:
+        self._source, self._kept = transport.forward(heads), []
+
+    def __iter__(self) -> Iterator[Part]:
+        yield from self._kept
+        for part in self._source:
+            self._kept.append(part)
+            yield part
+
+
+def _gradient_room(call: Call, dk: Tensor, dv: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """Where the home blocks' gradients accumulate: in place when each is written once, else in accumulation dtype."""
+    if call.comm.size == 1 and chunks == 1:
+        return dk, dv
+    acc = torch.float64 if dk.dtype == torch.float64 else torch.float32
+    return (torch.empty(x.shape, dtype=acc, device=x.device) for x in (dk, dv))  # type: ignore[return-value]
+
+
+def _kv_part(call: Call, part: Part) -> KVPart:
+    return KVPart(part.k, part.v, part.start, _block_length(call.plan.plan, part.k.device))
+
+
+@lru_cache(maxsize=64)
+def device_rows(plan: RankPlan, device: torch.device) -> QueryRows:
+    """Where the rank's rows stand, on the device."""
+    return query_rows(plan.block, plan.first_block, plan.position, device)
+
+
+@lru_cache(maxsize=64)
+def _block_length(plan: HomePlan, device: torch.device) -> Tensor:
+    return torch.from_numpy(plan.blocks.length.astype(np.int32)).to(device)
+
+
+@lru_cache(maxsize=64)
+def _centroid_start(plan: RankPlan, device: torch.device) -> Tensor:
+    return torch.from_numpy(plan.centroid_rows.astype(np.int32)).to(device)

@@ -1,0 +1,69 @@
+"""MoBA attention as it is defined, to be read and to be compared with; O(T^2) memory, any device, no process group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import MoBAConfig
+from .kernels.torch_backend import accumulate_dtype
+from .parallel.layout import SequenceLayout
+
+
+def moba_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens, config: MoBAConfig) -> Tensor:
+    """Mixture of Block Attention over packed documents (arXiv 2502.13189, section 2.2), differentiable.
+
+    Args:
+        q: `[T, Hq, D]`.
+        k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`; `Hq` is a multiple of `Hkv`.
+        cu_seqlens: host ints `[documents + 1]`.
+        config: block size, top-k, scale.
+
+    Returns:
+        `[T, Hq, Dv]` in the dtype of `q`; computed in fp64 for fp64 inputs, in fp32 otherwise.
+    """
+    boundaries = SequenceLayout.contiguous(cu_seqlens, 1).cu_seqlens
+    acc = accumulate_dtype(q.dtype)
+    group = q.shape[1] // k.shape[1]
+    documents = []
+    for begin, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        mask = attention_mask(q[begin:end], k[begin:end], config)
+        keys = k[begin:end].to(acc).repeat_interleave(group, 1)
+        values = v[begin:end].to(acc).repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q[begin:end].to(acc), keys) * config.scale(q.shape[-1])
+        weight = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+        documents.append(torch.einsum("hqk,khd->qhd", weight, values).to(q.dtype))
+    return torch.cat(documents) if documents else q.new_zeros(0, q.shape[1], v.shape[-1])
+
+
+def attention_mask(q: Tensor, k: Tensor, config: MoBAConfig) -> Tensor:
+    """bool `[Hq, L, L]`: keys that each query of one document attends to."""
+    tokens, block_size = q.shape[0], config.block_size
+    position = torch.arange(tokens, device=q.device)
+    chosen = select_blocks(q, k, config)  # [Hq, L, n_blocks]
+    return chosen[:, :, position // block_size] & (position <= position[:, None])
+
+
+@torch.no_grad()
+def select_blocks(q: Tensor, k: Tensor, config: MoBAConfig) -> Tensor:
+    """bool `[Hq, L, n_blocks]`: the own block and the `topk - 1` best-scored blocks before it, of one document.
+
+    Equal scores: the later block wins. NaN ranks above every number.
+    """
+    tokens, q_heads, _ = q.shape
+    block_size, acc = config.block_size, accumulate_dtype(q.dtype)
+    n_blocks = -(-tokens // block_size)
+    own = torch.arange(tokens, device=q.device) // block_size
+    chosen = (own[:, None] == torch.arange(n_blocks, device=q.device)).repeat(q_heads, 1, 1)
+    complete = tokens // block_size
+    whole = k[: complete * block_size].unflatten(0, (complete, block_size)) if complete else k[:0, None]
+    centroids = whole.to(acc).mean(1).to(k.dtype)  # rounded once
+    scores = torch.einsum(
+        "qhd,jhd->hqj", q.to(acc), centroids.to(acc).repeat_interleave(q_heads // k.shape[1], 1)
+    )
+    for query in range(tokens):
+        candidates = scores[:, query, : own[query]].flip(1)  # later blocks first, so that a stable sort prefers them
+        order = torch.sort(candidates, dim=1, descending=True, stable=True).indices  # NaN sorts as the greatest
+        best = own[query] - 1 - order[:, : config.topk - 1]
+        chosen[:, query].scatter_(1, best, True)
+    return chosen

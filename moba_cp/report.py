@@ -1,0 +1,135 @@
+"""What one attention call routed and moved: made only when asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .parallel.comm import CommGroup, Traffic
+from .parallel.cost import remote_tokens, visible_tokens
+from .parallel.wanted import exchange_wanted
+from .pipeline import Call
+
+MOST_WANTED = 10
+"""How many of the most-wanted blocks a report names."""
+
+
+@dataclass(frozen=True)
+class MoBAReport:
+    """Routing and traffic of one call. Figures are of the whole group unless they say "this rank".
+
+    Attributes:
+        transport: how keys and values travelled: "local", "all_gather", "ring" or "fetch".
+        traffic: collectives and bytes of this rank by stage; the backward pass adds its own when it runs. The report's own
+            collectives are not in it.
+        lower_bound_bytes: int64 `[P]`, fewest bytes of keys and values each rank must receive in forward for this
+            routing: each wanted (block, kv head) pair that is at home elsewhere, once.
+        visible_bytes: int64 `[P]`, the same if every block a rank can see were wanted.
+        wanted_share: wanted remote pairs over visible remote pairs, by bytes; 0 where no remote block is visible.
+        distance_histogram: int64 `[buckets]`, how many (row, q head, block) selections lie how many blocks back. Bucket
+            0 is the own block; bucket i > 0 is `2 ** (i - 1) <= distance < 2 ** i`.
+        entropy: mean over documents, weighted by their selections, of the entropy in nats of which block is selected,
+            over the log of the number of blocks; own blocks left out. 1: all blocks alike; 0: one block takes all.
+        most_wanted: up to `MOST_WANTED` pairs (block number, rows x q heads that selected it as an earlier block), the
+            most wanted first.
+        attended_keys: int64 `[P]`, (query row, q head, key) triples each rank computes.
+        imbalance: the largest of `attended_keys` over their mean; 1 is balanced.
+        selected: int32 `[Hq, T, topk]`, this rank's selected blocks, ascending, -1 for none.
+        token_numbers: int64 `[T]`, global numbers of this rank's tokens, on the host.
+        block_size: tokens a block.
+        n_blocks: blocks over all documents.
+    """
+
+    transport: str
+    traffic: Traffic
+    lower_bound_bytes: np.ndarray
+    visible_bytes: np.ndarray
+    wanted_share: float
+    distance_histogram: np.ndarray
+    entropy: float
+    most_wanted: list[tuple[int, int]]
+    attended_keys: np.ndarray
+    imbalance: float
+    selected: Tensor = field(repr=False)
+    token_numbers: Tensor = field(repr=False)
+    block_size: int
+    n_blocks: int
+
+
+@torch.no_grad()
+def make_report(call: Call, selected: Tensor, pair_bytes: int) -> MoBAReport:
+    """The report of a call whose forward has run; all ranks of the group make it together.
+
+    Args:
+        call: the call.
+        selected: int32 `[Hq, T, topk]`, what the gate chose.
+        pair_bytes: bytes of one key and its value.
+    """
+    plan, blocks = call.plan.plan, call.plan.plan.blocks
+    quiet = CommGroup(call.comm.group, call.comm.size)  # its traffic is not the call's
+    wanted = call.wanted or exchange_wanted(selected, call.plan, call.kv_heads, quiet)
+    wanted_tokens = wanted.tokens()
+    bound = remote_tokens(wanted_tokens.sum(2)) * pair_bytes
+    visible = remote_tokens(visible_tokens(plan)) * call.kv_heads * pair_bytes
+
+    counts, histogram, keys = _local_counts(call, selected)
+    everything = _gather_numbers(np.concatenate([counts, histogram, [keys]]), selected.device, quiet)
+    counts = everything[:, : len(blocks)].sum(0)
+    keys_of_rank = everything[:, -1]
+    top = np.argsort(-counts, kind="stable")[:MOST_WANTED]
+    mean = keys_of_rank.mean()
+    return MoBAReport(
+        transport=call.transport,
+        traffic=call.comm.traffic,
+        lower_bound_bytes=bound,
+        visible_bytes=visible,
+        wanted_share=float(bound.sum() / visible.sum()) if visible.sum() else 0.0,
+        distance_histogram=everything[:, len(blocks) : -1].sum(0),
+        entropy=_entropy(counts, blocks.first_of_document),
+        most_wanted=[(int(b), int(counts[b])) for b in top if counts[b]],
+        attended_keys=keys_of_rank,
+        imbalance=float(keys_of_rank.max() / mean) if mean else 1.0,
+        selected=selected,
+        token_numbers=plan.layout.local_indices(call.plan.rank),
+        block_size=call.config.block_size,
+        n_blocks=len(blocks),
+    )
+
+
+def _local_counts(call: Call, selected: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
+    """This rank's selections by block (own ones left out), by distance, and the keys they attend to."""
+    n_blocks = len(call.plan.plan.blocks)
+    own = torch.from_numpy(call.plan.block).to(selected.device)
+    distance = own[None, :, None] - selected
+    earlier = (selected >= 0) & (distance > 0)
+    counts = torch.bincount(selected[earlier], minlength=n_blocks).cpu().numpy()
+    buckets = 2 + math.ceil(math.log2(max(n_blocks, 2)))
+    bucket = torch.frexp(distance[earlier].to(torch.float64)).exponent  # 2 ** (e - 1) <= distance < 2 ** e
+    histogram = torch.bincount(bucket, minlength=buckets).cpu().numpy()
+    q_heads = selected.shape[0]
+    histogram[0] = q_heads * own.numel()
+    own_keys = q_heads * int((call.plan.position + 1).sum())
+    return counts, histogram, int(earlier.sum()) * call.config.block_size + own_keys
+
+
+def _gather_numbers(numbers: np.ndarray, device: torch.device, comm: CommGroup) -> np.ndarray:
+    """int64 `[P, n]`: every rank's numbers."""
+    return comm.all_gather(torch.from_numpy(numbers.astype(np.int64)).to(device), "report").wait().cpu().numpy()
+
+
+def _entropy(counts: np.ndarray, first_of_document: np.ndarray) -> float:
+    """Normalised selection entropy of each document, weighted by its selections; see `MoBAReport.entropy`."""
+    total, weighted = 0, 0.0
+    for first in np.unique(first_of_document):
+        of_document = counts[first_of_document == first]
+        chosen = int(of_document.sum())
+        if chosen == 0 or of_document.size < 2:
+            continue
+        share = of_document[of_document > 0] / chosen
+        weighted += chosen * float(-(share * np.log(share)).sum() / math.log(of_document.size))
+        total += chosen
+    return weighted / total if total else 0.0

@@ -1,0 +1,102 @@
+"""Checks at the border of the public functions: messages carry the offending values."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import MoBAConfig
+from .parallel.layout import SequenceLayout
+
+COMMS = ("auto", "all_gather", "ring", "fetch")
+"""Values of `comm`."""
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Types, ranks, shapes, dtypes and devices of q `[T, Hq, D]`, k `[T, Hkv, D]`, v `[T, Hkv, Dv]`."""
+    named = {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    for name, x in named.items():
+        if x.dim() != 3:
+            raise ValueError(f"{name} must have shape [tokens, heads, head size], got {tuple(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
+        if 0 in x.shape[1:]:
+            raise ValueError(f"{name} must have at least one head and a head size of at least 1, got {tuple(x.shape)}")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got q {q.device}, k {k.device}, v {v.device}")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k and v must have the same number of tokens, got {shapes}")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"k and v must have the same number of heads, got {shapes}")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"q and k must have the same head size, got {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"the q heads ({q.shape[1]}) must be a multiple of the kv heads ({k.shape[1]}): {shapes}")
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None,
+    comm: str,
+    workspace_bytes: int,
+) -> None:
+    """Everything about one rank's call that it can check alone. Raises TypeError or ValueError."""
+    if not isinstance(config, MoBAConfig):
+        raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
+    if not isinstance(layout, SequenceLayout):
+        raise TypeError(f"layout must be a SequenceLayout, got {type(layout).__name__}")
+    if not isinstance(comm, str):
+        raise TypeError(f"comm must be a string, got {comm!r}")
+    if comm not in COMMS:
+        raise ValueError(f"comm must be one of {', '.join(COMMS)}; got {comm!r}")
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes must be an int, got {workspace_bytes!r}")
+    if workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes must be at least 1, got {workspace_bytes}")
+    check_tensors(q, k, v)
+    rank = _check_group(layout, group)
+    if q.shape[0] != layout.local_tokens(rank):
+        raise ValueError(
+            f"the layout gives rank {rank} {layout.local_tokens(rank)} tokens, but q has {q.shape[0]} ({layout})"
+        )
+
+
+def _check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> int:
+    """This rank in a group that fits the layout."""
+    if group is None and layout.cp_size == 1:
+        return 0
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(f"the layout is for {layout.cp_size} ranks, but torch.distributed is not initialized")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed ProcessGroup this rank belongs to, got {group!r}")
+    size = dist.get_world_size(group)
+    if size != layout.cp_size:
+        raise ValueError(f"the layout is for {layout.cp_size} ranks, but the group has {size}")
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("this rank does not belong to the group")
+    return rank
+
+
+def group_size(layout: object, group: object) -> int:
+    """Ranks that a call would involve, as far as its arguments can be trusted; 1 when in doubt."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    if isinstance(group, dist.ProcessGroup):
+        return group.size() if dist.get_rank(group) >= 0 else 1
+    if group is None and isinstance(layout, SequenceLayout) and layout.cp_size > 1:
+        return dist.get_world_size()
+    return 1

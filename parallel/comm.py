@@ -1,0 +1,199 @@
+"""Collectives of one context-parallel group: counted, named, asynchronous.
+
+Every call returns a `Pending`; `wait` gives the result and, where a peer died or stalled, an error that names what was waited
+for. Tensors travel as bytes, so every dtype travels over every backend. On CUDA, communication and what packs for it run
+on a stream of their own, beside the work of the caller's stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class StageTraffic:
+    """What one rank sent and received in one stage, in payload bytes; its own share of a collective does not count."""
+
+    collectives: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+@dataclass
+class Traffic:
+    """Traffic of one call by stage name, filled as collectives are started (also by the backward pass)."""
+
+    stages: dict[str, StageTraffic] = field(default_factory=dict)
+
+    def add(self, stage: str, sent: int, received: int) -> None:
+        """Count one collective."""
+        entry = self.stages.setdefault(stage, StageTraffic())
+        entry.collectives += 1
+        entry.sent_bytes += sent
+        entry.received_bytes += received
+
+    @property
+    def received_bytes(self) -> int:
+        return sum(s.received_bytes for s in self.stages.values())
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(s.sent_bytes for s in self.stages.values())
+
+    @property
+    def collectives(self) -> int:
+        return sum(s.collectives for s in self.stages.values())
+
+
+class Pending:
+    """A collective under way."""
+
+    def __init__(self, works: Sequence[dist.Work], result: Tensor, keep: object, describe: str) -> None:
+        self._works, self._result, self._keep, self._describe = works, result, keep, describe
+
+    def wait(self) -> Tensor:
+        """The result, ready for work enqueued on the current stream from here on.
+
+        Raises:
+            RuntimeError: a peer did not take part within the group's timeout, or is gone.
+        """
+        for work in self._works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise RuntimeError(f"{self._describe}: it did not come ({error})") from error
+        self._works, self._keep = (), None
+        return self._result
+
+
+class CommGroup:
+    """One rank's view of a context-parallel group, with the traffic of one call.
+
+    Attributes:
+        group: the process group, None for a group of one.
+        rank, size: this rank in the group, and its size.
+        traffic: counts what is sent and received.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, size: int, traffic: Traffic | None = None) -> None:
+        self.group, self.size = group, size
+        self.rank = dist.get_rank(group) if size > 1 else 0
+        self.traffic = Traffic() if traffic is None else traffic
+
+    def all_gather(self, x: Tensor, stage: str) -> Pending:
+        """`x` of every rank (equal shapes): `[P, *x.shape]`."""
+        x = x.contiguous()
+        if self.size == 1:
+            return Pending([], x[None], None, "")
+        result = x.new_empty(self.size, *x.shape)
+        n = _bytes(x).numel()
+        self.traffic.add(stage, n * (self.size - 1), n * (self.size - 1))
+        work = start_all_gather(_bytes(result), _bytes(x), self.group)
+        return self._pending([work], result, x, "all-gather", stage)
+
+    def all_to_all(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], stage: str) -> Pending:
+        """Rows of `x` `[sum(send_rows), ...]` to each rank in turn; the rows received, in order of source rank."""
+        x = x.contiguous()
+        result = x.new_empty(sum(receive_rows), *x.shape[1:])
+        row = x.itemsize * x[0:0].new_empty(x.shape[1:]).numel()
+        send, receive = [n * row for n in send_rows], [n * row for n in receive_rows]
+        self.traffic.add(stage, sum(send) - send[self.rank], sum(receive) - receive[self.rank])
+        work = dist.all_to_all_single(_bytes(result), _bytes(x), receive, send, group=self.group, async_op=True)
+        return self._pending([work], result, x, "all-to-all", stage)
+
+    def shift(self, x: Tensor | None, result: Tensor | None, stage: str) -> Pending:
+        """Send `x` to the next rank of the ring and receive `result` from the one before; None or empty: nothing."""
+        operations, sent, received = [], 0, 0
+        if x is not None and x.numel():
+            x = x.contiguous()
+            operations.append(dist.P2POp(dist.isend, _bytes(x), self._global(self.rank + 1), self.group))
+            sent = _bytes(x).numel()
+        if result is not None and result.numel():
+            operations.append(dist.P2POp(dist.irecv, _bytes(result), self._global(self.rank - 1), self.group))
+            received = _bytes(result).numel()
+        self.traffic.add(stage, sent, received)
+        works = dist.batch_isend_irecv(operations) if operations else []
+        empty = torch.empty(0) if result is None else result
+        return self._pending(works, empty, x, "ring send and receive", stage)
+
+    def _global(self, rank: int) -> int:
+        rank %= self.size
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def _pending(self, works: Sequence[dist.Work], result: Tensor, keep: object, name: str, stage: str) -> Pending:
+        return Pending(works, result, keep, f"rank {self.rank} of {self.size} waited for the {name} of {stage}")
+
+
+class SideStream:
+    """A stream beside the caller's for packing and communication; does nothing for CPU tensors."""
+
+    _streams: dict[int, torch.cuda.Stream] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._stream = self._streams.setdefault(index, torch.cuda.Stream(device))
+            self._main = torch.cuda.current_stream(device)
+            self._ready = torch.cuda.Event()
+
+    def mark(self) -> None:
+        """Work on the side stream may use what the caller's stream has produced so far."""
+        if self._stream is not None:
+            self._ready.record(self._main)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Enqueue on the side stream, after the last `mark`."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_event(self._ready)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self, *made: Tensor) -> None:
+        """The caller's stream waits for the side stream; it will use `made`, which the side stream allocated."""
+        if self._stream is not None:
+            self._main.wait_stream(self._stream)
+            for tensor in made:
+                tensor.record_stream(self._main)
+
+    def uses(self, *tensors: Tensor) -> None:
+        """The side stream reads `tensors`, which the caller's stream allocated."""
+        if self._stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self._stream)
+
+
+def start_all_gather(result: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
+    """Flat `x` of every rank into flat `result`, under the name this torch version has for it."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(result, x, group=group, async_op=True)
+
+
+def to_host(x: Tensor) -> Callable[[], Tensor]:
+    """Start copying a small device tensor to the host; call the result to wait for it alone, not for later work."""
+    if x.device.type == "cpu":
+        return lambda: x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> Tensor:
+        event.synchronize()
+        return host
+
+    return read
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """A contiguous tensor as flat bytes."""
+    return x.view(-1).view(torch.uint8)

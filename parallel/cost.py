@@ -1,0 +1,59 @@
+"""The rule behind `comm="auto"`: bytes a rank would receive by each transport, and which one that makes the best."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .blocks import HomePlan
+
+FETCH_SHARE = 0.75
+"""`fetch` is taken when the rank that receives most receives at most this share of what `ring` brings every rank.
+
+`ring` needs no packing by row, no metadata and hides every step but the first behind computation; `fetch` hides one
+all-to-all behind the local part. With independent random routing the union of wanted blocks is nearly everything visible,
+and whole parts in a ring are the better way to move everything.
+"""
+
+GATHER_BYTES = 32 << 20
+"""`all_gather` is taken when all remote keys and values of a rank are at most this many bytes: one collective instead of
+`P - 1` steps, each of which costs about 0.1 ms of latency, as long as 32 MiB take on a 300 GB/s link."""
+
+
+def visible_tokens(plan: HomePlan) -> np.ndarray:
+    """int64 `[destination, home]`: keys in blocks that start no later than a token of the same document that
+    `destination` holds. No routing can make a rank want more than that."""
+    size, n_blocks = plan.layout.cp_size, len(plan.blocks)
+    first = plan.blocks.first_of_document
+    tokens = np.zeros((size, size), dtype=np.int64)
+    for rank in range(size):
+        seen = np.full(n_blocks, -1)
+        held = plan.piece_block[plan.piece_rank == rank]
+        np.maximum.at(seen, first[held], held)  # the last block of each document that the rank holds a token of
+        visible = np.arange(n_blocks) <= seen[first]
+        tokens[rank] = np.bincount(plan.home[visible], weights=plan.blocks.length[visible], minlength=size)
+    return tokens
+
+
+def remote_tokens(tokens: np.ndarray) -> np.ndarray:
+    """int64 `[destination]` out of `[destination, home]`: without what is at home there already."""
+    return tokens.sum(1) - np.diagonal(tokens)
+
+
+def choose_transport(plan: HomePlan, wanted: np.ndarray, kv_heads: int, pair_bytes: int) -> str:
+    """`auto`, decided alike by every rank.
+
+    Args:
+        plan: where the blocks are.
+        wanted: int64 `[destination, home, Hkv]`, tokens of the pairs each rank wants of each.
+        kv_heads: kv heads.
+        pair_bytes: bytes of one key and one value.
+
+    Returns:
+        `"fetch"` where the busiest rank wants at most `FETCH_SHARE` of what the others hold; else `"all_gather"`
+        where that is at most `GATHER_BYTES`; else `"ring"`.
+    """
+    remote = remote_tokens(wanted.sum(2)).max(initial=0)
+    everything = (plan.home_tokens.sum() - plan.home_tokens.min(initial=0)) * kv_heads
+    if remote <= FETCH_SHARE * everything:
+        return "fetch"
+    return "all_gather" if everything * pair_bytes <= GATHER_BYTES else "ring"

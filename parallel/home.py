@@ -1,0 +1,138 @@
+"""Brings every block whole to its home rank, and takes gradients back to the ranks that hold the tokens."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .blocks import HomePlan, RankPlan
+from .comm import CommGroup, Pending
+
+
+class HomeBlocks:
+    """Keys and values of this rank's home blocks.
+
+    Attributes:
+        plan: this rank's plan.
+        k, v: `[home tokens, Hkv, D]`, `[home tokens, Hkv, Dv]`; views of the local tensors where nothing has to move.
+        start: int32 `[n_blocks]` on the device, row of each block's first key in `k` and `v`; -1 for blocks at home
+            elsewhere.
+    """
+
+    def __init__(self, plan: RankPlan, k: Tensor, v: Tensor, device: torch.device) -> None:
+        self.plan, self.k, self.v = plan, k, v
+        self.start = home_start(plan.plan, plan.rank, device)
+
+
+def bring_home(plan: RankPlan, k: Tensor, v: Tensor, comm: CommGroup) -> HomeBlocks:
+    """Exchange the fragments of blocks that straddle ranks: one all-to-all, none where there are no fragments.
+
+    Args:
+        plan: this rank's plan.
+        k, v: local keys `[T, Hkv, D]` and values `[T, Hkv, Dv]`, any strides.
+        comm: the group.
+    """
+    home_from = index_tensor(plan, "home_from", k.device)
+    if home_from is None and not plan.plan.has_fragments:
+        return HomeBlocks(plan, k, v, k.device)
+    width = k.shape[-1]
+    packed = torch.cat([k, v], dim=-1)
+    if plan.plan.has_fragments:
+        rows = packed[index_tensor(plan, "send_rows", k.device)]
+        received = comm.all_to_all(rows, plan.send_tokens.tolist(), plan.receive_tokens.tolist(), "home blocks").wait()
+        packed = torch.cat([packed, received])
+    if home_from is not None:
+        packed = packed[home_from]
+    return HomeBlocks(plan, packed[..., :width], packed[..., width:], k.device)
+
+
+def send_back(plan: RankPlan, dk: Tensor, dv: Tensor, comm: CommGroup) -> tuple[Tensor, Tensor]:
+    """Gradients of home keys and values to the ranks that hold the tokens: the inverse of `bring_home`.
+
+    Args:
+        plan: this rank's plan.
+        dk, dv: `[home tokens, Hkv, D]`, `[home tokens, Hkv, Dv]`, complete gradients.
+        comm: the group.
+
+    Returns:
+        dk, dv of the local tokens.
+    """
+    local_from = index_tensor(plan, "local_from", dk.device)
+    if local_from is None and not plan.plan.has_fragments:
+        return dk, dv
+    width = dk.shape[-1]
+    packed = torch.cat([dk, dv], dim=-1)
+    if plan.plan.has_fragments:
+        rows = packed[index_tensor(plan, "return_rows", dk.device)]
+        back = comm.all_to_all(rows, plan.receive_tokens.tolist(), plan.send_tokens.tolist(), "home gradients").wait()
+        packed = torch.cat([packed, back])
+    if local_from is not None:
+        packed = packed[local_from]
+    return packed[..., :width], packed[..., width:]
+
+
+def gather_centroids(plan: RankPlan, local: Tensor, comm: CommGroup) -> Pending:
+    """Start the all-gather of centroids: `[P, most candidates of a rank, Hkv, D]`, see `order_centroids`.
+
+    Args:
+        plan: this rank's plan.
+        local: `[len(plan.centroid_blocks), Hkv, D]`.
+        comm: the group.
+    """
+    most = _most_centroids(plan.plan)
+    padded = local.new_zeros(most, *local.shape[1:])
+    padded[: local.shape[0]] = local
+    return comm.all_gather(padded, "centroids")
+
+
+def order_centroids(plan: RankPlan, gathered: Tensor) -> Tensor:
+    """Gathered centroids by block number: `[n_blocks, Hkv, D]`; rows of blocks that are no candidates are arbitrary."""
+    rows = index_tensor(plan, "centroid_order", gathered.device)
+    return gathered.flatten(0, 1)[rows]
+
+
+def _most_centroids(plan: HomePlan) -> int:
+    counts = np.bincount(plan.home[~plan.blocks.is_last], minlength=plan.layout.cp_size)
+    return int(counts.max(initial=0))
+
+
+def _centroid_order(plan: HomePlan) -> np.ndarray:
+    candidate = np.flatnonzero(~plan.blocks.is_last)
+    home = plan.home[candidate]
+    by_home = np.argsort(home, kind="stable")
+    counts = np.bincount(home, minlength=plan.layout.cp_size)
+    index = np.arange(candidate.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    order = np.zeros(len(plan.blocks), dtype=np.int64)
+    order[candidate[by_home]] = home[by_home] * _most_centroids(plan) + index
+    return order
+
+
+def _return_rows(plan: RankPlan) -> np.ndarray:
+    """Home rows of tokens that other ranks hold, by (holder, block, position)."""
+    if plan.home_from is None:
+        return np.zeros(0, dtype=np.int64)
+    received = np.flatnonzero(plan.home_from >= plan.block.size)
+    return received[np.argsort(plan.home_from[received])]
+
+
+@lru_cache(maxsize=64)
+def index_tensor(plan: RankPlan, name: str, device: torch.device) -> Tensor | None:
+    """An index array of the plan on `device`, int64; None where the plan says nothing has to move."""
+    match name:
+        case "return_rows":
+            array = _return_rows(plan)
+        case "centroid_order":
+            array = _centroid_order(plan.plan)
+        case _:
+            array = getattr(plan, name)
+    return None if array is None else torch.from_numpy(array).to(device)
+
+
+@lru_cache(maxsize=256)
+def home_start(plan: HomePlan, rank: int, device: torch.device) -> Tensor:
+    """int32 `[n_blocks]`: row of each block's first key among the home keys of `rank`; -1 for blocks elsewhere."""
+    start = np.where(plan.home == rank, plan.home_row, -1)
+    return torch.from_numpy(start.astype(np.int32)).to(device)

@@ -1,0 +1,260 @@
+"""Which rank holds which tokens of the packed sequence, and in what order.
+
+A layout is host data only. Tokens are numbered over all packed documents; each rank holds a list of runs `[start, end)` of
+token numbers. Two ranks, one document of 16 tokens::
+
+    contiguous            rank 0: [0, 8)              rank 1: [8, 16)
+    zigzag (4 chunks)     rank 0: [0, 4) [12, 16)     rank 1: [4, 8) [8, 12)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class SequenceLayout:
+    """Tokens of packed documents spread over the ranks of a context-parallel group.
+
+    Make one with `contiguous`, `zigzag` or `from_runs`. Immutable, hashable, equal when it puts the same tokens of the
+    same documents at the same places.
+
+    Attributes:
+        cu_seqlens: `(0, end of document 0, end of document 1, ...)`; documents may be empty.
+        cp_size: number of ranks.
+        runs: for each rank an int64 array `[n, 2]` of `[start, end)` token numbers, in the rank's own order.
+
+    Example:
+        >>> layout = SequenceLayout.zigzag([0, 5, 12], cp_size=2)   # each document is cut into 4 chunks
+        >>> layout.local_indices(0).tolist()
+        [0, 3, 4, 5, 10, 11]
+        >>> layout.local_indices(1).tolist()
+        [1, 2, 6, 7, 8, 9]
+    """
+
+    def __init__(self, cu_seqlens: Iterable[int] | Tensor, runs: Sequence[np.ndarray]) -> None:
+        self._cu_seqlens = _host_cu_seqlens(cu_seqlens)
+        self.runs = tuple(_merge_adjacent(r) for r in runs)
+        _check_cover(self.runs, self.total_tokens)
+        for r in self.runs:
+            r.flags.writeable = False
+        self._cu_seqlens.flags.writeable = False
+
+    @classmethod
+    def contiguous(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int) -> SequenceLayout:
+        """Rank r holds tokens `[r * T // P, (r + 1) * T // P)`.
+
+        Args:
+            cu_seqlens: host ints (list, tuple or CPU tensor): 0 and the end of each document.
+            cp_size: number of ranks, at least 1.
+
+        Raises:
+            TypeError, ValueError: an argument is not as said; the message carries its value.
+        """
+        cu = _host_cu_seqlens(cu_seqlens)
+        cut = np.arange(_check_cp_size(cp_size) + 1) * cu[-1] // cp_size
+        return cls(cu, list(np.stack([cut[:-1], cut[1:]], axis=1)[:, None]))
+
+    @classmethod
+    def zigzag(
+        cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int, per_document: bool = True
+    ) -> SequenceLayout:
+        """2P chunks; rank r holds chunks r and 2P - 1 - r, in that order (Megatron's layout).
+
+        Args:
+            cu_seqlens: host ints: 0 and the end of each document.
+            cp_size: number of ranks, at least 1.
+            per_document: cut each document into 2P chunks (chunk c of a document of L tokens is
+                `[c * L // 2P, (c + 1) * L // 2P)`); False cuts the whole packed sequence instead.
+
+        Raises:
+            TypeError, ValueError: an argument is not as said; the message carries its value.
+        """
+        cu = _host_cu_seqlens(cu_seqlens)
+        chunks = 2 * _check_cp_size(cp_size)
+        bounds = cu if per_document else cu[[0, -1]]
+        length = np.diff(bounds)[:, None]
+        cut = bounds[:-1, None] + np.arange(chunks + 1) * length // chunks  # [documents, chunks + 1]
+        pair = np.stack([cut[:, :-1], cut[:, 1:]], axis=2)
+        return cls(cu, [pair[:, [r, chunks - 1 - r]].reshape(-1, 2) for r in range(cp_size)])
+
+    @classmethod
+    def from_runs(
+        cls, runs: Sequence[Sequence[tuple[int, int]]], cu_seqlens: Iterable[int] | Tensor
+    ) -> SequenceLayout:
+        """Any layout: for each rank its runs `(start, end)` of token numbers, in the order it holds them.
+
+        Args:
+            runs: one list a rank; a rank may hold nothing. Together they hold each token exactly once.
+            cu_seqlens: host ints: 0 and the end of each document.
+
+        Raises:
+            TypeError, ValueError: an argument is not as said; the message carries its value.
+        """
+        if isinstance(runs, (str, bytes)) or not isinstance(runs, Sequence):
+            raise TypeError(f"runs must be a list with one list of (start, end) for each rank, got {runs!r}")
+        if len(runs) < 1:
+            raise ValueError("runs must have one list for each rank, got none")
+        return cls(cu_seqlens, [_host_runs(rank, r) for rank, r in enumerate(runs)])
+
+    @property
+    def cp_size(self) -> int:
+        return len(self.runs)
+
+    @property
+    def cu_seqlens(self) -> tuple[int, ...]:
+        return tuple(self._cu_seqlens.tolist())
+
+    @property
+    def cu_seqlens_array(self) -> np.ndarray:
+        """`cu_seqlens` as a read-only int64 array."""
+        return self._cu_seqlens
+
+    @property
+    def total_tokens(self) -> int:
+        return int(self._cu_seqlens[-1])
+
+    def local_tokens(self, rank: int) -> int:
+        """Number of tokens that `rank` holds."""
+        return int((self.runs[self._check_rank(rank)][:, 1] - self.runs[rank][:, 0]).sum())
+
+    def local_indices(self, rank: int) -> Tensor:
+        """Global token numbers that `rank` holds, in its own order: int64 `[local tokens]`, on the host."""
+        return torch.from_numpy(expand_runs(self.runs[self._check_rank(rank)]))
+
+    def shard(self, x: Tensor, rank: int, dim: int = 0) -> Tensor:
+        """The tokens of `rank` out of a global tensor, along `dim`.
+
+        Raises:
+            ValueError: `x` does not have `total_tokens` entries along `dim`, or there is no such rank.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.total_tokens:
+            raise ValueError(f"x must have {self.total_tokens} tokens along dim {dim}, got shape {tuple(x.shape)}")
+        return x.index_select(dim, self.local_indices(rank).to(x.device))
+
+    def unshard(self, parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+        """The global tensor out of every rank's tokens: the inverse of `shard`.
+
+        Raises:
+            ValueError: there is not one part for each rank, or a part has another number of tokens than its rank holds.
+        """
+        if len(parts) != self.cp_size:
+            raise ValueError(f"parts must have one tensor for each of {self.cp_size} ranks, got {len(parts)}")
+        for rank, part in enumerate(parts):
+            if not -part.dim() <= dim < part.dim() or part.shape[dim] != self.local_tokens(rank):
+                raise ValueError(
+                    f"the part of rank {rank} must have {self.local_tokens(rank)} tokens along dim {dim}, "
+                    f"got shape {tuple(part.shape)}"
+                )
+        order = torch.cat([self.local_indices(rank) for rank in range(self.cp_size)])
+        whole = torch.cat(list(parts), dim)
+        return whole.index_select(dim, torch.argsort(order).to(whole.device))
+
+    def _check_rank(self, rank: int) -> int:
+        if not 0 <= rank < self.cp_size:
+            raise ValueError(f"rank must be in [0, {self.cp_size}), got {rank}")
+        return rank
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that differ between layouts; equal layouts have equal digests on every rank."""
+        h = hashlib.blake2b(digest_size=16)
+        h.update(np.int64(self._cu_seqlens.size).tobytes() + self._cu_seqlens.tobytes())
+        for r in self.runs:
+            h.update(np.int64(len(r)).tobytes() + np.ascontiguousarray(r).tobytes())
+        return h.digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SequenceLayout) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        held = [self.local_tokens(r) for r in range(self.cp_size)]
+        return f"SequenceLayout({len(self._cu_seqlens) - 1} documents, {self.total_tokens} tokens, held {held})"
+
+
+def expand_runs(runs: np.ndarray) -> np.ndarray:
+    """Every number of the runs `[n, 2]`, in order: int64."""
+    length = runs[:, 1] - runs[:, 0]
+    total = int(length.sum())
+    return np.repeat(runs[:, 0] - (np.cumsum(length) - length), length) + np.arange(total)
+
+
+def _check_cp_size(cp_size: int) -> int:
+    if isinstance(cp_size, bool) or not isinstance(cp_size, int):
+        raise TypeError(f"cp_size must be an int, got {cp_size!r} ({type(cp_size).__name__})")
+    if cp_size < 1:
+        raise ValueError(f"cp_size must be at least 1, got {cp_size}")
+    return cp_size
+
+
+def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndarray:
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.device.type != "cpu":
+            raise TypeError(f"cu_seqlens must be on the host (a list, tuple or CPU tensor), got {cu_seqlens.device}")
+        cu_seqlens = cu_seqlens.numpy()
+    if isinstance(cu_seqlens, np.ndarray):
+        if cu_seqlens.dtype.kind not in "iu":
+            raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
+        array = cu_seqlens.astype(np.int64)
+    else:
+        try:
+            array = np.array([operator.index(x) for x in cu_seqlens], dtype=np.int64)
+        except TypeError as error:
+            raise TypeError(f"cu_seqlens must be a list, tuple or CPU tensor of ints, got {cu_seqlens!r}") from error
+    if array.ndim != 1 or array.size < 1:
+        raise ValueError(f"cu_seqlens must be one-dimensional and not empty, got shape {array.shape}")
+    if array[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {array[0]}")
+    down = np.flatnonzero(np.diff(array) < 0)
+    if down.size:
+        i = int(down[0])
+        raise ValueError(f"cu_seqlens must not decrease, got {array[i]} then {array[i + 1]} at position {i + 1}")
+    return array
+
+
+def _host_runs(rank: int, runs: Sequence[tuple[int, int]]) -> np.ndarray:
+    try:
+        array = np.array([[operator.index(a), operator.index(b)] for a, b in runs], dtype=np.int64).reshape(-1, 2)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"runs of rank {rank} must be (start, end) pairs of ints, got {runs!r}") from error
+    return array
+
+
+def _merge_adjacent(runs: np.ndarray) -> np.ndarray:
+    """The same tokens in the same order with as few runs as can be, none of them empty or backward."""
+    runs = np.asarray(runs, dtype=np.int64)
+    backward = runs[runs[:, 1] < runs[:, 0]]
+    if len(backward):
+        raise ValueError(f"a run must not end before it starts, got {tuple(backward[0].tolist())}")
+    runs = runs[runs[:, 1] > runs[:, 0]]
+    if len(runs) == 0:
+        return runs.copy()
+    first = np.ones(len(runs), dtype=bool)
+    first[1:] = runs[1:, 0] != runs[:-1, 1]
+    last = np.append(first[1:], True)
+    return np.stack([runs[first, 0], runs[last, 1]], axis=1)
+
+
+def _check_cover(runs: Sequence[np.ndarray], total: int) -> None:
+    whole = np.concatenate(runs) if len(runs) else np.zeros((0, 2), dtype=np.int64)
+    whole = whole[np.argsort(whole[:, 0], kind="stable")]
+    expected = 0
+    for start, end in _merge_adjacent(whole).tolist():
+        if start != expected:
+            what = "no rank holds" if start > expected else "more than one rank or run holds"
+            raise ValueError(f"the runs must hold each of {total} tokens exactly once; {what} token {min(start, expected)}")
+        expected = end
+    if expected != total:
+        what = f"no rank holds token {expected}" if expected < total else f"token {expected - 1} is past the end"
+        raise ValueError(f"the runs must hold each of {total} tokens exactly once; {what}")

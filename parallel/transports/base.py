@@ -1,0 +1,113 @@
+"""What every transport gives the pipeline: parts of the keys and values, and the way home for their gradients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..comm import CommGroup
+from ..home import HomeBlocks
+
+
+@dataclass(frozen=True)
+class Part:
+    """Keys and values of some (kv head, block) pairs, as `kernels.KVPart` describes them.
+
+    Attributes:
+        k, v: `[N, H or 1, D]`, `[N, H or 1, Dv]`.
+        start: int32 `[H, n_blocks]`, row of the block's first key; -1 where the part lacks the pair.
+        name: "local", or where it came from.
+    """
+
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class PartGradient:
+    """A part and room for its gradients, which the caller writes (every row of every pair in the part).
+
+    Attributes:
+        part: the part.
+        dk, dv: of the shapes of `part.k` and `part.v`, in the accumulation dtype; uninitialised.
+    """
+
+    part: Part
+    dk: Tensor
+    dv: Tensor
+
+
+class Transport(ABC):
+    """Brings the other ranks' blocks over, for one range of kv heads at a time.
+
+    Attributes:
+        resident: whether parts stay valid after the next one is taken, so that several chunks of query rows can visit
+            them in turn. A transport that is not resident is walked once for each chunk of rows.
+    """
+
+    resident = True
+    name: str
+
+    def __init__(self, home: HomeBlocks, comm: CommGroup) -> None:
+        self.home, self.comm = home, comm
+
+    def local_part(self, heads: slice) -> Part:
+        """This rank's home blocks, where they lie."""
+        n_heads = heads.stop - heads.start
+        start = self.home.start.expand(n_heads, -1)
+        return Part(self.home.k[:, heads], self.home.v[:, heads], start, "local")
+
+    @abstractmethod
+    def forward(self, heads: slice) -> Iterator[Part]:
+        """Parts that together hold every pair that a local query selected: local first, remote ones as they arrive."""
+
+    @abstractmethod
+    def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
+        """The same parts with room for gradients. A transport that is not resident sends a part's gradients on when
+        the next one is taken, and adds what arrives for this rank's home blocks to `dk`, `dv` before it ends.
+
+        Args:
+            heads: the range of kv heads.
+            dk, dv: `[home tokens, H, D]`, `[home tokens, H, Dv]`: the local part's room.
+        """
+
+    @abstractmethod
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> None:
+        """Resident transports: send the gradients of remote parts home and add what arrives to `dk`, `dv`."""
+
+
+class LocalOnly(Transport):
+    """A group of one rank: nothing moves."""
+
+    name = "local"
+
+    def forward(self, heads: slice) -> Iterator[Part]:
+        yield self.local_part(heads)
+
+    def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
+        yield PartGradient(self.local_part(heads), dk, dv)
+
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> None:
+        pass
+
+
+def pack(k: Tensor, v: Tensor) -> Tensor:
+    """`[..., D]` and `[..., Dv]` side by side, so that both travel in one message."""
+    return torch.cat([k, v], dim=-1)
+
+
+def unpack(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Views of what `pack` put side by side; `width` is D."""
+    return packed[..., :width], packed[..., width:]
+
+
+def accumulation_room(packed: Tensor) -> Tensor:
+    """Uninitialised gradients of packed keys and values: fp64 for fp64, fp32 otherwise."""
+    dtype = torch.float64 if packed.dtype == torch.float64 else torch.float32
+    return torch.empty(packed.shape, dtype=dtype, device=packed.device)

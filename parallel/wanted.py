@@ -1,0 +1,56 @@
+"""Which (kv head, block) pairs each rank's queries selected, known to all ranks: what `fetch` moves and `auto` weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .blocks import RankPlan
+from .comm import CommGroup, to_host
+
+
+@dataclass
+class Wanted:
+    """Wanted pairs of every rank.
+
+    Attributes:
+        masks: bool `[P, Hkv, n_blocks]` on the device.
+    """
+
+    masks: Tensor
+    _read_tokens: Callable[[], Tensor]
+
+    def tokens(self) -> np.ndarray:
+        """int64 `[destination, home, Hkv]`, tokens of the pairs that `destination` wants of `home`. Waits for the device
+        the first time, though not for work enqueued after the masks were made."""
+        return self._read_tokens().numpy()
+
+
+def wanted_pairs(selected: Tensor, n_blocks: int, kv_heads: int) -> Tensor:
+    """bool `[Hkv, n_blocks]`: pairs that any row selected.
+
+    Args:
+        selected: int32 `[Hq, T, topk]`, -1 for no block.
+        n_blocks: blocks in all.
+        kv_heads: kv heads; q head h reads kv head `h // (Hq // Hkv)`.
+    """
+    mask = torch.zeros(kv_heads, n_blocks + 1, dtype=torch.bool, device=selected.device)
+    for row, chosen in zip(mask, selected.unflatten(0, (kv_heads, -1)), strict=True):
+        row.index_fill_(0, chosen.flatten().long() + 1, True)
+    return mask[:, 1:]
+
+
+def exchange_wanted(selected: Tensor, plan: RankPlan, kv_heads: int, comm: CommGroup) -> Wanted:
+    """Gather every rank's wanted pairs (one byte a pair), and start reading how many tokens go from where to where."""
+    blocks, size = plan.plan.blocks, comm.size
+    mine = wanted_pairs(selected, len(blocks), kv_heads)
+    masks = comm.all_gather(mine.view(torch.uint8), "wanted pairs").wait()
+    home = torch.from_numpy(plan.plan.home).to(masks.device)
+    length = torch.from_numpy(blocks.length).to(masks.device)
+    tokens = torch.zeros(size, kv_heads, size, dtype=torch.int64, device=masks.device)
+    tokens.index_add_(2, home, masks.long() * length)
+    return Wanted(masks.view(torch.bool), to_host(tokens.transpose(1, 2).contiguous()))
