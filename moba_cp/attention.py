@@ -86,9 +86,7 @@ def moba_attention(
             q.device,
         )
     plan = rank_plan(home_plan(layout, config.block_size), comm_group.rank)
-    call = pipeline.Call(
-        config, plan, comm_group, backend_for(q.device, q.dtype), comm, k.shape[1], workspace_bytes
-    )
+    call = pipeline.Call(config, plan, comm_group, backend_for(q.device, q.dtype), comm, k.shape[1], workspace_bytes)
     out, selected = _MoBAFunction.apply(q, k, v, call)
     if return_report:
         return out, make_report(call, selected, (k.shape[2] + v.shape[2]) * k.itemsize)

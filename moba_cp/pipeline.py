@@ -101,9 +101,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     return Saved(selected, out, lse)
 
 
-def backward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the local rows; dk and dv summed over every rank that used them."""
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
@@ -115,12 +113,19 @@ def backward(
     scale = call.config.scale(q.shape[-1])
     for heads, chunks in head_ranges(call, q, k, q.shape[-1]):
         room_dk, room_dv = _gradient_room(call, dk[:, heads], dv[:, heads], len(chunks))
-        gradients = list(transport.backward(heads, room_dk, room_dv)) if transport.resident and len(chunks) > 1 else None
+        gradients = (
+            list(transport.backward(heads, room_dk, room_dv)) if transport.resident and len(chunks) > 1 else None
+        )
         taken = []
         for index, chunk in enumerate(chunks):
             here, chosen = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
             lists = call.backend.route(
-                chosen, len(call.plan.plan.blocks), heads.stop - heads.start, here, call.config.block_size, backward=True
+                chosen,
+                len(call.plan.plan.blocks),
+                heads.stop - heads.start,
+                here,
+                call.config.block_size,
+                backward=True,
             )
             partials = call.backend.new_partials(chosen, q.shape[-1], q.dtype, backward=True)
             for gradient in gradients or transport.backward(heads, room_dk, room_dv):
@@ -224,7 +229,8 @@ class Replayed:
     """The parts of a resident transport: taken as they arrive the first time, kept for the chunks of rows that follow."""
 
     def __init__(self, transport: Transport, heads: slice) -> None:
-        self._source, self._kept = transport.forward(heads), []
+        self._source = transport.forward(heads)
+        self._kept: list[Part] = []
 
     def __iter__(self) -> Iterator[Part]:
         yield from self._kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from .kernels.torch_backend import accumulate_dtype
 from .parallel.layout import SequenceLayout
 
 
-def moba_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens, config: MoBAConfig) -> Tensor:
+def moba_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Iterable[int] | Tensor, config: MoBAConfig) -> Tensor:
     """Mixture of Block Attention over packed documents (arXiv 2502.13189, section 2.2), differentiable.
 
     Args:
@@ -58,9 +60,7 @@ def select_blocks(q: Tensor, k: Tensor, config: MoBAConfig) -> Tensor:
     complete = tokens // block_size
     whole = k[: complete * block_size].unflatten(0, (complete, block_size)) if complete else k[:0, None]
     centroids = whole.to(acc).mean(1).to(k.dtype)  # rounded once
-    scores = torch.einsum(
-        "qhd,jhd->hqj", q.to(acc), centroids.to(acc).repeat_interleave(q_heads // k.shape[1], 1)
-    )
+    scores = torch.einsum("qhd,jhd->hqj", q.to(acc), centroids.to(acc).repeat_interleave(q_heads // k.shape[1], 1))
     for query in range(tokens):
         candidates = scores[:, query, : own[query]].flip(1)  # later blocks first, so that a stable sort prefers them
         order = torch.sort(candidates, dim=1, descending=True, stable=True).indices  # NaN sorts as the greatest

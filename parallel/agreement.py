@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -118,7 +119,7 @@ def _gather(group: dist.ProcessGroup, header: Tensor) -> tuple[dist.Work, Tensor
     return start_all_gather(gathered.view(-1), header, group), gathered
 
 
-def _wait(group: dist.ProcessGroup, state: _GroupState, done) -> None:
+def _wait(group: dist.ProcessGroup, state: _GroupState, done: Callable[[], bool]) -> None:
     """Wait until `done()`, and look for a refusal when it takes long."""
     begin = time.monotonic()
     pause, store = 2e-5, None

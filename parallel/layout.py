@@ -62,9 +62,7 @@ class SequenceLayout:
         return cls(cu, list(np.stack([cut[:-1], cut[1:]], axis=1)[:, None]))
 
     @classmethod
-    def zigzag(
-        cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int, per_document: bool = True
-    ) -> SequenceLayout:
+    def zigzag(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int, per_document: bool = True) -> SequenceLayout:
         """2P chunks; rank r holds chunks r and 2P - 1 - r, in that order (Megatron's layout).
 
         Args:
@@ -85,9 +83,7 @@ class SequenceLayout:
         return cls(cu, [pair[:, [r, chunks - 1 - r]].reshape(-1, 2) for r in range(cp_size)])
 
     @classmethod
-    def from_runs(
-        cls, runs: Sequence[Sequence[tuple[int, int]]], cu_seqlens: Iterable[int] | Tensor
-    ) -> SequenceLayout:
+    def from_runs(cls, runs: Sequence[Sequence[tuple[int, int]]], cu_seqlens: Iterable[int] | Tensor) -> SequenceLayout:
         """Any layout: for each rank its runs `(start, end)` of token numbers, in the order it holds them.
 
         Args:
@@ -249,11 +245,15 @@ def _merge_adjacent(runs: np.ndarray) -> np.ndarray:
 def _check_cover(runs: Sequence[np.ndarray], total: int) -> None:
     whole = np.concatenate(runs) if len(runs) else np.zeros((0, 2), dtype=np.int64)
     whole = whole[np.argsort(whole[:, 0], kind="stable")]
+    if len(whole) and whole[0, 0] < 0:
+        raise ValueError(f"runs must hold tokens 0 to {total - 1}, got a run from {whole[0, 0]}")
     expected = 0
     for start, end in _merge_adjacent(whole).tolist():
         if start != expected:
             what = "no rank holds" if start > expected else "more than one rank or run holds"
-            raise ValueError(f"the runs must hold each of {total} tokens exactly once; {what} token {min(start, expected)}")
+            raise ValueError(
+                f"the runs must hold each of {total} tokens exactly once; {what} token {min(start, expected)}"
+            )
         expected = end
     if expected != total:
         what = f"no rank holds token {expected}" if expected < total else f"token {expected - 1} is past the end"

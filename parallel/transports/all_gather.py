@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import RankPlan
+from ..comm import Pending
 from .base import Part, PartGradient, Transport, accumulation_room, pack, unpack
 
 
@@ -47,7 +48,7 @@ class AllGather(Transport):
                 dk += received[source, :tokens, :, :width]
                 dv += received[source, :tokens, :, width:]
 
-    def _start(self, local: Part):
+    def _start(self, local: Part) -> Pending:
         most = int(self.home.plan.plan.home_tokens.max())
         packed = pack(local.k, local.v)
         if packed.shape[0] < most:

@@ -81,4 +81,3 @@ class Ring(Transport):
         source = self._source(step)
         start = home_start(self.home.plan.plan, source, packed.device).expand(heads.stop - heads.start, -1)
         return Part(*unpack(packed, local.k.shape[-1]), start, f"ring from rank {source}")
-
