@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import ModuleType
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from .parallel.cost import choose_transport
 from .parallel.home import HomeBlocks, bring_home, gather_centroids, order_centroids, send_back
 from .parallel.transports import AllGather, Fetch, LocalOnly, Part, Ring, Transport
 from .parallel.wanted import Wanted, exchange_wanted
+
+T = TypeVar("T")
 
 ROW_MULTIPLE = 128
 """Chunks of query rows end at multiples of this."""
@@ -79,6 +82,7 @@ class Saved:
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     """Output, log-sum-exp and selected blocks of the local rows."""
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     selected = select_blocks(call, q, home, rows)
@@ -87,7 +91,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     lse = call.backend.new_lse(q)
     scale = call.config.scale(q.shape[-1])
     for heads, chunks in head_ranges(call, q, k, v.shape[-1]):
-        parts = Replayed(transport, heads) if transport.resident else None
+        parts = Replayed(transport.forward(heads)) if transport.resident else None
         for chunk in chunks:
             here, chosen = rows.slice(chunk.rows.start, chunk.rows.stop), selected[chunk.q_heads, chunk.rows]
             lists = call.backend.route(
@@ -103,6 +107,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the local rows; dk and dv summed over every rank that used them."""
+    q, k, v, dout = (unit_stride(x) for x in (q, k, v, dout))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     transport = open_transport(call, home, saved.selected)
@@ -113,10 +118,7 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     scale = call.config.scale(q.shape[-1])
     for heads, chunks in head_ranges(call, q, k, q.shape[-1]):
         room_dk, room_dv = _gradient_room(call, dk[:, heads], dv[:, heads], len(chunks))
-        gradients = (
-            list(transport.backward(heads, room_dk, room_dv)) if transport.resident and len(chunks) > 1 else None
-        )
-        taken = []
+        replayed = Replayed(transport.backward(heads, room_dk, room_dv)) if transport.resident else None
         for index, chunk in enumerate(chunks):
             here, chosen = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
             lists = call.backend.route(
@@ -128,8 +130,7 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
                 backward=True,
             )
             partials = call.backend.new_partials(chosen, q.shape[-1], q.dtype, backward=True)
-            for gradient in gradients or transport.backward(heads, room_dk, room_dv):
-                taken.append(gradient)
+            for gradient in replayed or transport.backward(heads, room_dk, room_dv):
                 # A transport that is not resident gives its remote parts fresh room on every walk.
                 again = index > 0 and (transport.resident or gradient.dk is room_dk)
                 call.backend.attend_backward(
@@ -147,10 +148,8 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
                     partials,
                     again,
                 )
-                if not transport.resident:
-                    taken.clear()
             call.backend.merge_dq(partials, chosen, dq[chunk.rows, chunk.q_heads])
-        transport.return_gradients(gradients or taken, room_dk, room_dv)
+        transport.return_gradients(replayed.kept if replayed else [], room_dk, room_dv)
         if room_dk.data_ptr() != dk[:, heads].data_ptr():
             dk[:, heads] = room_dk
             dv[:, heads] = room_dv
@@ -225,18 +224,23 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, width: int) -> list[tuple[slic
     return ranges
 
 
-class Replayed:
-    """The parts of a resident transport: taken as they arrive the first time, kept for the chunks of rows that follow."""
+class Replayed(Generic[T]):
+    """What a resident transport yields: taken as it arrives the first time, kept for the chunks of rows that follow."""
 
-    def __init__(self, transport: Transport, heads: slice) -> None:
-        self._source = transport.forward(heads)
-        self._kept: list[Part] = []
+    def __init__(self, source: Iterator[T]) -> None:
+        self._source = source
+        self.kept: list[T] = []
 
-    def __iter__(self) -> Iterator[Part]:
-        yield from self._kept
-        for part in self._source:
-            self._kept.append(part)
-            yield part
+    def __iter__(self) -> Iterator[T]:
+        yield from self.kept
+        for item in self._source:
+            self.kept.append(item)
+            yield item
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied only where its last dimension is not dense (an expanded gradient, a transposed input)."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _gradient_room(call: Call, dk: Tensor, dv: Tensor, chunks: int) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,9 @@ class SideStream:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
-            self._stream = self._streams.setdefault(index, torch.cuda.Stream(device))
+            if index not in self._streams:
+                self._streams[index] = torch.cuda.Stream(device, priority=-1)
+            self._stream = self._streams[index]
             self._main = torch.cuda.current_stream(device)
             self._ready = torch.cuda.Event()
 

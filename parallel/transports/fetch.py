@@ -28,6 +28,8 @@ class Fetch(Transport):
     def __init__(self, home: HomeBlocks, comm: CommGroup, wanted: Wanted) -> None:
         super().__init__(home, comm)
         self.wanted = wanted
+        self._side = SideStream(home.k.device)
+        self._side.mark()  # home keys and masks are ready here, so a range of heads can be sent while an earlier one is computed
 
     def forward(self, heads: slice) -> Iterator[Part]:
         for gradient in self._parts(heads, None, None):
@@ -55,9 +57,8 @@ class Fetch(Transport):
     def _parts(self, heads: slice, dk: Tensor | None, dv: Tensor | None) -> Iterator[PartGradient]:
         """Local part first; the pairs of others are packed and sent on the side stream while it is computed."""
         self._heads = heads
-        side = SideStream(self.home.k.device)
+        side = self._side
         local = self.local_part(heads)
-        side.mark()
         none = local.k[:0]
         yield PartGradient(local, none if dk is None else dk, none if dv is None else dv)
         sent, received = self._tokens(heads)
