@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,41 @@ from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import CommGroup
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport, make_report
+from .stages import Stages
 from .validation import check_call, check_tensors, group_size
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 """Default of `workspace_bytes`: 1 GiB."""
+
+
+@overload
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    *,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None = ...,
+    comm: str = ...,
+    return_report: Literal[False] = ...,
+    workspace_bytes: int = ...,
+) -> Tensor: ...
+
+
+@overload
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    *,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None = ...,
+    comm: str = ...,
+    return_report: Literal[True],
+    workspace_bytes: int = ...,
+) -> tuple[Tensor, MoBAReport]: ...
 
 
 def moba_attention(
@@ -86,7 +117,9 @@ def moba_attention(
             q.device,
         )
     plan = rank_plan(home_plan(layout, config.block_size), comm_group.rank)
-    call = pipeline.Call(config, plan, comm_group, backend_for(q.device, q.dtype), comm, k.shape[1], workspace_bytes)
+    call = pipeline.Call(
+        config, plan, comm_group, backend_for(q.device, q.dtype), comm, k.shape[1], workspace_bytes, Stages(q.device)
+    )
     out, selected = _MoBAFunction.apply(q, k, v, call)
     if return_report:
         return out, make_report(call, selected, (k.shape[2] + v.shape[2]) * k.itemsize)
@@ -126,9 +159,7 @@ def moba_attn_varlen(
     longest = max((b - a for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)), default=0)
     if max_seqlen < longest:
         raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a document of {longest} tokens")
-    out = moba_attention(q, k, v, config, layout=layout)
-    assert isinstance(out, Tensor)
-    return out
+    return moba_attention(q, k, v, config, layout=layout)
 
 
 class _MoBAFunction(torch.autograd.Function):

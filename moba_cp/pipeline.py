@@ -5,11 +5,11 @@ home blocks -> centroids -> gate -> routing lists -> transport -> block attentio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from .parallel.blocks import HomePlan, RankPlan
 from .parallel.comm import CommGroup
 from .parallel.cost import choose_transport
 from .parallel.home import HomeBlocks, bring_home, gather_centroids, order_centroids, send_back
-from .parallel.transports import AllGather, Fetch, LocalOnly, Part, Ring, Transport
+from .parallel.transports import AllGather, Fetch, LocalOnly, Part, PartGradient, Ring, Transport
 from .parallel.wanted import Wanted, exchange_wanted
+from .stages import Stages
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class Call:
         requested: the `comm` argument.
         kv_heads: kv heads.
         workspace_bytes: most bytes of partial results at once.
+        stage: names the steps in profiles.
         transport: the transport in use; `requested` unless that is "auto".
         wanted: every rank's wanted pairs, where the transport needs them.
     """
@@ -50,6 +52,7 @@ class Call:
     requested: str
     kv_heads: int
     workspace_bytes: int
+    stage: Stages
     transport: str = ""
     wanted: Wanted | None = field(default=None, repr=False)
 
@@ -87,22 +90,29 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     rows = device_rows(call.plan, q.device)
     selected = select_blocks(call, q, home, rows)
     transport = open_transport(call, home, selected)
-    out = q.new_empty(*q.shape[:2], v.shape[-1])
-    lse = call.backend.new_lse(q)
-    scale = call.config.scale(q.shape[-1])
+    saved = Saved(selected, q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q))
     for heads, chunks in head_ranges(call, q, k, v.shape[-1]):
-        parts = Replayed(transport.forward(heads)) if transport.resident else None
+        replayed = Replayed(transport.forward(heads)) if transport.resident else None
         for chunk in chunks:
-            here, chosen = rows.slice(chunk.rows.start, chunk.rows.stop), selected[chunk.q_heads, chunk.rows]
-            lists = call.backend.route(
-                chosen, len(call.plan.plan.blocks), heads.stop - heads.start, here, call.config.block_size
+            _forward_chunk(call, chunk, q, rows, saved, replayed or transport.forward(heads))
+    return saved
+
+
+def _forward_chunk(call: Call, chunk: Chunk, q: Tensor, rows: QueryRows, saved: Saved, parts: Iterable[Part]) -> None:
+    """Output and log-sum-exp of one chunk; its partial results live no longer than this."""
+    here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
+    lists = _route(call, chunk, selected, here, backward=False)
+    partials = call.backend.new_partials(selected, saved.out.shape[-1], q.dtype)
+    scale = call.config.scale(q.shape[-1])
+    for part in call.stage.taking(parts, "wait for keys and values"):
+        with call.stage(f"attend {part.name}"):
+            call.backend.attend(
+                q[chunk.rows, chunk.q_heads], _kv_part(call, part), lists, here, selected, scale, partials
             )
-            partials = call.backend.new_partials(chosen, v.shape[-1], q.dtype)
-            queries = q[chunk.rows, chunk.q_heads]
-            for part in parts or transport.forward(heads):
-                call.backend.attend(queries, _kv_part(call, part), lists, here, chosen, scale, partials)
-            call.backend.merge(partials, chosen, out[chunk.rows, chunk.q_heads], lse[chunk.q_heads, chunk.rows])
-    return Saved(selected, out, lse)
+    with call.stage("merge"):
+        call.backend.merge(
+            partials, selected, saved.out[chunk.rows, chunk.q_heads], saved.lse[chunk.q_heads, chunk.rows]
+        )
 
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,49 +121,70 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     transport = open_transport(call, home, saved.selected)
-    delta = call.backend.delta(saved.out, dout)
+    with call.stage("delta"):
+        delta = call.backend.delta(saved.out, dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
-    scale = call.config.scale(q.shape[-1])
     for heads, chunks in head_ranges(call, q, k, q.shape[-1]):
         room_dk, room_dv = _gradient_room(call, dk[:, heads], dv[:, heads], len(chunks))
         replayed = Replayed(transport.backward(heads, room_dk, room_dv)) if transport.resident else None
         for index, chunk in enumerate(chunks):
-            here, chosen = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
-            lists = call.backend.route(
-                chosen,
-                len(call.plan.plan.blocks),
-                heads.stop - heads.start,
-                here,
-                call.config.block_size,
-                backward=True,
-            )
-            partials = call.backend.new_partials(chosen, q.shape[-1], q.dtype, backward=True)
-            for gradient in replayed or transport.backward(heads, room_dk, room_dv):
-                # A transport that is not resident gives its remote parts fresh room on every walk.
-                again = index > 0 and (transport.resident or gradient.dk is room_dk)
-                call.backend.attend_backward(
-                    q[chunk.rows, chunk.q_heads],
-                    dout[chunk.rows, chunk.q_heads],
-                    saved.lse[chunk.q_heads, chunk.rows],
-                    delta[chunk.q_heads, chunk.rows],
-                    _kv_part(call, gradient.part),
-                    lists,
-                    here,
-                    chosen,
-                    scale,
-                    gradient.dk,
-                    gradient.dv,
-                    partials,
-                    again,
-                )
-            call.backend.merge_dq(partials, chosen, dq[chunk.rows, chunk.q_heads])
-        transport.return_gradients(replayed.kept if replayed else [], room_dk, room_dv)
-        if room_dk.data_ptr() != dk[:, heads].data_ptr():
-            dk[:, heads] = room_dk
-            dv[:, heads] = room_dv
+            # A transport that is not resident gives its remote parts fresh room on every walk.
+            added_to = {id(room_dk)} if replayed is None else {id(g.dk) for g in replayed.kept}
+            parts = replayed or transport.backward(heads, room_dk, room_dv)
+            _backward_chunk(call, chunk, q, dout, delta, rows, saved, parts, added_to if index else set(), dq)
+        with call.stage("return gradients"):
+            transport.return_gradients(replayed.kept if replayed else [], room_dk, room_dv)
+            if room_dk.dtype != dk.dtype or room_dk.data_ptr() != dk[:, heads].data_ptr():
+                dk[:, heads] = room_dk
+                dv[:, heads] = room_dv
     return dq, *send_back(call.plan, dk, dv, call.comm)
+
+
+def _backward_chunk(
+    call: Call,
+    chunk: Chunk,
+    q: Tensor,
+    dout: Tensor,
+    delta: Tensor,
+    rows: QueryRows,
+    saved: Saved,
+    parts: Iterable[PartGradient],
+    added_to: set[int],
+    dq: Tensor,
+) -> None:
+    """dq of one chunk, and its share of dk and dv of every part; adds to the gradients whose dk is in `added_to`."""
+    here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
+    lists = _route(call, chunk, selected, here, backward=True)
+    partials = call.backend.new_partials(selected, q.shape[-1], q.dtype, backward=True)
+    for gradient in call.stage.taking(parts, "wait for keys and values, send gradients"):
+        with call.stage(f"attend backward {gradient.part.name}"):
+            call.backend.attend_backward(
+                q[chunk.rows, chunk.q_heads],
+                dout[chunk.rows, chunk.q_heads],
+                saved.lse[chunk.q_heads, chunk.rows],
+                delta[chunk.q_heads, chunk.rows],
+                _kv_part(call, gradient.part),
+                lists,
+                here,
+                selected,
+                call.config.scale(q.shape[-1]),
+                gradient.dk,
+                gradient.dv,
+                partials,
+                id(gradient.dk) in added_to,
+            )
+    with call.stage("merge dq"):
+        call.backend.merge_dq(partials, selected, dq[chunk.rows, chunk.q_heads])
+
+
+def _route(call: Call, chunk: Chunk, selected: Tensor, rows: QueryRows, backward: bool) -> Any:
+    kv_heads = chunk.heads.stop - chunk.heads.start
+    with call.stage("lists"):
+        return call.backend.route(
+            selected, len(call.plan.plan.blocks), kv_heads, rows, call.config.block_size, backward=backward
+        )
 
 
 def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> Tensor:
@@ -161,12 +192,13 @@ def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> T
     n_blocks = len(call.plan.plan.blocks)
     if call.topk > 1:
         start = _centroid_start(call.plan, q.device)
-        local = call.backend.centroids(home.k, start, call.config.block_size)
-        gathered = gather_centroids(call.plan, local, call.comm).wait() if call.comm.size > 1 else local[None]
-        centroids = order_centroids(call.plan, gathered)
+        with call.stage("centroids"):
+            local = call.backend.centroids(home.k, start, call.config.block_size)
+            centroids = order_centroids(call.plan, gather_centroids(call.plan, local, call.comm).wait())
     else:
         centroids = q.new_zeros(n_blocks, home.k.shape[1], q.shape[-1])
-    return call.backend.select_blocks(q, centroids, rows, call.topk)
+    with call.stage("gate"):
+        return call.backend.select_blocks(q, centroids, rows, call.topk)
 
 
 def compact(selected: Tensor, call: Call) -> Tensor:
