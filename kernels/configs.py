@@ -1,0 +1,87 @@
+"""Launch configurations of the forward kernels.
+
+They depend on head sizes, block size and the kind of device, never on the number of rows: a (row, block) pair's partial
+result then has the same bits in whatever company its row is computed. `scripts/bench_kernels.py --sweep` tries others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SMALL_BLOCK = 128
+"""Largest block whose keys and values one program holds whole."""
+
+_OPT_IN_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+_LEAST_KIB = 99  # 8.6, 8.9, 12.0, and whatever is not listed
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile sizes and Triton options of one kernel.
+
+    Attributes:
+        rows: query rows a tile.
+        keys: keys a tile.
+        num_warps, num_stages: Triton's.
+        store: cache modifier of the stores of partial results ("" or ".cs").
+    """
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    store: str = ""
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16, that tiles of `size` elements are padded to."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; CPU tensors, which only the interpreter sees, count as Hopper."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def shared_memory_kib(capability: tuple[int, int]) -> int:
+    """Shared memory that one program may use."""
+    return _OPT_IN_KIB.get(capability, _LEAST_KIB)
+
+
+def streaming(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]) -> Launch | None:
+    """For small blocks: K and V stay, rows stream. None where they do not fit and `stationary` serves instead."""
+    dim, dim_v, keys = padded(dim), padded(dim_v), padded(block_size)
+    if keys > SMALL_BLOCK or max(dim, dim_v) > 128:
+        return None
+    launch = Launch(rows=64, keys=keys, num_warps=4, num_stages=3)
+    held = keys * (dim + dim_v) + launch.rows * (launch.num_stages * dim + dim_v)
+    return launch if 2 * held <= 1024 * shared_memory_kib(capability) else None
+
+
+def stationary(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]) -> Launch:
+    """Rows stay, K and V stream: past blocks of more than 128 keys, and smaller ones that do not fit `streaming`."""
+    launch = own_blocks(dim, dim_v, capability)
+    if capability[0] >= 9 and max(padded(dim), padded(dim_v)) <= 128 and block_size % launch.keys == 0:
+        # Two programs a multiprocessor hide each other's waits; 8 warps, 3 stages or 128 keys leave room for one only.
+        # The same tile with masks (ragged blocks) would spill.
+        return Launch(rows=128, keys=64, num_warps=4, num_stages=2)
+    return launch
+
+
+def own_blocks(dim: int, dim_v: int, capability: tuple[int, int]) -> Launch:
+    """Consecutive rows stay, the keys of their own block stream, masked."""
+    wide = max(padded(dim), padded(dim_v)) > 128
+    if shared_memory_kib(capability) <= _LEAST_KIB:
+        return Launch(rows=64, keys=32, num_warps=8 if wide else 4, num_stages=2)
+    if wide and capability[0] < 9:
+        return Launch(rows=64, keys=32, num_warps=8, num_stages=2)
+    if wide:
+        return Launch(rows=64, keys=64, num_warps=8, num_stages=2)
+    return Launch(rows=64, keys=64, num_warps=4, num_stages=2)
+
+
+def merging(dim: int) -> Launch:
+    """Merge of partials: memory-bound, a tile of 2048 elements a slot, no keys."""
+    return Launch(rows=max(4, 2048 // padded(dim)), keys=0, num_warps=4, num_stages=3)

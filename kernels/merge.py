@@ -1,0 +1,111 @@
+"""Merge of the partials of a row, in slot order: outputs by their log-sum-exps (forward), dq by plain sums (backward).
+
+Both are bound by memory: they read every selected slot once and write one row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+
+_VARYING = [
+    "tokens", "selected_head", "selected_token", "selected_slot", "merged_token", "merged_head", "merged_lse_head",
+]  # fmt: skip
+_UNALIGNED = ["selected", "lse", "merged_lse"]
+
+
+@triton.jit
+def _slot_rows(selected, tokens, selected_head, selected_token, ROWS: tl.constexpr, TOPK: tl.constexpr):
+    """The program's q head, its tokens, which of them exist, their place in `selected` and their first partial."""
+    head = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return (
+        head,
+        token,
+        token < tokens,
+        selected + head * selected_head + token * selected_token,
+        (head * tokens + token) * TOPK,
+    )
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
+def _merge(
+    partial, lse, selected, merged, merged_lse, tokens, selected_head, selected_token, selected_slot,
+    merged_token, merged_head, merged_lse_head,
+    TOPK: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS rows of one q head; a running softmax over their slots.
+
+    Reads TOPK * (2 * DV + 8) bytes a row (less for empty slots), writes 2 * DV + 4. The loop over slots stays a loop:
+    unrolled, it spills.
+    """
+    head, token, valid, chosen, first = _slot_rows(selected, tokens, selected_head, selected_token, ROWS, TOPK)
+    d = tl.arange(0, DV_PADDED)
+    column = (d < DV)[None, :]
+    # Finite, so that an empty slot before the first used one gives weight exp2(-inf) = 0 and not exp2(-inf + inf).
+    m = tl.full([ROWS], -1e38, tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DV_PADDED], tl.float32)
+    for slot in tl.range(0, TOPK, num_stages=STAGES):
+        used = tl.load(chosen + slot * selected_slot, mask=valid, other=-1) >= 0
+        slot_lse = tl.load(lse + first + slot, mask=used, other=float("-inf"))
+        o = tl.load(partial + (first + slot)[:, None] * DV + d[None, :], mask=used[:, None] & column, other=0.0)
+        m_new = tl.maximum(m, slot_lse)
+        rescale = tl.exp2(m - m_new)
+        weight = tl.exp2(slot_lse - m_new)
+        acc = acc * rescale[:, None] + weight[:, None] * o.to(tl.float32)
+        norm = norm * rescale + weight
+        m = m_new
+    acc = acc * (1.0 / norm)[:, None]
+    pointers = merged + head * merged_head + token[:, None] * merged_token + d[None, :]
+    tl.store(pointers, acc.to(merged.dtype.element_ty), mask=valid[:, None] & column)
+    tl.store(merged_lse + head * merged_lse_head + token, m + tl.log2(norm), mask=valid)
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
+def _merge_dq(
+    partial, selected, merged, tokens, selected_head, selected_token, selected_slot, merged_token, merged_head,
+    TOPK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS rows of one q head, fp32 sums of slots. Reads TOPK * (2 * D + 4) bytes a row, writes 2 * D."""
+    head, token, valid, chosen, first = _slot_rows(selected, tokens, selected_head, selected_token, ROWS, TOPK)
+    d = tl.arange(0, D_PADDED)
+    column = (d < D)[None, :]
+    acc = tl.zeros([ROWS, D_PADDED], tl.float32)
+    for slot in tl.range(0, TOPK, num_stages=STAGES):
+        used = tl.load(chosen + slot * selected_slot, mask=valid, other=-1) >= 0
+        dq = tl.load(partial + (first + slot)[:, None] * D + d[None, :], mask=used[:, None] & column, other=0.0)
+        acc += dq.to(tl.float32)
+    pointers = merged + head * merged_head + token[:, None] * merged_token + d[None, :]
+    tl.store(pointers, acc.to(merged.dtype.element_ty), mask=valid[:, None] & column)
+
+
+def merge(partials, selected: Tensor, out: Tensor, lse: Tensor, launch: configs.Launch | None = None) -> None:
+    """Weighted sum of the partials in block order; see `torch_backend.merge`. `lse` `[Hq, T]` is in base 2."""
+    q_heads, tokens, topk = selected.shape
+    if tokens == 0 or q_heads == 0:
+        return
+    dim = out.shape[2]
+    launch = launch or configs.merging(dim)
+    _merge[(triton.cdiv(tokens, launch.rows), q_heads)](
+        partials.out, partials.lse, selected, out, lse, tokens, *selected.stride(), out.stride(0), out.stride(1),
+        lse.stride(0), TOPK=topk, DV=dim, DV_PADDED=configs.padded(dim), ROWS=launch.rows, STAGES=launch.num_stages,
+        num_warps=launch.num_warps,
+    )  # fmt: skip
+
+
+def merge_dq(dq_partials, selected: Tensor, dq: Tensor, launch: configs.Launch | None = None) -> None:
+    """Sum of the partial dq in block order into `dq` `[T, Hq, D]`; see `torch_backend.merge_dq`."""
+    q_heads, tokens, topk = selected.shape
+    if tokens == 0 or q_heads == 0:
+        return
+    dim = dq.shape[2]
+    launch = launch or configs.merging(dim)
+    _merge_dq[(triton.cdiv(tokens, launch.rows), q_heads)](
+        dq_partials.out, selected, dq, tokens, *selected.stride(), dq.stride(0), dq.stride(1),
+        TOPK=topk, D=dim, D_PADDED=configs.padded(dim), ROWS=launch.rows, STAGES=launch.num_stages,
+        num_warps=launch.num_warps,
+    )  # fmt: skip

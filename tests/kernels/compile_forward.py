@@ -1,0 +1,124 @@
+"""Compiles the forward kernels for a GPU that need not be there and prints registers, spills and shared memory as JSON.
+
+Run as a program, in a process of its own: where there is no GPU, the tests' process has Triton's interpreter on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moba_cp.kernels import configs, forward, merge
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+INTEGERS = {"tokens", "n_blocks", "q_heads", "offset", "start_head"}
+INT32_POINTERS = {
+    "start", "length", "position", "entry", "pointer", "item_bin", "item_start", "own_tiles", "selected",
+}  # fmt: skip
+FP32_POINTERS = {"lse", "merged_lse"}
+
+
+def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], num_warps: int, descriptors=()) -> dict:
+    """Compiles `kernel`; what is neither constant nor known by name is a tensor of `dtype` or a stride."""
+    signature, aligned = {}, []
+    parameters = kernel.params
+    for p in parameters:
+        if p.name in constants:
+            signature[p.name] = "constexpr"
+        elif p.name in descriptors:
+            tile = (1, constants["KEYS"], constants["D_PADDED" if p.name == "k" else "DV_PADDED"])
+            signature[p.name] = f"tensordesc<{dtype}{list(tile)}>"
+        elif p.name in INT32_POINTERS:
+            signature[p.name] = "*i32"
+        elif p.name in FP32_POINTERS:
+            signature[p.name] = "*fp32"
+        elif p.name == "scale":
+            signature[p.name] = "fp32"
+        elif p.name in INTEGERS or "_" in p.name:
+            signature[p.name] = "i32"
+        else:
+            signature[p.name] = f"*{dtype}"
+        if not (p.do_not_specialize or p.do_not_specialize_on_alignment) and signature[p.name] in ("i32", f"*{dtype}"):
+            aligned.append(p.num)
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    constexprs = {(p.num,): constants[p.name] for p in parameters if p.name in constants}
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    local = int(re.search(r"LOCAL:(\d+)", usage)[1])
+    return {
+        "registers": registers,
+        "spill": stack + local,
+        "shared": compiled.metadata.shared,
+        "ptx": compiled.asm["ptx"],
+    }
+
+
+def forward_constants(dim, dim_v, block_size, launch, **more) -> dict:
+    return {
+        "GROUP": 4, "TOPK": 8, "HEAD_BITS": 2, "SLOT_BITS": 3, "ITEM": 2048 if block_size <= 128 else 128,
+        "BLOCK": block_size, "D": dim, "D_PADDED": configs.padded(dim), "DV": dim_v, "DV_PADDED": configs.padded(dim_v),
+        "NEGATIVE": False, "ROWS": launch.rows, "KEYS": launch.keys, "STAGES": launch.num_stages, "STORE": launch.store,
+    } | more  # fmt: skip
+
+
+def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
+    """What `forward.attend` launches for these sizes."""
+    with_own = block_size <= configs.SMALL_BLOCK
+    hold = configs.stationary(dim, dim_v, block_size, capability)
+    stream = configs.streaming(dim, dim_v, block_size, capability) if with_own else None
+    if stream:
+        constants = forward_constants(dim, dim_v, block_size, stream)
+        return {"stream": build(forward._stream_rows, constants, dtype, capability, stream.num_warps)}
+    tma = capability == (9, 0) and not with_own and block_size % hold.keys == 0
+    constants = forward_constants(dim, dim_v, block_size, hold, WITH_OWN=with_own, TMA=tma)
+    built = {"hold": build(forward._hold_rows, constants, dtype, capability, hold.num_warps, ("k", "v") if tma else ())}
+    if not with_own:
+        own = configs.own_blocks(dim, dim_v, capability)
+        constants = forward_constants(dim, dim_v, block_size, own, TILE=128)
+        constants = {p.name: constants[p.name] for p in forward._own_blocks.params if p.name in constants}
+        built["own"] = build(forward._own_blocks, constants, dtype, capability, own.num_warps)
+    return built
+
+
+def build_merge(dim, topk, dtype, capability) -> dict[str, dict]:
+    launch = configs.merging(dim)
+    common = {"TOPK": topk, "ROWS": launch.rows, "STAGES": launch.num_stages}
+    padded = configs.padded(dim)
+    return {
+        "merge": build(merge._merge, common | {"DV": dim, "DV_PADDED": padded}, dtype, capability, launch.num_warps),
+        "merge_dq": build(
+            merge._merge_dq, common | {"D": dim, "D_PADDED": padded}, dtype, capability, launch.num_warps
+        ),
+    }
+
+
+def main() -> None:
+    """Arguments: JSON list of cases `["attend", dim, dim_v, block_size, dtype, capability]` or `["merge", dim, topk, ...]`."""
+    results = []
+    for name, *arguments, capability in json.loads(sys.argv[1]):
+        try:
+            built = (build_attend if name == "attend" else build_merge)(*arguments, tuple(capability))
+        except Exception as error:  # one failure must not hide the others
+            built = {"error": {"text": f"{type(error).__name__}: {error}"}}
+        for kernel in built.values():
+            kernel.pop("ptx", None)
+        results.append(built)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Inputs of `attend` and `merge` in the Triton form, and what plain torch makes of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moba_cp.kernels import torch_backend
+from moba_cp.kernels.torch_backend import Partials
+from moba_cp.kernels.types import KVPart, QueryRows, query_rows
+
+NAN = float("nan")
+
+
+@dataclass
+class Case:
+    """One call of `attend`: inputs as every backend takes them."""
+
+    q: Tensor
+    part: KVPart
+    rows: QueryRows
+    selected: Tensor
+    scale: float
+    block_size: int
+    kv_heads: int
+
+    def lists(self) -> SimpleNamespace:
+        return make_lists(self.selected, self.part.length.numel(), self.kv_heads, self.block_size)
+
+    def poisoned_partials(self) -> Partials:
+        """Partials full of NaN: what the kernels leave out shows."""
+        shape, dim_v, device = self.selected.shape, self.part.v.shape[2], self.q.device
+        out = torch.full((*shape, dim_v), NAN, dtype=self.q.dtype, device=device)
+        return Partials(out, torch.full(shape, NAN, device=device))
+
+    def expected(self, part: KVPart | None = None) -> Partials:
+        """fp32 partials of plain torch, log-sum-exp in base 2; NaN where the part does not hold the block."""
+        partials = torch_backend.new_partials(self.selected, self.part.v.shape[2], self.q.dtype)
+        partials.out.fill_(NAN)
+        partials.lse.fill_(NAN)
+        blocks = self.part.length.numel()
+        lists = torch_backend.route(self.selected, blocks, self.kv_heads, self.rows, self.block_size)
+        torch_backend.attend(self.q, part or self.part, lists, self.rows, self.selected, self.scale, partials)
+        partials.lse.mul_(math.log2(math.e))
+        return partials
+
+    def slice(self, begin: int, end: int) -> Case:
+        rows = self.rows.slice(begin, end)
+        return replace(self, q=self.q[begin:end], rows=rows, selected=self.selected[:, begin:end])
+
+
+def make_case(
+    lengths, block_size, topk, *, q_heads=2, kv_heads=1, dim=16, dim_v=None, device="cpu", dtype=torch.float32, seed=0,
+    order="as they come", hot=False, cold=False, strided=False, scale=None,
+) -> Case:  # fmt: skip
+    """Random inputs over packed documents.
+
+    `order`: "as they come", "reversed", "shuffled" (no two rows side by side) or "zigzag" (halves of halves swapped);
+    `hot`: every query selects its document's first block; `cold`: nobody selects the second; `strided`: tensors are
+    views with larger strides.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    table = [
+        (b, d0, p)
+        for d0, n in zip(_first_blocks(lengths, block_size), lengths)
+        for b, p in ((d0 + t // block_size, t % block_size) for t in range(n))
+    ]
+    block, first, position = np.array(table, dtype=np.int64).reshape(-1, 3).T
+    tokens = block.size
+    index = {
+        "as they come": np.arange(tokens),
+        "reversed": np.arange(tokens)[::-1],
+        "shuffled": np.random.default_rng(seed).permutation(tokens),
+        "zigzag": np.concatenate(
+            np.array_split(np.arange(tokens), 4)[::2] + np.array_split(np.arange(tokens), 4)[1::2]
+        ),
+    }[order]
+    starts, counts = [], []
+    at = 0
+    for n in lengths:
+        for t in range(0, n, block_size):
+            starts.append(at + t)
+            counts.append(min(block_size, n - t))
+        at += n
+    n_blocks = len(starts)
+    rows = query_rows(block[index], first[index], position[index], device)
+    selected = _select(rows, n_blocks, q_heads, topk, hot, cold, generator)
+
+    def tensor(heads, size):
+        more = 16 if strided else 0
+        x = torch.randn(tokens, heads + (more > 0), size + more, device=device, generator=generator).to(dtype)
+        return x[:, :heads, :size]
+
+    start = torch.tensor(starts, dtype=torch.int32, device=device).expand(kv_heads, n_blocks)
+    length = torch.tensor(counts, dtype=torch.int32, device=device)
+    q, k, v = tensor(q_heads, dim), tensor(kv_heads, dim), tensor(kv_heads, dim_v or dim)
+    part = KVPart(k, v, start, length)
+    return Case(q, part, rows, selected, dim**-0.5 if scale is None else scale, block_size, kv_heads)
+
+
+def _first_blocks(lengths, block_size):
+    blocks = np.cumsum([0] + [-(-n // block_size) for n in lengths])
+    return blocks[:-1].tolist()
+
+
+def _select(rows, n_blocks, q_heads, topk, hot, cold, generator) -> Tensor:
+    device, number = rows.block.device, torch.arange(n_blocks, device=rows.block.device)
+    selected = torch.full((q_heads, len(rows), topk), -1, dtype=torch.int32, device=device)
+    wanted = min(topk - 1, n_blocks)
+    candidate = (number >= rows.first_block[:, None]) & (number < rows.block[:, None])
+    if cold:
+        candidate &= number != 1
+    for head in range(q_heads):
+        score = torch.rand(len(rows), n_blocks, device=device, generator=generator)
+        score += hot * (number == rows.first_block[:, None])
+        best = score.masked_fill(~candidate, -1).topk(wanted, dim=1)
+        best = best.indices.masked_fill(best.values < 0, -1).sort(1).values
+        selected[head, :, topk - 1 - wanted : topk - 1] = best.to(torch.int32)
+        selected[head, :, -1] = rows.block
+    return selected
+
+
+def make_lists(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) -> SimpleNamespace:
+    """Routing lists of the Triton form, with torch operations and host reads, as the forward wants them."""
+    with_own = block_size <= 128
+    rows_per_item = 2048 if with_own else 128
+    q_heads, _, topk = selected.shape
+    group = q_heads // kv_heads
+    head_bits, slot_bits = (group - 1).bit_length(), (topk - 1).bit_length()
+    listed = selected if with_own else selected[:, :, :-1]
+    head, token, slot = torch.nonzero(listed >= 0, as_tuple=True)
+    key, order = torch.sort(head // group * n_blocks + listed[head, token, slot].long(), stable=True)
+    pointer = torch.searchsorted(key, torch.arange(kv_heads * n_blocks + 1, device=key.device)).to(torch.int32)
+    code = (token << (head_bits + slot_bits)) | (head % group << slot_bits) | slot
+    entry = torch.full((selected.numel(),), -1, dtype=torch.int32, device=key.device)
+    entry[: order.numel()] = code[order].to(torch.int32)
+    ends = pointer.tolist()
+    items = [(b, at) for b in range(len(ends) - 1) for at in range(ends[b], ends[b + 1], rows_per_item)]
+    item = torch.tensor([*items, (-1, 0), (-1, 0)], dtype=torch.int32, device=key.device)
+    return SimpleNamespace(
+        pointer=pointer, entry=entry, head_bits=head_bits, slot_bits=slot_bits, n_blocks=n_blocks, kv_heads=kv_heads,
+        group_size=group, with_own=with_own, item_bin=item[:, 0].contiguous(), item_start=item[:, 1].contiguous(),
+        rows_per_item=rows_per_item, block_size=block_size,
+    )  # fmt: skip
+
+
+def without(part: KVPart, pairs: slice) -> KVPart:
+    """The part less some of its (kv head, block) pairs, numbered in order."""
+    start = part.start.clone()
+    start.view(-1)[pairs] = -1
+    return KVPart(part.k, part.v, start, part.length)
+
+
+def fetched(part: KVPart) -> KVPart:
+    """The same pairs as a fetch delivers them: rows `[N, 1, D]` of each pair, last pair first, NaN between them."""
+    kv_heads, n_blocks = part.start.shape
+    start = torch.empty(kv_heads, n_blocks, dtype=torch.int32)
+    rows, at = {"k": [], "v": []}, 0
+    for pair in reversed(range(kv_heads * n_blocks)):
+        head, block = divmod(pair, n_blocks)
+        first, count = int(part.start[head, block]), int(part.length[block])
+        start[head, block] = at
+        for name, x in (("k", part.k), ("v", part.v)):
+            rows[name] += [x[first : first + count, head], x.new_full((3, x.shape[2]), NAN)]
+        at += count + 3
+    k, v = (torch.cat(rows[name])[:, None] for name in ("k", "v"))
+    return KVPart(k, v, start.to(k.device), part.length)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of the reference; inf unless NaN stands in the same places of both."""
+    nan = torch.isnan(expected)
+    if not torch.equal(torch.isnan(actual), nan):
+        return float("inf")
+    actual, expected = actual.double().masked_fill(nan, 0), expected.double().masked_fill(nan, 0)
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -1,0 +1,59 @@
+"""The shipped configurations of the forward kernels compile for GPUs that need not be there, and do not spill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.kernels import interpreter
+
+pytest.importorskip("triton")
+HELPER = str(Path(__file__).with_name("compile_forward.py"))
+KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227}
+
+
+def build(cases):
+    return json.loads(interpreter.run_without_interpreter(HELPER, json.dumps(cases)))
+
+
+def check(cases, most_spilled):
+    for case, kernels in zip(cases, build(cases), strict=True):
+        for name, used in kernels.items():
+            assert name != "error", (case, used)
+            assert used["spill"] <= most_spilled, (case, name, used)
+            assert used["shared"] <= KIB[tuple(case[-1])] * 1024, (case, name, used)
+
+
+def test_hopper_attend():
+    """8 bytes are one register kept across the loop of `_hold_rows`, written and read once a program."""
+    cases = [["attend", 128, 128, block, "bf16", [9, 0]] for block in (16, 64, 100, 128, 512, 520, 4096)]
+    cases += [
+        ["attend", *dims, block, "bf16", [9, 0]] for dims in ((64, 64), (192, 128), (256, 256)) for block in (128, 512)
+    ]
+    cases += [["attend", 96, 96, 512, "fp16", [9, 0]], ["attend", 192, 192, 128, "bf16", [9, 0]]]
+    check(cases, 8)
+
+
+def test_hopper_merge():
+    check([["merge", dim, 8, "bf16", [9, 0]] for dim in (64, 96, 128, 192, 256)], 0)
+
+
+def test_two_programs_a_multiprocessor():
+    """What the speed of D = 128 rests on: registers and shared memory for two programs of four warps."""
+    for kernels in build([["attend", 128, 128, block, "bf16", [9, 0]] for block in (128, 512)]):
+        for used in kernels.values():
+            assert used["registers"] <= 255
+            assert 2 * (used["shared"] + 1024) <= 228 * 1024
+
+
+def test_ampere_and_ada():
+    cases = [
+        ["attend", *dims, block, "bf16", gpu]
+        for gpu in ([8, 0], [8, 9])
+        for dims in ((128, 128), (256, 256))
+        for block in (128, 512)
+    ]
+    cases += [["merge", 128, 8, "fp16", [8, 0]]]
+    check(cases, 400)
