@@ -1,0 +1,54 @@
+"""The primitives in Triton: bf16 and fp16 on CUDA devices. Same names, arguments and meaning as `torch_backend`.
+
+Partial results are kept in the inputs' dtype, normalised, with fp32 log-sum-exps in base 2 (here and in `new_lse`: they
+never leave the backend except to come back in its own backward). No primitive reads device data on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backward import attend_backward, delta
+from .centroids import centroids
+from .forward import attend
+from .gate import select_blocks
+from .lists import RoutingLists, route
+from .merge import merge, merge_dq
+from .torch_backend import Partials
+
+__all__ = [
+    "NAME",
+    "Partials",
+    "RoutingLists",
+    "attend",
+    "attend_backward",
+    "bytes_per_slot",
+    "centroids",
+    "delta",
+    "merge",
+    "merge_dq",
+    "new_lse",
+    "new_partials",
+    "route",
+    "select_blocks",
+]
+
+NAME = "triton"
+
+
+def bytes_per_slot(dim: int, dtype: torch.dtype) -> int:
+    """Workspace bytes that one (q head, row, slot) takes for partials of last size `dim`."""
+    return dtype.itemsize * dim + 4
+
+
+def new_partials(selected: Tensor, dim: int, dtype: torch.dtype, *, backward: bool = False) -> Partials:
+    """Room for the partials of `selected` `[Hq, T, topk]`; `dtype` is the inputs'. Contiguous, for the kernels."""
+    out = torch.empty(*selected.shape, dim, dtype=dtype, device=selected.device)
+    lse = torch.empty((0,) if backward else selected.shape, dtype=torch.float32, device=selected.device)
+    return Partials(out, lse)
+
+
+def new_lse(q: Tensor) -> Tensor:
+    """Room for the log-sum-exps (base 2) of `q` `[T, Hq, D]`: fp32 `[Hq, T]`."""
+    return torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
