@@ -1,0 +1,140 @@
+"""On GPUs: output and dq are the same bits for every layout, number of ranks and transport; dk, dv to fp32 rounding."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from moba_cp import MoBAConfig, SequenceLayout, moba_attention, reference
+
+pytestmark = pytest.mark.gpu
+
+CASES = [
+    # cu_seqlens, block size, topk, q heads, kv heads, D, Dv
+    ([0, 4096], 128, 4, 4, 2, 128, 128),
+    ([0, 1000, 1000, 3333, 5000], 64, 5, 4, 4, 64, 64),
+    ([0, 6000], 512, 4, 4, 1, 128, 128),
+    ([0, 700, 4500], 256, 3, 2, 2, 128, 64),
+    ([0, 3000], 100, 6, 4, 2, 96, 96),
+]
+
+
+def make(case: tuple, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    cu, _, _, q_heads, kv_heads, dim, dim_v = case
+    g = torch.Generator("cuda").manual_seed(seed)
+    shapes = [(q_heads, dim), (kv_heads, dim), (kv_heads, dim_v), (q_heads, dim_v)]
+    return tuple(torch.randn(cu[-1], *s, device="cuda", dtype=torch.bfloat16, generator=g) for s in shapes)
+
+
+def layouts(cu: list[int], size: int) -> list[SequenceLayout]:
+    total = cu[-1]
+    cut = [0, total // 7, total // 3, total // 2 + 5, total]
+    runs: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    for i, (a, b) in enumerate(zip(cut[:-1], cut[1:], strict=True)):
+        runs[i % size].insert(0, (a, b))  # interleaved, in reverse order
+    return [
+        SequenceLayout.contiguous(cu, size),
+        SequenceLayout.zigzag(cu, size),
+        SequenceLayout.zigzag(cu, size, per_document=False),
+        SequenceLayout.from_runs(runs, cu),
+    ]
+
+
+def run(case: tuple, layout: SequenceLayout, rank: int, comm: str, workspace_bytes: int = 1 << 30):
+    """Output, dq, dk, dv of this rank's tokens."""
+    _, block_size, topk = case[:3]
+    q, k, v, dout = make(case)
+    local = [layout.shard(x, rank).requires_grad_() for x in (q, k, v)]
+    config = MoBAConfig(block_size, topk)
+    out = moba_attention(*local, config, layout=layout, comm=comm, workspace_bytes=workspace_bytes)
+    out.backward(layout.shard(dout, rank))
+    return out.detach(), *(x.grad for x in local)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_gpu_against_the_definition(case: tuple) -> None:
+    cu, block_size, topk = case[:3]
+    q, k, v, dout = make(case)
+    exact = [x.float().requires_grad_() for x in (q, k, v)]
+    # bf16 centroids, as the definition rounds them: the mask comes from the bf16 inputs
+    expected = _reference_with_bf16_routing(exact, (q, k), cu, MoBAConfig(block_size, topk))
+    expected.backward(dout.float())
+    got = run(case, SequenceLayout.contiguous(cu, 1), 0, "auto")
+    # bf16 partial results carry 2 ** -9 relative error each, averaged over a row: 3e-3; gradients 4e-3
+    assert relative(got[0], expected) < 3e-3
+    for mine, x in zip(got[1:], exact, strict=True):
+        assert relative(mine, x.grad) < 4e-3
+
+
+def _reference_with_bf16_routing(exact, rounded, cu, config):
+    q, k, v = exact
+    group = q.shape[1] // k.shape[1]
+    outputs = []
+    for a, b in zip(cu[:-1], cu[1:], strict=True):
+        mask = reference.attention_mask(rounded[0][a:b], rounded[1][a:b], config)
+        keys, values = (x[a:b].repeat_interleave(group, 1) for x in (k, v))
+        score = torch.einsum("qhd,khd->hqk", q[a:b], keys) * config.scale(q.shape[-1])
+        weight = score.masked_fill(~mask, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weight, values))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_workspace_changes_no_bit(case: tuple) -> None:
+    layout = SequenceLayout.contiguous(case[0], 1)
+    whole, chunked = run(case, layout, 0, "auto"), run(case, layout, 0, "auto", workspace_bytes=1 << 18)
+    assert torch.equal(whole[0], chunked[0])
+    assert torch.equal(whole[1], chunked[1])
+    for a, b in zip(whole[2:], chunked[2:], strict=True):
+        assert relative(a, b) < 3e-3  # fp32 sums in another grouping, rounded to bf16
+
+
+def test_repeated_calls_give_the_same_bits() -> None:
+    layout = SequenceLayout.contiguous(CASES[0][0], 1)
+    first = run(CASES[0], layout, 0, "auto")
+    for _ in range(19):
+        for a, b in zip(first, run(CASES[0], layout, 0, "auto"), strict=True):
+            assert torch.equal(a, b)
+
+
+def _rank(rank: int, size: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device("cuda", rank))
+    failures = []
+    for case in CASES:
+        alone = run(case, SequenceLayout.contiguous(case[0], 1), 0, "auto")
+        for layout in layouts(case[0], size):
+            for comm in ("all_gather", "ring", "fetch", "auto"):
+                for workspace in (1 << 30, 1 << 18):
+                    got = run(case, layout, rank, comm, workspace)
+                    again = run(case, layout, rank, comm, workspace)
+                    where = f"{case} {layout} {comm} workspace {workspace} rank {rank}"
+                    mine = [layout.shard(x, rank) for x in alone]
+                    failures += [f"{where}: out"] * (not torch.equal(got[0], mine[0]))
+                    failures += [f"{where}: dq"] * (not torch.equal(got[1], mine[1]))
+                    failures += [
+                        f"{where}: {name} {relative(a, b):.1e}"
+                        for name, a, b in (("dk", got[2], mine[2]), ("dv", got[3], mine[3]))
+                        if a.numel() and relative(a, b) > 3e-3  # fp32 sums in another order, rounded to bf16
+                    ]
+                    failures += [f"{where}: repeat"] * (not all(map(torch.equal, got, again)))
+    dist.destroy_process_group()
+    assert not failures, f"{len(failures)} failures, the first:\n" + "\n".join(failures[:20])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_bits_of_one() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_rank, (2, port), nprocs=2)
