@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moba_cp import MoBAConfig, SequenceLayout, moba_attention, reference
+from moba_cp import MoBAConfig, SequenceLayout, moba_attention, moba_attn_varlen, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +104,29 @@ def test_repeated_calls_give_the_same_bits() -> None:
     for _ in range(19):
         for a, b in zip(first, run(CASES[0], layout, 0, "auto"), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("chunk", [128, 256, 1024])
+@pytest.mark.parametrize("tokens", [512, 1024, 2048])
+@pytest.mark.parametrize("batch", [1, 4, 7])
+def test_varlen_on_the_published_shapes_and_tolerances(batch: int, tokens: int, chunk: int) -> None:
+    """The parametrisation and tolerances of MoonshotAI/MoBA's own test of `moba_attn_varlen`."""
+    cuts = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(batch))[: batch - 1] + 1
+    cu = torch.cat([torch.tensor([0]), cuts.sort().values, torch.tensor([tokens])]).to("cuda", torch.int32)
+    longest = int(cu.diff().max())
+    for heads in (1, 2, 4, 8):
+        q, k, v, dout = make(([0, tokens], 0, 0, heads, heads, 128, 128), seed=heads)
+        for topk in (2, 3, 4):
+            mine, theirs = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
+            out = moba_attn_varlen(*mine, cu, longest, moba_chunk_size=chunk, moba_topk=topk)
+            out.backward(dout)
+            expected = reference.moba_attention(*theirs, cu.tolist(), MoBAConfig(chunk, topk))
+            expected.backward(dout)
+            for a, b in zip((out, *(x.grad for x in mine)), (expected, *(x.grad for x in theirs)), strict=True):
+                assert torch.allclose(a, b, atol=2e-2, rtol=2e-2)
+                difference = (a - b).abs()
+                assert difference.max() < 4e-2
+                assert difference.mean() < 4e-4
 
 
 def _rank(rank: int, size: int, port: int) -> None:
