@@ -1,0 +1,299 @@
+"""moba_attention over gloo groups of one to four ranks: the definition's output and gradients, whatever the layout,
+the number of ranks, the transport and the workspace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import moba_cp
+from moba_cp import SequenceLayout
+from tests.cases import (
+    COMMS,
+    DEFAULT_WORKSPACE,
+    NAMES,
+    Case,
+    all_on,
+    assert_close,
+    cases,
+    every_layout,
+    interleaved,
+    layouts,
+    on_rank,
+    reference,
+    relative_error,
+    run,
+    run_many,
+    sub_groups,
+)
+from tests.ranks import run_ranks
+
+FP64 = torch.float64
+
+TO_DEFINITION = 1e-10  # fp64 sums of at most some hundred terms, in another order than the reference's: about 1e-14
+TO_EACH_OTHER = 1e-12  # the same sums; only a BLAS that treats a row by the size of its matrix makes a difference
+
+# Documents of several blocks, one of no token, one of less than a block and one of a single token.
+MIXED = Case(lengths=(29, 0, 3, 22, 1), block_size=5, topk=3, q_heads=6, kv_heads=3, dim=8, v_dim=5)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases(), data=st.data())
+def test_equals_the_definition(cp_size: int, case: Case, data: st.DataObject) -> None:
+    layout = data.draw(layouts(case.cu_seqlens, cp_size))
+    comm = data.draw(st.sampled_from(COMMS))
+    workspace = data.draw(st.sampled_from([1, 20_000, DEFAULT_WORKSPACE]))
+    assert_close(run(cp_size, case, layout, comm, FP64, workspace), reference(case), TO_DEFINITION)
+
+
+@pytest.mark.parametrize("case", [MIXED, Case((0, 150, 9, 171, 0), 16, 4, 4, 2, 7, 3)], ids=["short", "long"])
+def test_layouts_sizes_transports_and_workspaces_agree(case: Case) -> None:
+    expected = run(1, case, SequenceLayout.contiguous(case.cu_seqlens, 1))
+    assert_close(expected, reference(case), TO_DEFINITION)
+    for cp_size in (1, 2, 3, 4):
+        calls = [
+            (case, layout, comm, FP64, workspace)
+            for layout in every_layout(case.cu_seqlens, cp_size).values()
+            for comm in COMMS
+            for workspace in (1, DEFAULT_WORKSPACE)  # 1 byte: one kv head and 128 rows at once
+        ]
+        for call, result in zip(calls, run_many(cp_size, calls), strict=True):
+            assert_close(result, expected, TO_EACH_OTHER, call[1:])
+
+
+def selected_on_rank(rank: int, world_size: int, case: Case, layouts_: list[SequenceLayout]) -> list[Tensor]:
+    found = []
+    for layout in layouts_:
+        q, k, v, _ = (layout.shard(x, rank) for x in case.inputs())
+        _, report = moba_cp.moba_attention(q, k, v, case.config, layout=layout, return_report=True)
+        found.append(report.selected)
+    return found
+
+
+def test_selection_does_not_depend_on_layout_or_size() -> None:
+    expected = None
+    for cp_size in (1, 2, 3, 4):
+        tried = list(every_layout(MIXED.cu_seqlens, cp_size).values())
+        per_rank = run_ranks(cp_size, selected_on_rank, MIXED, tried)
+        for i, layout in enumerate(tried):
+            selected = layout.unshard([per_rank[r][i] for r in range(cp_size)], dim=1)
+            expected = selected if expected is None else expected
+            assert torch.equal(selected, expected), layout
+
+
+@pytest.mark.parametrize("comm", COMMS)
+def test_a_repeated_call_gives_the_same_bits(comm: str) -> None:
+    case = Case((90, 7, 64), 8, 4, 4, 2)
+    for dtype in (FP64, torch.float32, torch.bfloat16):
+        layout = SequenceLayout.zigzag(case.cu_seqlens, 3)
+        for per_rank in run_ranks(3, on_rank, case, layout, comm, dtype, DEFAULT_WORKSPACE, 3):
+            first, *others = per_rank
+            for other in others:
+                for name, a, b in zip(NAMES, first, other, strict=True):
+                    assert torch.equal(a, b), (dtype, name)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 1e-5),  # fp32 rounds at 6e-8; sums of some hundred terms, and exponentials of them
+        (torch.bfloat16, 2e-2),  # out and gradients are rounded to bf16 (4e-3); so is the out that delta is made of
+        (torch.float16, 3e-3),  # likewise, at 5e-4
+    ],
+    ids=["fp32", "bf16", "fp16"],
+)
+def test_lower_precisions(dtype: torch.dtype, tolerance: float) -> None:
+    case = Case((90, 7, 64), 8, 4, 4, 2, 16, 16)
+    expected = reference(case, dtype)
+    calls = [(case, SequenceLayout.zigzag(case.cu_seqlens, 2), comm, dtype, w) for comm in COMMS for w in (1, 1 << 20)]
+    for result in run_many(2, calls):
+        assert [x.dtype for x in result] == [dtype] * 4
+        assert_close(result, expected, tolerance)
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0), (0, 1, 0)], ids=str)
+def test_no_token_or_one(lengths: tuple[int, ...]) -> None:
+    case = Case(lengths, block_size=4, topk=3)
+    expected = reference(case)
+    for cp_size in (1, 2, 4):
+        tried = every_layout(case.cu_seqlens, cp_size).values()
+        calls = [(case, layout, comm, FP64, w) for layout in tried for comm in COMMS for w in (1, DEFAULT_WORKSPACE)]
+        for result in run_many(cp_size, calls):
+            assert_close(result, expected, TO_DEFINITION)
+
+
+@pytest.mark.parametrize("holder", [0, 1, 2])
+def test_ranks_without_tokens(holder: int) -> None:
+    calls = [(MIXED, all_on(MIXED.cu_seqlens, 3, holder), comm, FP64, w) for comm in COMMS for w in (1, 1 << 30)]
+    expected = reference(MIXED)
+    for result in run_many(3, calls):
+        assert_close(result, expected, TO_DEFINITION)
+
+
+@pytest.mark.parametrize("block_size", [1, 1000, 2**40])
+def test_blocks_of_one_token_and_larger_than_everything(block_size: int) -> None:
+    case = Case((13, 0, 6), block_size, 3)
+    calls = [(case, layout) for layout in every_layout(case.cu_seqlens, 2).values()]
+    expected = reference(case)
+    for call, result in zip(calls, run_many(2, calls), strict=True):
+        assert_close(result, expected, TO_DEFINITION, call[1])
+
+
+def test_more_blocks_than_int16_counts() -> None:
+    """Blocks number 33,000 in documents of one token: the selection is kept in int32; each token attends to itself."""
+    case = Case((1,) * 33_000, block_size=1, topk=2, q_heads=1, dim=2, v_dim=1)
+    out, dq, dk, dv = run(2, case, SequenceLayout.contiguous(case.cu_seqlens, 2), timeout=120)
+    _, _, v, dout = case.inputs()
+    assert torch.equal(out, v)
+    assert torch.equal(dv, dout)
+    assert not dq.any()
+    assert not dk.any()
+
+
+def on_sub_group(rank: int, world_size: int, case: Case, repeat: int) -> list[tuple[Tensor, ...]]:
+    """Each pair of ranks is a context-parallel group on data of its own; both work at once."""
+    groups = sub_groups(2)
+    pair, rank_in_pair = divmod(rank, 2)
+    case = Case(**{**case.__dict__, "seed": pair})
+    layout = SequenceLayout.zigzag(case.cu_seqlens, 2)
+    results = []
+    for comm in COMMS * repeat:
+        *qkv, dout = (layout.shard(x, rank_in_pair) for x in case.inputs())
+        qkv = [x.requires_grad_() for x in qkv]
+        out = moba_cp.moba_attention(*qkv, case.config, layout=layout, group=groups[pair], comm=comm)
+        results.append((out.detach(), *torch.autograd.grad(out, qkv, dout)))
+    return results
+
+
+def test_sub_groups_beside_each_other() -> None:
+    per_rank = run_ranks(4, on_sub_group, MIXED, 2)
+    layout = SequenceLayout.zigzag(MIXED.cu_seqlens, 2)
+    for pair in (0, 1):
+        expected = reference(Case(**{**MIXED.__dict__, "seed": pair}))
+        for first, second in zip(per_rank[2 * pair], per_rank[2 * pair + 1], strict=True):
+            result = tuple(layout.unshard(parts) for parts in zip(first, second, strict=True))
+            assert_close(result, expected, TO_DEFINITION, pair)
+
+
+def on_two_groups(rank: int, world_size: int, case: Case) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A call over the world and one over a pair, both forward, then both backward, the first one first."""
+    pair = sub_groups(2)[rank // 2]
+    wide, narrow = SequenceLayout.contiguous(case.cu_seqlens, 4), SequenceLayout.zigzag(case.cu_seqlens, 2)
+    problems = []
+    for layout, group, r in ((wide, None, rank), (narrow, pair, rank % 2)):
+        *qkv, dout = (layout.shard(x, r) for x in case.inputs())
+        qkv = [x.requires_grad_() for x in qkv]
+        out = moba_cp.moba_attention(*qkv, case.config, layout=layout, group=group, comm="fetch")
+        problems.append((out, qkv, dout))
+    return tuple((out.detach(), *torch.autograd.grad(out, qkv, dout)) for out, qkv, dout in problems)
+
+
+def test_overlapping_groups_with_calls_under_way_in_both() -> None:
+    per_rank = run_ranks(4, on_two_groups, MIXED)
+    expected = reference(MIXED)
+    wide, narrow = SequenceLayout.contiguous(MIXED.cu_seqlens, 4), SequenceLayout.zigzag(MIXED.cu_seqlens, 2)
+    assert_close(tuple(wide.unshard([r[0][n] for r in per_rank]) for n in range(4)), expected, TO_DEFINITION)
+    for first in (0, 2):
+        parts = [r[1] for r in per_rank[first : first + 2]]
+        assert_close(tuple(narrow.unshard([p[n] for p in parts]) for n in range(4)), expected, TO_DEFINITION)
+
+
+def strided_on_rank(rank: int, world_size: int, case: Case, layout: SequenceLayout, comm: str) -> tuple[Tensor, ...]:
+    """Heads before tokens in memory, q k v out of one buffer, and an output gradient of stride 0."""
+    q, k, v, _ = (layout.shard(x, rank) for x in case.inputs())
+    q = q.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    packed = torch.cat([k, v], -1).requires_grad_()
+    k, v = packed.split([case.dim, case.v_dim], -1)
+    assert not k.is_contiguous()
+    out = moba_cp.moba_attention(q, k, v, case.config, layout=layout, comm=comm)
+    out.sum().backward()
+    return out.detach(), q.grad, *packed.grad.split([case.dim, case.v_dim], -1)
+
+
+def test_strided_inputs_and_output_gradients() -> None:
+    q, k, v, _ = (x.requires_grad_() for x in MIXED.inputs())
+    out = moba_cp.reference.moba_attention(q, k, v, MIXED.cu_seqlens, MIXED.config)
+    out.sum().backward()
+    for cp_size in (1, 2):
+        for comm in COMMS:
+            layout = SequenceLayout.contiguous(MIXED.cu_seqlens, cp_size)
+            per_rank = run_ranks(cp_size, strided_on_rank, MIXED, layout, comm)
+            result = tuple(layout.unshard(parts) for parts in zip(*per_rank, strict=True))
+            assert_close(result, (out.detach(), q.grad, k.grad, v.grad), TO_DEFINITION, (cp_size, comm))
+
+
+def some_gradients_on_rank(rank: int, world_size: int, case: Case, which: str) -> list[Tensor | None]:
+    layout = SequenceLayout.zigzag(case.cu_seqlens, world_size)
+    *qkv, dout = (layout.shard(x, rank) for x in case.inputs())
+    for name, x in zip("qkv", qkv, strict=True):
+        x.requires_grad_(name in which)
+    out = moba_cp.moba_attention(*qkv, case.config, layout=layout, comm="ring")
+    assert out.requires_grad == bool(which)
+    if which:
+        out.backward(dout)
+    return [x.grad for x in qkv]
+
+
+@pytest.mark.parametrize("which", ["", "q", "k", "v", "qv"])
+def test_gradients_on_some_inputs_only(which: str) -> None:
+    per_rank = run_ranks(2, some_gradients_on_rank, MIXED, which)
+    layout = SequenceLayout.zigzag(MIXED.cu_seqlens, 2)
+    for name, parts, expected in zip("qkv", zip(*per_rank, strict=True), reference(MIXED)[1:], strict=True):
+        if name in which:
+            assert relative_error(layout.unshard(parts), expected) <= TO_DEFINITION
+        else:
+            assert parts == (None, None)
+
+
+def several_passes_on_rank(rank: int, world_size: int, case: Case, comm: str) -> dict[str, tuple[Tensor, ...]]:
+    """The same gradients through other orders of forward and backward."""
+    layout = SequenceLayout.zigzag(case.cu_seqlens, world_size)
+    *inputs, dout = (layout.shard(x, rank) for x in case.inputs())
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return moba_cp.moba_attention(q, k, v, case.config, layout=layout, comm=comm)
+
+    first = attention(*inputs)
+    other = attention(*(x * 2 for x in inputs))  # a call between a forward and its backward
+    with torch.no_grad():
+        assert torch.equal(attention(*inputs), first)
+    found = {"after another forward": torch.autograd.grad(first, inputs, dout, retain_graph=True)}
+    found["a second time"] = torch.autograd.grad(first, inputs, dout)
+    torch.autograd.grad(other, inputs, dout)
+    for reentrant in (True, False):
+        out = checkpoint(attention, *inputs, use_reentrant=reentrant)
+        for x in inputs:
+            x.grad = None
+        out.backward(dout)
+        found[f"checkpoint, use_reentrant={reentrant}"] = tuple(x.grad for x in inputs)
+    chain = attention(attention(*inputs), *inputs[1:])  # a layer after a layer
+    found["two layers"] = torch.autograd.grad(chain, inputs, dout)
+    return found
+
+
+@pytest.mark.parametrize("comm", COMMS)
+def test_orders_of_forward_and_backward(comm: str) -> None:
+    case = Case((29, 0, 3, 22, 1), 5, 3, 4, 2, 8, 8)
+    per_rank = run_ranks(2, several_passes_on_rank, case, comm)
+    q, k, v, dout = (x.requires_grad_() for x in case.inputs())
+    twice = q
+    for _ in range(2):
+        twice = moba_cp.reference.moba_attention(twice, k, v, case.cu_seqlens, case.config)
+    layout = SequenceLayout.zigzag(case.cu_seqlens, 2)
+    for name in per_rank[0]:
+        result = tuple(layout.unshard([r[name][n] for r in per_rank]) for n in range(3))
+        expected = torch.autograd.grad(twice, (q, k, v), dout) if name == "two layers" else reference(case)[1:]
+        for got, wanted in zip(result, expected, strict=True):
+            assert relative_error(got, wanted) <= TO_DEFINITION, name
+
+
+def test_tokens_in_reverse_order_on_every_rank() -> None:
+    layout = interleaved(MIXED.cu_seqlens, 3, backward=True)
+    assert layout.local_indices(0).tolist() == sorted(layout.local_indices(0).tolist(), reverse=True)
+    assert_close(run(3, MIXED, layout), reference(MIXED), TO_DEFINITION)
