@@ -185,7 +185,8 @@ def attend(
         scores = (q[token, head].to(acc) @ keys.T) * scale
         scores = scores.masked_fill(~_visible(rows, token, block, lengths[block]), float("-inf"))
         lse = torch.logsumexp(scores, dim=1)
-        partials.out[head, token, slot] = torch.exp(scores - lse[:, None]) @ values
+        # A block that only scores -inf weighs nothing: its partial is 0 and not exp(-inf + inf).
+        partials.out[head, token, slot] = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0)[:, None]) @ values
         partials.lse[head, token, slot] = lse
 
 
