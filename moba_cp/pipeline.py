@@ -58,11 +58,11 @@ class Call:
 
     @cached_property
     def topk(self) -> int:
-        """Slots a row needs: `config.topk`, but never more than the blocks of the longest document."""
+        """Slots a row needs: `config.topk`, but no more than the blocks of the longest document, rounded up to a power
+        of two so that packing that differs from step to step compiles few kernels."""
         blocks = self.plan.plan.blocks
-        if not len(blocks):
-            return 1
-        return min(self.config.topk, int((np.arange(len(blocks)) - blocks.first_of_document).max()) + 1)
+        most = int((np.arange(len(blocks)) - blocks.first_of_document).max(initial=0)) + 1
+        return min(self.config.topk, 1 << (most - 1).bit_length())
 
 
 @dataclass(frozen=True)
