@@ -1,0 +1,376 @@
+"""Pictures and tables of a `MoBAReport`: which blocks the queries selected, how far back, and what that moved.
+
+    out, report = moba_cp.moba_attention(q, k, v, config, layout=layout, group=group, return_report=True)
+    print(diagnostics.format_report(report))
+    diagnostics.plot_block_selection(report, "selection.png", layout=layout, group=group)
+    diagnostics.plot_distance_histogram(report, "distance.png", layout=layout)
+    diagnostics.plot_traffic(report, "traffic.png", group=group)
+
+Nothing here runs unless called. Drawing needs matplotlib (`pip install "moba_cp[plots]"`), which is imported by the first
+plot; no global matplotlib state is touched and no display is needed. The suffix of `path` decides the file format.
+
+Functions that bring the ranks' figures together say so: every rank of the group calls them, rank 0 writes the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import drawing
+from .drawing import SelectionGrid, format_bytes
+from .parallel import agreement
+from .parallel.blocks import BlockTable, block_table
+from .parallel.comm import CommGroup, StageTraffic, Traffic
+from .parallel.layout import SequenceLayout
+from .report import MoBAReport
+
+MAX_CELLS = 256
+"""Most rows, and most columns, of a heatmap; longer axes are drawn in bins."""
+
+
+def gather_selection(report: MoBAReport, layout: SequenceLayout, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Every rank's selected blocks as one tensor; all ranks of the group call it together.
+
+    Args:
+        report: this rank's report.
+        layout: the layout of the call that made it.
+        group: the context-parallel group; None for the default group, or for none at all when `layout.cp_size == 1`.
+
+    Returns:
+        int32 `[Hq, T, topk]` over all `T` tokens in order of token number, ascending block numbers, -1 for none; on every
+        rank, on the device of `report.selected`. Takes `4 * Hq * T * topk` bytes.
+
+    Raises:
+        TypeError, ValueError: the report is not of this layout, or the ranks disagree; on every rank.
+    """
+    _begin(report, layout, group, "gather_selection")
+    if layout.cp_size == 1:
+        return layout.unshard([report.selected], dim=1)
+    held = [layout.local_tokens(rank) for rank in range(layout.cp_size)]
+    padded = report.selected.new_full((max(held), report.selected.shape[0], report.selected.shape[2]), -1)
+    padded[: report.selected.shape[1]] = report.selected.transpose(0, 1)
+    gathered = CommGroup(group, layout.cp_size).all_gather(padded, "selected blocks").wait()
+    return layout.unshard([part[:tokens] for part, tokens in zip(gathered, held)]).transpose(0, 1).contiguous()
+
+
+def gather_traffic(report: MoBAReport, group: dist.ProcessGroup | None = None) -> list[Traffic]:
+    """The traffic of every rank so far, in order of rank; all ranks of the group call it together.
+
+    Args:
+        report: this rank's report.
+        group: the context-parallel group; None for the default group, or for none at all if the report is of one rank.
+    """
+    size = report.attended_keys.size
+    if size == 1:
+        return [report.traffic]
+    agreement.check(group, {"diagnostics": "gather_traffic"}, report.selected.device)
+    every: list[Any] = [None] * size
+    dist.all_gather_object(every, report.traffic, group=group)
+    return every
+
+
+def format_report(report: MoBAReport) -> str:
+    """The report as a plain-text table of about 30 lines, without a newline at its end."""
+    ranks = report.attended_keys.size
+    wanted = ", ".join(f"{block} ({times:,}x)" for block, times in report.most_wanted[:5]) or "none"
+    facts = [
+        ("transport", f"{report.transport}, {ranks} rank{'s' * (ranks > 1)}"),
+        ("blocks", f"{report.n_blocks:,} of {report.block_size:,} tokens"),
+        ("wanted share", f"{report.wanted_share:.1%} of the bytes of remote blocks in sight"),
+        ("entropy", f"{report.entropy:.3f} (1: all blocks alike, 0: one block takes all)"),
+        ("imbalance", f"{report.imbalance:.3f} (attended keys, busiest rank over mean)"),
+        ("most wanted", wanted),
+    ]
+    lines = [f"{name:<14}{value}" for name, value in facts]
+
+    total = max(1, int(report.distance_histogram.sum()))
+    distances = [(label, f"{n:,}", f"{n / total:.1%}") for label, n in zip(*_distances(report))]
+    lines += ["", *_table(("blocks back", "selections", "share"), distances)]
+
+    stages: list[tuple[str, StageTraffic | Traffic]] = [*report.traffic.stages.items()]
+    stages.sort(key=lambda stage: -stage[1].received_bytes)
+    traffic = [
+        (name, f"{t.collectives:,}", format_bytes(t.sent_bytes), format_bytes(t.received_bytes))
+        for name, t in [*stages, ("total", report.traffic)]
+    ]
+    lines += ["", *_table(("traffic of this rank", "collectives", "sent", "received"), traffic)]
+
+    figures = zip(report.lower_bound_bytes.tolist(), report.visible_bytes.tolist(), report.attended_keys.tolist())
+    by_rank = [
+        (f"rank {rank}", format_bytes(fewest), format_bytes(visible), f"{keys:,}")
+        for rank, (fewest, visible, keys) in enumerate(figures)
+    ]
+    if ranks > 16:
+        by_rank = [*by_rank[:8], ("...", "", "", ""), *by_rank[-8:]]
+    lines += ["", *_table(("forward keys, values", "fewest bytes", "all in sight", "keys attended"), by_rank)]
+    return "\n".join(lines)
+
+
+def plot_block_selection(
+    report: MoBAReport,
+    path: str | os.PathLike[str],
+    *,
+    layout: SequenceLayout | None = None,
+    group: dist.ProcessGroup | None = None,
+    heads: int | Sequence[int] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Heatmap of query position x block: the share of (query row, q head) pairs that selected the block.
+
+    The own block, which is always selected, is drawn in a colour of its own; the colours are scaled to the earlier
+    blocks. Axes longer than `MAX_CELLS` are binned; a bin of blocks counts as selected where any of its blocks is.
+
+    Args:
+        report: this rank's report.
+        path: file to write; its folder is made if need be.
+        layout: the layout of the call. With it, the rows of all ranks are brought together (all ranks of the group
+            call this together, rank 0 writes the file) and documents are outlined. Without it, this rank draws the rows
+            it has, and document boundaries are unknown.
+        group: the context-parallel group; None for the default group, or for none at all when `layout.cp_size == 1`.
+        heads: the q heads to draw; None for all.
+        title: None for a standing title.
+
+    Returns:
+        `path`, on every rank.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError, ValueError: the report is not of this layout, there is no such head, or the ranks disagree.
+    """
+    drawing.matplotlib()
+    path, q_heads = Path(path), report.selected.shape[0]
+    chosen = list(range(q_heads)) if heads is None else [heads] if isinstance(heads, int) else list(heads)
+    wrong = [h for h in chosen if not 0 <= h < q_heads]
+    error = ValueError(f"heads must be in [0, {q_heads}), got {heads!r}") if wrong or not chosen else None
+    if layout is not None:
+        _begin(report, layout, group, f"plot_block_selection of heads {heads}", error)
+    elif error is not None:
+        raise error
+    grid = _count(report, layout, group, chosen)
+    if layout is not None and layout.cp_size > 1 and dist.get_rank(group) > 0:
+        return path
+    documents = layout.cu_seqlens_array if layout is not None else np.zeros(1, dtype=np.int64)
+    n_documents = np.count_nonzero(np.diff(documents))
+    facts = [
+        f"{len(chosen)} head{'s' * (len(chosen) > 1)}",
+        f"{grid.tokens:,} tokens" + (f" in {n_documents} documents" if n_documents > 1 else ""),
+        f"top {report.selected.shape[2]} of {report.n_blocks:,} blocks",
+    ]
+    if layout is None and report.attended_keys.size > 1:
+        facts.append("rows of one rank")
+    frames = block_table(documents, report.block_size)
+    subtitle = " · ".join(facts)
+    return drawing.draw_selection(
+        grid, frames, report.block_size, path, title or "Blocks that queries select", subtitle
+    )
+
+
+def plot_distance_histogram(
+    report: MoBAReport,
+    path: str | os.PathLike[str],
+    *,
+    layout: SequenceLayout | None = None,
+    title: str | None = None,
+) -> Path:
+    """Bars: the share of selections by how many blocks they lie before the query's own. Rank-local: no communication.
+
+    Args:
+        report: the report; its histogram is of the whole group already.
+        path: file to write; its folder is made if need be.
+        layout: the layout of the call; with it, the picture also shows what uniformly random routing would give.
+        title: None for a standing title.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the layout is not the report's.
+    """
+    drawing.matplotlib()
+    labels, counts = _distances(report)
+    uniform = None
+    if layout is not None:
+        _check_layout(report, layout)
+        blocks = block_table(layout.cu_seqlens_array, report.block_size)
+        uniform = _uniform_histogram(blocks, report.selected.shape[2], len(report.distance_histogram))[: len(labels)]
+    subtitle = f"{int(counts.sum()):,} selections · {report.n_blocks:,} blocks · entropy {report.entropy:.2f}"
+    share = counts / max(1, counts.sum())
+    return drawing.draw_distances(
+        labels, share, uniform, report.block_size, Path(path), title or "How far back queries look", subtitle
+    )
+
+
+def plot_traffic(
+    report: MoBAReport,
+    path: str | os.PathLike[str],
+    *,
+    group: dist.ProcessGroup | None = None,
+    title: str | None = None,
+) -> Path:
+    """Stacked bars: bytes that each rank received by stage, with the fewest its routing allows for keys and values.
+
+    All ranks of the group call it together; rank 0 writes the file. Backward brings keys and values once more, so the bound
+    counts twice once backward has run.
+
+    Args:
+        report: this rank's report.
+        path: file to write; its folder is made if need be.
+        group: the context-parallel group; None for the default group, or for none at all if the report is of one rank.
+        title: None for a standing title.
+
+    Returns:
+        `path`, on every rank.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    drawing.matplotlib()
+    traffic = gather_traffic(report, group)
+    if len(traffic) > 1 and dist.get_rank(group) > 0:
+        return Path(path)
+    names = dict.fromkeys(name for t in traffic for name in t.stages)
+    received = {n: np.array([t.stages[n].received_bytes if n in t.stages else 0 for t in traffic]) for n in names}
+    passes = 2 if any("gradients" in name for name in names) else 1
+    subtitle = f"transport: {report.transport}"
+    if len(traffic) > 1:
+        subtitle += f" · {report.wanted_share:.1%} of the remote keys and values in sight are wanted"
+    bounds = report.lower_bound_bytes * passes, report.visible_bytes * passes
+    of = "forward and backward" if passes == 2 else "forward"
+    return drawing.draw_traffic(received, *bounds, of, Path(path), title or "Bytes each rank received", subtitle)
+
+
+# The figures behind the pictures.
+
+
+def _count(
+    report: MoBAReport, layout: SequenceLayout | None, group: dist.ProcessGroup | None, heads: list[int]
+) -> SelectionGrid:
+    """Bin this rank's selections and, given a layout, add up the ranks'."""
+    numbers = report.token_numbers
+    tokens = layout.total_tokens if layout else int(numbers.max()) + 1 if numbers.numel() else 0
+    n_blocks, device = report.n_blocks, report.selected.device
+    rows, columns = max(1, min(tokens, MAX_CELLS)), max(1, min(n_blocks, MAX_CELLS))
+    row = (numbers * rows // max(1, tokens)).to(device)
+    counts = torch.zeros(2, rows * columns, dtype=torch.int64, device=device)  # earlier blocks, own blocks
+    for head in heads:  # one at a time: the int64 temporaries are several times the selection
+        selected = report.selected[head].long()  # [T, topk]
+        own = selected.amax(1, keepdim=True)
+        column = selected * columns // max(1, n_blocks)
+        first = torch.ones_like(column, dtype=torch.bool)
+        first[:, 1:] = column[:, 1:] != column[:, :-1]  # ascending, so blocks of one bin lie side by side
+        cell = row[:, None] * columns + column
+        counts[0] += torch.bincount(cell[(selected >= 0) & (selected < own) & first], minlength=rows * columns)
+        counts[1] += torch.bincount(cell[selected == own], minlength=rows * columns)
+    if layout is not None and layout.cp_size > 1:
+        dist.all_reduce(counts, group=group)
+    earlier, own_count = counts.cpu().numpy().reshape(2, rows, columns)
+    pairs = own_count.sum(1)  # each (row, head) has one own block
+
+    visible = np.zeros((rows, columns + 1), dtype=np.int64)  # differences along the columns
+    for top, bottom, begin, end in _sights(report, layout, tokens, rows, columns):
+        visible[top : bottom + 1, begin] += 1
+        visible[top : bottom + 1, end + 1] -= 1
+    mask = (visible.cumsum(1)[:, :-1] > 0) & (pairs[:, None] > 0)
+    share = np.where(mask, earlier / np.maximum(pairs[:, None], 1), np.nan)
+    return SelectionGrid(tokens, n_blocks, share, own_count > 0, pairs > 0)
+
+
+def _sights(report: MoBAReport, layout: SequenceLayout | None, tokens: int, rows: int, columns: int) -> np.ndarray:
+    """int64 `[n, 4]`: first and last bin of query rows, first and last bin of the earlier blocks that they can select.
+
+    Args:
+        report: the report.
+        layout: its layout; None takes this rank's own rows, and everything before them for one document.
+        tokens, rows, columns: tokens on the vertical axis, and bins of tokens and of blocks.
+    """
+    if layout is not None:
+        blocks = block_table(layout.cu_seqlens_array, report.block_size)
+        own, first = np.arange(len(blocks)), blocks.first_of_document
+        token, last_token = blocks.start, blocks.start + blocks.length - 1
+    else:
+        own = report.selected[0].amax(1).cpu().numpy().astype(np.int64)
+        first, token = np.zeros_like(own), report.token_numbers.numpy()
+        last_token = token
+    row = np.stack([token, last_token], axis=1) * rows // max(1, tokens)
+    column = np.stack([first, own - 1], axis=1) * columns // max(1, report.n_blocks)
+    return np.unique(np.concatenate([row, column], axis=1)[own > first], axis=0)
+
+
+def _distances(report: MoBAReport) -> tuple[list[str], np.ndarray]:
+    """Labels and counts of the distance histogram, up to the last bucket in use (at least "own" and "1")."""
+    histogram = report.distance_histogram
+    used = max(2, int(np.flatnonzero(histogram).max(initial=0)) + 1)
+    labels = ["own", "1"] + [f"{2 ** (i - 1)}–{2**i - 1}" for i in range(2, used)]
+    return labels[:used], histogram[:used]
+
+
+def _uniform_histogram(blocks: BlockTable, topk: int, buckets: int) -> np.ndarray:
+    """float64 `[buckets]`, shares by distance if each query chose among its earlier blocks uniformly."""
+    candidates = np.arange(len(blocks)) - blocks.first_of_document
+    weight = blocks.length * np.minimum(topk - 1, candidates) / np.maximum(candidates, 1)  # for each 1..candidates
+    rows_at_least = np.zeros(int(candidates.max(initial=0)) + 2)
+    np.add.at(rows_at_least, candidates, weight)
+    by_distance = np.cumsum(rows_at_least[::-1])[::-1][1:-1]  # [d - 1]: rows that have a block d back
+    bucket = np.floor(np.log2(np.arange(1, by_distance.size + 1))).astype(int) + 1
+    histogram = np.bincount(bucket, weights=by_distance, minlength=buckets)
+    histogram[0] = blocks.length.sum()
+    return histogram / max(1.0, histogram.sum())
+
+
+def _begin(
+    report: MoBAReport,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None,
+    what: str,
+    error: Exception | None = None,
+) -> None:
+    """Check the report against the layout, and that all ranks came for the same; raises on every rank."""
+    try:
+        if error is not None:
+            raise error
+        _check_layout(report, layout)
+        ranks = report.attended_keys.size
+        if ranks > 1 and dist.get_world_size(group) != ranks:
+            raise ValueError(f"group has {dist.get_world_size(group)} ranks, but the report is of {ranks}")
+    except (TypeError, ValueError) as raised:
+        if report.attended_keys.size > 1 and dist.is_initialized():
+            agreement.refuse(group, raised)
+        raise
+    if layout.cp_size > 1:
+        facts = {"diagnostics": what, "layout": f"{layout.digest.hex()} {layout!r}", "blocks": str(report.block_size)}
+        agreement.check(group, facts, report.selected.device)
+
+
+def _check_layout(report: MoBAReport, layout: SequenceLayout) -> None:
+    if not isinstance(layout, SequenceLayout):
+        raise TypeError(f"layout must be a SequenceLayout, got {type(layout).__name__}")
+    ranks = report.attended_keys.size
+    if layout.cp_size != ranks:
+        raise ValueError(f"layout is for {layout.cp_size} ranks, but the report is of {ranks}")
+    n_blocks = len(block_table(layout.cu_seqlens_array, report.block_size))
+    held = [layout.local_indices(r) for r in range(ranks)]
+    if n_blocks != report.n_blocks or not any(torch.equal(h, report.token_numbers) for h in held):
+        raise ValueError(
+            f"the report is of another layout: it has {report.n_blocks} blocks of {report.block_size} tokens and "
+            f"{report.token_numbers.numel()} local tokens, the layout {n_blocks} blocks and {layout!r}"
+        )
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    width = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
+    width[0] = max(width[0], 22)
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, width)))
+        for r in (head, *rows)
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
