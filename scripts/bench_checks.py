@@ -1,0 +1,158 @@
+"""Numeric checks of one finished call of `moba_attention` on one GPU: the tensors that were timed, not a smaller case.
+
+Selection is checked on every row; output and dq on sampled rows, dk and dv on sampled blocks, against fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_cp import MoBAConfig
+from moba_cp.kernels import backend_for
+
+SAMPLED_ROWS = 24
+SAMPLED_BLOCKS = 3
+LN2 = 0.6931471805599453
+
+
+@torch.no_grad()
+def check_run(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, gradients: tuple[Tensor, ...], lse: Tensor,
+    selected: Tensor, config: MoBAConfig,
+) -> dict[str, Any]:  # fmt: skip
+    """Errors of one call over one document; `lse` and `selected` are what it saved for backward.
+
+    Returns:
+        centroid_error_ulp: greatest difference from fp64 means, in units of the last place (0.5 is correct rounding).
+        rows, wrong_rows: rows times heads, and how many of them chose blocks that fp32 scores do not allow.
+        reordered_rows: rows whose choice differs from fp32 torch within rounding.
+        out_error, dq_error, dk_error, dv_error: norm of the difference over the norm of the fp32 value, on samples.
+    """
+    selected = selected.int()
+    if backend_for(q.device, q.dtype).NAME == "triton":
+        lse = lse * LN2
+    found = check_selection(q, k, selected, config)
+    found |= check_rows(q, k, v, dout, out, gradients[0], selected, config)
+    found |= check_blocks(q, k, v, dout, out, lse, gradients[1:], selected, config)
+    return found
+
+
+def check_selection(
+    q: Tensor, k: Tensor, selected: Tensor, config: MoBAConfig, rows_at_once: int = 4096
+) -> dict[str, Any]:
+    """Every row's blocks against fp32 scores: the worst chosen may not score below the best left out beyond rounding."""
+    tokens, q_heads, dim = q.shape
+    group, size = q_heads // k.shape[1], config.block_size
+    whole = tokens // size
+    start = torch.arange(whole, device=q.device, dtype=torch.int32) * size
+    centroids = backend_for(q.device, q.dtype).centroids(k, start, size)
+    means = [x.double().mean(1) for x in k[: whole * size].unflatten(0, (whole, size)).split(max(1, 65536 // size))]
+    exact = torch.cat(means) if whole else centroids.double()
+    ulp = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=1e-30))) + 1) * torch.finfo(k.dtype).eps / 2
+    centroid_error = float(((centroids.double() - exact).abs() / ulp).max()) if whole else 0.0
+    own, number = torch.arange(tokens, device=q.device) // size, torch.arange(whole, device=q.device)
+    wrong, reordered = (
+        torch.zeros((), dtype=torch.int64, device=q.device),
+        torch.zeros((), dtype=torch.int64, device=q.device),
+    )
+    for head in range(q_heads):
+        keys = centroids[:, head // group].float()
+        longest = keys.norm(dim=1).max()
+        for begin in range(0, tokens, rows_at_once):
+            rows = slice(begin, min(begin + rows_at_once, tokens))
+            queries, blocks = q[rows, head].float(), own[rows]
+            scores = queries @ keys.T
+            candidate = number < blocks[:, None]
+            chosen = torch.zeros(scores.shape[0], whole + 1, dtype=torch.bool, device=q.device)
+            past = selected[head, rows, :-1].long()
+            chosen.scatter_(1, torch.where(past < 0, whole, past), True)
+            chosen = chosen[:, :whole]
+            right = (chosen & ~candidate).sum(1) == 0
+            right &= chosen.sum(1) == blocks.clamp(max=config.topk - 1)
+            right &= selected[head, rows, -1] == blocks
+            right &= (
+                (selected[head, rows, 1:] > selected[head, rows, :-1]).logical_or(selected[head, rows, :-1] < 0).all(1)
+            )
+            if whole:
+                lowest = scores.masked_fill(~chosen, float("inf")).amin(1)
+                highest = scores.masked_fill(chosen | ~candidate, float("-inf")).amax(1)
+                rounding = dim**0.5 * 2.0**-23 * queries.norm(dim=1) * longest
+                right &= ~(lowest < highest - rounding)
+                reordered += (right & (lowest < highest)).sum()
+            wrong += (~right).sum()
+    return {
+        "centroid_error_ulp": round(centroid_error, 4),
+        "rows": tokens * q_heads,
+        "wrong_rows": int(wrong),
+        "reordered_rows": int(reordered),
+    }
+
+
+def check_rows(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, dq: Tensor, selected: Tensor, config: MoBAConfig
+) -> dict[str, float]:
+    """Output and dq of sampled rows, all heads, from the keys of their selected blocks in fp32."""
+    tokens, q_heads, _ = q.shape
+    group, size = q_heads // k.shape[1], config.block_size
+    scale = config.scale(q.shape[2])
+    generator = torch.Generator().manual_seed(1)
+    sample = {
+        0,
+        tokens - 1,
+        min(size, tokens - 1),
+        *torch.randint(0, tokens, (SAMPLED_ROWS,), generator=generator).tolist(),
+    }
+    within = torch.arange(size, device=q.device)
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"out_error": [], "dq_error": []}
+    for row in sorted(sample):
+        for head in range(q_heads):
+            blocks = selected[head, row]
+            index = (blocks[blocks >= 0].long()[:, None] * size + within).flatten()
+            index = index[index <= row]
+            keys, values = k[index, head // group].float(), v[index, head // group].float()
+            query, gradient = q[row, head].float(), dout[row, head].float()
+            weight = torch.softmax(keys @ query * scale, 0)
+            result = weight @ values
+            dscore = weight * (values @ gradient - result @ gradient) * scale
+            pairs["out_error"].append((out[row, head].float(), result))
+            pairs["dq_error"].append((dq[row, head].float(), dscore @ keys))
+    return {name: relative(pair) for name, pair in pairs.items()}
+
+
+def check_blocks(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, dkv: tuple[Tensor, ...], selected: Tensor,
+    config: MoBAConfig,
+) -> dict[str, float]:  # fmt: skip
+    """dk and dv of sampled blocks, one kv head each, from every row that selected them, in fp32."""
+    tokens, q_heads, _ = q.shape
+    group, size = q_heads // k.shape[1], config.block_size
+    scale, n_blocks = config.scale(q.shape[2]), -(-tokens // size)
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"dk_error": [], "dv_error": []}
+    for sample in range(SAMPLED_BLOCKS):
+        block = sample * (n_blocks - 1) // max(1, SAMPLED_BLOCKS - 1)
+        kv_head = sample % k.shape[1]
+        keys = slice(block * size, min((block + 1) * size, tokens))
+        place = torch.arange(keys.start, keys.stop, device=q.device)
+        key, value = k[keys, kv_head].float(), v[keys, kv_head].float()
+        dk, dv = torch.zeros_like(key), torch.zeros_like(value)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            rows = (selected[head] == block).any(1).nonzero()[:, 0]
+            for some in rows.split(8192):
+                query, gradient = q[some, head].float(), dout[some, head].float()
+                weight = torch.exp(query @ key.T * scale - lse[head, some, None].float())
+                weight = weight.masked_fill(place > some[:, None], 0)
+                delta = (out[some, head].float() * gradient).sum(1, keepdim=True)
+                dv += weight.T @ gradient
+                dk += (weight * (gradient @ value.T - delta)).T @ query * scale
+        pairs["dk_error"].append((dkv[0][keys, kv_head].float(), dk))
+        pairs["dv_error"].append((dkv[1][keys, kv_head].float(), dv))
+    return {name: relative(pair) for name, pair in pairs.items()}
+
+
+def relative(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """Norm of all differences over the norm of all references."""
+    difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
+    return round(float(difference / torch.stack([b.norm() for _, b in pairs]).norm()), 6)

@@ -1,0 +1,154 @@
+"""The whole call on the Triton backend: same names as the torch one, and the definition's output and gradients."""
+
+# ruff: noqa: C408  (keyword tables read better)
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from tests.kernels import interpreter
+
+triton_backend = pytest.importorskip("moba_cp.kernels.triton_backend")
+import moba_cp  # noqa: E402
+from moba_cp import attention  # noqa: E402
+from moba_cp.kernels import torch_backend  # noqa: E402
+from tests.kernels.forward_cases import relative  # noqa: E402
+
+DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
+
+
+def test_in_interpreter():
+    interpreter.run_module(__file__)
+
+
+PRIMITIVES = [
+    "centroids",
+    "select_blocks",
+    "route",
+    "attend",
+    "merge",
+    "new_lse",
+    "delta",
+    "attend_backward",
+    "merge_dq",
+]
+
+
+@pytest.mark.parametrize("name", [*PRIMITIVES, "bytes_per_slot", "new_partials"])
+def test_same_signatures(name):
+    """Same parameters in the same order and of the same kind; a backend may add optional ones at the end."""
+    ours, theirs = (inspect.signature(getattr(b, name)).parameters for b in (triton_backend, torch_backend))
+    shape = lambda parameters: [(p.name, p.kind, p.default) for p in parameters]  # noqa: E731
+    assert shape(ours.values())[: len(theirs)] == shape(theirs.values())
+    assert all(p.default is not inspect.Parameter.empty for p in list(ours.values())[len(theirs) :])
+
+
+def test_workspace_bytes_are_what_partials_take():
+    selected = torch.zeros(3, 5, 4, dtype=torch.int32)
+    partials = triton_backend.new_partials(selected, 96, torch.bfloat16)
+    used = sum(x.numel() * x.element_size() for x in (partials.out, partials.lse))
+    assert used == selected.numel() * triton_backend.bytes_per_slot(96, torch.bfloat16)
+    assert triton_backend.new_partials(selected, 96, torch.bfloat16, backward=True).lse.numel() == 0
+
+
+def call(lengths, block_size, topk, q_heads, kv_heads, dim, dim_v, dtype, *, seed=0, workspace_bytes=1 << 30):
+    """Output and gradients of `moba_attention`, and of the definition in fp32."""
+    generator = torch.Generator(device=DEVICE).manual_seed(seed)
+    tokens, cu_seqlens = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    sizes = ((q_heads, dim), (kv_heads, dim), (kv_heads, dim_v), (q_heads, dim_v))
+    q, k, v, dout = (torch.randn(tokens, *s, device=DEVICE, generator=generator).to(dtype) for s in sizes)
+    config = moba_cp.MoBAConfig(block_size, topk)
+    layout = moba_cp.SequenceLayout.contiguous(cu_seqlens, 1)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = moba_cp.moba_attention(q, k, v, config, layout=layout, workspace_bytes=workspace_bytes)
+    actual = [out, *torch.autograd.grad(out, inputs, dout)]
+    # The definition's own selection: centroids are rounded to the dtype of k, so only the attention is done in fp32.
+    expected_out = moba_cp.reference.moba_attention(q, k, v, cu_seqlens, config)
+    expected = [expected_out, *torch.autograd.grad(expected_out, inputs, dout)]
+    return actual, expected
+
+
+SMALL = {
+    "small blocks": dict(lengths=[50], block_size=16, topk=3, q_heads=1, kv_heads=1, dim=16, dim_v=16),
+    "packed documents, GQA": dict(lengths=[1, 0, 37], block_size=16, topk=2, q_heads=2, kv_heads=1, dim=16, dim_v=24),
+    "large blocks": dict(lengths=[450], block_size=192, topk=2, q_heads=1, kv_heads=1, dim=16, dim_v=16),
+}  # fmt: skip
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize("name", SMALL)
+def test_definition(name, monkeypatch):
+    monkeypatch.setattr(attention, "backend_for", lambda device, dtype: triton_backend)
+    for actual, expected in zip(*call(**SMALL[name], dtype=torch.float32)):
+        assert relative(actual, expected) < 1e-4
+
+
+REAL = {
+    "(128, 8)": dict(lengths=[8192], block_size=128, topk=8, q_heads=2, kv_heads=2, dim=128, dim_v=128),
+    "(512, 3)": dict(lengths=[8192], block_size=512, topk=3, q_heads=2, kv_heads=1, dim=128, dim_v=128),
+    "(2048, 3)": dict(lengths=[9000], block_size=2048, topk=3, q_heads=1, kv_heads=1, dim=128, dim_v=128),
+    "packed": dict(lengths=[1, 1000, 0, 3333, 17], block_size=128, topk=4, q_heads=4, kv_heads=2, dim=64, dim_v=128),
+    "odd": dict(lengths=[2777, 300], block_size=100, topk=5, q_heads=3, kv_heads=1, dim=96, dim_v=64),
+    "wide": dict(lengths=[3000], block_size=256, topk=3, q_heads=2, kv_heads=1, dim=256, dim_v=192),
+    "topk covers all": dict(lengths=[2000], block_size=128, topk=40, q_heads=2, kv_heads=1, dim=128, dim_v=128),
+    "topk 1": dict(lengths=[2000], block_size=128, topk=1, q_heads=2, kv_heads=1, dim=128, dim_v=128),
+    "short": dict(lengths=[1], block_size=128, topk=8, q_heads=2, kv_heads=1, dim=128, dim_v=128),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreter.ACTIVE, reason="compiled kernels")
+class TestOnGpu:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("name", REAL)
+    def test_definition(self, name, dtype):
+        """5e-3, and rows routed otherwise by a rounding of the centroid or the score: at most a few in a thousand."""
+        actual, expected = call(**REAL[name], dtype=dtype)
+        for got, want in zip(actual, expected):
+            error = (got.double() - want.double()).flatten(1).norm(dim=1)
+            off = error > 0.05 * want.double().flatten(1).norm(dim=1) + 1e-3
+            assert off.float().mean() < 5e-3, (name, off.sum())
+            assert float(error[~off].norm() / want.double().norm()) < 6e-3
+
+    def test_workspace_changes_no_bit_of_output_and_dq(self):
+        sizes = dict(lengths=[5000, 1000], block_size=128, topk=4, q_heads=4, kv_heads=2, dim=128, dim_v=128)
+        whole, _ = call(**sizes, dtype=torch.bfloat16)
+        parts, _ = call(**sizes, dtype=torch.bfloat16, workspace_bytes=1 << 20)
+        assert torch.equal(whole[0], parts[0])
+        assert torch.equal(whole[1], parts[1])
+        for a, b in zip(whole[2:], parts[2:]):
+            assert relative(a, b) < 4e-3
+
+    def test_twenty_runs(self):
+        sizes = dict(lengths=[6000], block_size=128, topk=8, q_heads=2, kv_heads=1, dim=128, dim_v=128)
+        first, _ = call(**sizes, dtype=torch.bfloat16)
+        for _ in range(20):
+            again, _ = call(**sizes, dtype=torch.bfloat16)
+            assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+    @pytest.mark.parametrize("block_size", [128, 4096])
+    def test_offsets_beyond_32_bits(self, block_size):
+        """2M tokens, 32 q heads: the last heads' and rows' elements lie past 2^31."""
+        tokens, topk = 1 << 21, 3
+        free, _ = torch.cuda.mem_get_info()
+        if free < 55 << 30:
+            pytest.skip("needs 55 GiB")
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        whole = torch.empty(tokens, 32, 128, device="cuda", dtype=torch.bfloat16)
+        q = whole[:, 28:]
+        q.normal_(generator=generator)
+        k, v = (
+            torch.empty(tokens, 1, 128, device="cuda", dtype=torch.bfloat16).normal_(generator=generator) for _ in "kv"
+        )
+        config, layout = moba_cp.MoBAConfig(block_size, topk), moba_cp.SequenceLayout.contiguous([0, tokens], 1)
+        out = moba_cp.moba_attention(q.requires_grad_(), k, v, config, layout=layout, workspace_bytes=8 << 30)
+        selected = out.grad_fn.saved_tensors[5]
+        for row in (tokens - 1, tokens - block_size - 3, tokens // 2, 17):
+            for head in (0, 3):
+                blocks = selected[head, row].long()
+                index = (blocks[blocks >= 0][:, None] * block_size + torch.arange(block_size, device="cuda")).flatten()
+                index = index[index <= row]
+                weight = torch.softmax(k[index, 0].float() @ q[row, head].float() * 128**-0.5, 0)
+                assert relative(out[row, head].detach(), (weight @ v[index, 0].float()).detach()) < 1e-2
