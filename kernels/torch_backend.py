@@ -86,7 +86,27 @@ def centroids(k: Tensor, start: Tensor, block_size: int) -> Tensor:
         `[n, H, D]` in the dtype of `k`.
     """
     rows = start.long()[:, None] + torch.arange(block_size, device=k.device)
-    return k[rows].to(accumulate_dtype(k.dtype)).mean(1).to(k.dtype)
+    return ordered_mean(k[rows].to(accumulate_dtype(k.dtype))).to(k.dtype)
+
+
+def ordered_mean(x: Tensor) -> Tensor:
+    """`x.mean(1)` with every sum taken in order: the same bits whatever the strides and sizes of `x`."""
+    total = x[:, 0].clone()
+    for i in range(1, x.shape[1]):
+        total += x[:, i]
+    return total / x.shape[1]
+
+
+def ordered_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` with every sum taken in order, one rounded product after the other.
+
+    A BLAS may add in another order with the size of a matrix or the place in it. Then equal centroids would not score
+    alike, and two layouts could select different blocks.
+    """
+    total = a[..., 0, None] * b[..., 0, None, :]
+    for i in range(1, a.shape[-1]):
+        total += a[..., i, None] * b[..., i, None, :]
+    return total
 
 
 def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> Tensor:
@@ -104,27 +124,31 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
         int32 `[Hq, T, topk]`: block numbers ascending, so the own block is last; -1 first where there are fewer.
     """
     tokens, q_heads, _ = q.shape
-    n_blocks, kv_heads, _ = centroids.shape
+    kv_heads = centroids.shape[1]
     acc = accumulate_dtype(q.dtype)
     selected = torch.full((q_heads, tokens, topk), -1, dtype=torch.int32, device=q.device)
     selected[:, :, -1] = rows.block
-    wanted = min(topk - 1, n_blocks)
-    if wanted == 0 or tokens == 0:
+    if topk == 1 or tokens == 0:
         return selected
-    number = torch.arange(n_blocks, device=q.device)
-    keys = centroids.to(acc).movedim(0, 2)  # [Hkv, D, n_blocks]
     for begin in range(0, tokens, _GATE_ROWS):
         end = min(begin + _GATE_ROWS, tokens)
+        # Only blocks that some row here may choose: with many documents, a small part of all.
+        low, high = int(rows.first_block[begin:end].min()), int(rows.block[begin:end].max())
+        wanted = min(topk - 1, high - low)
+        if wanted == 0:
+            continue
         queries = q[begin:end].to(acc).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, G, t, D]
-        scores = torch.matmul(queries, keys[:, None]).flatten(0, 1)  # [Hq, t, n_blocks]
+        keys = centroids[low:high].to(acc).movedim(0, 2)  # [Hkv, D, blocks]
+        scores = ordered_matmul(queries, keys[:, None]).flatten(0, 1)  # [Hq, t, blocks]
+        number = torch.arange(low, high, device=q.device)
         candidate = (number >= rows.first_block[begin:end, None]) & (number < rows.block[begin:end, None])
         # Descending and stable over reversed block numbers: the later of equals comes first; torch sorts NaN as greatest.
         # Candidates before the rest, whatever their score: a candidate may score -inf.
         order = torch.sort(scores.flip(2), dim=2, descending=True, stable=True).indices
-        order = n_blocks - 1 - order
+        order = high - low - 1 - order
         allowed = candidate.expand_as(scores).gather(2, order)
         allowed, by_candidate = torch.sort(allowed.to(torch.uint8), dim=2, descending=True, stable=True)
-        best = order.gather(2, by_candidate)[:, :, :wanted]
+        best = low + order.gather(2, by_candidate)[:, :, :wanted]
         best = best.masked_fill(allowed[:, :, :wanted] == 0, -1).sort(2).values
         selected[:, begin:end, topk - 1 - wanted : topk - 1] = best.to(torch.int32)
     return selected

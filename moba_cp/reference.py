@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import MoBAConfig
-from .kernels.torch_backend import accumulate_dtype
+from .kernels.torch_backend import accumulate_dtype, ordered_matmul, ordered_mean
 from .parallel.layout import SequenceLayout
 
 
@@ -59,35 +59,13 @@ def select_blocks(q: Tensor, k: Tensor, config: MoBAConfig) -> Tensor:
     chosen = (own[:, None] == torch.arange(n_blocks, device=q.device)).repeat(q_heads, 1, 1)
     complete = tokens // block_size
     whole = k[: complete * block_size].unflatten(0, (complete, block_size)) if complete else k[:0, None]
-    centroids = whole.to(acc).mean(1).to(k.dtype)  # rounded once
-    scores = torch.einsum("qhd,jhd->hqj", q.to(acc), centroids.to(acc).repeat_interleave(q_heads // k.shape[1], 1))
+    centroids = ordered_mean(whole.to(acc)).to(k.dtype)  # rounded once
+    centroids = centroids.to(acc).repeat_interleave(q_heads // k.shape[1], 1)
+    scores = ordered_matmul(q.to(acc).transpose(0, 1), centroids.permute(1, 2, 0))  # [Hq, L, complete]
     for block in range(1, n_blocks):  # the queries of a block share their candidates: the blocks before it
         rows = slice(block * block_size, (block + 1) * block_size)
         candidates = scores[:, rows, :block].flip(2)  # later blocks first, so that a stable sort prefers them
         order = torch.sort(candidates, dim=2, descending=True, stable=True).indices  # NaN sorts as the greatest
         best = block - 1 - order[:, :, : config.topk - 1]
         chosen[:, rows].scatter_(2, best, True)
-    return chosen[:, :, position // block_size] & (position <= position[:, None])
-
-
-@torch.no_grad()
-def select_blocks(q: Tensor, k: Tensor, config: MoBAConfig) -> Tensor:
-    """bool `[Hq, L, n_blocks]`: the own block and the `topk - 1` best-scored blocks before it, of one document.
-
-    Equal scores: the later block wins. NaN ranks above every number.
-    """
-    tokens, q_heads, _ = q.shape
-    block_size, acc = config.block_size, accumulate_dtype(q.dtype)
-    n_blocks = -(-tokens // block_size)
-    own = torch.arange(tokens, device=q.device) // block_size
-    chosen = (own[:, None] == torch.arange(n_blocks, device=q.device)).repeat(q_heads, 1, 1)
-    complete = tokens // block_size
-    whole = k[: complete * block_size].unflatten(0, (complete, block_size)) if complete else k[:0, None]
-    centroids = whole.to(acc).mean(1).to(k.dtype)  # rounded once
-    scores = torch.einsum("qhd,jhd->hqj", q.to(acc), centroids.to(acc).repeat_interleave(q_heads // k.shape[1], 1))
-    for query in range(tokens):
-        candidates = scores[:, query, : own[query]].flip(1)  # later blocks first, so that a stable sort prefers them
-        order = torch.sort(candidates, dim=1, descending=True, stable=True).indices  # NaN sorts as the greatest
-        best = own[query] - 1 - order[:, : config.topk - 1]
-        chosen[:, query].scatter_(1, best, True)
     return chosen
