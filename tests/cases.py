@@ -186,7 +186,9 @@ def layouts(draw: st.DrawFn, cu_seqlens: list[int], cp_size: int) -> SequenceLay
     cuts = sorted(draw(st.sets(st.integers(0, total), max_size=12)) | {0, total})
     pieces = draw(st.permutations(list(zip(cuts[:-1], cuts[1:]))))
     holders = draw(st.lists(st.integers(0, cp_size - 1), min_size=len(pieces), max_size=len(pieces)))
-    return SequenceLayout.from_runs([[p for p, h in zip(pieces, holders) if h == r] for r in range(cp_size)], cu_seqlens)
+    return SequenceLayout.from_runs(
+        [[p for p, h in zip(pieces, holders) if h == r] for r in range(cp_size)], cu_seqlens
+    )
 
 
 def sub_groups(size: int) -> list[dist.ProcessGroup]:

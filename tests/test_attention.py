@@ -16,6 +16,7 @@ from tests.cases import (
     COMMS,
     DEFAULT_WORKSPACE,
     NAMES,
+    TRANSPORTS,
     Case,
     all_on,
     assert_close,
@@ -56,30 +57,36 @@ def test_layouts_sizes_transports_and_workspaces_agree(case: Case) -> None:
     expected = run(1, case, SequenceLayout.contiguous(case.cu_seqlens, 1))
     assert_close(expected, reference(case), TO_DEFINITION)
     for cp_size in (1, 2, 3, 4):
+        tried = list(every_layout(case.cu_seqlens, cp_size).values())
         calls = [
             (case, layout, comm, FP64, workspace)
-            for layout in every_layout(case.cu_seqlens, cp_size).values()
-            for comm in COMMS
+            for layout in (tried if case is MIXED else tried[1:4])
+            for comm in TRANSPORTS
             for workspace in (1, DEFAULT_WORKSPACE)  # 1 byte: one kv head and 128 rows at once
         ]
         for call, result in zip(calls, run_many(cp_size, calls), strict=True):
             assert_close(result, expected, TO_EACH_OTHER, call[1:])
 
 
-def selected_on_rank(rank: int, world_size: int, case: Case, layouts_: list[SequenceLayout]) -> list[Tensor]:
+def selected_on_rank(
+    rank: int, world_size: int, case: Case, layouts_: list[SequenceLayout], dtype: torch.dtype
+) -> list[Tensor]:
     found = []
     for layout in layouts_:
-        q, k, v, _ = (layout.shard(x, rank) for x in case.inputs())
+        q, k, v, _ = (layout.shard(x, rank) for x in case.inputs(dtype))
         _, report = moba_cp.moba_attention(q, k, v, case.config, layout=layout, return_report=True)
         found.append(report.selected)
     return found
 
 
-def test_selection_does_not_depend_on_layout_or_size() -> None:
+@pytest.mark.parametrize("dtype", [FP64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+def test_selection_does_not_depend_on_layout_or_size(dtype: torch.dtype) -> None:
+    """Bit for bit, also of scores that lie as close as rounding: in bf16 at D = 2, centroids often are equal."""
+    case = Case((117, 0, 3, 61, 1), block_size=3, topk=4, q_heads=6, kv_heads=3, dim=2, v_dim=1)
     expected = None
     for cp_size in (1, 2, 3, 4):
-        tried = list(every_layout(MIXED.cu_seqlens, cp_size).values())
-        per_rank = run_ranks(cp_size, selected_on_rank, MIXED, tried)
+        tried = list(every_layout(case.cu_seqlens, cp_size).values())
+        per_rank = run_ranks(cp_size, selected_on_rank, case, tried, dtype)
         for i, layout in enumerate(tried):
             selected = layout.unshard([per_rank[r][i] for r in range(cp_size)], dim=1)
             expected = selected if expected is None else expected
