@@ -1,0 +1,160 @@
+"""Turns `docs/results/kernels*.json` of `bench_kernels.py` into the README's table and `docs/results/kernels.png`.
+
+python3 scripts/make_tables.py            # writes both
+python3 scripts/make_tables.py --print    # the table only, to standard output
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+DENSE = "dense cuDNN"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--print", action="store_true", help="print the table, write nothing")
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("kernels*.json")))
+    options = parser.parse_args()
+    about, results, dense = load(options.files)
+    text = table(about, results, dense)
+    if options.print:
+        print(text)
+        return
+    replace_between(
+        ROOT / "README.md", "results:kernels", text + "\n\n![Time against tokens](docs/results/kernels.png)"
+    )
+    plot(about, results, dense, RESULTS / "kernels.png")
+
+
+def load(files: list[Path]) -> tuple[dict[str, Any], list[dict], dict[tuple, dict]]:
+    """What the first file says about the machine, finished MoBA results, and dense ones by (tokens, heads, name).
+
+    Raises:
+        ValueError: no files, or files of different devices: their times are not comparable.
+    """
+    if not files:
+        raise ValueError(f"no results: expected {RESULTS}/kernels*.json, made by scripts/bench_kernels.py")
+    contents = [json.loads(f.read_text()) for f in files]
+    devices = {c["about"]["device"] for c in contents}
+    if len(devices) > 1:
+        raise ValueError(f"results of different devices do not go into one table: {sorted(devices)}")
+    done = {(*case(r), r["block_size"], r["topk"]): r for c in contents for r in c["results"] if "forward_ms" in r}
+    dense = {(*case(r), r["name"]): r for c in contents for r in c["dense"] if "forward_ms" in r}
+    return contents[0]["about"], [done[key] for key in sorted(done)], dense
+
+
+def case(result: dict) -> tuple[int, int, int]:
+    return result["q_heads"], result["kv_heads"], result["tokens"]
+
+
+def table(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict]) -> str:
+    """Markdown: one row a (heads, tokens, block size, top-k), forward / forward+backward milliseconds."""
+    lines = [
+        f"{about['device']}, bf16, D = {about['head_dim']}, N(0, 1) inputs, one document; torch {about['torch']}, "
+        f"Triton {about['triton']}, commit {about['commit'][:10]}. Medians of milliseconds, forward / forward+backward.",
+        "",
+        "| heads | tokens | (B, k) | moba_cp | against dense cuDNN | dense cuDNN | dense flash | peak GiB | output / dq error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        reference, flash = (dense.get((*case(r), name)) for name in (DENSE, "dense flash"))
+        checks = r.get("checks", {})
+        cells = [
+            f"{r['q_heads']}/{r['kv_heads']}",
+            thousands(r["tokens"]),
+            f"({r['block_size']}, {r['topk']})",
+            f"**{both(r)}**",
+            faster(r, reference),
+            both(reference),
+            both(flash),
+            f"{r['forward_peak_gib']:.1f} / {r['forward_backward_peak_gib']:.1f}",
+            f"{checks['out_error']:.1e} / {checks['dq_error']:.1e}" if checks else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    checked = [r["checks"] for r in results if "checks" in r]
+    if checked:
+        rows, wrong = (sum(c[key] for c in checked) for key in ("rows", "wrong_rows"))
+        lines += ["", f"Rows whose blocks were checked against fp32 scores: {rows:,}; wrong: {wrong}."]
+    return "\n".join(lines)
+
+
+def both(result: dict | None) -> str:
+    if result is None:
+        return "-"
+    return " / ".join(milliseconds(result.get(key)) for key in ("forward_ms", "forward_backward_ms"))
+
+
+def faster(result: dict, reference: dict | None) -> str:
+    """How many times as fast as `reference`, forward / forward+backward."""
+    if reference is None:
+        return "-"
+    cells = []
+    for key in ("forward_ms", "forward_backward_ms"):
+        known = key in reference and key in result
+        cells.append(f"{reference[key]['median'] / result[key]['median']:.1f}x" if known else "-")
+    return " / ".join(cells)
+
+
+def milliseconds(time: dict | None) -> str:
+    if time is None:
+        return "-"
+    value = time["median"]
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def thousands(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
+def replace_between(path: Path, name: str, text: str) -> None:
+    """Put `text` between the comments `<!-- name -->` and `<!-- /name -->`.
+
+    Raises:
+        ValueError: the file lacks them.
+    """
+    content = path.read_text()
+    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    if not pattern.search(content):
+        raise ValueError(f"{path} has no lines <!-- {name} --> and <!-- /{name} -->")
+    path.write_text(pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", content))
+
+
+def plot(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict], path: Path) -> None:
+    """Forward+backward time against tokens, one panel a pair of heads, log-log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    heads = sorted({case(r)[:2] for r in results})
+    figure, axes = plt.subplots(1, len(heads), figsize=(5 * len(heads), 4), squeeze=False, sharey=True)
+    for axis, pair in zip(axes[0], heads):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for r in [*results, *dense.values()]:
+            if case(r)[:2] == pair and "forward_backward_ms" in r:
+                label = r.get("name") or f"MoBA ({r['block_size']}, {r['topk']})"
+                lines.setdefault(label, []).append((r["tokens"], r["forward_backward_ms"]["median"]))
+        for label, points in sorted(lines.items()):
+            tokens, times = zip(*sorted(points))
+            axis.plot(tokens, times, "o--" if label.startswith("dense") else "o-", label=label)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{pair[0]} q / {pair[1]} kv heads")
+        ticks = sorted({point[0] for points in lines.values() for point in points})
+        axis.set_xticks(ticks, [thousands(t) for t in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("forward + backward, ms")
+    axes[0][-1].legend(fontsize=8)
+    figure.suptitle(f"{about['device']}, bf16, D = {about['head_dim']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
