@@ -1,0 +1,246 @@
+"""`select_blocks` of the Triton backend equals the torch backend's on every row, whatever the rows, scores and ties.
+
+Where equality must be exact, q and centroids are small integers: every order of summation gives the same fp32 score.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels import interpreter
+
+gate = pytest.importorskip("moba_cp.kernels.gate")
+from moba_cp.kernels import query_rows, torch_backend  # noqa: E402
+
+DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
+NAN, INF = float("nan"), float("inf")
+
+
+def test_in_interpreter():
+    interpreter.run_module(__file__)
+
+
+def rows_of(block, first, device=DEVICE):
+    """Rows in blocks `block`, of documents that start at blocks `first`; positions do not matter to the gate."""
+    return query_rows(np.asarray(block), np.asarray(first), np.zeros(len(block)), device)
+
+
+def packed_rows(lengths, block_size, order=None):
+    """Rows of documents of `lengths` tokens, and the number of their blocks."""
+    block, first, blocks = [], [], 0
+    for length in lengths:
+        block += [blocks + t // block_size for t in range(length)]
+        first += [blocks] * length
+        blocks += -(-length // block_size)
+    block, first = np.array(block), np.array(first)
+    if order is not None:
+        block, first = block[order], first[order]
+    return rows_of(block, first), blocks
+
+
+def inputs(tokens, q_heads, kv_heads, n_blocks, dim, seed=0, dtype=torch.bfloat16, spread=3, strided=False):
+    """Integers in `[-spread, spread]`: exact scores and many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    extra = 8 if strided else 0
+    q = torch.randint(-spread, spread + 1, (tokens, q_heads + (extra > 0), dim + extra), generator=generator)
+    c = torch.randint(-spread, spread + 1, (n_blocks, kv_heads + (extra > 0), dim + extra), generator=generator)
+    q, c = q.to(DEVICE, dtype), c.to(DEVICE, dtype)
+    return q[:, :q_heads, :dim], c[:, :kv_heads, :dim]
+
+
+def assert_equal(q, c, rows, topk):
+    expected = torch_backend.select_blocks(q, c, rows, topk)
+    actual = gate.select_blocks(q, c, rows, topk)
+    assert actual.dtype == torch.int32
+    assert actual.shape == expected.shape
+    wrong = (actual != expected).any(2).nonzero()
+    assert wrong.numel() == 0, (wrong[:5], expected[tuple(wrong[0])], actual[tuple(wrong[0])])
+    return actual
+
+
+def check_small(lengths, block_size, topk, heads=(2, 1), dim=16, order=None, **kwargs):
+    rows, blocks = packed_rows(lengths, block_size, order)
+    q, c = inputs(len(rows), *heads, blocks, dim, **kwargs)
+    return assert_equal(q, c, rows, topk)
+
+
+SMALL = {
+    "one tile": dict(lengths=[90], block_size=3, topk=4),
+    "several tiles, packed keys": dict(lengths=[330], block_size=2, topk=3),
+    "packed documents": dict(lengths=[17, 0, 1, 120, 64, 40], block_size=2, topk=4),
+    "topk 1": dict(lengths=[50], block_size=4, topk=1),
+    "topk 2": dict(lengths=[130], block_size=2, topk=2),
+    "all selected": dict(lengths=[50], block_size=8, topk=9),
+    "topk above 16": dict(lengths=[130], block_size=2, topk=20, heads=(1, 1)),
+    "few distinct scores": dict(lengths=[260], block_size=2, topk=5, spread=1, dim=2),
+    "all equal": dict(lengths=[150], block_size=2, topk=4, spread=0),
+    "fp16, odd D, grouped": dict(lengths=[100], block_size=2, topk=4, dtype=torch.float16, dim=24, heads=(4, 2)),
+    "strided": dict(lengths=[100], block_size=3, topk=4, strided=True),
+}
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize("name", SMALL)
+def test_small(name):
+    check_small(**SMALL[name])
+
+
+@interpreter.interpreted
+def test_any_row_order():
+    check_small([70, 30, 60], 2, 4, order=np.random.default_rng(0).permutation(160))
+
+
+@interpreter.interpreted
+def test_unpacked_keys(monkeypatch):
+    monkeypatch.setattr(gate, "PACKED_BLOCKS", 0)
+    check_small([330], 2, 4)
+    check_small([40, 290], 2, 3, spread=1, dim=4)
+
+
+@interpreter.interpreted
+def test_sorted_path(monkeypatch):
+    monkeypatch.setattr(gate, "LIST_TOPK", 4)
+    monkeypatch.setattr(gate, "SCORES_BYTES", 8 * 50 * 70)
+    check_small([20, 100], 2, 7)
+
+
+@interpreter.interpreted
+def test_special_scores():
+    check_special(100, 50)
+
+
+@interpreter.interpreted
+def test_proof_redoes_few_rows():
+    """Random scores are nearly all proved by the lanes; all-equal scores never are."""
+    rows, blocks = packed_rows([200], 2)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(200, 1, 16, generator=generator).to(DEVICE, torch.bfloat16)
+    c = torch.randn(blocks, 1, 16, generator=generator).to(DEVICE, torch.bfloat16)
+    assert listed(q, c, rows, 3) <= 10
+    assert listed(q * 0, c, rows, 3) == int((rows.block >= 3).sum())
+
+
+def listed(q, c, rows, topk):
+    """Rows that `_gate_kernel` lists to be done again."""
+    counts = []
+    zeros = torch.zeros
+
+    def spy(*args, **kwargs):
+        counts.append(zeros(*args, **kwargs))
+        return counts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate.torch, "zeros", spy)
+        gate.select_blocks(q, c, rows, topk)
+    return int(counts[0].sum())
+
+
+def check_special(tokens, n_blocks, topk=4):
+    """NaN, infinities, zeros of both signs, denormals and the largest numbers, in centroids and in queries."""
+    values = [NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-38, -1e-38, 3e38, -3e38, 1.0, -1.0, 2.0, 65536.0]
+    generator = torch.Generator().manual_seed(1)
+    pick = torch.tensor(values)[torch.randint(len(values), (n_blocks, 2), generator=generator)]
+    c = torch.zeros(n_blocks, 2, 16)
+    c[:, :, 0] = pick
+    c[:, 1].nan_to_num_(nan=-0.0, posinf=1.0, neginf=-1.0)
+    q = torch.zeros(tokens, 4, 16)
+    # Queries of one non-zero number: a score is one product, but NaN times 0 is NaN as well.
+    q[:, :, 0] = torch.tensor([1.0, -1.0, 1.0, 0.5])
+    q[5, :, 3] = NAN
+    q[7, :, 0] = INF
+    rows = rows_of(np.arange(tokens) * n_blocks // tokens, np.zeros(tokens))
+    assert_equal(q.to(DEVICE, torch.bfloat16), c.to(DEVICE, torch.bfloat16), rows, topk)
+
+
+def test_no_rows():
+    q, c = inputs(0, 2, 1, 40, 16)
+    assert gate.select_blocks(q, c, rows_of([], []), 3).shape == (2, 0, 3)
+
+
+GPU = {
+    "128, 8": dict(lengths=[32768], block_size=128, topk=8, heads=(4, 2), dim=128),
+    "512, 8": dict(lengths=[65536 + 77], block_size=512, topk=8, heads=(2, 2), dim=128),
+    "4096, 12": dict(lengths=[131072 + 1], block_size=4096, topk=12, heads=(2, 1), dim=128),
+    "2048, 3": dict(lengths=[32768], block_size=2048, topk=3, heads=(4, 4), dim=128),
+    "1500 blocks": dict(lengths=[24000], block_size=16, topk=8, heads=(2, 1), dim=128),
+    "packed, 2400 blocks": dict(lengths=[1, 700, 0, 20000, 333, 16, 9000, 8000], block_size=16, topk=8, dim=64),
+    "topk 3": dict(lengths=[5000], block_size=16, topk=3, dim=96),
+    "topk 16": dict(lengths=[9000], block_size=16, topk=16, dim=128),
+    "topk 64": dict(lengths=[5000], block_size=16, topk=64, dim=128),
+    "topk 100": dict(lengths=[5000, 3000], block_size=16, topk=100, dim=128),
+    "topk of all blocks": dict(lengths=[5000], block_size=48, topk=105, dim=128),
+    "D 192": dict(lengths=[9000], block_size=100, topk=8, dim=192),
+    "D 256": dict(lengths=[9000], block_size=16, topk=8, dim=256, heads=(8, 1)),
+    "fp16, strided": dict(lengths=[9000], block_size=64, topk=8, dim=128, dtype=torch.float16, strided=True),
+    "few distinct scores": dict(lengths=[9000], block_size=16, topk=8, spread=1, dim=16),
+    "all equal": dict(lengths=[9000], block_size=16, topk=8, spread=0, dim=128),
+    "one token": dict(lengths=[1], block_size=128, topk=8, dim=128),
+}
+
+
+@pytest.mark.parametrize("name", GPU)
+class TestGPU:
+    pytestmark = interpreter.gpu
+
+    def test_equals_torch(self, name):
+        check_small(**GPU[name])
+
+    def test_same_every_time(self, name):
+        first = check_small(**GPU[name], seed=3)
+        rows, blocks = packed_rows(GPU[name]["lengths"], GPU[name]["block_size"])
+        rest = {k: v for k, v in GPU[name].items() if k not in ("lengths", "block_size", "topk")}
+        q, c = inputs(len(rows), *rest.pop("heads", (2, 1)), blocks, **rest, seed=3)
+        for _ in range(5):
+            assert torch.equal(gate.select_blocks(q, c, rows, GPU[name]["topk"]), first)
+
+
+class TestGPUOther:
+    pytestmark = interpreter.gpu
+
+    @pytest.mark.parametrize("n_blocks", [30, 300, 3000])
+    @pytest.mark.parametrize("topk", [3, 8, 20, 70])
+    def test_special_scores(self, n_blocks, topk):
+        check_special(4000, n_blocks, topk)
+
+    @pytest.mark.parametrize("block_size", [16, 128])
+    def test_any_row_order(self, block_size):
+        order = np.random.default_rng(0).permutation(20000)
+        check_small([7000, 12000, 1000], block_size, 8, dim=128, order=order)
+
+    def test_rows_alone_give_the_same(self):
+        """A row's selection does not depend on the rows beside it (random numbers: rounding would show)."""
+        rows, blocks = packed_rows([20000], 16)
+        q = torch.randn(20000, 2, 128, device=DEVICE, dtype=torch.bfloat16)
+        c = torch.randn(blocks, 2, 128, device=DEVICE, dtype=torch.bfloat16)
+        whole = gate.select_blocks(q, c, rows, 8)
+        order = torch.randperm(20000, device=DEVICE)
+        shuffled = rows_of(rows.block[order].cpu().numpy(), np.zeros(20000))
+        assert torch.equal(gate.select_blocks(q[order], c, shuffled, 8), whole[:, order])
+
+    @pytest.mark.parametrize(("tokens", "block_size", "topk"), [(131072, 128, 8), (131072, 512, 8), (131072, 4096, 12)])
+    @pytest.mark.parametrize("seed", range(5))
+    def test_random_scores_at_full_size(self, tokens, block_size, topk, seed):
+        """Every selected block scores at least as high as every other candidate, up to fp32 rounding; none twice."""
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        n_blocks = tokens // block_size
+        q = torch.randn(tokens, 2, 128, device=DEVICE, generator=generator).bfloat16()
+        c = (torch.randn(n_blocks, 1, 128, device=DEVICE, generator=generator) * block_size**-0.5).bfloat16()
+        block = torch.arange(tokens, device=DEVICE) // block_size
+        rows = rows_of(block.cpu().numpy(), np.zeros(tokens))
+        selected = gate.select_blocks(q, c, rows, topk).long()
+        assert torch.equal(selected[:, :, -1], block.expand(2, -1))
+        real = selected[:, :, 1:] >= 0
+        assert ((selected[:, :, 1:] > selected[:, :, :-1]) | ~real).all()
+        assert torch.equal((selected >= 0).sum(2), (block + 1).clamp(max=topk).expand(2, -1))
+        for head in range(2):
+            for begin in range(0, tokens, 16384):
+                part = slice(begin, begin + 16384)
+                scores = q[part, head].double() @ c[:, 0].double().T
+                scores.masked_fill_(torch.arange(n_blocks, device=DEVICE) >= block[part, None], -INF)
+                chosen = selected[head, part, :-1]
+                lowest = scores.gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, INF).amin(1)
+                rest = scores.scatter(1, chosen.clamp(min=0), -INF).amax(1)
+                rest = rest.masked_fill((chosen < 0).any(1), -INF)
+                assert (rest - lowest).amax() < 1e-4 * block_size**-0.5

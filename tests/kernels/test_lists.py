@@ -1,0 +1,190 @@
+"""Routing lists: the torch backend's entries in the same order in every bin, and items that cover each of them once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels import interpreter
+
+lists = pytest.importorskip("moba_cp.kernels.lists")
+from moba_cp.kernels import query_rows, torch_backend  # noqa: E402
+
+DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
+
+
+def test_in_interpreter():
+    interpreter.run_module(__file__)
+
+
+@pytest.fixture
+def few_entries(monkeypatch):
+    """The interpreter sorts slowly."""
+    monkeypatch.setattr(lists, "LEAST_ENTRIES", 32)
+
+
+def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
+    """Sorted distinct blocks with some -1 first and the own block last, as `select_blocks` gives them; and the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.sort(torch.randint(n_blocks, (tokens,), generator=generator)).values
+    scores = torch.rand(q_heads, tokens, n_blocks, generator=generator)
+    if hot:
+        scores[:, :, 0] = 2
+        scores[:, :, 1] = -1
+    scores[:, torch.arange(tokens), own] = 3
+    scores.masked_fill_(torch.arange(n_blocks) > own[:, None], -2)
+    kept = min(topk, n_blocks)
+    best = torch.topk(scores, kept, dim=2)
+    selected = torch.where(best.values > -2, best.indices, -1).sort(2).values
+    selected = torch.nn.functional.pad(selected, (topk - kept, 0), value=-1).to(DEVICE, torch.int32)
+    return selected, query_rows(own.numpy(), np.zeros(tokens), np.zeros(tokens), DEVICE)
+
+
+def check(selected, rows, n_blocks, kv_heads, block_size, backward=False):
+    actual = lists.route(selected, n_blocks, kv_heads, rows, block_size, backward=backward)
+    q_heads, tokens, topk = selected.shape
+    shown = selected.clone()
+    assert actual.with_own == (backward or block_size <= 128)
+    if not actual.with_own:
+        shown[:, :, -1] = -1
+    expected = torch_backend.route(shown.cpu(), n_blocks, kv_heads, rows, block_size)
+    assert actual.pointer.dtype == torch.int32
+    pointer = actual.pointer.tolist()
+    assert pointer == expected.pointer
+    entry = actual.entry[: pointer[-1]].cpu().long()
+    slot = entry & ((1 << actual.slot_bits) - 1)
+    in_group = (entry >> actual.slot_bits) & ((1 << actual.head_bits) - 1)
+    token = entry >> (actual.slot_bits + actual.head_bits)
+    group = q_heads // kv_heads
+    assert actual.group_size == group
+    assert torch.equal(token, expected.token)
+    assert torch.equal(slot, expected.slot)
+    assert torch.equal(in_group, expected.head % group)
+    # Items: every bin in stretches of rows_per_item from its start, in order; then nothing but -1.
+    per_item = actual.rows_per_item
+    wanted = [
+        (bin_, start)
+        for bin_ in range(kv_heads * n_blocks)
+        for start in range(pointer[bin_], pointer[bin_ + 1], per_item)
+    ]
+    items = list(zip(actual.item_bin.tolist(), actual.item_start.tolist()))
+    assert items[: len(wanted)] == wanted
+    assert all(bin_ == -1 for bin_, _ in items[len(wanted) :])
+    return actual
+
+
+CASES = {
+    # q heads, kv heads, tokens, topk, blocks
+    "plain": (2, 2, 17, 4, 9),
+    "grouped": (6, 2, 11, 3, 7),
+    "one block": (1, 1, 20, 1, 1),
+    "odd topk": (2, 1, 13, 7, 40),
+    "more slots than blocks": (2, 1, 10, 9, 5),
+    "one token": (3, 3, 1, 3, 5),
+}
+
+
+@interpreter.interpreted
+@pytest.mark.usefixtures("few_entries")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("block_size", [64, 512])
+@pytest.mark.parametrize("name", CASES)
+def test_small(name, block_size, backward, monkeypatch):
+    for rows_name in ("FORWARD_ROWS_SMALL", "FORWARD_ROWS_LARGE", "BACKWARD_ROWS"):
+        monkeypatch.setattr(lists, rows_name, 8)
+    q_heads, kv_heads, tokens, topk, n_blocks = CASES[name]
+    selected, rows = random_selection(q_heads, tokens, topk, n_blocks)
+    check(selected, rows, n_blocks, kv_heads, block_size, backward)
+
+
+@interpreter.interpreted
+@pytest.mark.usefixtures("few_entries")
+@pytest.mark.parametrize("programs", [1, 1 << 20])
+def test_several_parts_a_piece(programs, monkeypatch):
+    monkeypatch.setattr(lists, "PROGRAMS", programs)
+    selected, rows = random_selection(4, 30, 4, 12, hot=True)
+    check(selected, rows, 12, 2, 128)
+
+
+@interpreter.interpreted
+@pytest.mark.usefixtures("few_entries")
+def test_strided_view_and_wide_entries(monkeypatch):
+    selected, rows = random_selection(6, 60, 4, 9)
+    check(selected[2:4, 7:40], rows.slice(7, 40), 9, 2, 128)
+    monkeypatch.setattr(lists, "ENTRY_BITS", 3)
+    check(selected[2:4, 7:20], rows.slice(7, 20), 9, 2, 128)
+
+
+@interpreter.interpreted
+def test_sorted_by_torch(monkeypatch):
+    selected, rows = random_selection(6, 60, 4, 9)
+    monkeypatch.setattr(lists, "COUNTED_TOPK", 2)
+    check(selected[2:6, 7:40], rows.slice(7, 40), 9, 2, 512)
+    check(selected, rows, 9, 2, 128)
+
+
+def test_nothing_listed():
+    selected, rows = random_selection(2, 6, 1, 3)
+    empty = lists.route(selected, 3, 1, rows, 512)
+    assert empty.pointer.tolist() == [0] * 4
+    assert empty.item_bin.numel() == empty.entry.numel() == 0
+    empty = lists.route(selected[:, :0], 3, 1, rows.slice(0, 0), 128)
+    assert empty.pointer.tolist() == [0] * 4
+
+
+class TestGPU:
+    pytestmark = interpreter.gpu
+
+    @pytest.mark.parametrize("backward", [False, True])
+    @pytest.mark.parametrize(
+        ("q_heads", "kv_heads", "tokens", "topk", "n_blocks", "block_size"),
+        [
+            (4, 4, 20000, 8, 1024, 128),
+            (8, 2, 8191, 8, 256, 512),
+            (4, 1, 5000, 12, 32, 4096),
+            (2, 1, 3000, 8, 3000, 16),
+            (1, 1, 2000, 5, 8192, 16),
+            (2, 2, 1000, 8, 9000, 16),
+            (2, 1, 300, 100, 200, 64),
+            (1, 1, 1, 8, 100, 128),
+        ],
+    )
+    @pytest.mark.parametrize("hot", [False, True])
+    def test_equals_torch(self, q_heads, kv_heads, tokens, topk, n_blocks, block_size, backward, hot):
+        selected, rows = random_selection(q_heads, tokens, topk, n_blocks, hot=hot)
+        check(selected, rows, n_blocks, kv_heads, block_size, backward)
+
+    def test_view_of_a_chunk(self):
+        selected, rows = random_selection(8, 3000, 8, 100)
+        check(selected[2:6, 100:2999], rows.slice(100, 2999), 100, 2, 128)
+
+    def test_same_every_time(self):
+        selected, rows = random_selection(4, 20000, 8, 500)
+        first = lists.route(selected, 500, 2, rows, 128)
+        for _ in range(20):
+            again = lists.route(selected, 500, 2, rows, 128)
+            for name in ("pointer", "entry", "item_bin", "item_start"):
+                valid = int(first.pointer[-1]) if name == "entry" else None
+                assert torch.equal(getattr(again, name)[:valid], getattr(first, name)[:valid]), name
+
+    def test_wide_entries(self):
+        """21 bits of token, 5 of head, 6 of slot."""
+        tokens = (1 << 20) + 1
+        own = torch.tensor([-1] * 32 + [1], dtype=torch.int32, device=DEVICE)
+        rows = query_rows(np.ones(tokens), np.zeros(tokens), np.zeros(tokens), DEVICE)
+        actual = lists.route(own.expand(17, tokens, 33), 2, 1, rows, 128)
+        assert actual.pointer.tolist() == [0, 0, 17 * tokens]
+        head = torch.arange(17, device=DEVICE)[:, None]
+        expected = (torch.arange(tokens, device=DEVICE) << 11) | (head << 6) | 32
+        assert torch.equal(actual.entry[: 17 * tokens], expected.flatten())
+
+    def test_reads_nothing_on_the_host(self):
+        selected, rows = random_selection(4, 5000, 8, 500)
+        lists.route(selected, 500, 2, rows, 128)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            lists.route(selected, 500, 2, rows, 128)
+            lists.route(selected, 500, 2, rows, 512, backward=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
