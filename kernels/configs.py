@@ -51,13 +51,25 @@ def shared_memory_kib(capability: tuple[int, int]) -> int:
 
 
 def streaming(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]) -> Launch | None:
-    """For small blocks: K and V stay, rows stream. None where they do not fit and `stationary` serves instead."""
+    """For small blocks: K and V stay, rows stream. None where they do not fit and `stationary` serves instead.
+
+    With 3 stages the next two tiles of rows are on their way while one is worked on; with 2, the next is asked for only
+    after that, and other programs have to hide the wait.
+    """
     dim, dim_v, keys = padded(dim), padded(dim_v), padded(block_size)
+    room = 512 * shared_memory_kib(capability)  # in elements of 2 bytes
     if keys > SMALL_BLOCK or max(dim, dim_v) > 128:
         return None
-    launch = Launch(rows=64, keys=keys, num_warps=4, num_stages=3)
-    held = keys * (dim + dim_v) + launch.rows * (launch.num_stages * dim + dim_v)
-    return launch if 2 * held <= 1024 * shared_memory_kib(capability) else None
+
+    def held(rows: int, stages: int) -> int:
+        return keys * (dim + dim_v) + rows * (stages * dim + dim_v)
+
+    if capability[0] >= 9 and 2 * held(64, 3) > room >= held(128, 3):
+        return Launch(rows=128, keys=keys, num_warps=8, num_stages=3)  # no two programs of 64 rows fit
+    for stages in (3, 2):
+        if held(64, stages) <= room:
+            return Launch(rows=64, keys=keys, num_warps=4, num_stages=stages)
+    return None
 
 
 def stationary(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]) -> Launch:

@@ -106,9 +106,14 @@ def _stream_rows(
     v_base = v + first_key.to(tl.int64) * v_row + kv_head.to(tl.int64) * v_head
     k_tile = _load_tile(k_base, first, held, k_row, KEYS, D, D_PADDED, True)
     v_tile = _load_tile(v_base, first, held, v_row, KEYS, DV, DV_PADDED, True)
+    # Entries run a tile ahead in registers, so that the gather of q is the only load the compiler has to pipeline: behind a
+    # pipelined load of entries it would be asked for just before it is needed.
+    e_next = tl.load(entry + begin + r, mask=begin + r < end, other=0)
     for i in tl.range(begin, end, ROWS, num_stages=STAGES):
         valid = i + r < end
-        token, head, slot = _decode(tl.load(entry + i + r, mask=valid, other=0), HEAD_BITS, SLOT_BITS)
+        e = e_next
+        e_next = tl.load(entry + i + ROWS + r, mask=i + ROWS + r < end, other=0)
+        token, head, slot = _decode(e, HEAD_BITS, SLOT_BITS)
         head += kv_head * GROUP
         pointers = q + token[:, None] * q_token + head.to(tl.int64)[:, None] * q_head + d[None, :]
         if D == D_PADDED:

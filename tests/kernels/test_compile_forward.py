@@ -41,8 +41,8 @@ def test_hopper_merge():
 
 
 def test_two_programs_a_multiprocessor():
-    """What the speed of D = 128 rests on: registers and shared memory for two programs of four warps."""
-    for kernels in build([["attend", 128, 128, block, "bf16", [9, 0]] for block in (128, 512)]):
+    """What the speed of D = 128 rests on for large blocks: registers and shared memory for two programs of four warps."""
+    for kernels in build([["attend", 128, 128, block, "bf16", [9, 0]] for block in (64, 512)]):
         for used in kernels.values():
             assert used["registers"] <= 255
             assert 2 * (used["shared"] + 1024) <= 228 * 1024
