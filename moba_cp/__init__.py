@@ -1,9 +1,17 @@
 """MoBA attention (Mixture of Block Attention, arXiv 2502.13189) over a context-parallel group."""
 
-from . import reference
+from . import diagnostics, reference
 from .attention import moba_attention, moba_attn_varlen
 from .config import MoBAConfig
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
 
-__all__ = ["MoBAConfig", "MoBAReport", "SequenceLayout", "moba_attention", "moba_attn_varlen", "reference"]
+__all__ = [
+    "MoBAConfig",
+    "MoBAReport",
+    "SequenceLayout",
+    "diagnostics",
+    "moba_attention",
+    "moba_attn_varlen",
+    "reference",
+]
