@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Literal, overload
 
 import torch
@@ -157,6 +158,10 @@ def moba_attn_varlen(
     layout = SequenceLayout.contiguous(host, 1)
     boundaries = layout.cu_seqlens
     longest = max((b - a for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)), default=0)
+    try:
+        max_seqlen = operator.index(max_seqlen)
+    except TypeError as error:
+        raise TypeError(f"max_seqlen must be an int, got {max_seqlen!r}") from error
     if max_seqlen < longest:
         raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a document of {longest} tokens")
     return moba_attention(q, k, v, config, layout=layout)

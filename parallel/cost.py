@@ -53,7 +53,7 @@ def choose_transport(plan: HomePlan, wanted: np.ndarray, kv_heads: int, pair_byt
         where that is at most `GATHER_BYTES`; else `"ring"`.
     """
     remote = remote_tokens(wanted.sum(2)).max(initial=0)
-    everything = (plan.home_tokens.sum() - plan.home_tokens.min(initial=0)) * kv_heads
+    everything = (plan.home_tokens.sum() - plan.home_tokens.min()) * kv_heads
     if remote <= FETCH_SHARE * everything:
         return "fetch"
     return "all_gather" if everything * pair_bytes <= GATHER_BYTES else "ring"
