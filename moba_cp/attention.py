@@ -172,7 +172,8 @@ class _MoBAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call) -> tuple[Tensor, Tensor]:
-        saved = pipeline.forward(call, q, k, v)
+        with torch.cuda.device_of(q):  # kernels are launched on the current device
+            saved = pipeline.forward(call, q, k, v)
         ctx.call = call
         ctx.save_for_backward(q, k, v, saved.out, saved.lse, pipeline.compact(saved.selected, call))
         ctx.mark_non_differentiable(saved.selected)
