@@ -1,0 +1,19 @@
+"""MoBA attention inside Megatron-Core: swap the core attention of a layer spec, keep everything else."""
+
+from __future__ import annotations
+
+from .core_attention import MoBACoreAttention
+from .norm import TorchNorm
+from .reports import LayerReport, collect_reports
+from .settings import MoBASettings
+from .spec import moba_layer_spec, with_moba
+
+__all__ = [
+    "LayerReport",
+    "MoBACoreAttention",
+    "MoBASettings",
+    "TorchNorm",
+    "collect_reports",
+    "moba_layer_spec",
+    "with_moba",
+]

@@ -1,0 +1,221 @@
+"""Megatron-Core's core attention, computed as MoBA over the layer's context-parallel group."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moba_cp import MoBAConfig, SequenceLayout, moba_attention
+
+from .layout import host_integers, packed_layout, sbhd_layout
+from .settings import MoBASettings
+from .unsupported import refuse_extra, refuse_unsupported
+
+_COMM_PREFIX = "moba_"
+
+
+class MoBACoreAttention(MegatronModule):
+    """Drop-in for ``DotProductAttention`` or ``TEDotProductAttention`` in a self-attention spec.
+
+    It has no parameters and no buffers, so checkpoints do not know whether it is there, and it keeps nothing between
+    calls that depends on a rank or a group size. Rotary embedding and any key normalisation happen before it.
+
+    Args:
+        config: the layer's configuration; options that MoBA attention cannot honour are refused here.
+        layer_number: 1-based, counted over all pipeline stages.
+        attn_mask_type: causal only.
+        attention_type: ``"self"`` only.
+        settings: MoBA's own settings; put there by :func:`moba_cp.megatron.with_moba`.
+        attention_dropout: must be None or 0.
+        softmax_scale: scale of the logits; None means the one of ``settings.moba``, by default ``d ** -0.5``.
+        cp_comm_type: ``"moba_<comm>"`` chooses the transport of this layer; None and Megatron's default ``"p2p"``
+            leave it to ``settings.comm``.
+        pg_collection: process groups of the layer; ``cp`` is used. None takes Megatron's global ones.
+
+    Raises:
+        ValueError: an option that is not supported, with what to do about it.
+        TypeError: an unknown keyword argument that carries a value.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        settings: MoBASettings,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **extra: Any,
+    ) -> None:
+        super().__init__(config=config)
+        refuse_unsupported(config, layer_number, attn_mask_type, attention_type)
+        refuse_extra(f"MoBA attention, layer {layer_number}", extra)
+        if attention_dropout:
+            raise ValueError(f"MoBA attention, layer {layer_number}: attention_dropout={attention_dropout} must be 0")
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.layer_number = layer_number
+        self.partition = _resolve_partition(config, settings)
+        self.moba = _with_scale(settings.moba, softmax_scale)
+        self.comm = _resolve_comm(settings, cp_comm_type)
+        self.cp_group: torch.distributed.ProcessGroup = pg_collection.cp
+        self.report_to: Callable[..., None] | None = None  # see moba_cp.megatron.reports
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **extra: Any,
+    ) -> torch.Tensor:
+        """Attention output of this rank's tokens.
+
+        Args:
+            query: ``[s / cp, b, heads, d]``, or packed ``[t / cp, heads, d]``.
+            key, value: the same with ``kv heads`` (not repeated) in place of ``heads``.
+            attention_mask: must be None, since the causal mask is implied.
+            attn_mask_type: None or causal.
+            attention_bias: must be None.
+            packed_seq_params: cumulative lengths of packed sequences (``qkv_format="thd"``), and the group of this
+                micro-batch under dynamic context parallelism.
+
+        Returns:
+            ``[s / cp, b, heads * d]``, or packed ``[t / cp, heads * d]``, in the dtype of ``query``.
+
+        Raises:
+            ValueError: tensors or lengths that do not fit together, a mask, or a bias.
+            TypeError: an unknown keyword argument that carries a value.
+        """
+        self._check_call(query, key, attention_mask, attn_mask_type, attention_bias, extra)
+        group, cp_size = self._group(packed_seq_params)
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            layout = self._packed_layout(packed_seq_params, query.size(0), cp_size)
+            return self._attend(query, key, value, layout, group).flatten(1)
+        if query.dim() != 4:
+            raise ValueError(f"query must be [s / cp, b, heads, d] without packing, got {tuple(query.shape)}")
+        length, batch = query.shape[:2]
+        layout = sbhd_layout(length, batch, cp_size, self.partition)
+        # Sequence by sequence: a view when there is one sequence, one copy when there are more.
+        q_thd, k_thd, v_thd = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+        out_thd = self._attend(q_thd, k_thd, v_thd, layout, group)
+        return out_thd.flatten(1).unflatten(0, (batch, length)).transpose(0, 1)
+
+    def _attend(
+        self,
+        q_thd: torch.Tensor,
+        k_thd: torch.Tensor,
+        v_thd: torch.Tensor,
+        layout: SequenceLayout,
+        group: torch.distributed.ProcessGroup | None,
+    ) -> torch.Tensor:
+        if self.report_to is None:
+            return moba_attention(q_thd, k_thd, v_thd, self.moba, layout=layout, group=group, comm=self.comm)
+        out_thd, report = moba_attention(
+            q_thd, k_thd, v_thd, self.moba, layout=layout, group=group, comm=self.comm, return_report=True
+        )
+        self.report_to(self, report, layout, group)
+        return out_thd
+
+    def _group(self, packed: PackedSeqParams | None) -> tuple[torch.distributed.ProcessGroup | None, int]:
+        """Context-parallel group of this call and its size. Dynamic context parallelism chooses it per micro-batch."""
+        local_size = getattr(packed, "local_cp_size", None)
+        if local_size is None:
+            size = self.cp_group.size()
+            return (self.cp_group, size) if size > 1 else (None, 1)
+        group = getattr(packed, "cp_group", None)
+        size = 1 if group is None else group.size()
+        if size != local_size:
+            raise ValueError(f"packed_seq_params.local_cp_size={local_size}, but its cp_group has {size} rank(s)")
+        return (group, size) if size > 1 else (None, 1)
+
+    def _packed_layout(self, packed: PackedSeqParams, local_tokens: int, cp_size: int) -> SequenceLayout:
+        if packed.cu_seqlens_q is None:
+            raise ValueError("packed_seq_params.cu_seqlens_q is None: packed attention needs the sequence lengths")
+        true, padded = host_integers(packed.cu_seqlens_q), None
+        if packed.cu_seqlens_q_padded is not None:
+            padded = host_integers(packed.cu_seqlens_q_padded)
+        for name, expected in (("cu_seqlens_kv", true), ("cu_seqlens_kv_padded", padded)):
+            tensor = getattr(packed, name)
+            if tensor is not None and host_integers(tensor) != (expected if expected is not None else true):
+                raise ValueError(
+                    f"packed_seq_params.{name} differs from the queries': only self-attention is supported"
+                )
+        total = (true if padded is None else padded)[-1]
+        if total != local_tokens * cp_size:
+            raise ValueError(
+                f"packed sequences end at token {total}, but {cp_size} rank(s) hold {local_tokens} tokens each"
+            )
+        return packed_layout(true, padded, cp_size, self.partition)
+
+    def _check_call(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None,
+        attention_bias: torch.Tensor | None,
+        extra: dict[str, Any],
+    ) -> None:
+        where = f"MoBA attention, layer {self.layer_number}"
+        refuse_extra(where, extra)
+        if attn_mask_type not in (None, AttnMaskType.causal, AttnMaskType.padding_causal):
+            raise ValueError(f"{where}: attn_mask_type={attn_mask_type} is not supported, only causal is")
+        if attention_bias is not None:
+            raise ValueError(f"{where}: attention_bias is not supported")
+        if attention_mask is not None:
+            raise ValueError(
+                f"{where}: got an attention_mask of shape {tuple(attention_mask.shape)}; the causal mask is implied and "
+                "others are not supported: pass None (--no-create-attention-mask-in-dataloader)"
+            )
+        if query.size(0) != key.size(0):
+            raise ValueError(
+                f"{where}: {query.size(0)} queries but {key.size(0)} keys; inference with a key-value cache is "
+                "not supported"
+            )
+
+
+def _with_scale(moba: MoBAConfig, softmax_scale: float | None) -> MoBAConfig:
+    if softmax_scale is None:
+        return moba
+    if moba.softmax_scale is not None and not math.isclose(moba.softmax_scale, softmax_scale, rel_tol=1e-6):
+        raise ValueError(
+            f"softmax_scale={softmax_scale} from Megatron differs from MoBAConfig's {moba.softmax_scale}: set one"
+        )
+    return dataclasses.replace(moba, softmax_scale=softmax_scale)
+
+
+def _resolve_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
+    if cp_comm_type is None or cp_comm_type == "p2p":  # "p2p" is what Megatron says when nobody chose
+        return settings.comm
+    if cp_comm_type.startswith(_COMM_PREFIX):
+        return cp_comm_type.removeprefix(_COMM_PREFIX)
+    raise ValueError(
+        f"cp_comm_type={cp_comm_type!r} belongs to Transformer Engine's attention; for MoBA write "
+        "moba_<comm>, for example moba_fetch or moba_all_gather"
+    )
+
+
+def _resolve_partition(config: TransformerConfig, settings: MoBASettings) -> str:
+    """Newer Megatron versions say how they slice a sequence; it must be what the settings say."""
+    stated = getattr(config, "cp_partition_mode", None)
+    if stated is not None and stated != settings.partition:
+        raise ValueError(
+            f"cp_partition_mode={stated!r} in Megatron's configuration, but MoBA's is {settings.partition!r}"
+        )
+    return settings.partition

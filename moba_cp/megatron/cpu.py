@@ -1,0 +1,133 @@
+"""Run Megatron-Core on CPU over gloo: for tests, laptops and the first minutes with this project. Never used on GPUs.
+
+Megatron-Core asks for CUDA by name in a few dozen places (``device="cuda"``, ``torch.cuda.current_device()``, streams,
+the CUDA random state, checks of type names like ``torch.cuda.FloatTensor``). :func:`use_cpu_as_cuda` answers all of
+them with the CPU. It changes the running process for good, so it belongs at the top of a script, and it refuses to run
+where a GPU is visible. This is the only file of the project that patches anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed: list[TorchFunctionMode] = []
+
+
+def use_cpu_as_cuda() -> None:
+    """Make every request for a CUDA device in this process mean the CPU. Calling it again does nothing.
+
+    Raises:
+        RuntimeError: a GPU is visible. Hide it with ``CUDA_VISIBLE_DEVICES=""`` to run on CPU on purpose.
+    """
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError('a GPU is visible: Megatron runs there unpatched (or hide it with CUDA_VISIBLE_DEVICES="")')
+    _patch_device_queries()
+    _patch_streams()
+    _patch_random_state()
+    # Compiled helpers of Megatron would trace through all of this and gain nothing here.
+    torch._dynamo.config.disable = True
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _installed.append(mode)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites the device of every torch call, and reports CPU tensors under the type names of CUDA tensors."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("cuda", "pin_memory") and args and isinstance(args[0], torch.Tensor):
+            return args[0]
+        if name == "type" and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if name == "to":
+            args = tuple(_CPU if _names_cuda(argument) else argument for argument in args)
+        if _names_cuda(kwargs.get("device")):
+            kwargs = kwargs | {"device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = kwargs | {"pin_memory": False}
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _Stream:
+    """A stream or event that has always finished: CPU work is done when the call returns."""
+
+    cuda_stream = 0
+    device = _CPU
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
+    def _nothing(self, *_: Any) -> None: ...
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+
+def _returning(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
+
+
+def _patch_device_queries() -> None:
+    properties = type("CpuProperties", (), {"name": "cpu", "major": 9, "minor": 0, "multi_processor_count": 1})
+    answers: dict[str, Any] = {
+        "current_device": _CPU,
+        "device_count": 1,
+        "set_device": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "get_device_capability": (9, 0),
+        "get_device_properties": properties,
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_reserved": 0,
+        "reset_peak_memory_stats": None,
+        "memory_stats": {},
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, _returning(answer))
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _returning(None)
+
+
+def _patch_streams() -> None:
+    for name in ("current_stream", "default_stream"):
+        setattr(torch.cuda, name, _returning(_Stream()))
+    torch.cuda.stream = _returning(contextlib.nullcontext())  # type: ignore[assignment]
+    torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[assignment,misc]
+
+
+def _patch_random_state() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

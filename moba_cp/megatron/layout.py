@@ -1,0 +1,122 @@
+"""Which global token each row of a Megatron tensor is: Megatron's slicing rules as a :class:`moba_cp.SequenceLayout`.
+
+Megatron hands every rank of a context-parallel group its share of a micro-batch in one of two shapes.
+
+SBHD, ``[s / cp, b, heads, d]``: every sequence is cut into ``2 * cp`` equal chunks, rank ``r`` holds ``r`` and
+``2 * cp - 1 - r``. With ``cp = 2`` and one sequence of 8 tokens::
+
+    rank 0: 0 1 . . . . 6 7
+    rank 1: . . 2 3 4 5 . .
+
+THD, ``[t / cp, heads, d]``: sequences are packed one after the other, each padded to a multiple of ``2 * cp`` and each
+cut like the one above. ``cu_seqlens`` stay global; entries that repeat the total length stand for absent sequences.
+
+Both become packed documents. Row ``i`` of the local tensor is token ``layout.local_indices(rank)[i]``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from moba_cp import SequenceLayout
+
+Run = tuple[int, int]
+
+
+@lru_cache(maxsize=64)
+def sbhd_layout(local_length: int, batch: int, cp_size: int, partition: str = "zigzag") -> SequenceLayout:
+    """Layout of a micro-batch of ``batch`` equally long sequences, read batch-major (sequence 0 first).
+
+    Args:
+        local_length: tokens of one sequence held by one rank (``s / cp``).
+        batch: sequences in the micro-batch.
+        cp_size: ranks of the context-parallel group.
+        partition: ``"zigzag"`` or ``"contiguous"``.
+
+    Raises:
+        ValueError: a zigzag share that is not two equal chunks.
+    """
+    if partition == "zigzag" and cp_size > 1 and local_length % 2:
+        raise ValueError(
+            f"each rank holds {local_length} tokens of a sequence, which is not two equal chunks: with "
+            f"cp={cp_size} the sequence length must be a multiple of {2 * cp_size}"
+        )
+    length = local_length * cp_size
+    return packed_layout(tuple(length * i for i in range(batch + 1)), None, cp_size, partition)
+
+
+@lru_cache(maxsize=64)
+def packed_layout(
+    cu_seqlens: tuple[int, ...], cu_seqlens_padded: tuple[int, ...] | None, cp_size: int, partition: str = "zigzag"
+) -> SequenceLayout:
+    """Layout of packed sequences; padding becomes documents of its own, so that nothing ever attends to it.
+
+    Args:
+        cu_seqlens: cumulative true lengths, ``n + 1`` host integers from 0; trailing repeats are empty sequences.
+        cu_seqlens_padded: cumulative padded lengths, or None if there is no padding.
+        cp_size: ranks of the context-parallel group.
+        partition: ``"zigzag"`` or ``"contiguous"``, applied to every padded sequence.
+
+    Raises:
+        ValueError: numbers that do not describe packed sequences, or a sequence that cannot be cut as Megatron does.
+    """
+    padded = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
+    _check_cumulative(cu_seqlens, padded, cp_size if partition == "zigzag" else 1)
+    runs: list[list[Run]] = [[] for _ in range(cp_size)]
+    documents = [0]
+    for (start, end), (true_start, true_end) in zip(pairwise(padded), pairwise(cu_seqlens), strict=True):
+        for rank in range(cp_size):
+            runs[rank].extend(_share(start, end, rank, cp_size, partition))
+        for boundary in (start + true_end - true_start, end):
+            if boundary > documents[-1]:
+                documents.append(boundary)
+    return SequenceLayout.from_runs(runs, documents)
+
+
+def _share(start: int, end: int, rank: int, cp_size: int, partition: str) -> list[Run]:
+    """Token ranges of the sequence ``[start, end)`` that ``rank`` holds, in its order."""
+    chunks: tuple[int, ...]
+    if partition == "contiguous":
+        cuts, chunks = cp_size, (rank,)
+    else:
+        cuts, chunks = 2 * cp_size, (rank, 2 * cp_size - 1 - rank)
+    length = end - start
+    ranges = [(start + c * length // cuts, start + (c + 1) * length // cuts) for c in chunks]
+    if len(ranges) == 2 and ranges[0][1] == ranges[1][0]:  # neighbours are one run
+        ranges = [(ranges[0][0], ranges[1][1])]
+    return [run for run in ranges if run[0] < run[1]]
+
+
+def _check_cumulative(true: tuple[int, ...], padded: tuple[int, ...], cp_size: int) -> None:
+    if len(true) != len(padded):
+        raise ValueError(f"cu_seqlens has {len(true)} entries but its padded form has {len(padded)}")
+    for name, cumulative in (("cu_seqlens", true), ("cu_seqlens_padded", padded)):
+        if not cumulative or cumulative[0] != 0 or any(b < a for a, b in pairwise(cumulative)):
+            raise ValueError(f"{name} must start at 0 and never decrease, got {list(cumulative)}")
+    for index, ((a, b), (p, e)) in enumerate(zip(pairwise(true), pairwise(padded), strict=True)):
+        if b - a > e - p:
+            raise ValueError(f"sequence {index} has {b - a} tokens but only {e - p} with padding")
+        if cp_size > 1 and (e - p) % (2 * cp_size):
+            raise ValueError(
+                f"packed sequence {index} holds {e - p} tokens with padding; with cp={cp_size} Megatron cuts every "
+                f"sequence into {2 * cp_size} equal chunks, so each must be padded to a multiple of {2 * cp_size} "
+                "(a batch sliced over the whole pack instead, as by --dataloader-inter-document-masking, "
+                "cannot be told apart from this one and is not supported)"
+            )
+
+
+_host_values = WeakIdKeyDictionary()
+
+
+def host_integers(values: torch.Tensor) -> tuple[int, ...]:
+    """Values of a small integer tensor on the host. Every layer of a micro-batch asks for the same tensor, so the copy
+    (which waits for the GPU) is made once for as long as the tensor lives unchanged."""
+    version, integers = _host_values.get(values, (None, ()))
+    if version != values._version:
+        integers = tuple(values.tolist())
+        _host_values[values] = (values._version, integers)
+    return integers

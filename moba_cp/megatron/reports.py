@@ -1,0 +1,53 @@
+"""Routing and traffic reports of a model's attention layers, made only for the forward passes that ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moba_cp import MoBAReport, SequenceLayout
+
+from .core_attention import MoBACoreAttention
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer routed and moved in one call, with what the functions of ``moba_cp.diagnostics`` ask for."""
+
+    layer_number: int
+    report: MoBAReport
+    layout: SequenceLayout
+    group: dist.ProcessGroup | None
+
+
+@contextmanager
+def collect_reports(model: torch.nn.Module) -> Iterator[list[LayerReport]]:
+    """Collect a report of every MoBA layer and micro-batch that runs inside the ``with`` block.
+
+    Making a report involves the whole context-parallel group, so all of its ranks must enter the block together.
+
+    Example::
+
+        with collect_reports(model) as reports, torch.no_grad():
+            model(tokens, position_ids, None)
+        print(diagnostics.format_report(reports[-1].report))
+    """
+    reports: list[LayerReport] = []
+
+    def receive(
+        core: MoBACoreAttention, report: MoBAReport, layout: SequenceLayout, group: dist.ProcessGroup | None
+    ) -> None:
+        reports.append(LayerReport(core.layer_number, report, layout, group))
+
+    layers = [module for module in model.modules() if isinstance(module, MoBACoreAttention)]
+    for layer in layers:
+        layer.report_to = receive
+    try:
+        yield reports
+    finally:
+        for layer in layers:
+            layer.report_to = None

@@ -1,0 +1,1 @@
+"""Parts of the training run in ``scripts/train.py``: configuration, text, model, steps, checkpoints and progress."""

@@ -1,0 +1,162 @@
+"""Configuration of a training run: one dataclass per section of a YAML file, checked before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+
+@dataclass
+class ModelConfig:
+    """Size and shape of the GPT."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_query_groups: int = 2  # kv heads
+    ffn_hidden_size: int = 352
+    normalization: str = "RMSNorm"  # or LayerNorm
+    swiglu: bool = True
+    rotary_base: int = 10000
+    init_std: float = 0.02
+    tie_embeddings: bool = False
+
+
+@dataclass
+class MoBASection:
+    """Every attention layer computes MoBA with these settings."""
+
+    block_size: int = 48
+    topk: int = 3  # the query's own block counts
+    comm: str = "auto"  # auto, all_gather, ring, fetch, ...
+
+
+@dataclass
+class DataConfig:
+    """Text to train on, read as bytes."""
+
+    paths: list[str] = field(default_factory=list)  # files, folders or globs; empty: the Python standard library
+    seq_length: int = 1024
+    eval_fraction: float = 0.02  # share of the documents kept for evaluation
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of the parallel groups; what is left of the processes is data parallel."""
+
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    sequence: bool = False  # Megatron's sequence parallelism, needs tensor > 1
+    distributed_optimizer: bool = True  # optimizer state sharded over data- and context-parallel ranks
+
+
+@dataclass
+class OptimizerSection:
+    """Adam with Megatron's schedules."""
+
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_steps: int = 10
+    decay_style: str = "cosine"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_grad: float = 1.0
+
+
+@dataclass
+class RunConfig:
+    """How long, how precisely and where."""
+
+    name: str = "run"
+    directory: str = "runs"  # everything the run writes goes to <directory>/<name>
+    steps: int = 100
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    precision: str = "fp32"  # or bf16
+    recompute: str = "none"  # or selective (attention only) or full
+    device: str = "auto"  # auto: GPUs if there are any; or cpu, cuda
+    seed: int = 1234
+    log_interval: int = 1
+    eval_interval: int = 50  # 0: never
+    eval_batches: int = 4  # global batches per evaluation
+    save_interval: int = 0  # 0: only at the end
+    save_last: bool = True
+    routing_picture: bool = True  # at the end: which blocks the last layer's queries select, as a heatmap
+    resume: bool = True  # from the newest checkpoint of this run, if there is one
+
+
+@dataclass
+class TrainConfig:
+    """A whole training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moba: MoBASection = field(default_factory=MoBASection)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def run_directory(self) -> Path:
+        """Folder that receives checkpoints, metrics and TensorBoard files."""
+        return Path(self.run.directory) / self.run.name
+
+
+def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
+    """Read a YAML file, apply ``section.key=value`` overrides, and check the result.
+
+    Raises:
+        FileNotFoundError: no such file.
+        omegaconf.errors.OmegaConfBaseException: an unknown key or a value of the wrong type.
+        ValueError: values that cannot work, or do not fit together.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"expected section.key=value, got {override!r}")
+    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, TrainConfig)
+    _check(config)
+    return config
+
+
+def _check(config: TrainConfig) -> None:
+    model, data, parallel, run = config.model, config.data, config.parallel, config.run
+    _choose("model.normalization", model.normalization, ("RMSNorm", "LayerNorm"))
+    _choose("run.precision", run.precision, ("fp32", "bf16"))
+    _choose("run.recompute", run.recompute, ("none", "selective", "full"))
+    _choose("run.device", run.device, ("auto", "cpu", "cuda"))
+    for section in (model, config.moba, parallel):
+        for name, value in vars(section).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval"):
+        if getattr(run, name) < 1:
+            raise ValueError(f"run.{name} must be at least 1, got {getattr(run, name)}")
+    _divides("model.num_attention_heads", model.num_attention_heads, "model.hidden_size", model.hidden_size)
+    _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
+    _divides("parallel.tensor", parallel.tensor, "model.num_attention_heads", model.num_attention_heads)
+    _divides("parallel.pipeline", parallel.pipeline, "model.num_layers", model.num_layers)
+    chunks = 2 * parallel.context if parallel.context > 1 else 1
+    _divides("2 * parallel.context", chunks, "data.seq_length", data.seq_length)
+    if not 0 < data.eval_fraction < 1:
+        raise ValueError(f"data.eval_fraction must be between 0 and 1, got {data.eval_fraction}")
+    if parallel.sequence and parallel.tensor == 1:
+        raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
+    if config.optimizer.warmup_steps >= run.steps:
+        raise ValueError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below run.steps={run.steps}")
+
+
+def _choose(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
+    if large % small:
+        raise ValueError(f"{large_name}={large} must be a multiple of {small_name}={small}")

@@ -1,0 +1,186 @@
+"""Text as training data: files read as bytes, packed into sequences, shuffled by a seed, sharded by a layout.
+
+Tokens are the 256 bytes plus one separator that ends every document, so any file can be trained on and nothing has to be
+prepared. Documents are joined in an order drawn for each epoch, and the stream is cut into sequences::
+
+    stream:    d o c u m e n t 7 | d o c 2 | l o n g d o c u m e n t 4 | ...
+    sequences: [----- 0 -----][----- 1 -----][----- 2 -----] ...
+
+Everything follows from the list of files, the seed and the number of samples consumed so far, which is therefore all
+that a checkpoint has to remember.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moba_cp import SequenceLayout
+
+SEPARATOR = 256
+VOCAB_SIZE = 257
+PADDED_VOCAB_SIZE = 384  # divides by every usual tensor-parallel size, so losses do not depend on that size
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents by path, with their sizes in bytes when they were found. An empty file is not a document."""
+
+    paths: tuple[Path, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def find(cls, patterns: list[str]) -> Corpus:
+        """Collect files from paths, folders (read recursively) and globs, sorted; no pattern means the Python standard
+        library's own sources.
+
+        Raises:
+            FileNotFoundError: a pattern that matches no file with text in it.
+        """
+        found: set[Path] = set()
+        for pattern in patterns or [_standard_library()]:
+            paths = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
+            files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
+            texts = [f for f in files if f.is_file() and f.stat().st_size and _is_text_path(f)]
+            if not texts:
+                raise FileNotFoundError(f"no text found at {pattern!r}")
+            found.update(texts)
+        paths = sorted(found)
+        return cls(tuple(paths), tuple(p.stat().st_size for p in paths))
+
+    def split(self, eval_fraction: float, seed: int) -> tuple[Corpus, Corpus]:
+        """Training and evaluation documents; which is which depends on the seed and the number of documents only.
+
+        Raises:
+            ValueError: fewer than two documents.
+        """
+        if len(self.paths) < 2:
+            raise ValueError(f"{len(self.paths)} document(s) cannot be split into training and evaluation")
+        count = min(max(1, round(eval_fraction * len(self.paths))), len(self.paths) - 1)
+        order = _permutation(len(self.paths), seed, 0)
+        return self._subset(order[count:]), self._subset(order[:count])
+
+    def _subset(self, indices: np.ndarray) -> Corpus:
+        chosen = sorted(indices.tolist())
+        return Corpus(tuple(self.paths[i] for i in chosen), tuple(self.sizes[i] for i in chosen))
+
+    @property
+    def total_tokens(self) -> int:
+        """Bytes of all documents plus one separator each."""
+        return sum(self.sizes) + len(self.sizes)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a document is added, removed, renamed or resized: a resumed run must see the same text."""
+        text = "\n".join(f"{path.name} {size}" for path, size in zip(self.paths, self.sizes, strict=True))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _standard_library() -> str:
+    return sysconfig.get_path("stdlib") + "/**/*.py"
+
+
+def _is_text_path(path: Path) -> bool:
+    return not {"site-packages", "dist-packages", "__pycache__"} & set(path.parts)
+
+
+def _permutation(length: int, *seeds: int) -> np.ndarray:
+    # RandomState's stream is frozen by numpy's compatibility policy; newer generators may change between versions.
+    digest = hashlib.blake2b(repr(seeds).encode(), digest_size=4).digest()
+    return np.random.RandomState(int.from_bytes(digest, "little")).permutation(length)
+
+
+class PackedText:
+    """Sequences of ``seq_length`` tokens from a corpus, without end: sample ``n`` is the same on every machine.
+
+    Args:
+        corpus: the documents.
+        seq_length: tokens of a sequence.
+        seed: decides the order of documents and of sequences, anew for each epoch.
+
+    Raises:
+        ValueError: the corpus does not fill one sequence.
+    """
+
+    def __init__(self, corpus: Corpus, seq_length: int, seed: int) -> None:
+        self.corpus, self.seq_length, self.seed = corpus, seq_length, seed
+        self.sequences_per_epoch = (corpus.total_tokens - 1) // seq_length
+        if self.sequences_per_epoch < 1:
+            raise ValueError(f"{corpus.total_tokens} tokens of text do not fill a sequence of {seq_length} + 1")
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def sample(self, index: int) -> torch.Tensor:
+        """Tokens of sample ``index``, ``int64 [seq_length + 1]``: inputs are ``[:-1]``, labels ``[1:]``."""
+        epoch, position = divmod(index, self.sequences_per_epoch)
+        documents, ends, sequences = self._epoch(epoch)
+        start = int(sequences[position]) * self.seq_length
+        stop = start + self.seq_length + 1
+        pieces = []
+        document = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            begin = int(ends[document - 1]) if document else 0
+            upto = min(stop, int(ends[document]))
+            pieces.append(self._read(int(documents[document]), start - begin, upto - begin))
+            start, document = upto, document + 1
+        return torch.from_numpy(np.concatenate(pieces))
+
+    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Order of documents, where each ends in the stream, order of sequences."""
+        documents = _permutation(len(self.corpus.paths), self.seed, epoch, 1)
+        ends = np.cumsum(np.asarray(self.corpus.sizes, dtype=np.int64)[documents] + 1)
+        return documents, ends, _permutation(self.sequences_per_epoch, self.seed, epoch, 2)
+
+    def _read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` of a document, whose last token is the separator."""
+        path, size = self.corpus.paths[document], self.corpus.sizes[document]
+        with path.open("rb") as file:
+            file.seek(start)
+            text = file.read(min(stop, size) - start)
+        if len(text) != min(stop, size) - start:
+            raise RuntimeError(f"{path} is shorter than the {size} bytes it had when the run started")
+        tokens = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
+        return np.append(tokens, SEPARATOR) if stop > size else tokens
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """This rank's tokens of a micro-batch; each field is ``int64 [micro_batch_size, tokens of this rank]``."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which part of every global batch this process reads.
+
+    Data-parallel rank ``d`` takes samples ``d * m .. d * m + m`` of each group of ``dp_size * m``, and of those samples
+    the tokens that the layout gives to its context-parallel rank.
+    """
+
+    dp_rank: int
+    dp_size: int
+    cp_rank: int
+    layout: SequenceLayout
+    device: torch.device
+
+
+def micro_batches(text: PackedText, micro_batch_size: int, consumed: int, sharding: Sharding) -> Iterator[MicroBatch]:
+    """Micro-batches of this process from sample number ``consumed`` on, without end."""
+    local = sharding.layout.local_indices(sharding.cp_rank)
+    positions = local.expand(micro_batch_size, -1).to(sharding.device)
+    while True:
+        first = consumed + sharding.dp_rank * micro_batch_size
+        samples = torch.stack([text.sample(first + i) for i in range(micro_batch_size)])
+        tokens, labels = (samples[:, offset + local].to(sharding.device) for offset in (0, 1))
+        yield MicroBatch(tokens, labels, positions)
+        consumed += micro_batch_size * sharding.dp_size

@@ -1,0 +1,118 @@
+"""Process group, device and Megatron's parallel groups for one process of a run started by torchrun."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from ..cpu import use_cpu_as_cuda
+from .config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    device: torch.device
+    groups: ProcessGroupCollection
+
+    @property
+    def dp_rank(self) -> int:
+        """Rank among the processes that read different samples."""
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Processes that read different samples."""
+        return self.groups.dp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        """Rank among the processes that share each sequence."""
+        return self.groups.cp.rank()
+
+    @property
+    def tp_rank(self) -> int:
+        """Rank among the processes that share each layer's weights."""
+        return self.groups.tp.rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process computes the loss."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    @property
+    def is_reporter(self) -> bool:
+        """The one process that prints and writes metrics; it is in the last pipeline stage, which knows the loss."""
+        return dist.get_rank() == dist.get_world_size() - 1
+
+
+def start(config: TrainConfig) -> Ranks:
+    """Join the other processes, choose the device and build Megatron's groups.
+
+    GPUs with NCCL where there are any, else the CPU with gloo and :func:`moba_cp.megatron.cpu.use_cpu_as_cuda`.
+
+    Raises:
+        RuntimeError: not started by torchrun, no GPU where one was asked for, or more processes than GPUs.
+        ValueError: sizes that do not fit the number of processes.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        raise RuntimeError("start this with torchrun: torchrun --nproc-per-node N scripts/train.py configs/NAME.yaml")
+    device = _choose_device(config.run.device, int(os.environ["LOCAL_RANK"]))
+    if device.type == "cpu":
+        use_cpu_as_cuda()
+        dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+    else:
+        # Megatron demands it below compute capability 10, so that overlapped collectives start before the next kernel.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=10))
+    _check_sizes(config, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
+    )
+    torch.manual_seed(config.run.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
+    return Ranks(device, ProcessGroupCollection.use_mpu_process_groups())
+
+
+def stop() -> None:
+    """Leave the groups; the last thing a process does."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _choose_device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise RuntimeError(
+            f"process {local_rank} of this machine has no GPU: {count} visible; start fewer processes, or hide the "
+            'GPUs with CUDA_VISIBLE_DEVICES="" to run on CPU'
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _check_sizes(config: TrainConfig, world_size: int) -> None:
+    parallel, run = config.parallel, config.run
+    model_size = parallel.tensor * parallel.context * parallel.pipeline
+    if world_size % model_size:
+        raise ValueError(
+            f"{world_size} process(es) cannot be divided into groups of tensor={parallel.tensor} x "
+            f"context={parallel.context} x pipeline={parallel.pipeline}"
+        )
+    per_step = run.micro_batch_size * (world_size // model_size)
+    if run.global_batch_size % per_step:
+        raise ValueError(
+            f"run.global_batch_size={run.global_batch_size} must be a multiple of micro_batch_size x data-parallel size "
+            f"= {per_step}"
+        )

@@ -1,0 +1,154 @@
+"""A GPT from Megatron-Core whose core attention is MoBA, its optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moba_cp import MoBAConfig
+
+from ..norm import TorchNorm
+from ..spec import with_moba
+from .config import TrainConfig
+from .data import PADDED_VOCAB_SIZE
+from .distributed import Ranks
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything that a step changes."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    transformer_config: TransformerConfig
+
+
+def build(config: TrainConfig, ranks: Ranks) -> Trainer:
+    """Build the part of the model that this process holds, wrapped for data parallelism, and its optimizer."""
+    transformer_config = transformer(config, ranks.device)
+    model: torch.nn.Module = GPTModel(
+        transformer_config,
+        block_spec(config, transformer_config),
+        vocab_size=PADDED_VOCAB_SIZE,
+        max_sequence_length=config.data.seq_length,
+        pre_process=ranks.groups.pp.rank() == 0,
+        post_process=ranks.is_last_stage,
+        position_embedding_type="rope",
+        rotary_base=config.model.rotary_base,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+    ).to(ranks.device)
+    if config.run.precision == "bf16":
+        model = Float16Module(transformer_config, model)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        # gloo has no asynchronous reduce-scatter worth waiting for
+        overlap_grad_reduce=ranks.device.type == "cuda",
+    )
+    ddp = DistributedDataParallel(transformer_config, ddp_config, model)
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.no_sync_func = ddp.no_sync
+    optimizer = get_megatron_optimizer(_optimizer_config(config), [ddp])
+    transformer_config.grad_scale_func = optimizer.scale_loss
+    return Trainer(ddp, optimizer, _scheduler(config, optimizer), transformer_config)
+
+
+def transformer(config: TrainConfig, device: torch.device) -> TransformerConfig:
+    """Megatron's own configuration, without anything that needs Transformer Engine or apex."""
+    model, parallel = config.model, config.parallel
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization=model.normalization,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        init_method_std=model.init_std,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bf16=config.run.precision == "bf16",
+        params_dtype=_DTYPES[config.run.precision],
+        pipeline_dtype=_DTYPES[config.run.precision],
+        use_cpu_initialization=device.type == "cpu",
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        calculate_per_token_loss=True,  # sum over tokens / number of tokens, however they are spread over ranks
+        # All of these need Transformer Engine, apex or a compiler.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **_RECOMPUTE[config.run.recompute],
+    )
+
+
+def block_spec(config: TrainConfig, transformer_config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Layers of this pipeline stage: Megatron's local layer with torch norms and MoBA attention."""
+    layer = get_gpt_layer_local_spec(normalization=config.model.normalization)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
+    layer = with_moba(layer, MoBAConfig(config.moba.block_size, config.moba.topk), comm=config.moba.comm)
+    layers_here = config.model.num_layers // config.parallel.pipeline
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=TorchNorm)
+
+
+def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
+    section = config.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        clip_grad=section.clip_grad,
+        bf16=config.run.precision == "bf16",
+        params_dtype=_DTYPES[config.run.precision],
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+
+
+def _scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Counts samples, as Megatron does."""
+    section, batch = config.optimizer, config.run.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=section.warmup_steps * batch,
+        lr_decay_steps=config.run.steps * batch,
+        lr_decay_style=section.decay_style,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=config.run.steps * batch,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,97 @@
+"""One optimizer step, and one evaluation, through Megatron's own schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from ..reports import LayerReport, collect_reports
+from .config import TrainConfig
+from .data import MicroBatch
+from .distributed import Ranks
+from .model import Trainer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one step; the loss is known on ranks of the last pipeline stage, and NaN elsewhere."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool  # the optimizer found a gradient that is not finite
+
+
+def train_step(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks) -> StepResult:
+    """Forward and backward over one global batch, then one optimizer step."""
+    trainer.model.train()
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    loss = _run_batch(trainer, batches, config, ranks, forward_only=False)
+    learning_rate = trainer.optimizer.param_groups[0]["lr"]
+    succeeded, grad_norm, _ = trainer.optimizer.step()
+    if succeeded:
+        trainer.scheduler.step(increment=config.run.global_batch_size)
+    return StepResult(loss, float(grad_norm or 0.0), learning_rate, skipped=not succeeded)
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks) -> float:
+    """Mean loss over ``run.eval_batches`` global batches (NaN before the last pipeline stage)."""
+    trainer.model.eval()
+    losses = [_run_batch(trainer, batches, config, ranks, forward_only=True) for _ in range(config.run.eval_batches)]
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def last_layer_report(
+    trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks
+) -> LayerReport | None:
+    """Routing and traffic of the last attention layer on one global batch's first micro-batch; None on ranks of earlier
+    pipeline stages. All ranks of a context-parallel group get the same figures, each with its own tokens' selection."""
+    trainer.model.eval()
+    with collect_reports(trainer.model) as reports:
+        _run_batch(trainer, batches, config, ranks, forward_only=True)
+    if not ranks.is_last_stage:
+        return None
+    last = max(r.layer_number for r in reports)
+    return next(r for r in reports if r.layer_number == last)
+
+
+def _run_batch(
+    trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks, forward_only: bool
+) -> float:
+    """Mean loss per token of a global batch, over every rank that saw a part of it."""
+    forward_backward = get_forward_backward_func()
+    sums = forward_backward(
+        forward_step_func=_forward_step,
+        data_iterator=batches,
+        model=[trainer.model],
+        num_microbatches=config.run.global_batch_size // (config.run.micro_batch_size * ranks.dp_size),
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.run.micro_batch_size,
+        forward_only=forward_only,
+    )
+    if not ranks.is_last_stage:
+        return float("nan")
+    total = torch.stack([s["loss"] for s in sums]).sum(0)
+    dist.all_reduce(total, group=ranks.groups.dp_cp)
+    return (total[0] / total[1]).item()
+
+
+def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+    batch = next(batches)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    return output, _loss
+
+
+def _loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum over this rank's tokens and their number; Megatron divides by the number over all ranks."""
+    loss = per_token.float().sum()
+    count = torch.tensor(per_token.numel(), dtype=torch.int, device=per_token.device)
+    return loss, count, {"loss": torch.stack([loss.detach().double(), count.double()])}

@@ -1,0 +1,74 @@
+"""Megatron options that MoBA attention cannot honour. Each is refused when the layer is built, by name, never ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.enums import AttnMaskType
+
+# (config attribute, values under which it is off, what to do)
+_REFUSED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("attention_dropout", (None, 0, 0.0), "set attention_dropout=0 (--attention-dropout 0)"),
+    ("window_size", (None,), "MoBA chooses its own blocks: remove the sliding window"),
+    ("window_attn_skip_freq", (None,), "MoBA chooses its own blocks: remove the sliding window"),
+    (
+        "softmax_type",
+        (None, "vanilla"),
+        "attention sinks in the softmax are not implemented: use softmax_type='vanilla'",
+    ),
+    ("multi_latent_attention", (None, False), "MLA is not supported: use ordinary or grouped-query attention"),
+    ("experimental_attention_variant", (None,), "another attention variant is chosen: use one of the two"),
+    ("apply_query_key_layer_scaling", (None, False), "set apply_query_key_layer_scaling=False"),
+    ("qk_clip", (None, False), "QK-clip needs the largest logits, which MoBA attention does not record"),
+    ("log_max_attention_logit", (None, False), "MoBA attention does not record the largest logits"),
+    ("fp8_dot_product_attention", (None, False), "attention runs in bf16 or fp32: set fp8_dot_product_attention=False"),
+    ("fp8_multi_head_attention", (None, False), "attention runs in bf16 or fp32: set fp8_multi_head_attention=False"),
+    ("enable_cuda_graph", (None, False), "routing is data-dependent: turn CUDA graphs off"),
+    ("external_cuda_graph", (None, False), "routing is data-dependent: turn CUDA graphs off"),
+    ("cuda_graph_impl", (None, "none"), "routing is data-dependent: turn CUDA graphs off"),
+    ("flash_decode", (None, False), "inference with a key-value cache is not supported"),
+    ("mtp_num_layers", (None, 0), "multi-token-prediction layers would silently get stock attention: turn them off"),
+)
+
+
+def refuse_unsupported(config: Any, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str) -> None:
+    """Raise if the layer is asked for anything that MoBA attention does not compute.
+
+    Args:
+        config: Megatron's ``TransformerConfig``.
+        layer_number: 1-based number of the layer, for the message.
+        attn_mask_type: mask of the layer; only causal ones are supported.
+        attention_type: ``"self"`` is the only one supported.
+
+    Raises:
+        ValueError: names the option, its value and what to do.
+    """
+    where = f"MoBA attention, layer {layer_number}"
+    if attention_type != "self":
+        raise ValueError(f"{where}: attention_type={attention_type!r} is not supported, only 'self' is")
+    if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
+        raise ValueError(
+            f"{where}: attn_mask_type={attn_mask_type} is not supported, only AttnMaskType.causal is "
+            "(padding belongs in packed_seq_params)"
+        )
+    for name, off, advice in _REFUSED_OPTIONS:
+        value = getattr(config, name, None)
+        if not any(value is allowed or value == allowed for allowed in off):
+            raise ValueError(f"{where}: {name}={value!r} is not supported; {advice}")
+
+
+def refuse_extra(where: str, arguments: dict[str, Any]) -> None:
+    """Raise for keyword arguments that carry a value and that nothing here honours (None and False ask for nothing).
+
+    Raises:
+        TypeError: names the arguments and their values.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None and value is not False}
+    if given:
+        listed = ", ".join(f"{name}={_short(value)}" for name, value in given.items())
+        raise TypeError(f"{where} does not support {listed}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{type(value).__name__} object"

@@ -1,0 +1,109 @@
+"""Train a GPT with MoBA attention on text, its sequences sharded over processes."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex and Transformer Engine are optional
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # new names for old collectives
+
+warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # asked by Megatron
+
+import typer  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from moba_cp import SequenceLayout, diagnostics  # noqa: E402
+from moba_cp.megatron.training import checkpoint, distributed  # noqa: E402
+from moba_cp.megatron.training.config import TrainConfig, load_config  # noqa: E402
+from moba_cp.megatron.training.data import Corpus, PackedText, Sharding, micro_batches  # noqa: E402
+from moba_cp.megatron.training.model import build  # noqa: E402
+from moba_cp.megatron.training.progress import Reporter  # noqa: E402
+from moba_cp.megatron.training.step import evaluate, last_layer_report, train_step  # noqa: E402
+
+
+def main(
+    config_file: Annotated[Path, typer.Argument(help="YAML file, for example configs/quickstart.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="single keys, as section.key=value")] = None,
+) -> None:
+    """Train a GPT with MoBA attention on text, its sequences sharded over processes.
+
+    torchrun --nproc-per-node 2 scripts/train.py configs/quickstart.yaml parallel.context=2 run.name=cp2
+
+    Every key is explained in moba_cp/megatron/training/config.py. GPUs are used if there are any, over NCCL; otherwise
+    the CPU, over gloo. Started again, a run continues from its newest checkpoint.
+    """
+    try:
+        config = load_config(config_file, overrides or [])
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        sys.exit(f"{config_file}: {error}")
+    ranks = distributed.start(config)
+    try:
+        train(config, ranks)
+    finally:
+        distributed.stop()
+
+
+def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
+    run, data = config.run, config.data
+
+    # Text. Every rank reads the same samples and keeps the tokens that the layout gives it.
+    train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
+    train_text = PackedText(train_corpus, data.seq_length, run.seed)
+    eval_text = PackedText(eval_corpus, data.seq_length, run.seed)
+    layout = SequenceLayout.zigzag([0, data.seq_length], config.parallel.context)
+    sharding = Sharding(ranks.dp_rank, ranks.dp_size, ranks.cp_rank, layout, ranks.device)
+
+    # Model, optimizer, and where the last attempt got to.
+    trainer = build(config, ranks)
+    checkpoints = config.run_directory / "checkpoints"
+    restored = checkpoint.load_latest(checkpoints, trainer, train_corpus.fingerprint) if run.resume else None
+    progress = restored or checkpoint.Progress(corpus=train_corpus.fingerprint)
+    batches = micro_batches(train_text, run.micro_batch_size, progress.consumed_samples, sharding)
+
+    tokens_per_step = run.global_batch_size * data.seq_length
+    with Reporter(config.run_directory, ranks.is_reporter, run.steps, progress.step, tokens_per_step) as reporter:
+        reporter.say(describe(config, ranks, train_corpus))
+        if restored:
+            reporter.say(f"resumed after step {progress.step}")
+        for step in range(progress.step + 1, run.steps + 1):
+            result = train_step(trainer, batches, config, ranks)
+            progress = checkpoint.Progress(step, progress.consumed_samples + run.global_batch_size, progress.corpus)
+            if step % run.log_interval == 0 or step == run.steps:
+                reporter.step(step, loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate)
+            if result.skipped:
+                reporter.say(f"step {step}: a gradient was not finite, parameters unchanged")
+            if run.eval_interval and (step % run.eval_interval == 0 or step == run.steps):
+                held_out = micro_batches(eval_text, run.micro_batch_size, 0, sharding)
+                reporter.evaluation(step, evaluate(trainer, held_out, config, ranks))
+            if (run.save_interval and step % run.save_interval == 0) or (run.save_last and step == run.steps):
+                reporter.say(f"saved {checkpoint.save(checkpoints, trainer, progress)}")
+
+        if run.routing_picture:
+            layer = last_layer_report(
+                trainer, micro_batches(eval_text, run.micro_batch_size, 0, sharding), config, ranks
+            )
+            if layer and ranks.dp_rank == 0 and ranks.tp_rank == 0:
+                picture = config.run_directory / "routing.png"
+                title = f"Layer {layer.layer_number} after {run.steps} steps"
+                diagnostics.plot_block_selection(
+                    layer.report, picture, layout=layer.layout, group=layer.group, title=title
+                )
+            reporter.say(f"which blocks the last layer's queries select: {config.run_directory / 'routing.png'}")
+
+
+def describe(config: TrainConfig, ranks: distributed.Ranks, corpus: Corpus) -> str:
+    """The configuration, the text and where the run runs, for the top of the log."""
+    parallel, text = config.parallel, corpus.total_tokens / 1e6
+    return (
+        f"{OmegaConf.to_yaml(OmegaConf.structured(config))}"
+        f"{len(corpus.paths):,} documents, {text:.1f} M tokens; {ranks.device.type}, "
+        f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline} x data {ranks.dp_size}"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
