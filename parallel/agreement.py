@@ -10,6 +10,7 @@ the group stays usable.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import weakref
@@ -33,7 +34,7 @@ class _GroupState:
     """What this process remembers of a group."""
 
     calls: int = 0
-    owed: int = 0
+    owed: list[str] = field(default_factory=list)
     agreed: bytes = b""
     headers: dict[tuple[bytes, torch.device], Tensor] = field(default_factory=dict)
     unread: list[tuple[torch.cuda.Event, Tensor]] = field(default_factory=list)
@@ -48,10 +49,11 @@ def refuse(group: dist.ProcessGroup | None, error: Exception) -> None:
     group = _group(group)
     state = _states.setdefault(group, _GroupState())
     state.calls += 1
-    state.owed += 1
+    message = f"{type(error).__name__}: {error}"
+    state.owed.append(message)
     store = _store(group)
     if store is not None:
-        store.set(_note(group, state.calls), f"{dist.get_rank(group)}|{type(error).__name__}: {error}")
+        store.set(_note(group, state.calls), f"{dist.get_rank(group)}|{message}")
 
 
 def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.device) -> None:
@@ -70,9 +72,9 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
     state = _states.setdefault(group, _GroupState())
     state.calls += 1
     _read_late(state)
-    for _ in range(state.owed):
-        state.keep.append(_gather(group, _encode({"refused": "its input"}, device)))
-    state.owed = 0
+    for message in state.owed:
+        state.keep.append(_gather(group, _encode({"refused": message}, device)))
+    state.owed.clear()
     payload = json.dumps(facts).encode()
     header = state.headers.get((payload, device))
     if header is None:
@@ -128,14 +130,33 @@ def _wait(group: dist.ProcessGroup, state: _GroupState, done: Callable[[], bool]
         if time.monotonic() - begin > _PATIENCE_S:
             pause, store = 0.05, store or _store(group)
             note = _note(group, state.calls)
-            if store is not None and store.check([note]):
-                rank, _, message = store.get(note).decode().partition("|")
+            found = _read(store, note) if store is not None else None
+            if found is not None:
+                rank, _, message = found.partition("|")
                 raise ValueError(f"rank {rank} refused its input: {message}")
 
 
+def _read(store: dist.Store, note: str) -> str | None:
+    """A note, if it is there; None as well where the store's host is gone, which the all-gather will tell."""
+    try:
+        return store.get(note).decode() if store.check([note]) else None
+    except RuntimeError:
+        return None
+
+
 def _encode(facts: dict[str, str], device: torch.device) -> Tensor:
-    text = json.dumps({name: value[:96] for name, value in facts.items()}).encode()[:_HEADER_BYTES]
+    room = 96 if len(facts) > 1 else 440  # a refusal may hold quotation marks, which take two bytes each
+    text = json.dumps({name: _short(value, room) for name, value in facts.items()}).encode()
+    assert len(text) <= _HEADER_BYTES, text
     return torch.tensor(list(text.ljust(_HEADER_BYTES)), dtype=torch.uint8).to(device)
+
+
+def _short(value: str, room: int) -> str:
+    """At most `room` printable characters of ASCII; the last of them tell apart what is too long to show."""
+    value = "".join(c if c.isascii() and c.isprintable() else "?" for c in value)
+    if len(value) <= room:
+        return value
+    return value[: room - 16] + hashlib.blake2b(value.encode(), digest_size=8).hexdigest()
 
 
 def _compare(gathered: Tensor) -> None:
@@ -147,7 +168,7 @@ def _compare(gathered: Tensor) -> None:
     first, second = (json.loads(bytes(gathered[r].tolist()).decode()) for r in (0, other))
     for rank, facts in ((0, first), (other, second)):
         if "refused" in facts:
-            raise ValueError(f"rank {rank} refused its input")
+            raise ValueError(f"rank {rank} refused its input: {facts['refused']}")
     names = [name for name in first if first[name] != second.get(name)]
     values = "; ".join(f"{n}: rank 0 has {first[n]}, rank {other} has {second.get(n)}" for n in names)
     raise ValueError(f"the ranks of the context-parallel group disagree on {values}")
