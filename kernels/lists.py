@@ -26,11 +26,10 @@ BACKWARD_ROWS = 8192
 SMALL_BLOCK = 128
 """Up to this block size forward treats own blocks as ordinary entries."""
 
-COUNTED_BLOCKS = 8192
-"""Most blocks whose counts one program holds; beyond, and beyond `COUNTED_TOPK`, torch sorts."""
-COUNTED_TOPK = 1024
-LEAST_ENTRIES = 1024
-"""Fewest entries that a program sorts at once."""
+REGISTER_BINS = 1024
+"""Most blocks whose counts one program keeps in registers."""
+ENTRIES = 1024
+"""Entries that a program sorts at once."""
 ENTRY_BITS = 31
 """Entries of more bits are int64."""
 PROGRAMS = 1024
@@ -70,22 +69,28 @@ class RoutingLists:
 
 
 @triton.jit
-def _piece(
+def _token_and_slot(row, place, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    """What stands at `place` of a part that begins at row `row`: rows are WIDTH slots, CHUNKS of them a token."""
+    row = row + place // WIDTH
+    return row // CHUNKS, row % CHUNKS * WIDTH + place % WIDTH
+
+
+@triton.jit
+def _part(
     selected_ptr, piece, part, pieces_per_head, parts, kv_head, group, tokens, stride_h, stride_t, stride_s,
-    SLOTS: tl.constexpr, ENTRIES: tl.constexpr,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of part `part` of a piece of a kv head's selection (-1: none), and their (token, head in group, slot).
+    """Blocks of part `part` of a piece of a kv head's selection (-1: none), the q head in the group, and the first row.
 
     A part is as many whole rows of one q head as have at most ENTRIES slots.
     """
-    ROWS: tl.constexpr = ENTRIES // SLOTS
+    ROWS: tl.constexpr = ENTRIES // WIDTH
     place = tl.arange(0, ENTRIES)
     in_group = piece // pieces_per_head
     row = (piece % pieces_per_head * parts + part) * ROWS
-    token = row + place // SLOTS
-    slot = place % SLOTS
+    token, slot = _token_and_slot(row, place, WIDTH, CHUNKS)
     base = selected_ptr + (kv_head * group + in_group).to(tl.int64) * stride_h
-    inside = (place < ROWS * SLOTS) & (token < tokens)
+    inside = (place < ROWS * WIDTH) & (token < tokens) & (slot < SLOTS)
     block = tl.load(base + token.to(tl.int64) * stride_t + slot * stride_s, mask=inside, other=-1)
     return block, in_group, row
 
@@ -103,31 +108,44 @@ def _count_kernel(
     stride_t,
     stride_s,
     SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ENTRIES: tl.constexpr,
     BINS: tl.constexpr,
 ):
     """One program: how often each block occurs in one piece (`parts` parts) of one kv head's selection.
 
-    Reads the piece once; writes one int32 for each block into `count[kv head, block, piece]`.
+    Reads the piece once; writes one int32 for each block into `count[kv head, block, piece]`, which is zero before. With
+    BINS = 0 the blocks are too many for registers, and each entry is added where it belongs; sums of integers have no order.
     """
     piece = tl.program_id(0)
     kv_head = tl.program_id(1)
-    total = tl.zeros([BINS], tl.int32)
+    first = kv_head.to(tl.int64) * n_blocks
+    total = tl.zeros([BINS if BINS > 0 else 1], tl.int32)
     for part in range(parts):
-        block, _, _ = _piece(
+        block, _, _ = _part(
             selected_ptr, piece, part, pieces_per_head, parts, kv_head, group, tokens, stride_h, stride_t, stride_s,
-            SLOTS, ENTRIES,
+            SLOTS, WIDTH, CHUNKS, ENTRIES,
         )  # fmt: skip
-        total += tl.histogram(tl.where(block >= 0, block, 0), BINS, mask=block >= 0)
-    bin_ = tl.arange(0, BINS)
-    place = (kv_head * n_blocks + bin_).to(tl.int64) * tl.num_programs(0) + piece
-    tl.store(count_ptr + place, total, mask=bin_ < n_blocks)
+        if BINS > 0:
+            total += tl.histogram(tl.where(block >= 0, block, 0), BINS, mask=block >= 0)
+        else:
+            place = (first + block) * tl.num_programs(0) + piece
+            tl.atomic_add(count_ptr + place, 1, mask=block >= 0, sem="relaxed")
+    if BINS > 0:
+        bin_ = tl.arange(0, BINS)
+        tl.store(count_ptr + (first + bin_) * tl.num_programs(0) + piece, total, mask=bin_ < n_blocks)
+
+
+@triton.jit
+def _greater(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit(do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "parts", "stride_h", "stride_t"])
 def _scatter_kernel(
     selected_ptr,
-    end_ptr,
+    begin_ptr,
     entry_ptr,
     tokens,
     n_blocks,
@@ -140,47 +158,54 @@ def _scatter_kernel(
     head_bits,
     slot_bits,
     SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ENTRIES: tl.constexpr,
     PLACE_BITS: tl.constexpr,
-    BINS: tl.constexpr,
 ):
     """One program: the entries of one piece to their places.
 
-    `end` is the cumulative sum of the counts: the number before it is where the piece's entries of a block begin. Reads the
-    piece and one number a block; writes each entry once, runs of equal blocks together. A part is sorted by (block, place in
-    the part), which is unique, so that every sort is a stable one.
+    `begin[kv head, block, piece]` is where the piece's next entry of a block goes; it moves on with every part. Reads the
+    piece once; writes each entry once, runs of equal blocks together. A part is sorted by (block, place in the part), which
+    is unique, so that every sort is a stable one.
     """
     piece = tl.program_id(0)
     kv_head = tl.program_id(1)
-    bin_ = tl.arange(0, BINS)
-    before = (kv_head * n_blocks + bin_).to(tl.int64) * tl.num_programs(0) + piece - 1
-    begin = tl.load(end_ptr + before, mask=(bin_ < n_blocks) & (before >= 0), other=0)
     place = tl.arange(0, ENTRIES)
+    NONE: tl.constexpr = (1 << (31 - PLACE_BITS)) - 1
     for part in range(parts):
-        block, in_group, row = _piece(
+        block, in_group, row = _part(
             selected_ptr, piece, part, pieces_per_head, parts, kv_head, group, tokens, stride_h, stride_t, stride_s,
-            SLOTS, ENTRIES,
+            SLOTS, WIDTH, CHUNKS, ENTRIES,
         )  # fmt: skip
-        count = tl.histogram(tl.where(block >= 0, block, 0), BINS, mask=block >= 0)
-        in_order = tl.sort((tl.where(block >= 0, block, BINS) << PLACE_BITS) | place)
+        in_order = tl.sort((tl.where(block >= 0, block, NONE) << PLACE_BITS) | place)
         block = in_order >> PLACE_BITS
-        listed = block < BINS
+        listed = block != NONE
+        before = tl.gather(block, tl.maximum(place - 1, 0), 0)
+        after = tl.gather(block, tl.minimum(place + 1, ENTRIES - 1), 0)
+        opens = (place == 0) | (before != block)
+        closes = (place == ENTRIES - 1) | (after != block)
+        rank = place - tl.associative_scan(tl.where(opens, place, 0), 0, _greater)
+        cursor = begin_ptr + (kv_head.to(tl.int64) * n_blocks + block) * tl.num_programs(0) + piece
+        target = tl.load(cursor, mask=listed, other=0) + rank
         origin = in_order & (ENTRIES - 1)
-        # A block's first entry stands after all entries of lesser blocks in the part, and goes to `begin`.
-        shift = tl.gather(begin - (tl.cumsum(count, 0) - count), tl.where(listed, block, 0), 0)
-        token = (row + origin // SLOTS).to(entry_ptr.dtype.element_ty)
-        entry = (token << (head_bits + slot_bits)) | (in_group << slot_bits) | (origin % SLOTS)
-        tl.store(entry_ptr + shift + place, entry, mask=listed)
-        begin += count
+        token, slot = _token_and_slot(row, origin, WIDTH, CHUNKS)
+        token = token.to(entry_ptr.dtype.element_ty)
+        entry = (token << (head_bits + slot_bits)) | (in_group << slot_bits) | slot
+        tl.store(entry_ptr + target, entry, mask=listed)
+        # All of the part has read the cursors before they move, and they have moved before the next part reads them.
+        tl.debug_barrier()
+        tl.store(cursor, target + 1, mask=listed & closes)
+        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["bins", "pieces", "per_item"])
-def _pointer_kernel(end_ptr, pointer_ptr, items_ptr, bins, pieces, per_item, TILE: tl.constexpr):
-    """One program: where TILE bins begin, and how many items each has. `end[bin, piece]` as in `_scatter_kernel`."""
+def _pointer_kernel(begin_ptr, pointer_ptr, items_ptr, bins, pieces, per_item, TILE: tl.constexpr):
+    """One program: where TILE bins begin, and how many items each has. `begin[bins, pieces]` and one number more."""
     bin_ = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    last = bin_.to(tl.int64) * pieces - 1
-    begin = tl.load(end_ptr + last, mask=(bin_ <= bins) & (bin_ > 0), other=0)
-    end = tl.load(end_ptr + last + pieces, mask=bin_ < bins, other=0)
+    pointer = begin_ptr + bin_.to(tl.int64) * pieces
+    begin = tl.load(pointer, mask=bin_ <= bins, other=0)
+    end = tl.load(pointer + pieces, mask=bin_ < bins, other=0)
     tl.store(pointer_ptr + bin_, begin, mask=bin_ <= bins)
     tl.store(items_ptr + bin_, (end - begin + per_item - 1) // per_item, mask=bin_ < bins)
 
@@ -206,62 +231,46 @@ def _item_kernel(pointer_ptr, items_end_ptr, item_bin_ptr, item_start_ptr, bins,
 
 
 def counting_shape(n_blocks: int, slots: int) -> dict[str, int]:
-    """Constants of the counting passes: bins a program holds, and entries it sorts at once."""
+    """Constants of the counting passes: entries in a part, and the counts a program keeps in registers, if it does."""
     bins = max(triton.next_power_of_2(n_blocks), 32)
-    # As many entries as bins, so that the sums over the bins stay cheap beside the sort.
-    entries = min(max(bins, LEAST_ENTRIES, triton.next_power_of_2(slots)), 4096)
-    return {"SLOTS": slots, "ENTRIES": entries, "BINS": bins, "num_warps": 4 if entries <= 1024 else 8}
+    chunks = triton.cdiv(slots, ENTRIES)
+    width = triton.cdiv(slots, chunks)
+    rows = {"SLOTS": slots, "WIDTH": width, "CHUNKS": chunks, "ENTRIES": ENTRIES}
+    return {**rows, "BINS": bins if bins <= REGISTER_BINS else 0}
 
 
-def _counting_sort(selected: Tensor, n_blocks: int, kv_heads: int, bits: tuple[int, int], entry: Tensor) -> Tensor:
-    """Fill `entry`; ends of the bins' pieces, int32 `[kv_heads * n_blocks, pieces]`."""
+def _counting_sort(
+    selected: Tensor, n_blocks: int, kv_heads: int, bits: tuple[int, int], entry: Tensor, rows_per_item: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill `entry`; `pointer`, `item_bin`, `item_start`."""
     q_heads, tokens, slots = selected.shape
     group = q_heads // kv_heads
     shape = counting_shape(n_blocks, slots)
-    parts_per_head = triton.cdiv(tokens, shape["ENTRIES"] // slots)
+    parts_per_head = triton.cdiv(tokens * shape["CHUNKS"], shape["ENTRIES"] // shape["WIDTH"])
     parts = max(1, min(parts_per_head, parts_per_head * q_heads // PROGRAMS))
     pieces_per_head = triton.cdiv(parts_per_head, parts)
     grid = (pieces_per_head * group, kv_heads)
     sizes = (tokens, n_blocks, group, pieces_per_head, parts, *selected.stride())
-    count = torch.empty(kv_heads * n_blocks, grid[0], dtype=torch.int32, device=selected.device)
-    _count_kernel[grid](selected, count, *sizes, **shape)
-    end = torch.cumsum(count.view(-1), 0, dtype=torch.int32).view_as(count)
-    place_bits = shape["ENTRIES"].bit_length() - 1
-    _scatter_kernel[grid](selected, end, entry, *sizes, *bits, PLACE_BITS=place_bits, **shape)
-    return end
+    # A zero before the counts makes their inclusive sum the exclusive one, with the total at its end.
+    count = torch.zeros(1 + kv_heads * n_blocks * grid[0], dtype=torch.int32, device=selected.device)
+    _count_kernel[grid](selected, count[1:], *sizes, **shape, num_warps=4)
+    begin = torch.cumsum(count, 0, dtype=torch.int32)
+    result = _items(begin, kv_heads * n_blocks, grid[0], entry.numel(), rows_per_item)
+    del shape["BINS"]
+    shape["PLACE_BITS"] = shape["ENTRIES"].bit_length() - 1
+    _scatter_kernel[grid](selected, begin, entry, *sizes, *bits, **shape, num_warps=4)
+    return result
 
 
-def _torch_sort(selected: Tensor, n_blocks: int, kv_heads: int, bits: tuple[int, int], entry: Tensor) -> Tensor:
-    """As `_counting_sort`, one piece a bin, for any number of blocks: one stable sort a kv head."""
-    q_heads, tokens, slots = selected.shape
-    group = q_heads // kv_heads
-    head_bits, slot_bits = bits
-    ends = []
-    begin = torch.zeros((), dtype=torch.int64, device=selected.device)
-    numbers = torch.arange(n_blocks, dtype=torch.int32, device=selected.device)
-    capacity = group * tokens * slots
-    for kv_head in range(kv_heads):
-        block = selected[kv_head * group : (kv_head + 1) * group].reshape(-1)
-        block, order = torch.sort(torch.where(block >= 0, block, n_blocks), stable=True)
-        end = torch.searchsorted(block, numbers, right=True, out_int32=True)
-        token = order // slots % tokens
-        value = (token << (head_bits + slot_bits)) | (order // (slots * tokens) << slot_bits) | order % slots
-        # All of the kv head's values, unused ones last: the next kv head's overwrite those.
-        place = begin + torch.arange(capacity, device=selected.device)
-        entry.scatter_(0, place, value.to(entry.dtype))
-        ends.append(begin.to(torch.int32) + end)
-        begin = begin + end[-1]
-    return torch.cat(ends)[:, None]
-
-
-def _items(end: Tensor, capacity: int, rows_per_item: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`pointer`, `item_bin` and `item_start` from the ends of the bins' pieces."""
-    bins, pieces = end.shape
-    device = end.device
+def _items(begin: Tensor, bins: int, pieces: int, capacity: int, rows_per_item: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`pointer`, `item_bin` and `item_start` from where the bins' pieces begin, `[bins * pieces + 1]`."""
+    device = begin.device
     pointer = torch.empty(bins + 1, dtype=torch.int32, device=device)
     items_of_bin = torch.empty(bins, dtype=torch.int32, device=device)
     tile = 256
-    _pointer_kernel[(triton.cdiv(bins + 1, tile),)](end, pointer, items_of_bin, bins, pieces, rows_per_item, TILE=tile)
+    _pointer_kernel[(triton.cdiv(bins + 1, tile),)](
+        begin, pointer, items_of_bin, bins, pieces, rows_per_item, TILE=tile
+    )
     items_end = torch.cumsum(items_of_bin, 0, dtype=torch.int32)
     items = capacity // rows_per_item + min(bins, capacity)
     item_bin = torch.empty(items, dtype=torch.int32, device=device)
@@ -302,9 +311,9 @@ def route(
         pointer = torch.zeros(kv_heads * n_blocks + 1, dtype=torch.int32, device=device)
         item_bin, item_start = torch.empty(2, 0, dtype=torch.int32, device=device)
     else:
-        sort = _counting_sort if n_blocks <= COUNTED_BLOCKS and slots <= COUNTED_TOPK else _torch_sort
-        end = sort(selected, n_blocks, kv_heads, (head_bits, slot_bits), entry)
-        pointer, item_bin, item_start = _items(end, capacity, rows_per_item)
+        pointer, item_bin, item_start = _counting_sort(
+            selected, n_blocks, kv_heads, (head_bits, slot_bits), entry, rows_per_item
+        )
     return RoutingLists(
         pointer, entry, head_bits, slot_bits, n_blocks, kv_heads, group, with_own, item_bin, item_start, rows_per_item,
         block_size,

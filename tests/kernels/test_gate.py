@@ -12,7 +12,7 @@ import torch
 from tests.kernels import interpreter
 
 gate = pytest.importorskip("moba_cp.kernels.gate")
-from moba_cp.kernels import query_rows, torch_backend  # noqa: E402
+from moba_cp.kernels import gate_exact, query_rows, torch_backend  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
 NAN, INF = float("nan"), float("inf")
@@ -67,17 +67,24 @@ def check_small(lengths, block_size, topk, heads=(2, 1), dim=16, order=None, **k
 
 
 SMALL = {
-    "one tile": dict(lengths=[90], block_size=3, topk=4),
-    "several tiles, packed keys": dict(lengths=[330], block_size=2, topk=3),
-    "packed documents": dict(lengths=[17, 0, 1, 120, 64, 40], block_size=2, topk=4),
-    "topk 1": dict(lengths=[50], block_size=4, topk=1),
-    "topk 2": dict(lengths=[130], block_size=2, topk=2),
-    "all selected": dict(lengths=[50], block_size=8, topk=9),
-    "topk above 16": dict(lengths=[130], block_size=2, topk=20, heads=(1, 1)),
-    "few distinct scores": dict(lengths=[260], block_size=2, topk=5, spread=1, dim=2),
-    "all equal": dict(lengths=[150], block_size=2, topk=4, spread=0),
-    "fp16, odd D, grouped": dict(lengths=[100], block_size=2, topk=4, dtype=torch.float16, dim=24, heads=(4, 2)),
-    "strided": dict(lengths=[100], block_size=3, topk=4, strided=True),
+    "one tile": {"lengths": [90], "block_size": 3, "topk": 4},
+    "several tiles, packed keys": {"lengths": [330], "block_size": 2, "topk": 3},
+    "packed documents": {"lengths": [17, 0, 1, 120, 64, 40], "block_size": 2, "topk": 4},
+    "topk 1": {"lengths": [50], "block_size": 4, "topk": 1},
+    "topk 2": {"lengths": [130], "block_size": 2, "topk": 2},
+    "all selected": {"lengths": [50], "block_size": 8, "topk": 9},
+    "topk above 16": {"lengths": [130], "block_size": 2, "topk": 20, "heads": (1, 1)},
+    "few distinct scores": {"lengths": [260], "block_size": 2, "topk": 5, "spread": 1, "dim": 2},
+    "all equal": {"lengths": [150], "block_size": 2, "topk": 4, "spread": 0},
+    "fp16, odd D, grouped": {
+        "lengths": [100],
+        "block_size": 2,
+        "topk": 4,
+        "dtype": torch.float16,
+        "dim": 24,
+        "heads": (4, 2),
+    },
+    "strided": {"lengths": [100], "block_size": 3, "topk": 4, "strided": True},
 }
 
 
@@ -102,7 +109,7 @@ def test_unpacked_keys(monkeypatch):
 @interpreter.interpreted
 def test_sorted_path(monkeypatch):
     monkeypatch.setattr(gate, "LIST_TOPK", 4)
-    monkeypatch.setattr(gate, "SCORES_BYTES", 8 * 50 * 70)
+    monkeypatch.setattr(gate_exact, "SCORES_BYTES", 8 * 50 * 70)
     check_small([20, 100], 2, 7)
 
 
@@ -160,23 +167,30 @@ def test_no_rows():
 
 
 GPU = {
-    "128, 8": dict(lengths=[32768], block_size=128, topk=8, heads=(4, 2), dim=128),
-    "512, 8": dict(lengths=[65536 + 77], block_size=512, topk=8, heads=(2, 2), dim=128),
-    "4096, 12": dict(lengths=[131072 + 1], block_size=4096, topk=12, heads=(2, 1), dim=128),
-    "2048, 3": dict(lengths=[32768], block_size=2048, topk=3, heads=(4, 4), dim=128),
-    "1500 blocks": dict(lengths=[24000], block_size=16, topk=8, heads=(2, 1), dim=128),
-    "packed, 2400 blocks": dict(lengths=[1, 700, 0, 20000, 333, 16, 9000, 8000], block_size=16, topk=8, dim=64),
-    "topk 3": dict(lengths=[5000], block_size=16, topk=3, dim=96),
-    "topk 16": dict(lengths=[9000], block_size=16, topk=16, dim=128),
-    "topk 64": dict(lengths=[5000], block_size=16, topk=64, dim=128),
-    "topk 100": dict(lengths=[5000, 3000], block_size=16, topk=100, dim=128),
-    "topk of all blocks": dict(lengths=[5000], block_size=48, topk=105, dim=128),
-    "D 192": dict(lengths=[9000], block_size=100, topk=8, dim=192),
-    "D 256": dict(lengths=[9000], block_size=16, topk=8, dim=256, heads=(8, 1)),
-    "fp16, strided": dict(lengths=[9000], block_size=64, topk=8, dim=128, dtype=torch.float16, strided=True),
-    "few distinct scores": dict(lengths=[9000], block_size=16, topk=8, spread=1, dim=16),
-    "all equal": dict(lengths=[9000], block_size=16, topk=8, spread=0, dim=128),
-    "one token": dict(lengths=[1], block_size=128, topk=8, dim=128),
+    "128, 8": {"lengths": [32768], "block_size": 128, "topk": 8, "heads": (4, 2), "dim": 128},
+    "512, 8": {"lengths": [65536 + 77], "block_size": 512, "topk": 8, "heads": (2, 2), "dim": 128},
+    "4096, 12": {"lengths": [131072 + 1], "block_size": 4096, "topk": 12, "heads": (2, 1), "dim": 128},
+    "2048, 3": {"lengths": [32768], "block_size": 2048, "topk": 3, "heads": (4, 4), "dim": 128},
+    "1500 blocks": {"lengths": [24000], "block_size": 16, "topk": 8, "heads": (2, 1), "dim": 128},
+    "packed, 2400 blocks": {"lengths": [1, 700, 0, 20000, 333, 16, 9000, 8000], "block_size": 16, "topk": 8, "dim": 64},
+    "topk 3": {"lengths": [5000], "block_size": 16, "topk": 3, "dim": 96},
+    "topk 16": {"lengths": [9000], "block_size": 16, "topk": 16, "dim": 128},
+    "topk 64": {"lengths": [5000], "block_size": 16, "topk": 64, "dim": 128},
+    "topk 100": {"lengths": [5000, 3000], "block_size": 16, "topk": 100, "dim": 128},
+    "topk of all blocks": {"lengths": [5000], "block_size": 48, "topk": 105, "dim": 128},
+    "D 192": {"lengths": [9000], "block_size": 100, "topk": 8, "dim": 192},
+    "D 256": {"lengths": [9000], "block_size": 16, "topk": 8, "dim": 256, "heads": (8, 1)},
+    "fp16, strided": {
+        "lengths": [9000],
+        "block_size": 64,
+        "topk": 8,
+        "dim": 128,
+        "dtype": torch.float16,
+        "strided": True,
+    },
+    "few distinct scores": {"lengths": [9000], "block_size": 16, "topk": 8, "spread": 1, "dim": 16},
+    "all equal": {"lengths": [9000], "block_size": 16, "topk": 8, "spread": 0, "dim": 128},
+    "one token": {"lengths": [1], "block_size": 128, "topk": 8, "dim": 128},
 }
 
 
@@ -208,6 +222,17 @@ class TestGPUOther:
     def test_any_row_order(self, block_size):
         order = np.random.default_rng(0).permutation(20000)
         check_small([7000, 12000, 1000], block_size, 8, dim=128, order=order)
+
+    @pytest.mark.parametrize("topk", [3, 8, 20, 70, 400])
+    def test_reads_nothing_on_the_host(self, topk):
+        rows, blocks = packed_rows([6400], 16)
+        q, c = inputs(6400, 2, 1, blocks, 64)
+        gate.select_blocks(q, c, rows, topk)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            gate.select_blocks(q, c, rows, topk)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     def test_rows_alone_give_the_same(self):
         """A row's selection does not depend on the rows beside it (random numbers: rounding would show)."""

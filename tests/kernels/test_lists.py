@@ -21,7 +21,7 @@ def test_in_interpreter():
 @pytest.fixture
 def few_entries(monkeypatch):
     """The interpreter sorts slowly."""
-    monkeypatch.setattr(lists, "LEAST_ENTRIES", 32)
+    monkeypatch.setattr(lists, "ENTRIES", 32)
 
 
 def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
@@ -43,7 +43,7 @@ def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
 
 def check(selected, rows, n_blocks, kv_heads, block_size, backward=False):
     actual = lists.route(selected, n_blocks, kv_heads, rows, block_size, backward=backward)
-    q_heads, tokens, topk = selected.shape
+    q_heads = selected.shape[0]
     shown = selected.clone()
     assert actual.with_own == (backward or block_size <= 128)
     if not actual.with_own:
@@ -117,10 +117,18 @@ def test_strided_view_and_wide_entries(monkeypatch):
 
 
 @interpreter.interpreted
-def test_sorted_by_torch(monkeypatch):
-    selected, rows = random_selection(6, 60, 4, 9)
-    monkeypatch.setattr(lists, "COUNTED_TOPK", 2)
-    check(selected[2:6, 7:40], rows.slice(7, 40), 9, 2, 512)
+def test_more_blocks_than_registers(monkeypatch):
+    selected, rows = random_selection(4, 9, 4, 9)
+    monkeypatch.setattr(lists, "REGISTER_BINS", 2)
+    check(selected, rows, 9, 2, 512)
+    check(selected[2:4, 3:8], rows.slice(3, 8), 9, 2, 128)
+
+
+@interpreter.interpreted
+@pytest.mark.usefixtures("few_entries")
+def test_more_slots_than_a_part(monkeypatch):
+    monkeypatch.setattr(lists, "ENTRIES", 4)
+    selected, rows = random_selection(2, 9, 7, 9)
     check(selected, rows, 9, 2, 128)
 
 
@@ -146,6 +154,8 @@ class TestGPU:
             (2, 1, 3000, 8, 3000, 16),
             (1, 1, 2000, 5, 8192, 16),
             (2, 2, 1000, 8, 9000, 16),
+            (1, 1, 400, 8, 65536, 16),
+            (1, 1, 200, 1500, 2000, 16),
             (2, 1, 300, 100, 200, 64),
             (1, 1, 1, 8, 100, 128),
         ],
