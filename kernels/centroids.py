@@ -11,7 +11,7 @@ CHUNK_BYTES = 8192
 """Bytes of keys added in one step of a program: 8 KiB keep four 16-byte loads of each of 128 threads in flight."""
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["start_ptr"])
 def _centroids_kernel(
     k_ptr,
     start_ptr,

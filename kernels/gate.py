@@ -73,7 +73,7 @@ def _insert(m1, m2, m3, m4, key, DEPTH: tl.constexpr):
     return m1, m2, m3, m4
 
 
-@triton.jit(do_not_specialize=["tokens", "q_heads", "group"])
+@triton.jit(do_not_specialize=["tokens", "q_heads", "group"], do_not_specialize_on_alignment=["own_ptr", "first_ptr"])
 def _gate_kernel(
     q_ptr,
     c_ptr,

@@ -46,7 +46,7 @@ def _store_selection(out_ptr, selection, row, head, tokens, valid, TOPK: tl.cons
     tl.store(pointer, selection, mask=valid[:, None] & (column >= 0)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "q_heads", "group"])
+@triton.jit(do_not_specialize=["tokens", "q_heads", "group"], do_not_specialize_on_alignment=["own_ptr", "first_ptr"])
 def _gate_exact_kernel(
     q_ptr,
     c_ptr,
@@ -126,7 +126,10 @@ def _gate_exact_kernel(
         _store_selection(out_ptr, tl.sort(chosen), row, head, tokens, valid, TOPK, SLOTS)
 
 
-@triton.jit(do_not_specialize=["row_begin", "row_end", "n_blocks", "head", "kv_head"])
+@triton.jit(
+    do_not_specialize=["row_begin", "row_end", "n_blocks", "head", "kv_head"],
+    do_not_specialize_on_alignment=["own_ptr", "first_ptr"],
+)
 def _scores_kernel(
     q_ptr,
     c_ptr,

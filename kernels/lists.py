@@ -95,7 +95,10 @@ def _part(
     return block, in_group, row
 
 
-@triton.jit(do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "parts", "stride_h", "stride_t"])
+@triton.jit(
+    do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "parts", "stride_h", "stride_t"],
+    do_not_specialize_on_alignment=["selected_ptr", "count_ptr", "begin_ptr"],
+)
 def _count_kernel(
     selected_ptr,
     count_ptr,
@@ -142,7 +145,10 @@ def _greater(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit(do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "parts", "stride_h", "stride_t"])
+@triton.jit(
+    do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "parts", "stride_h", "stride_t"],
+    do_not_specialize_on_alignment=["selected_ptr", "count_ptr", "begin_ptr"],
+)
 def _scatter_kernel(
     selected_ptr,
     begin_ptr,
