@@ -1,0 +1,103 @@
+"""Backward of block attention for Hopper (compute capability 9.0) in Gluon, where it pays; `backward.py` has the rest.
+
+Triton waits for each product of a warpgroup before it uses the result, so exponentials and products do not overlap inside
+a program. Here S^T and dP^T are started together, exponentials run beside dP^T, and the sums into dK and dV run beside the
+next tile's S^T. Rows are gathered by `cp.async` one or two tiles ahead, with their log-sum-exp, delta and list entry in
+shared memory (in registers they spill).
+
+Results equal the portable kernels' to the rounding of the inputs' dtype: the same products, summed in another order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from . import backward
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .types import KVPart
+
+TRITON_VERSIONS = ("3.6.", "3.7.")
+"""Gluon is experimental and changes between versions; with any other one the portable kernels serve."""
+_DIMS = (64, 128)
+
+
+def supported(q: Tensor, part: KVPart, block_size: int) -> bool:
+    """Whether these kernels serve: Hopper, a known Triton, bf16 or fp16, D == Dv in {64, 128}, whole tiles of 64 keys.
+
+    Depends on nothing that changes with the number of rows, so that one model always takes one path.
+    """
+    dim = q.shape[2]
+    return (
+        q.device.type == "cuda"
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and triton.__version__.startswith(TRITON_VERSIONS)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and dim in _DIMS
+        and part.v.shape[2] == dim
+        and block_size % 64 == 0
+        and block_size >= dim  # one warpgroup holds too little for blocks of 64 keys at D = 128
+        and all(aligned(x) for x in (q, part.k, part.v))
+    )
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether rows of `x` start at multiples of 16 bytes, as asynchronous copies want."""
+    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+
+
+def dkdv_constants(dim: int, block_size: int) -> dict[str, int]:
+    """Tile sizes for dK and dV (and dq, where one tile holds a block): BK keys, R rows, NW warps, tiles copied AHEAD."""
+    keys = 128 if block_size % 128 == 0 else 64
+    # One warpgroup that holds 64 x 128 sums has registers for 32 rows at a time; two of them, sharing 128 keys, for 64.
+    rows = 32 if keys == 64 and dim == 128 else 64
+    return {"D": dim, "BK": keys, "R": rows, "NT": block_size // keys, "AHEAD": 2, "NW": keys // 16}
+
+
+def dq_constants(dim: int) -> dict[str, int]:
+    """Tile sizes for dq: R rows stay, BN keys at a time stream by."""
+    return {"D": dim, "R": 128, "BN": 64, "AHEAD": 2, "NW": 8}
+
+
+def launch(call: backward.Call) -> None:
+    """The Hopper kernels, for calls that are `supported`; what they cannot read goes to the portable ones."""
+    from . import hopper_backward_dq, hopper_backward_kernels
+
+    part, lists = call.part, call.lists
+    if not aligned(call.dout) or lists.entry.dtype != torch.int32:
+        backward.launch(call)
+        return
+    constants = dkdv_constants(call.q.shape[2], lists.block_size)
+    fused = constants["NT"] == 1
+    kernel = hopper_backward_kernels.dkdv_dq_kernel if fused else hopper_backward_kernels.dkdv_kernel
+    element = hopper_backward_kernels.element(call.q.dtype)
+    pieces = call.pieces(lists.block_size)
+    n_bins = lists.kv_heads * lists.n_blocks
+    kernel[((n_bins + call.n_pieces) * constants["NT"],)](
+        call.q, call.dout, part.k, part.v, call.lse, call.delta, call.rows.position, lists.pointer, lists.entry,
+        part.start, part.length, call.piece_bin, call.dk, call.dv, call.dq, pieces,
+        *call.row_strides(), *call.key_strides(part.k, part.v, call.dk, call.dv), *call.score_strides(),
+        *call.dq_strides(), part.start.stride(0), n_bins, lists.n_blocks, lists.group_size, call.scale,
+        **call.bits(), **constants, T=element, PIECE=backward.piece_rows(lists.block_size), ACCUMULATE=call.accumulate,
+        num_warps=constants["NW"],
+    )  # fmt: skip
+    backward.sum_pieces(call, pieces, constants["BK"], constants["NT"])
+    if fused:
+        return
+    constants = dq_constants(call.q.shape[2])
+    if lists.rows_per_item > constants["R"]:
+        raise ValueError(f"items of at most {constants['R']} rows are needed, got {lists.rows_per_item}")
+    if not lists.item_bin.numel():
+        return
+    hopper_backward_dq.dq_kernel[(lists.item_bin.numel(),)](
+        call.q, call.dout, part.k, part.v, call.lse, call.delta, call.rows.position, lists.pointer, lists.entry,
+        lists.item_bin, lists.item_start, part.start, part.length, call.dq,
+        *call.row_strides(), *call.key_strides(part.k, part.v), *call.score_strides(), *call.dq_strides(),
+        part.start.stride(0), lists.n_blocks, lists.group_size, call.scale,
+        **call.bits(), **constants, T=element, ITEM=lists.rows_per_item, num_warps=constants["NW"],
+    )  # fmt: skip

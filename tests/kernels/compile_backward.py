@@ -1,0 +1,164 @@
+"""Compiles the backward kernels for a GPU that need not be there and prints registers, spills and shared memory as JSON.
+
+Run as a program, in a process of its own: where there is no GPU, the tests' process has Triton's interpreter on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moba_cp.kernels import backward, backward_kernels
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = TOOLS / "cuobjdump"
+INT32 = {
+    "position", "pointer", "entry", "part_start", "part_length", "piece_bin", "item_bin", "item_start",
+}  # fmt: skip
+FP32 = {"lse", "delta", "pieces"}
+HALF = {"q", "dout", "out", "k", "v", "dq"}
+GRADIENTS = {"dk", "dv", "target"}
+SHARED = {(9, 0): 227 << 10, (8, 0): 163 << 10, (8, 6): 99 << 10}
+
+
+def usage(asm: bytes) -> dict:
+    """Registers and bytes of spills of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
+    return {"registers": registers, "spill": stack + local}
+
+
+def serialised(ptx: str) -> bool:
+    """Whether ptxas says that it had to run a Hopper kernel's products one after another."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [TOOLS / "ptxas", "-arch=sm_90a", "-v", source, "-o", source.with_suffix(".cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "serialized" in done.stderr + done.stdout
+
+
+def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[dict, dict, dict]:
+    """Types, constants and alignments of a call with contiguous tensors."""
+    types, aligned = {}, []
+    for p in kernel.params:
+        if p.name in constants:
+            types[p.name] = "constexpr"
+        elif p.name in INT32:
+            types[p.name] = "*i32"
+        elif p.name in FP32 or (p.name == "delta" and "out" in types):
+            types[p.name] = "*fp32"
+        elif p.name in GRADIENTS:
+            types[p.name] = f"*{gradient}"
+        elif p.name in HALF:
+            types[p.name] = f"*{dtype}"
+        else:
+            types[p.name] = "fp32" if p.name == "scale" else "i32"
+        specialised = not (p.do_not_specialize or p.do_not_specialize_on_alignment)
+        if specialised and p.name not in ("scale", "group", "lse_t", "delta_t") and types[p.name] != "constexpr":
+            aligned.append(p.num)
+    values = {(p.num,): constants[p.name] for p in kernel.params if p.name in constants}
+    return types, values, {(i,): [["tt.divisibility", 16]] for i in aligned}
+
+
+def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], warps: int, gradient="fp32") -> dict:
+    constants = {p.name: constants[p.name] for p in kernel.params if p.name in constants}
+    types, values, attributes = signature_of(kernel, constants, dtype, gradient)
+    if getattr(kernel, "is_gluon", lambda: False)():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource(kernel, types, values, attributes)
+    else:
+        source = ASTSource(kernel, types, values, attributes)
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    result = usage(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared, "asm": compiled.asm}
+    if capability == (9, 0):
+        result["serialised"] = serialised(compiled.asm["ptx"])
+    return result
+
+
+def constants_of(dim: int, value_dim: int, block_size: int) -> dict:
+    padded = [max(16, triton.next_power_of_2(x)) for x in (dim, value_dim)]
+    return {
+        "D": dim, "DV": value_dim, "DP": padded[0], "DVP": padded[1], "HEAD_BITS": 2, "SLOT_BITS": 3, "TOPK": 8,
+        "PIECE": backward.piece_rows(block_size), "ACCUMULATE": False, "SIZE": 128,
+    }  # fmt: skip
+
+
+def build_portable(dim, value_dim, block_size, dtype, capability, accumulate=False) -> dict[str, dict]:
+    """What `backward.launch` runs for these sizes."""
+    tiles = backward.choose_tiles(dim, value_dim, block_size, SHARED[capability])
+    common = constants_of(dim, value_dim, block_size) | {"ACCUMULATE": accumulate}
+    constants = common | {
+        "BK": tiles.keys, "R": tiles.rows, "NT": triton.cdiv(block_size, tiles.keys), "STAGES": tiles.stages,
+        "FUSED": tiles.fused,
+    }  # fmt: skip
+    built = {
+        "dkdv": build(backward_kernels.dkdv_kernel, constants, dtype, capability, tiles.warps),
+        "sum_pieces": build(backward_kernels.sum_pieces_kernel, constants, dtype, capability, 8),
+    }
+    if not tiles.fused:
+        constants = common | {"R": tiles.dq_rows, "BN": tiles.dq_keys, "STAGES": tiles.dq_stages}
+        constants["ITEM"] = 128 if block_size > 128 else 2048
+        built["dq"] = build(backward_kernels.dq_kernel, constants, dtype, capability, tiles.dq_warps)
+    return built
+
+
+def build_small(dim, dtype, capability) -> dict[str, dict]:
+    constants = constants_of(dim, dim, 128) | {"R": 32}
+    return {
+        "delta": build(backward_kernels.delta_kernel, constants, dtype, capability, 4),
+        "find_pieces": build(backward_kernels.find_pieces_kernel, constants, dtype, capability, 4),
+    }
+
+
+def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[str, dict]:
+    """What `hopper_backward.launch` runs for these sizes."""
+    from moba_cp.kernels import hopper_backward, hopper_backward_dq, hopper_backward_kernels
+
+    element = hopper_backward_kernels.element({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    common = constants_of(dim, dim, block_size) | {"T": element, "ACCUMULATE": accumulate, "ITEM": 128}
+    constants = hopper_backward.dkdv_constants(dim, block_size)
+    warps = constants["NW"]
+    if constants["NT"] == 1:
+        kernel = hopper_backward_kernels.dkdv_dq_kernel
+        return {"dkdv_dq": build(kernel, common | constants, dtype, capability, warps)}
+    kernel, constants_dq = hopper_backward_dq.dq_kernel, hopper_backward.dq_constants(dim)
+    return {
+        "dkdv": build(hopper_backward_kernels.dkdv_kernel, common | constants, dtype, capability, warps),
+        "dq": build(kernel, common | constants_dq, dtype, capability, constants_dq["NW"]),
+    }
+
+
+BUILDERS = {"portable": build_portable, "small": build_small, "hopper": build_hopper}
+
+
+def main() -> None:
+    """Argument: JSON list of cases `[builder, its arguments ..., capability]`."""
+    results = []
+    for name, *arguments, capability in json.loads(sys.argv[1]):
+        try:
+            built = BUILDERS[name](*arguments, tuple(capability))
+        except Exception as error:  # one failure must not hide the others
+            built = {"error": {"text": f"{type(error).__name__}: {error}"[:2000]}}
+        for kernel in built.values():
+            kernel.pop("asm", None)
+        results.append(built)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

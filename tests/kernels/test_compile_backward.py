@@ -1,0 +1,46 @@
+"""Every shipped configuration of the backward compiles for its GPU, spills nothing and fits in shared memory."""
+
+import json
+
+import pytest
+
+from tests.kernels import compile_backward
+from tests.kernels.interpreter import run_without_interpreter
+
+HOPPER, AMPERE, CONSUMER = (9, 0), (8, 0), (8, 6)
+CASES = [
+    ["small", 128, "bf16", HOPPER],
+    *[["hopper", dim, block, "bf16", HOPPER] for dim, block in ((128, 128), (128, 512), (64, 128), (64, 64), (128, 192))],
+    ["hopper", 128, 4096, "fp16", HOPPER],
+    *[["portable", 128, 128, block, "bf16", HOPPER] for block in (64, 128, 512)],
+    ["portable", 64, 64, 512, "fp16", HOPPER],
+    ["portable", 96, 96, 48, "bf16", HOPPER],
+    ["portable", 192, 128, 512, "bf16", HOPPER],
+    ["portable", 256, 256, 64, "bf16", HOPPER],
+    ["portable", 64, 64, 64, "bf16", AMPERE],
+    ["portable", 128, 128, 64, "bf16", AMPERE],
+    ["portable", 192, 128, 32, "bf16", AMPERE],
+    ["portable", 128, 128, 512, "bf16", AMPERE],
+    ["portable", 192, 128, 512, "bf16", AMPERE],
+    ["portable", 128, 128, 128, "bf16", CONSUMER],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built():
+    return json.loads(run_without_interpreter(compile_backward.__file__, json.dumps(CASES)).splitlines()[-1])
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[" ".join(map(str, case)) for case in CASES])
+def test_no_spills(built, number):
+    capability = CASES[number][-1]
+    for kernel, usage in built[number].items():
+        assert "text" not in usage, usage.get("text")
+        assert usage["spill"] == 0, (kernel, usage)
+        assert usage["shared"] <= compile_backward.SHARED[capability], (kernel, usage)
+
+
+@pytest.mark.parametrize("number", [i for i, case in enumerate(CASES) if case[0] == "hopper"])
+def test_products_are_not_serialised(built, number):
+    """ptxas may run asynchronous products one after another, and says so; all the overlap would be gone."""
+    assert not any(usage["serialised"] for usage in built[number].values()), built[number]

@@ -1,0 +1,131 @@
+"""Backward of block attention, the Hopper kernels: against plain torch and the portable kernels; timings with -s -k timing."""
+
+import pytest
+import torch
+
+from moba_cp.kernels import backward, hopper_backward, lists
+from moba_cp.kernels.torch_backend import Partials
+from moba_cp.kernels.types import KVPart
+from tests.kernels.backward_cases import document_rows, make_case, relative
+from tests.kernels.interpreter import gpu
+from tests.kernels.test_backward import check, run
+
+pytestmark = gpu
+CASES = {
+    "block 128": {"lengths": [3000, 1, 77, 128], "block_size": 128, "topk": 4, "q_heads": 4, "kv_heads": 2, "dim": 128},
+    "block 128, D 64": {"lengths": [3000], "block_size": 128, "topk": 8, "q_heads": 2, "kv_heads": 2, "dim": 64},
+    "block 64, D 64": {"lengths": [900, 900], "block_size": 64, "topk": 3, "q_heads": 8, "kv_heads": 1, "dim": 64},
+    "block 192": {"lengths": [2000, 100], "block_size": 192, "topk": 3, "q_heads": 4, "kv_heads": 2, "dim": 128},
+    "block 192, D 64": {"lengths": [2000], "block_size": 192, "topk": 3, "q_heads": 4, "kv_heads": 2, "dim": 64},
+    "block 512": {"lengths": [5000, 513], "block_size": 512, "topk": 3, "q_heads": 4, "kv_heads": 4, "dim": 128},
+    "block 512, D 64": {"lengths": [5000], "block_size": 512, "topk": 3, "q_heads": 4, "kv_heads": 2, "dim": 64},
+    "block 4096": {"lengths": [9000], "block_size": 4096, "topk": 2, "q_heads": 2, "kv_heads": 1, "dim": 128},
+    "one token": {"lengths": [1], "block_size": 128, "topk": 2, "dim": 128},
+    "absent pairs": {"lengths": [2000], "block_size": 128, "topk": 4, "kv_heads": 2, "dim": 128, "absent": True},
+    "fetched pairs": {"lengths": [4000], "block_size": 512, "topk": 3, "kv_heads": 2, "dim": 128, "fetched": True},
+    "strided": {"lengths": [2000], "block_size": 128, "topk": 4, "kv_heads": 2, "dim": 128, "strided": True},
+    "blocks nobody wants": {"lengths": [4000], "block_size": 128, "topk": 2, "dim": 128, "cold": True},
+    "hot block": {"lengths": [40000], "block_size": 128, "topk": 2, "dim": 128, "hot": True},
+    "hot block of several tiles": {"lengths": [80000], "block_size": 512, "topk": 2, "dim": 64, "hot": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_torch_and_portable(name, dtype):
+    case = make_case(**CASES[name], dtype=dtype, device="cuda")
+    assert backward.backward_path(case.q, case.part, case.block_size) == "hopper"
+    if name.startswith("hot"):
+        assert backward.piece_count(len(case.rows), 2, 1, 2, case.block_size)
+    first = check(case, path="hopper")
+    check(case, path="hopper", accumulate=True)
+    check(case, path="hopper", gradient=dtype)
+    portable = run(case)
+    for x, y in zip(first, portable):
+        x, y = (z[~z.isnan()] for z in (x, y))
+        assert relative(x, y) < (4e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("name", ["block 128", "block 512", "hot block"])
+def test_same_bits_every_time(name):
+    case = make_case(**CASES[name], dtype=torch.bfloat16, device="cuda")
+    first = run(case, path="hopper")
+    for _ in range(20):
+        for x, y in zip(first, run(case, path="hopper")):
+            assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_dq_does_not_depend_on_the_other_rows(block_size):
+    case = make_case([3000], block_size, 3, q_heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, device="cuda")
+    whole = run(case, path="hopper")[2]
+    chunk = slice(701, 2345)
+    rows, selected = case.rows.slice(chunk.start, chunk.stop), case.selected[:, chunk]
+    route = lists.route(selected, case.lists.n_blocks, 2, rows, block_size, backward=True)
+    dk, dv = (torch.empty(x.shape, device="cuda") for x in (case.part.k, case.part.v))
+    dq = torch.full((*selected.shape, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
+    backward.attend_backward(
+        case.q[chunk], case.dout[chunk], case.lse[:, chunk], case.delta[:, chunk], case.part, route, rows, selected,
+        case.scale, dk, dv, Partials(dq, torch.empty(0)), False, path="hopper",
+    )  # fmt: skip
+    assert torch.equal(dq.nan_to_num(7.0), whole[:, chunk].nan_to_num(7.0))
+
+
+def test_other_sizes_take_the_portable_path():
+    for settings in ({"dim": 96}, {"dim": 128, "value_dim": 64}, {"dim": 256}):
+        case = make_case([300], 128, 2, dtype=torch.bfloat16, device="cuda", **settings)
+        assert backward.backward_path(case.q, case.part, 128) == "portable"
+    case = make_case([300], 100, 2, dim=128, dtype=torch.bfloat16, device="cuda")
+    assert backward.backward_path(case.q, case.part, 100) == "portable"
+
+
+def timed(call) -> float:
+    """Median milliseconds of five calls."""
+    call()
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[2]
+
+
+@pytest.mark.parametrize(("block_size", "topk"), [(128, 8), (512, 8), (4096, 12)])
+@pytest.mark.parametrize("dim", [128, 64])
+def test_timing(block_size, topk, dim):
+    """Prints milliseconds of `attend_backward` for 4 of 16 heads at 128K tokens, uniform routing, both paths."""
+    tokens, heads = 1 << 17, 4
+    rows, start, length = document_rows([tokens], block_size, "cuda")
+    n_blocks = start.numel()
+    number = torch.arange(n_blocks, device="cuda")
+    selected = []
+    for _ in range(heads):
+        score = torch.rand(tokens, n_blocks, device="cuda").masked_fill(number >= rows.block[:, None], -1)
+        best = score.topk(topk - 1, dim=1)
+        best = best.indices.masked_fill(best.values < 0, -1).sort(1).values
+        selected.append(torch.cat([best, rows.block[:, None]], 1).to(torch.int32))
+    selected = torch.stack(selected)
+    q, k, v, dout = (torch.randn(tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    part = KVPart(k, v, start.expand(heads, n_blocks), length)
+    route = lists.route(selected, n_blocks, heads, rows, block_size, backward=True)
+    lse, delta = torch.full((heads, tokens), 12.0, device="cuda"), torch.zeros(heads, tokens, device="cuda")
+    dk, dv = (torch.empty(x.shape, device="cuda") for x in (k, v))
+    dq = Partials(torch.empty(*selected.shape, dim, device="cuda", dtype=torch.bfloat16), torch.empty(0))
+    for path in ("hopper", "portable"):
+
+        def call(path=path):
+            backward.attend_backward(
+                q, dout, lse, delta, part, route, rows, selected, dim**-0.5, dk, dv, dq, False, path=path
+            )
+
+        print(f"\nattend_backward {path} ({block_size}, {topk}) D={dim}: {timed(call):.2f} ms for 4 heads (x4 for 16)")
+    print(f"hopper kernels know Triton {hopper_backward.TRITON_VERSIONS}")
