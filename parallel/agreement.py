@@ -10,8 +10,10 @@ the group stays usable.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -124,24 +126,36 @@ def _gather(group: dist.ProcessGroup, header: Tensor) -> tuple[dist.Work, Tensor
 def _wait(group: dist.ProcessGroup, state: _GroupState, done: Callable[[], bool]) -> None:
     """Wait until `done()`, and look for a refusal when it takes long."""
     begin = time.monotonic()
-    pause, store = 2e-5, None
-    while not done():
-        time.sleep(pause)
-        if time.monotonic() - begin > _PATIENCE_S:
-            pause, store = 0.05, store or _store(group)
-            note = _note(group, state.calls)
-            found = _read(store, note) if store is not None else None
-            if found is not None:
-                rank, _, message = found.partition("|")
-                raise ValueError(f"rank {rank} refused its input: {message}")
-
-
-def _read(store: dist.Store, note: str) -> str | None:
-    """A note, if it is there; None as well where the store's host is gone, which the all-gather will tell."""
+    pause, notes = 2e-5, None
     try:
-        return store.get(note).decode() if store.check([note]) else None
-    except RuntimeError:
-        return None
+        while not done():
+            time.sleep(pause)
+            if notes is None and time.monotonic() - begin > _PATIENCE_S:
+                pause, notes = 0.05, _NoteReader(_store(group), _note(group, state.calls))
+                notes.start()
+            if notes is not None and notes.found is not None:
+                rank, _, message = notes.found.partition("|")
+                raise ValueError(f"rank {rank} refused its input: {message}")
+    finally:
+        if notes is not None:
+            notes.stop = True
+
+
+class _NoteReader(threading.Thread):
+    """Looks for a note in the store, in a thread of its own: a store whose host stalls never answers."""
+
+    def __init__(self, store: dist.Store | None, note: str) -> None:
+        super().__init__(daemon=True)
+        self.store, self.note, self.stop = store, note, False
+        self.found: str | None = None
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the host is gone; the all-gather will tell
+            while self.store is not None and not self.stop:
+                if self.store.check([self.note]):
+                    self.found = self.store.get(self.note).decode()
+                    return
+                time.sleep(0.05)
 
 
 def _encode(facts: dict[str, str], device: torch.device) -> Tensor:
