@@ -64,11 +64,9 @@ def streaming(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]
     def held(rows: int, stages: int) -> int:
         return keys * (dim + dim_v) + rows * (stages * dim + dim_v)
 
-    if capability[0] >= 9 and 2 * held(64, 3) > room >= held(128, 3):
-        return Launch(rows=128, keys=keys, num_warps=8, num_stages=3)  # no two programs of 64 rows fit
-    for stages in (3, 2):
-        if held(64, stages) <= room:
-            return Launch(rows=64, keys=keys, num_warps=4, num_stages=stages)
+    for programs, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):  # two programs a multiprocessor hide each other's waits
+        if programs * held(64, stages) <= room:
+            return Launch(rows=64, keys=keys, num_warps=4, num_stages=stages, store=".cs")
     return None
 
 

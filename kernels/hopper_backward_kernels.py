@@ -98,8 +98,8 @@ def _write(
     mask = (key < length)[:, None] & (cols < D)[None, :]
     total = gl.convert_layout(total, LAYOUT)
     if is_piece:
-        at = pieces + (c.to(gl.int64) * NT * BK + key)[:, None] * (2 * D) + cols[None, :]
-        gl.store(at, total, mask=mask)
+        piece_at = pieces + (c.to(gl.int64) * NT * BK + key)[:, None] * (2 * D) + cols[None, :]
+        gl.store(piece_at, total, mask=mask)
     else:
         at = target + ((start + key).to(gl.int64) * stride_n + head * stride_h)[:, None] + cols[None, :]
         if ACCUMULATE:
