@@ -17,12 +17,10 @@ from torch import Tensor
 
 from .types import QueryRows
 
-FORWARD_ROWS_SMALL = 2048
-"""Most entries of a work item of forward where a program keeps a small block's keys and streams rows past them."""
-FORWARD_ROWS_LARGE = 128
-"""Most entries of a work item of forward where a program keeps its rows and streams a large block's keys past them."""
-BACKWARD_ROWS = 8192
-"""Most entries of a work item of backward."""
+ITEM_ROWS_SMALL = 2048
+"""Most entries of a work item where a program keeps a small block's keys and streams rows past them."""
+ITEM_ROWS_LARGE = 128
+"""Most entries of a work item where a program keeps its rows and streams a large block's keys past them."""
 SMALL_BLOCK = 128
 """Up to this block size forward treats own blocks as ordinary entries."""
 
@@ -300,8 +298,7 @@ def route(
         backward: own blocks are always listed; else only up to `SMALL_BLOCK`.
     """
     with_own = backward or block_size <= SMALL_BLOCK
-    small = FORWARD_ROWS_SMALL if block_size <= SMALL_BLOCK else FORWARD_ROWS_LARGE
-    rows_per_item = BACKWARD_ROWS if backward else small
+    rows_per_item = ITEM_ROWS_SMALL if block_size <= SMALL_BLOCK else ITEM_ROWS_LARGE
     if not with_own:
         selected = selected[:, :, :-1]
     q_heads, tokens, slots = selected.shape

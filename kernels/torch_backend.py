@@ -32,6 +32,7 @@ class RoutingLists:
         token, head, slot: int64 `[entries]`, the row's token, its q head (inside the heads at work) and its slot in
             `selected`; inside a bin sorted by (head, token).
         n_blocks: blocks a head.
+        with_own: own blocks are listed, so the lists serve backward as well as forward.
     """
 
     pointer: list[int]
@@ -39,6 +40,7 @@ class RoutingLists:
     head: Tensor
     slot: Tensor
     n_blocks: int
+    with_own: bool = True
 
     def bins(self):
         """Non-empty bins as `(kv head, block, slice of the entries)`."""

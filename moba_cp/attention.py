@@ -119,7 +119,15 @@ def moba_attention(
         )
     plan = rank_plan(home_plan(layout, config.block_size), comm_group.rank)
     call = pipeline.Call(
-        config, plan, comm_group, backend_for(q.device, q.dtype), comm, k.shape[1], workspace_bytes, Stages(q.device)
+        config=config,
+        plan=plan,
+        comm=comm_group,
+        backend=backend_for(q.device, q.dtype),
+        requested=comm,
+        kv_heads=k.shape[1],
+        workspace_bytes=workspace_bytes,
+        stage=Stages(q.device),
+        keep_lists=gradients,
     )
     out, selected = _MoBAFunction.apply(q, k, v, call)
     if return_report:
@@ -174,7 +182,7 @@ class _MoBAFunction(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(q):  # kernels are launched on the current device
             saved = pipeline.forward(call, q, k, v)
-        ctx.call = call
+        ctx.call, ctx.lists = call, saved.lists
         ctx.save_for_backward(q, k, v, saved.out, saved.lse, pipeline.compact(saved.selected, call))
         ctx.mark_non_differentiable(saved.selected)
         return saved.out, saved.selected
@@ -183,5 +191,5 @@ class _MoBAFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, selected = ctx.saved_tensors
-        saved = pipeline.Saved(selected.to(torch.int32), out, lse)
+        saved = pipeline.Saved(selected.to(torch.int32), out, lse, ctx.lists)
         return *pipeline.backward(ctx.call, q, k, v, saved, dout), None

@@ -41,6 +41,7 @@ class Call:
         kv_heads: kv heads.
         workspace_bytes: most bytes of partial results at once.
         stage: names the steps in profiles.
+        keep_lists: keep routing lists for backward where they serve it: `4 * topk` bytes a (q head, row).
         transport: the transport in use; `requested` unless that is "auto".
         wanted: every rank's wanted pairs, where the transport needs them.
     """
@@ -53,6 +54,7 @@ class Call:
     kv_heads: int
     workspace_bytes: int
     stage: Stages
+    keep_lists: bool
     transport: str = ""
     wanted: Wanted | None = field(default=None, repr=False)
 
@@ -76,11 +78,19 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Saved:
-    """What backward needs of a forward pass, besides its inputs."""
+    """What backward needs of a forward pass, besides its inputs.
+
+    Attributes:
+        selected: int32 `[Hq, T, topk]`.
+        out: `[T, Hq, Dv]`.
+        lse: `[Hq, T]`.
+        lists: routing lists by chunk (first kv head, first row), where those of forward serve backward too.
+    """
 
     selected: Tensor
     out: Tensor
     lse: Tensor
+    lists: dict[tuple[int, int], Any]
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
@@ -90,8 +100,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     rows = device_rows(call.plan, q.device)
     selected = select_blocks(call, q, home, rows)
     transport = open_transport(call, home, selected)
-    saved = Saved(selected, q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q))
-    for heads, chunks in head_ranges(call, q, k, v.shape[-1]):
+    saved = Saved(selected, q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q), {})
+    for heads, chunks in head_ranges(call, q, k, v):
         replayed = Replayed(transport.forward(heads)) if transport.resident else None
         for chunk in chunks:
             _forward_chunk(call, chunk, q, rows, saved, replayed or transport.forward(heads))
@@ -102,6 +112,8 @@ def _forward_chunk(call: Call, chunk: Chunk, q: Tensor, rows: QueryRows, saved: 
     """Output and log-sum-exp of one chunk; its partial results live no longer than this."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
     lists = _route(call, chunk, selected, here, backward=False)
+    if call.keep_lists and lists.with_own:
+        saved.lists[chunk.heads.start, chunk.rows.start] = lists
     partials = call.backend.new_partials(selected, saved.out.shape[-1], q.dtype)
     scale = call.config.scale(q.shape[-1])
     for part in call.stage.taking(parts, "wait for keys and values"):
@@ -126,7 +138,7 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
-    for heads, chunks in head_ranges(call, q, k, q.shape[-1]):
+    for heads, chunks in head_ranges(call, q, k, v):
         room_dk, room_dv = _gradient_room(call, dk[:, heads], dv[:, heads], len(chunks))
         replayed = Replayed(transport.backward(heads, room_dk, room_dv)) if transport.resident else None
         for index, chunk in enumerate(chunks):
@@ -156,7 +168,9 @@ def _backward_chunk(
 ) -> None:
     """dq of one chunk, and its share of dk and dv of every part; adds to the gradients whose dk is in `added_to`."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
-    lists = _route(call, chunk, selected, here, backward=True)
+    lists = saved.lists.pop((chunk.heads.start, chunk.rows.start), None)
+    if lists is None:
+        lists = _route(call, chunk, selected, here, backward=True)
     partials = call.backend.new_partials(selected, q.shape[-1], q.dtype, backward=True)
     for gradient in call.stage.taking(parts, "wait for keys and values, send gradients"):
         with call.stage(f"attend backward {gradient.part.name}"):
@@ -230,19 +244,19 @@ def open_transport(call: Call, home: HomeBlocks, selected: Tensor) -> Transport:
     raise AssertionError(f"unknown transport {call.transport!r} got past validation")
 
 
-def head_ranges(call: Call, q: Tensor, k: Tensor, width: int) -> list[tuple[slice, list[Chunk]]]:
+def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, list[Chunk]]]:
     """Ranges of kv heads, each with its chunks of query rows, so that partial results fit `call.workspace_bytes`.
 
     Every rank makes the same number of ranges and chunks, whatever it holds, since each makes collectives.
 
     Args:
         call: the call.
-        q, k: local queries and keys.
-        width: last size of the partial results.
+        q, k, v: local queries, keys and values.
     """
     layout = call.plan.plan.layout
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     most = max(layout.local_tokens(r) for r in range(layout.cp_size))
+    width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
     row_bytes = max(1, group * call.topk * call.backend.bytes_per_slot(width, q.dtype))  # of one kv head
     per_range = min(kv_heads, max(1, call.workspace_bytes // max(1, most * row_bytes)))
     per_chunk = max(ROW_MULTIPLE, call.workspace_bytes // (per_range * row_bytes) // ROW_MULTIPLE * ROW_MULTIPLE)

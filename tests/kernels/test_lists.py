@@ -91,7 +91,7 @@ CASES = {
 @pytest.mark.parametrize("block_size", [64, 512])
 @pytest.mark.parametrize("name", CASES)
 def test_small(name, block_size, backward, monkeypatch):
-    for rows_name in ("FORWARD_ROWS_SMALL", "FORWARD_ROWS_LARGE", "BACKWARD_ROWS"):
+    for rows_name in ("ITEM_ROWS_SMALL", "ITEM_ROWS_LARGE"):
         monkeypatch.setattr(lists, rows_name, 8)
     q_heads, kv_heads, tokens, topk, n_blocks = CASES[name]
     selected, rows = random_selection(q_heads, tokens, topk, n_blocks)
