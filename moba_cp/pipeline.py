@@ -5,7 +5,8 @@ home blocks -> centroids -> gate -> routing lists -> transport -> block attentio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -18,7 +19,7 @@ from torch import Tensor
 from .config import MoBAConfig
 from .kernels import KVPart, QueryRows, query_rows
 from .parallel.blocks import HomePlan, RankPlan
-from .parallel.comm import CommGroup
+from .parallel.comm import CommGroup, SideStream
 from .parallel.cost import choose_transport
 from .parallel.home import HomeBlocks, bring_home, gather_centroids, order_centroids, send_back
 from .parallel.transports import AllGather, Fetch, LocalOnly, Part, PartGradient, Ring, Transport
@@ -63,8 +64,7 @@ class Call:
         """Slots a row needs: `config.topk`, but no more than the blocks of the longest document, rounded up to a power
         of two so that packing that differs from step to step compiles few kernels."""
         blocks = self.plan.plan.blocks
-        most = int((np.arange(len(blocks)) - blocks.first_of_document).max(initial=0)) + 1
-        return min(self.config.topk, 1 << (most - 1).bit_length())
+        return min(self.config.topk, 1 << (blocks.most_of_a_document - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,20 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     selected = select_blocks(call, q, home, rows)
     transport = open_transport(call, home, selected)
     saved = Saved(selected, q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q), {})
-    for heads, chunks in head_ranges(call, q, k, v):
+    ranges = head_ranges(call, q, k, v)
+    lists = routed_ahead(call, ranges, saved, rows, backward=False)
+    for heads, chunks in ranges:
         replayed = Replayed(transport.forward(heads)) if transport.resident else None
         for chunk in chunks:
-            _forward_chunk(call, chunk, q, rows, saved, replayed or transport.forward(heads))
+            _forward_chunk(call, chunk, next(lists), q, rows, saved, replayed or transport.forward(heads))
     return saved
 
 
-def _forward_chunk(call: Call, chunk: Chunk, q: Tensor, rows: QueryRows, saved: Saved, parts: Iterable[Part]) -> None:
+def _forward_chunk(
+    call: Call, chunk: Chunk, lists: Any, q: Tensor, rows: QueryRows, saved: Saved, parts: Iterable[Part]
+) -> None:
     """Output and log-sum-exp of one chunk; its partial results live no longer than this."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
-    lists = _route(call, chunk, selected, here, backward=False)
     if call.keep_lists and lists.with_own:
         saved.lists[chunk.heads.start, chunk.rows.start] = lists
     partials = call.backend.new_partials(selected, saved.out.shape[-1], q.dtype)
@@ -138,14 +141,17 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
-    for heads, chunks in head_ranges(call, q, k, v):
+    ranges = head_ranges(call, q, k, v)
+    lists = routed_ahead(call, ranges, saved, rows, backward=True)
+    for heads, chunks in ranges:
         room_dk, room_dv = _gradient_room(call, dk[:, heads], dv[:, heads], len(chunks))
         replayed = Replayed(transport.backward(heads, room_dk, room_dv)) if transport.resident else None
         for index, chunk in enumerate(chunks):
             # A transport that is not resident gives its remote parts fresh room on every walk.
             added_to = {id(room_dk)} if replayed is None else {id(g.dk) for g in replayed.kept}
             parts = replayed or transport.backward(heads, room_dk, room_dv)
-            _backward_chunk(call, chunk, q, dout, delta, rows, saved, parts, added_to if index else set(), dq)
+            added_to = added_to if index else set()
+            _backward_chunk(call, chunk, next(lists), q, dout, delta, rows, saved, parts, added_to, dq)
         with call.stage("return gradients"):
             transport.return_gradients(replayed.kept if replayed else [], room_dk, room_dv)
             if room_dk.dtype != dk.dtype or room_dk.data_ptr() != dk[:, heads].data_ptr():
@@ -157,6 +163,7 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
 def _backward_chunk(
     call: Call,
     chunk: Chunk,
+    lists: Any,
     q: Tensor,
     dout: Tensor,
     delta: Tensor,
@@ -168,9 +175,6 @@ def _backward_chunk(
 ) -> None:
     """dq of one chunk, and its share of dk and dv of every part; adds to the gradients whose dk is in `added_to`."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
-    lists = saved.lists.pop((chunk.heads.start, chunk.rows.start), None)
-    if lists is None:
-        lists = _route(call, chunk, selected, here, backward=True)
     partials = call.backend.new_partials(selected, q.shape[-1], q.dtype, backward=True)
     for gradient in call.stage.taking(parts, "wait for keys and values, send gradients"):
         with call.stage(f"attend backward {gradient.part.name}"):
@@ -193,12 +197,40 @@ def _backward_chunk(
         call.backend.merge_dq(partials, selected, dq[chunk.rows, chunk.q_heads])
 
 
-def _route(call: Call, chunk: Chunk, selected: Tensor, rows: QueryRows, backward: bool) -> Any:
+def routed_ahead(
+    call: Call, ranges: Sequence[tuple[slice, list[Chunk]]], saved: Saved, rows: QueryRows, backward: bool
+) -> Iterator[Any]:
+    """Routing lists of each chunk in turn; on CUDA those of the next chunk are made beside the work of the last.
+
+    Backward takes the lists of forward where they serve it.
+    """
+    chunks = [chunk for _, of_heads in ranges for chunk in of_heads]
+    if len(chunks) == 1 or (backward and saved.lists):
+        for chunk in chunks:
+            kept = saved.lists.pop((chunk.heads.start, chunk.rows.start), None) if backward else None
+            yield kept or _route(call, chunk, saved, rows, backward)
+        return
+    side = SideStream(rows.block.device, "routing lists")
+    side.mark()
+    ahead: deque[tuple[Any, torch.cuda.Event | None]] = deque()
+    for index in range(len(chunks) + 1):
+        if index < len(chunks):
+            with side.use():
+                ahead.append((_route(call, chunks[index], saved, rows, backward), side.done()))
+        if index > 0:
+            lists, done = ahead.popleft()
+            side.join(done, *(x for x in vars(lists).values() if isinstance(x, Tensor)))
+            yield lists
+            del lists
+
+
+def _route(call: Call, chunk: Chunk, saved: Saved, rows: QueryRows, backward: bool) -> Any:
+    selected = saved.selected[chunk.q_heads, chunk.rows]
     kv_heads = chunk.heads.stop - chunk.heads.start
+    n_blocks, block_size = len(call.plan.plan.blocks), call.config.block_size
     with call.stage("lists"):
-        return call.backend.route(
-            selected, len(call.plan.plan.blocks), kv_heads, rows, call.config.block_size, backward=backward
-        )
+        here = rows.slice(chunk.rows.start, chunk.rows.stop)
+        return call.backend.route(selected, n_blocks, kv_heads, here, block_size, backward=backward)
 
 
 def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> Tensor:
@@ -255,7 +287,7 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice
     """
     layout = call.plan.plan.layout
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    most = max(layout.local_tokens(r) for r in range(layout.cp_size))
+    most = layout.most_local_tokens
     width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
     row_bytes = max(1, group * call.topk * call.backend.bytes_per_slot(width, q.dtype))  # of one kv head
     per_range = min(kv_heads, max(1, call.workspace_bytes // max(1, most * row_bytes)))

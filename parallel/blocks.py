@@ -11,7 +11,7 @@ Everything here is a pure function of host integers. Two ranks, contiguous, one 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -36,6 +36,11 @@ class BlockTable:
 
     def __len__(self) -> int:
         return self.start.size
+
+    @cached_property
+    def most_of_a_document(self) -> int:
+        """Blocks of the longest document, at least 1."""
+        return int((np.arange(len(self)) - self.first_of_document).max(initial=0)) + 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -131,17 +131,17 @@ class CommGroup:
 
 
 class SideStream:
-    """A stream beside the caller's for packing and communication; does nothing for CPU tensors."""
+    """A stream beside the caller's, one for each purpose; does nothing for CPU tensors."""
 
-    _streams: dict[int, torch.cuda.Stream] = {}
+    _streams: dict[tuple[int, str], torch.cuda.Stream] = {}
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, purpose: str) -> None:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
-            if index not in self._streams:
-                self._streams[index] = torch.cuda.Stream(device, priority=-1)
-            self._stream = self._streams[index]
+            if (index, purpose) not in self._streams:
+                self._streams[index, purpose] = torch.cuda.Stream(device, priority=-1)
+            self._stream = self._streams[index, purpose]
             self._main = torch.cuda.current_stream(device)
             self._ready = torch.cuda.Event()
 
@@ -160,10 +160,14 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             yield
 
-    def join(self, *made: Tensor) -> None:
-        """The caller's stream waits for the side stream; it will use `made`, which the side stream allocated."""
-        if self._stream is not None:
-            self._main.wait_stream(self._stream)
+    def done(self) -> torch.cuda.Event | None:
+        """What `join` waits for: all that is enqueued on the side stream so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def join(self, done: torch.cuda.Event | None, *made: Tensor) -> None:
+        """The caller's stream waits for `done`; it will use `made`, which the side stream allocated."""
+        if done is not None:
+            self._main.wait_event(done)
             for tensor in made:
                 tensor.record_stream(self._main)
 

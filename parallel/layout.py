@@ -120,6 +120,11 @@ class SequenceLayout:
         """Number of tokens that `rank` holds."""
         return int((self.runs[self._check_rank(rank)][:, 1] - self.runs[rank][:, 0]).sum())
 
+    @cached_property
+    def most_local_tokens(self) -> int:
+        """The most tokens that any rank holds."""
+        return max(self.local_tokens(rank) for rank in range(self.cp_size))
+
     def local_indices(self, rank: int) -> Tensor:
         """Global token numbers that `rank` holds, in its own order: int64 `[local tokens]`, on the host."""
         return torch.from_numpy(expand_runs(self.runs[self._check_rank(rank)]))

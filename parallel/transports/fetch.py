@@ -28,7 +28,7 @@ class Fetch(Transport):
     def __init__(self, home: HomeBlocks, comm: CommGroup, wanted: Wanted) -> None:
         super().__init__(home, comm)
         self.wanted = wanted
-        self._side = SideStream(home.k.device)
+        self._side = SideStream(home.k.device, "fetch")
         self._side.mark()  # home keys and masks are ready here, so a range of heads can be sent while an earlier one is computed
 
     def forward(self, heads: slice) -> Iterator[Part]:
@@ -67,7 +67,7 @@ class Fetch(Transport):
             start = self._start_rows(heads)
             packed = pending.wait()
         side.uses(self.home.k, self.home.v)
-        side.join(packed, start)
+        side.join(side.done(), packed, start)
         remote = Part(*unpack(packed[:, None], local.k.shape[-1]), start, "fetch")
         room = accumulation_room(packed[:, None]) if dk is not None else packed[:0, None]
         yield PartGradient(remote, *unpack(room, local.k.shape[-1]))
