@@ -65,6 +65,7 @@ class OptimizerSection:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    eps: float = 1e-8
     clip_grad: float = 1.0
 
 

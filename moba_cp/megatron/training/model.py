@@ -127,6 +127,7 @@ def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
         weight_decay=section.weight_decay,
         adam_beta1=section.beta1,
         adam_beta2=section.beta2,
+        adam_eps=section.eps,
         clip_grad=section.clip_grad,
         bf16=config.run.precision == "bf16",
         params_dtype=_DTYPES[config.run.precision],

@@ -1,0 +1,122 @@
+"""Train the same small GPT with its sequences on one process and sharded over two, and compare the losses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TOLERANCE = 1e-5
+console = Console()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: where, and over how many context-parallel ranks."""
+
+    label: str
+    name: str
+    context: int
+    device: str  # cpu or cuda
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="keys of configs/quickstart.yaml to change")] = None,
+    output: Annotated[Path, typer.Option(help="folder for the runs and pictures, emptied first")] = Path(
+        "runs/quickstart"
+    ),
+) -> None:
+    """Train the same small GPT twice on the Python standard library's sources, with MoBA attention over one rank (CP=1)
+    and over two (CP=2: each holds two zigzag chunks of every sequence), and compare.
+
+    Takes about two minutes on two CPU cores. Uses two GPUs if there are two. Exits with an error if the losses of any
+    step differ by more than 1e-5.
+    """
+    shutil.rmtree(output, ignore_errors=True)
+    runs = plan_runs(torch.cuda.device_count())
+    losses = {run.label: train(run, output, overrides or []) for run in runs}
+    difference = compare(losses, runs[:2])
+    plot(losses, output / "loss.png")
+    shutil.copy(output / runs[1].name / "routing.png", output / "routing.png")
+    console.print(f"loss curves      {output / 'loss.png'}\nselected blocks  {output / 'routing.png'}")
+    console.print(f"TensorBoard      tensorboard --logdir {output}")
+    if difference > TOLERANCE:
+        sys.exit(f"the losses differ by {difference:.2e}, more than {TOLERANCE:.0e}")
+
+
+def plan_runs(gpus: int) -> list[Run]:
+    """The two runs to compare come first. Comparing needs two ranks on the same kind of device."""
+    if gpus >= 2:
+        console.print(f"{gpus} GPUs: both runs use them, over NCCL.")
+        return [Run("CP=1", "cp1", 1, "cuda"), Run("CP=2", "cp2", 2, "cuda")]
+    runs = [Run("CP=1", "cp1", 1, "cpu"), Run("CP=2", "cp2", 2, "cpu")]
+    if gpus == 1:
+        console.print(
+            "1 GPU: CP=2 would need two. The comparison runs on CPU, over gloo; a third run, with CP=1, uses the GPU "
+            "and is shown but not judged, since a GPU rounds differently."
+        )
+        return [*runs, Run("CP=1 on the GPU", "cp1_gpu", 1, "cuda")]
+    console.print("No GPU: both runs use the CPU, over gloo.")
+    return runs
+
+
+def train(run: Run, output: Path, overrides: list[str]) -> list[float]:
+    """Train through torchrun and return the loss of every step."""
+    console.rule(f"{run.label}: {run.context} process(es), {run.device}")
+    environment = dict(os.environ)
+    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // run.context))
+    if run.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.context)]
+    script = [str(REPOSITORY / "scripts" / "train.py"), str(REPOSITORY / "configs" / "quickstart.yaml")]
+    ours = [f"run.name={run.name}", f"run.directory={output}", f"run.device={run.device}"]
+    command = [*launch, *script, *overrides, *ours, f"parallel.context={run.context}"]
+    if subprocess.run(command, env=environment).returncode:
+        sys.exit(f"training with {run.label} failed; the command was\n{' '.join(command)}")
+    from moba_cp.megatron.training.progress import read_metrics
+
+    return [entry["loss"] for entry in read_metrics(output / run.name)]
+
+
+def compare(losses: dict[str, list[float]], pair: list[Run]) -> float:
+    """Print all losses side by side; the largest difference between the two runs of ``pair``."""
+    one, two = (losses[run.label] for run in pair)
+    differences = [abs(a - b) for a, b in zip(one, two, strict=True)]
+    table = Table("step", *losses, f"|{pair[0].label} - {pair[1].label}|", title="Loss of each step")
+    for index, difference in enumerate(differences):
+        table.add_row(str(index + 1), *(f"{column[index]:.7f}" for column in losses.values()), f"{difference:.1e}")
+    console.print(table)
+    largest = max(differences)
+    verdict = "[green]equal[/green]" if largest <= TOLERANCE else "[red]not equal[/red]"
+    console.print(f"largest difference {largest:.2e}: {verdict} to the tolerance of {TOLERANCE:.0e}")
+    return largest
+
+
+def plot(losses: dict[str, list[float]], path: Path) -> None:
+    """Loss curves of all runs."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150, layout="constrained")
+    for (label, values), style in zip(losses.items(), ("-", "--", ":")):
+        axes.plot(range(1, len(values) + 1), values, style, linewidth=2, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="MoBA attention, one rank and two")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)
