@@ -116,6 +116,10 @@ class MoBACoreAttention(MegatronModule):
         out_thd = self._attend(q_thd, k_thd, v_thd, layout, group)
         return out_thd.flatten(1).unflatten(0, (batch, length)).transpose(0, 1)
 
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing: there is no state, so checkpoints of dense and of MoBA models are the same."""
+        return {}
+
     def _attend(
         self,
         q_thd: torch.Tensor,

@@ -1,0 +1,114 @@
+"""Text as training data: what every sample is, and which part of it a rank reads."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from moba_cp import SequenceLayout
+from moba_cp.megatron.training.data import SEPARATOR, Corpus, PackedText, Sharding, micro_batches
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    for number in range(12):
+        (tmp_path / f"{number:02}.txt").write_bytes(bytes([number]) * (7 * number + 1))
+    (tmp_path / "empty.txt").touch()
+    return Corpus.find([str(tmp_path)])
+
+
+def test_folders_globs_and_files_are_found_once_and_sorted(corpus: Corpus, tmp_path: Path) -> None:
+    again = Corpus.find([str(tmp_path / "*.txt"), str(tmp_path / "03.txt")])
+    assert again == corpus
+    assert [p.name for p in corpus.paths] == [f"{n:02}.txt" for n in range(12)]
+
+
+def test_the_default_is_the_standard_library() -> None:
+    corpus = Corpus.find([])
+    assert any(p.name == "dataclasses.py" for p in corpus.paths)
+    assert corpus.total_tokens > 5_000_000
+
+
+def test_nothing_found_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no text found at .*nothing\*"):
+        Corpus.find([str(tmp_path / "nothing*")])
+
+
+def test_documents_are_either_for_training_or_for_evaluation(corpus: Corpus) -> None:
+    train, held_out = corpus.split(0.25, seed=3)
+    assert len(held_out.paths) == 3
+    assert sorted(train.paths + held_out.paths) == list(corpus.paths)
+    assert corpus.split(0.25, seed=3) == (train, held_out)
+    assert corpus.split(0.25, seed=4) != (train, held_out)
+
+
+def test_an_epoch_holds_every_whole_document_once_with_its_separator(corpus: Corpus) -> None:
+    text = PackedText(corpus, seq_length=16, seed=0)
+    for epoch in range(2):
+        numbers = range(epoch * text.sequences_per_epoch, (epoch + 1) * text.sequences_per_epoch)
+        samples = {int(text._epoch(epoch)[2][n % text.sequences_per_epoch]): text.sample(n) for n in numbers}
+        stream = torch.cat([samples[i][:-1] for i in range(text.sequences_per_epoch)]).tolist()
+        assert len(samples) == text.sequences_per_epoch
+        assert corpus.total_tokens - 17 <= len(stream) < corpus.total_tokens
+        documents = "".join(map(chr, stream)).split(chr(SEPARATOR))[:-1]
+        assert len(set(documents)) == len(documents)
+        assert all(len(d) == 7 * ord(d[0]) + 1 for d in documents)
+
+
+def test_labels_are_the_next_tokens_across_samples(corpus: Corpus) -> None:
+    text = PackedText(corpus, seq_length=16, seed=0)
+    order = text._epoch(0)[2].tolist()
+    first, second = text.sample(order.index(0)), text.sample(order.index(1))
+    assert first[-1] == second[0]
+
+
+def test_samples_follow_from_the_seed_and_change_with_it(corpus: Corpus) -> None:
+    one, same, other = (PackedText(corpus, 16, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(one.sample(n), same.sample(n)) for n in range(60))
+    assert not all(torch.equal(one.sample(n), other.sample(n)) for n in range(20))
+
+
+def test_too_little_text_is_an_error(corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match=r"tokens of text do not fill a sequence of 4096 \+ 1"):
+        PackedText(corpus, 4096, 0)
+
+
+def test_the_fingerprint_follows_the_documents(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "new.txt").write_text("new")
+    assert Corpus.find([str(tmp_path)]).fingerprint != corpus.fingerprint
+
+
+def test_a_document_that_shrinks_while_training_is_an_error(corpus: Corpus) -> None:
+    corpus.paths[-1].write_bytes(b"")
+    text = PackedText(corpus, 16, 0)
+    with pytest.raises(RuntimeError, match=r"11.txt is shorter than the 78 bytes"):
+        [text.sample(n) for n in range(text.sequences_per_epoch)]
+
+
+@pytest.mark.parametrize("layout", [SequenceLayout.zigzag([0, 16], 2), SequenceLayout.contiguous([0, 16], 2)])
+def test_ranks_read_each_token_of_the_global_batch_exactly_once(corpus: Corpus, layout: SequenceLayout) -> None:
+    text, device = PackedText(corpus, 16, 0), torch.device("cpu")
+    tokens, labels = torch.full((8, 16), -1), torch.full((8, 16), -1)
+    for dp_rank in range(2):
+        for cp_rank in range(2):
+            batches = islice(micro_batches(text, 2, 0, Sharding(dp_rank, 2, cp_rank, layout, device)), 2)
+            for number, batch in enumerate(batches):
+                rows = torch.arange(2)[:, None] + 4 * number + 2 * dp_rank
+                assert (tokens[rows, batch.position_ids] == -1).all()
+                tokens[rows, batch.position_ids], labels[rows, batch.position_ids] = batch.tokens, batch.labels
+    samples = torch.stack([text.sample(n) for n in range(8)])
+    assert torch.equal(tokens, samples[:, :-1])
+    assert torch.equal(labels, samples[:, 1:])
+
+
+def test_reading_resumes_after_any_number_of_samples(corpus: Corpus) -> None:
+    text, layout = PackedText(corpus, 16, 0), SequenceLayout.zigzag([0, 16], 1)
+    sharding = Sharding(0, 1, 0, layout, torch.device("cpu"))
+    through = list(islice(micro_batches(text, 1, 0, sharding), 70))  # into the third epoch
+    resumed = list(islice(micro_batches(text, 1, 41, sharding), 29))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(through[41:], resumed, strict=True))

@@ -1,0 +1,80 @@
+"""Swapping the core attention in specs, and the norm that goes with the local implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+import moba_cp.megatron
+from moba_cp import MoBAConfig
+from moba_cp.megatron import MoBACoreAttention, MoBASettings, TorchNorm, with_moba
+
+MOBA = MoBAConfig(block_size=64, topk=4)
+
+
+def core_of(layer: object) -> object:
+    return layer.submodules.self_attention.submodules.core_attention  # type: ignore[attr-defined]
+
+
+def test_only_the_core_attention_changes_and_the_original_stays() -> None:
+    original = get_gpt_layer_local_spec()
+    swapped = with_moba(original, MOBA, comm="ring")
+    assert core_of(original) is DotProductAttention
+    assert core_of(swapped).module is MoBACoreAttention  # type: ignore[attr-defined]
+    assert core_of(swapped).params == {"settings": MoBASettings(MOBA, comm="ring")}  # type: ignore[attr-defined]
+    swapped.submodules.self_attention.submodules.core_attention = DotProductAttention
+    assert swapped == original
+
+
+def test_block_specs_are_swapped_in_every_layer() -> None:
+    block = TransformerBlockSubmodules(layer_specs=[get_gpt_layer_local_spec() for _ in range(3)])
+    assert all(core_of(layer).module is MoBACoreAttention for layer in with_moba(block, MOBA).layer_specs)  # type: ignore[attr-defined]
+    assert all(core_of(layer) is DotProductAttention for layer in block.layer_specs)
+
+
+def test_a_layer_spec_stands_ready_for_the_command_line() -> None:
+    # Megatron's --spec reads it like this.
+    assert core_of(vars(moba_cp.megatron)["moba_layer_spec"]).module is MoBACoreAttention  # type: ignore[attr-defined]
+
+
+def test_something_without_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="no core_attention found in TransformerBlockSubmodules"):
+        with_moba(TransformerBlockSubmodules(), MOBA)
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="partition must be one of.*'striped'"):
+        with_moba(get_gpt_layer_local_spec(), MOBA, partition="striped")
+    with pytest.raises(TypeError, match="colour"):
+        with_moba(get_gpt_layer_local_spec(), MOBA, colour="red")
+
+
+@pytest.mark.parametrize(("kind", "module"), [("RMSNorm", torch.nn.RMSNorm), ("LayerNorm", torch.nn.LayerNorm)])
+def test_norm_tags_its_parameters_for_sequence_parallelism(kind: str, module: type) -> None:
+    for sequence_parallel in (False, True):
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=8,
+            num_attention_heads=2,
+            normalization=kind,
+            tensor_model_parallel_size=2,
+            sequence_parallel=sequence_parallel,
+            persist_layer_norm=False,
+        )
+        norm = TorchNorm(config, hidden_size=8, eps=1e-6)
+        assert type(norm) is module
+        assert norm.eps == 1e-6
+        assert all(p.sequence_parallel is sequence_parallel for p in norm.parameters())
+
+
+def test_norm_refuses_what_torch_does_not_have() -> None:
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, layernorm_zero_centered_gamma=True)
+    with pytest.raises(ValueError, match="layernorm_zero_centered_gamma"):
+        TorchNorm(config, hidden_size=8)

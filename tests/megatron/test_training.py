@@ -1,0 +1,62 @@
+"""scripts/train.py from the command line: losses do not depend on the context-parallel size, and resuming is exact."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from moba_cp.megatron.training.progress import read_metrics
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["data.seq_length=192", "run.steps=4", "run.eval_interval=4", "run.eval_batches=1", "optimizer.warmup_steps=1"]
+
+
+def train(directory: Path, processes: int, *overrides: str) -> str:
+    """Run the script over ``processes`` processes on CPU; what it printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    script = [str(ROOT / "scripts" / "train.py"), str(ROOT / "configs" / "quickstart.yaml")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launch, *script, *SMALL, f"run.directory={directory}", *overrides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=directory)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_losses_do_not_depend_on_context_parallelism_and_resuming_is_exact(tmp_path: Path) -> None:
+    train(tmp_path, 2, "run.name=a", "parallel.context=2", "run.save_interval=2")
+    run = tmp_path / "a"
+    through = read_metrics(run)
+    assert [entry["step"] for entry in through] == [1, 2, 3, 4]
+    assert (run / "routing.png").stat().st_size > 10_000
+    assert list((run / "tensorboard").iterdir())
+
+    # The same sizes: the same bits.
+    (run / "checkpoints" / "latest").write_text("step_00000002\n")
+    assert "resumed after step 2" in train(tmp_path, 2, "run.name=a", "parallel.context=2")
+    resumed = read_metrics(run)
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert [entry[name] for entry in resumed] == [entry[name] for entry in through]
+
+    # One process instead of two, from the same checkpoint: equal to rounding.
+    (run / "checkpoints" / "latest").write_text("step_00000002\n")
+    train(tmp_path, 1, "run.name=a", "parallel.context=1", "run.routing_picture=false", "run.save_last=false")
+    unsharded = read_metrics(run)
+    assert len(unsharded) == 4
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(unsharded, through, strict=True)) < 1e-5
+    assert max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(unsharded, through, strict=True)) < 1e-4
+
+
+def test_mistakes_end_the_run_with_their_names() -> None:
+    main = runpy.run_path(str(ROOT / "scripts" / "train.py"))["main"]
+    with pytest.raises(SystemExit, match=r"quickstart.yaml: Key 'colour' not in 'RunConfig'"):
+        main(ROOT / "configs" / "quickstart.yaml", ["run.colour=red"])
+    with pytest.raises(SystemExit, match=r"No such file.*nowhere.yaml"):
+        main(ROOT / "configs" / "nowhere.yaml")

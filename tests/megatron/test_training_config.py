@@ -1,0 +1,60 @@
+"""Training configurations: every file of the repository loads, and mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from omegaconf.errors import OmegaConfBaseException
+
+from moba_cp.megatron.training.config import load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TRAINING = sorted(p for p in CONFIGS.glob("*.yaml") if "\nrun:" in p.read_text())
+QUICKSTART = CONFIGS / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda p: p.stem)
+def test_every_training_file_loads(path: Path) -> None:
+    load_config(path, [])
+
+
+def test_quickstart_cuts_blocks_at_rank_boundaries() -> None:
+    config = load_config(QUICKSTART, ["parallel.context=2"])
+    assert config.data.seq_length // 4 % config.moba.block_size
+    assert config.model.num_query_groups < config.model.num_attention_heads
+
+
+def test_overrides_change_single_keys() -> None:
+    config = load_config(QUICKSTART, ["run.steps=7", "data.paths=[a.txt]", "run.name=x", "run.directory=/y"])
+    assert (config.run.steps, config.data.paths, str(config.run_directory)) == (7, ["a.txt"], "/y/x")
+
+
+@pytest.mark.parametrize("override", ["run.stepps=3", "modell.num_layers=2", "run.steps=many", "run.resume=perhaps"])
+def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
+    with pytest.raises(OmegaConfBaseException, match=r"step|modell|many|perhaps"):
+        load_config(QUICKSTART, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.steps"], "section.key=value, got 'run.steps'"),
+        (["run.precision=fp16"], "run.precision must be one of.*'fp16'"),
+        (["moba.topk=0"], "topk must be at least 1, got 0"),
+        (
+            ["data.seq_length=1026", "parallel.context=2"],
+            "seq_length=1026 must be a multiple of 2 . parallel.context=4",
+        ),
+        (["model.num_query_groups=3"], "num_attention_heads=4 must be a multiple of model.num_query_groups=3"),
+        (["data.eval_fraction=1"], "eval_fraction must be between 0 and 1"),
+        (["parallel.sequence=true"], "needs parallel.tensor > 1"),
+        (["run.steps=3"], "warmup_steps=5 must be below run.steps=3"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(QUICKSTART, overrides)
