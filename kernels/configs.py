@@ -73,15 +73,21 @@ def streaming(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]
 def stationary(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]) -> Launch:
     """Rows stay, K and V stream: past blocks of more than 128 keys, and smaller ones that do not fit `streaming`."""
     launch = own_blocks(dim, dim_v, capability)
-    if capability[0] >= 9 and max(padded(dim), padded(dim_v)) <= 128 and block_size % launch.keys == 0:
-        # Two programs a multiprocessor hide each other's waits; 8 warps, 3 stages or 128 keys leave room for one only.
-        # The same tile with masks (ragged blocks) would spill.
-        return Launch(rows=128, keys=64, num_warps=4, num_stages=2)
-    return launch
+    if block_size % launch.keys == 0:
+        return launch
+    return _masked(dim, dim_v, capability)  # the wide tile with masks would spill
 
 
 def own_blocks(dim: int, dim_v: int, capability: tuple[int, int]) -> Launch:
-    """Consecutive rows stay, the keys of their own block stream, masked."""
+    """Consecutive rows stay, the keys of their own block stream, masked where they pass the diagonal only."""
+    if capability[0] >= 9 and max(padded(dim), padded(dim_v)) <= 128 and shared_memory_kib(capability) > _LEAST_KIB:
+        # Two programs a multiprocessor hide each other's waits; 8 warps, 3 stages or 128 keys leave room for one only.
+        return Launch(rows=128, keys=64, num_warps=4, num_stages=2)
+    return _masked(dim, dim_v, capability)
+
+
+def _masked(dim: int, dim_v: int, capability: tuple[int, int]) -> Launch:
+    """Rows stay, K and V stream, with room for masks everywhere."""
     wide = max(padded(dim), padded(dim_v)) > 128
     if shared_memory_kib(capability) <= _LEAST_KIB:
         return Launch(rows=64, keys=32, num_warps=8 if wide else 4, num_stages=2)

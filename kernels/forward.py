@@ -23,7 +23,7 @@ from .types import OWN_TILE, KVPart, QueryRows
 LOG2E = 1.4426950408889634
 
 # Counts and strides that change from chunk to chunk, int32 views that start anywhere: one compiled kernel serves all.
-_VARYING = ["tokens", "n_blocks", "q_heads", "offset", "start_head"]
+_VARYING = ["tokens", "n_tiles", "n_blocks", "q_heads", "offset", "start_head"]
 _UNALIGNED = ["start", "length", "position", "entry", "pointer", "item_bin", "item_start", "own_tiles"]
 
 
@@ -49,6 +49,18 @@ def _load_tile(
     if MASKED:
         return tl.load(pointers, mask=(row < held - first)[:, None] & (d < SIZE)[None, :], other=0.0)
     elif SIZE != PADDED:
+        return tl.load(pointers, mask=(d < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _load_to_end(base, first, held, stride, KEYS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """As `_load_tile`, but from row `held` on the last row again: for keys whose weight is 0. Needs no masks."""
+    row = tl.minimum(tl.arange(0, KEYS), held - first - 1)
+    d = tl.arange(0, PADDED)
+    pointers = base + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + d[None, :])
+    if SIZE != PADDED:
         return tl.load(pointers, mask=(d < SIZE)[None, :], other=0.0)
     else:
         return tl.load(pointers)
@@ -217,23 +229,59 @@ def _hold_rows(
     _store_partial(out, lse, row, valid, acc * (1.0 / norm)[:, None], m + tl.log2(norm), DV, DV_PADDED, STORE)
 
 
+@triton.jit
+def _see_keys(
+    m, norm, acc, q_tile, k, v, k_base, v_base, k_at, v_at, first_key, begin, end, held, position_first, scale,
+    k_row, v_row, D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
+    NEGATIVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    DIAGONAL: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Running maximum, sum and output of consecutive rows after the tiles of keys in `[begin, end)` of their block."""
+    for i in tl.range(begin, end, KEYS, num_stages=STAGES):
+        if TMA:
+            k_tile = k.load([k_at, first_key + i, 0]).reshape(KEYS, D_PADDED)
+        elif DIAGONAL:
+            k_tile = _load_to_end(k_base, i, held, k_row, KEYS, D, D_PADDED)
+        else:
+            k_tile = _load_tile(k_base, i, held, k_row, KEYS, D, D_PADDED, False)
+        s = tl.dot(q_tile, tl.trans(k_tile))
+        if NEGATIVE:
+            s = -s
+        if DIAGONAL:
+            ahead = i - position_first + tl.arange(0, KEYS)
+            s = tl.where(ahead[None, :] <= tl.arange(0, ROWS)[:, None], s, float("-inf"))
+        p, m, norm, acc = _softmax_step(s, m, norm, acc, scale)
+        if TMA:
+            v_tile = v.load([v_at, first_key + i, 0]).reshape(KEYS, DV_PADDED)
+        elif DIAGONAL:
+            v_tile = _load_to_end(v_base, i, held, v_row, KEYS, DV, DV_PADDED)
+        else:
+            v_tile = _load_tile(v_base, i, held, v_row, KEYS, DV, DV_PADDED, False)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
+    return m, norm, acc
+
+
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _own_blocks(
-    q, k, v, start, length, own_tiles, out, lse,
-    offset, tokens, q_heads, scale, start_head, q_token, q_head, k_row, k_head, v_row, v_head,
+    q, k, v, k_tiles, v_tiles, start, length, own_tiles, out, lse,
+    offset, tokens, n_tiles, q_heads, scale, start_head, q_token, q_head, k_row, k_head, v_row, v_head,
     GROUP: tl.constexpr, TOPK: tl.constexpr, TILE: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     NEGATIVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """One program: at most ROWS consecutive rows of one q head against the keys of their own block, causally.
 
     Reads the rows of q and the block's keys up to the last row (2 * (D + DV) bytes each); writes 2 * DV + 4 bytes a
-    row, at slot TOPK - 1. Key tiles that no row of this program sees are left out: they would add exact zeros.
+    row, at slot TOPK - 1. Keys that every row sees come first, as in `_hold_rows` (with TMA, `k_tiles` and `v_tiles` are
+    descriptors), then the tiles on the diagonal, masked. Where a tile of rows begins changes no bit of a row: a mask that
+    hides nothing selects the same scores of the same products, a tile hidden whole adds zeros, rescaled by one, and tiles
+    that no row of the program sees are left out.
     """
     SUB: tl.constexpr = TILE // ROWS
     pid = tl.program_id(0)
     head = pid % q_heads
-    tile = pid // q_heads
+    tile = n_tiles * SUB - 1 - pid // q_heads  # late rows have the most keys: long programs first
     fields = own_tiles + tile // SUB * 4
     skip = tile % SUB * ROWS
     count = tl.load(fields + 1) - skip
@@ -260,20 +308,27 @@ def _own_blocks(
         q_tile = tl.load(pointers, mask=(d < D)[None, :], other=0.0)
     k_base = k + first_key.to(tl.int64) * k_row + kv_head.to(tl.int64) * k_head
     v_base = v + first_key.to(tl.int64) * v_row + kv_head.to(tl.int64) * v_head
+    k_at = tl.minimum(k_head, 1) * kv_head
+    v_at = tl.minimum(v_head, 1) * kv_head
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DV_PADDED], tl.float32)
-    for i in tl.range(0, position_first + tl.minimum(count, ROWS), KEYS, num_stages=STAGES):
-        key = i + tl.arange(0, KEYS)
-        k_tile = _load_tile(k_base, i, held, k_row, KEYS, D, D_PADDED, True)
-        s = tl.dot(q_tile, tl.trans(k_tile))
-        if NEGATIVE:
-            s = -s
-        s = tl.where(key[None, :] <= (position_first + r)[:, None], s, float("-inf"))
-        p, m, norm, acc = _softmax_step(s, m, norm, acc, scale)
-        v_tile = _load_tile(v_base, i, held, v_row, KEYS, DV, DV_PADDED, True)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
+    whole = (position_first + 1) // KEYS * KEYS
+    seen = position_first + tl.minimum(count, ROWS)
+    m, norm, acc = _see_keys(
+        m, norm, acc, q_tile, k_tiles, v_tiles, k_base, v_base, k_at, v_at, first_key, 0, whole, held, position_first,
+        scale, k_row, v_row, D, D_PADDED, DV, DV_PADDED, NEGATIVE, ROWS, KEYS, STAGES, False, TMA,
+    )  # fmt: skip
+    # By pointers: a descriptor would bring in what lies beyond a short block, where a NaN times a weight of 0 is NaN.
+    m, norm, acc = _see_keys(
+        m, norm, acc, q_tile, k_tiles, v_tiles, k_base, v_base, k_at, v_at, first_key, whole, seen, held, position_first,
+        scale, k_row, v_row, D, D_PADDED, DV, DV_PADDED, NEGATIVE, ROWS, KEYS, STAGES, True, False,
+    )  # fmt: skip
+    # Read again rather than kept, as in `_hold_rows`.
+    count = tl.load(fields + 1, eviction_policy="evict_first") - skip
+    token = tl.load(fields, eviction_policy="evict_first") + skip - offset + r
+    valid = (r < count) & (token >= 0) & (token < tokens)
     row = (head.to(tl.int64) * tokens + token) * TOPK + TOPK - 1
     _store_partial(out, lse, row, valid, acc * (1.0 / norm)[:, None], m + tl.log2(norm), DV, DV_PADDED, STORE)
 
@@ -338,21 +393,24 @@ def attend_listed(
 
 
 def attend_own(
-    q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials, launch: configs.Launch
-) -> None:
-    """The causal own blocks, by `rows.own_tiles`, into the last slot."""
+    q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials,
+    launch: configs.Launch, *, tma: bool,
+) -> None:  # fmt: skip
+    """The causal own blocks, by `rows.own_tiles`, into the last slot. `tma`: descriptors may be used; changes no bit."""
     tiles = rows.own_tiles.shape[0]
     if tiles == 0 or part.k.shape[0] == 0:
         return
     (tokens, q_heads, dim), dim_v = q.shape, part.v.shape[2]
     scale, negative = _scores_scale(scale)
+    tma = tma and _tma_can_read(part.k) and _tma_can_read(part.v)
+    k_tiles, v_tiles = (_descriptor(x, launch.keys) if tma else x for x in (part.k, part.v))
     _own_blocks[(tiles * (OWN_TILE // launch.rows) * q_heads,)](
-        q, part.k, part.v, part.start, part.length, rows.own_tiles, partials.out, partials.lse,
-        rows.offset, tokens, q_heads, scale, part.start.stride(0), q.stride(0), q.stride(1),
+        q, part.k, part.v, k_tiles, v_tiles, part.start, part.length, rows.own_tiles, partials.out, partials.lse,
+        rows.offset, tokens, tiles, q_heads, scale, part.start.stride(0), q.stride(0), q.stride(1),
         part.k.stride(0), _heads_stride(part.k), part.v.stride(0), _heads_stride(part.v),
         GROUP=lists.group_size, TOPK=selected.shape[2], TILE=OWN_TILE, D=dim, D_PADDED=configs.padded(dim), DV=dim_v,
         DV_PADDED=configs.padded(dim_v), NEGATIVE=negative, ROWS=launch.rows, KEYS=launch.keys,
-        STAGES=launch.num_stages, STORE=launch.store, num_warps=launch.num_warps,
+        STAGES=launch.num_stages, STORE=launch.store, TMA=tma, num_warps=launch.num_warps,
     )  # fmt: skip
 
 
@@ -365,8 +423,7 @@ def attend(q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, sc
     hold = configs.stationary(dim, dim_v, lists.block_size, device)
     stream = configs.streaming(dim, dim_v, lists.block_size, device) if lists.with_own else None
     # TMA pays on Hopper, where two programs share a multiprocessor; Blackwell's consumer chips have it too, untested.
-    attend_listed(
-        q, part, lists, rows, selected, scale, partials, stream or hold, stream=stream is not None, tma=device == (9, 0)
-    )
+    shared, tma = (q, part, lists, rows, selected, scale, partials), device == (9, 0)
+    attend_listed(*shared, stream or hold, stream=stream is not None, tma=tma)
     if not lists.with_own:
-        attend_own(q, part, lists, rows, selected, scale, partials, configs.own_blocks(dim, dim_v, device))
+        attend_own(*shared, configs.own_blocks(dim, dim_v, device), tma=tma)

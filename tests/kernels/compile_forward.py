@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from moba_cp.kernels import configs, forward, merge
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INTEGERS = {"tokens", "n_blocks", "q_heads", "offset", "start_head"}
+INTEGERS = {"tokens", "n_tiles", "n_blocks", "q_heads", "offset", "start_head"}
 INT32_POINTERS = {
     "start", "length", "position", "entry", "pointer", "item_bin", "item_start", "own_tiles", "selected",
 }  # fmt: skip
@@ -34,7 +34,7 @@ def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], num_
         if p.name in constants:
             signature[p.name] = "constexpr"
         elif p.name in descriptors:
-            tile = (1, constants["KEYS"], constants["D_PADDED" if p.name == "k" else "DV_PADDED"])
+            tile = (1, constants["KEYS"], constants["D_PADDED" if p.name[0] == "k" else "DV_PADDED"])
             signature[p.name] = f"tensordesc<{dtype}{list(tile)}>"
         elif p.name in INT32_POINTERS:
             signature[p.name] = "*i32"
@@ -42,7 +42,7 @@ def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], num_
             signature[p.name] = "*fp32"
         elif p.name == "scale":
             signature[p.name] = "fp32"
-        elif p.name in INTEGERS or "_" in p.name:
+        elif p.name in INTEGERS or ("_" in p.name and not p.name.endswith("_tiles")):
             signature[p.name] = "i32"
         else:
             signature[p.name] = f"*{dtype}"
@@ -88,9 +88,11 @@ def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
     built = {"hold": build(forward._hold_rows, constants, dtype, capability, hold.num_warps, ("k", "v") if tma else ())}
     if not with_own:
         own = configs.own_blocks(dim, dim_v, capability)
-        constants = forward_constants(dim, dim_v, block_size, own, TILE=128)
+        tma = capability == (9, 0)
+        constants = forward_constants(dim, dim_v, block_size, own, TILE=128, TMA=tma)
         constants = {p.name: constants[p.name] for p in forward._own_blocks.params if p.name in constants}
-        built["own"] = build(forward._own_blocks, constants, dtype, capability, own.num_warps)
+        tiles = ("k_tiles", "v_tiles") if tma else ()
+        built["own"] = build(forward._own_blocks, constants, dtype, capability, own.num_warps, tiles)
     return built
 
 

@@ -18,22 +18,26 @@ def build(cases):
     return json.loads(interpreter.run_without_interpreter(HELPER, json.dumps(cases)))
 
 
-def check(cases, most_spilled):
+def check(cases, most_spilled, most_spilled_own=0):
     for case, kernels in zip(cases, build(cases), strict=True):
         for name, used in kernels.items():
             assert name != "error", (case, used)
-            assert used["spill"] <= most_spilled, (case, name, used)
+            most = max(most_spilled, most_spilled_own) if name == "own" else most_spilled
+            assert used["spill"] <= most, (case, name, used)
             assert used["shared"] <= KIB[tuple(case[-1])] * 1024, (case, name, used)
 
 
 def test_hopper_attend():
-    """8 bytes are one register kept across the loop of `_hold_rows`, written and read once a program."""
+    """8 bytes are one register kept across the loop of `_hold_rows`, written and read once a program.
+
+    `_own_blocks` keeps up to 20 registers across its loop over whole tiles of keys; some are read again on the diagonal.
+    """
     cases = [["attend", 128, 128, block, "bf16", [9, 0]] for block in (16, 64, 100, 128, 512, 520, 4096)]
     cases += [
         ["attend", *dims, block, "bf16", [9, 0]] for dims in ((64, 64), (192, 128), (256, 256)) for block in (128, 512)
     ]
     cases += [["attend", 96, 96, 512, "fp16", [9, 0]], ["attend", 192, 192, 128, "bf16", [9, 0]]]
-    check(cases, 8)
+    check(cases, 8, most_spilled_own=80)
 
 
 def test_hopper_merge():
