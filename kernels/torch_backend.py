@@ -156,6 +156,14 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
     return selected
 
 
+def wanted_pairs(selected: Tensor, n_blocks: int, kv_heads: int) -> Tensor:
+    """bool `[Hkv, n_blocks]`: (kv head, block) pairs that any row of `selected` `[Hq, T, topk]` selected."""
+    mask = torch.zeros(kv_heads, n_blocks + 1, dtype=torch.bool, device=selected.device)
+    for row, chosen in zip(mask, selected.unflatten(0, (kv_heads, -1)), strict=True):
+        row.index_fill_(0, chosen.flatten().long() + 1, True)
+    return mask[:, 1:].contiguous()
+
+
 def route(
     selected: Tensor, n_blocks: int, kv_heads: int, rows: QueryRows, block_size: int, *, backward: bool = False
 ) -> RoutingLists:

@@ -16,6 +16,7 @@ from .gate import select_blocks
 from .lists import RoutingLists, route
 from .merge import merge, merge_dq
 from .torch_backend import Partials
+from .wanted import wanted_pairs
 
 __all__ = [
     "NAME",
@@ -32,6 +33,7 @@ __all__ = [
     "new_partials",
     "route",
     "select_blocks",
+    "wanted_pairs",
 ]
 
 NAME = "triton"

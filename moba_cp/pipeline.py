@@ -6,9 +6,9 @@ home blocks -> centroids -> gate -> routing lists -> transport -> block attentio
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
@@ -103,7 +103,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     saved = Saved(selected, q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q), {})
     ranges = head_ranges(call, q, k, v)
     lists = routed_ahead(call, ranges, saved, rows, backward=False)
-    for heads, chunks in ranges:
+    for index, (heads, chunks) in enumerate(ranges):
+        _prefetch(transport, ranges, index)
         replayed = Replayed(transport.forward(heads)) if transport.resident else None
         for chunk in chunks:
             _forward_chunk(call, chunk, next(lists), q, rows, saved, replayed or transport.forward(heads))
@@ -143,7 +144,9 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
     ranges = head_ranges(call, q, k, v)
     lists = routed_ahead(call, ranges, saved, rows, backward=True)
-    for heads, chunks in ranges:
+    finish: Callable[[], None] = lambda: None  # noqa: E731
+    for number, (heads, chunks) in enumerate(ranges):
+        _prefetch(transport, ranges, number)
         room_dk, room_dv = _gradient_room(call, dk[:, heads], dv[:, heads], len(chunks))
         replayed = Replayed(transport.backward(heads, room_dk, room_dv)) if transport.resident else None
         for index, chunk in enumerate(chunks):
@@ -152,12 +155,29 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
             parts = replayed or transport.backward(heads, room_dk, room_dv)
             added_to = added_to if index else set()
             _backward_chunk(call, chunk, next(lists), q, dout, delta, rows, saved, parts, added_to, dq)
-        with call.stage("return gradients"):
-            transport.return_gradients(replayed.kept if replayed else [], room_dk, room_dv)
-            if room_dk.dtype != dk.dtype or room_dk.data_ptr() != dk[:, heads].data_ptr():
-                dk[:, heads] = room_dk
-                dv[:, heads] = room_dv
+        # Gradients of one range travel while the next is computed.
+        finish()
+        arrive = transport.return_gradients(replayed.kept if replayed else [], room_dk, room_dv)
+        finish = partial(_finish_range, call, arrive, room_dk, room_dv, dk[:, heads], dv[:, heads])
+    finish()
     return dq, *send_back(call.plan, dk, dv, call.comm)
+
+
+def _prefetch(transport: Transport, ranges: Sequence[tuple[slice, list[Chunk]]], index: int) -> None:
+    """Start what range `index` waits for, and the next range's while this one is computed."""
+    for heads, _ in ranges[index : index + 2]:
+        transport.prefetch(heads)
+
+
+def _finish_range(
+    call: Call, arrive: Callable[[], None], room_dk: Tensor, room_dv: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Add what other ranks return, and round once into `dk`, `dv`."""
+    with call.stage("return gradients"):
+        arrive()
+        if room_dk.dtype != dk.dtype or room_dk.data_ptr() != dk.data_ptr():
+            dk.copy_(room_dk)
+            dv.copy_(room_dv)
 
 
 def _backward_chunk(
@@ -258,7 +278,8 @@ def open_transport(call: Call, home: HomeBlocks, selected: Tensor) -> Transport:
         call.transport = LocalOnly.name
         return LocalOnly(home, call.comm)
     if call.requested in ("auto", Fetch.name) and call.wanted is None:
-        call.wanted = exchange_wanted(selected, call.plan, call.kv_heads, call.comm)
+        mine = call.backend.wanted_pairs(selected, len(call.plan.plan.blocks), call.kv_heads)
+        call.wanted = exchange_wanted(mine, call.plan, call.comm)
     if not call.transport:
         call.transport = call.requested
         if call.requested == "auto":

@@ -30,24 +30,15 @@ class Wanted:
         return self._read_tokens().numpy()
 
 
-def wanted_pairs(selected: Tensor, n_blocks: int, kv_heads: int) -> Tensor:
-    """bool `[Hkv, n_blocks]`: pairs that any row selected.
+def exchange_wanted(mine: Tensor, plan: RankPlan, comm: CommGroup) -> Wanted:
+    """Gather every rank's wanted pairs (one byte a pair), and start reading how many tokens go from where to where.
 
     Args:
-        selected: int32 `[Hq, T, topk]`, -1 for no block.
-        n_blocks: blocks in all.
-        kv_heads: kv heads; q head h reads kv head `h // (Hq // Hkv)`.
+        mine: bool `[Hkv, n_blocks]`, pairs that the rows of this rank selected.
+        plan: this rank's plan.
+        comm: the group.
     """
-    mask = torch.zeros(kv_heads, n_blocks + 1, dtype=torch.bool, device=selected.device)
-    for row, chosen in zip(mask, selected.unflatten(0, (kv_heads, -1)), strict=True):
-        row.index_fill_(0, chosen.flatten().long() + 1, True)
-    return mask[:, 1:]
-
-
-def exchange_wanted(selected: Tensor, plan: RankPlan, kv_heads: int, comm: CommGroup) -> Wanted:
-    """Gather every rank's wanted pairs (one byte a pair), and start reading how many tokens go from where to where."""
-    blocks, size = plan.plan.blocks, comm.size
-    mine = wanted_pairs(selected, len(blocks), kv_heads)
+    blocks, size, kv_heads = plan.plan.blocks, comm.size, mine.shape[0]
     masks = comm.all_gather(mine.view(torch.uint8), "wanted pairs").wait()
     home = torch.from_numpy(plan.plan.home).to(masks.device)
     length = torch.from_numpy(blocks.length).to(masks.device)

@@ -6,7 +6,7 @@ in the accumulation dtype and are added in order of rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..blocks import RankPlan
-from ..comm import Pending
-from .base import Part, PartGradient, Transport, accumulation_room, pack, unpack
+from ..comm import CommGroup, Pending
+from ..home import HomeBlocks
+from .base import Part, PartGradient, Transport, gradient_of, pack, unpack
 
 
 class AllGather(Transport):
@@ -23,43 +24,56 @@ class AllGather(Transport):
 
     name = "all_gather"
 
-    def forward(self, heads: slice) -> Iterator[Part]:
+    def __init__(self, home: HomeBlocks, comm: CommGroup) -> None:
+        super().__init__(home, comm)
+        self._under_way: dict[int, Pending] = {}
+
+    def prefetch(self, heads: slice) -> None:
+        if heads.start in self._under_way:
+            return
         local = self.local_part(heads)
-        pending = self._start(local)
-        yield local
-        yield self._remote(pending.wait(), heads, local)
-
-    def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
-        local = self.local_part(heads)
-        pending = self._start(local)
-        yield PartGradient(local, dk, dv)
-        gathered = pending.wait()
-        remote = self._remote(gathered, heads, local)
-        yield PartGradient(remote, *unpack(accumulation_room(gathered.flatten(0, 1)), local.k.shape[-1]))
-
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> None:
-        size, rank = self.comm.size, self.comm.rank
-        packed = pack(gradients[1].dk, gradients[1].dv)
-        rows = [packed.shape[0] // size] * size
-        received = self.comm.all_to_all(packed, rows, rows, "all_gather gradients").wait().unflatten(0, (size, -1))
-        width, tokens = dk.shape[-1], dk.shape[0]
-        for source in range(size):
-            if source != rank:
-                dk += received[source, :tokens, :, :width]
-                dv += received[source, :tokens, :, width:]
-
-    def _start(self, local: Part) -> Pending:
         most = int(self.home.plan.plan.home_tokens.max())
         packed = pack(local.k, local.v)
         if packed.shape[0] < most:
             padded = packed.new_zeros(most, *packed.shape[1:])
             padded[: packed.shape[0]] = packed
             packed = padded
-        return self.comm.all_gather(packed, "all_gather keys and values")
+        self._under_way[heads.start] = self.comm.all_gather(packed, "all_gather keys and values")
 
-    def _remote(self, gathered: Tensor, heads: slice, local: Part) -> Part:
-        start = _remote_start(self.home.plan, gathered.device).expand(heads.stop - heads.start, -1)
-        return Part(*unpack(gathered.flatten(0, 1), local.k.shape[-1]), start, "all_gather")
+    def forward(self, heads: slice) -> Iterator[Part]:
+        self.prefetch(heads)
+        local = self.local_part(heads)
+        yield local
+        gathered = self._under_way.pop(heads.start).wait()
+        yield self._remote(gathered.flatten(0, 1), heads, local)
+
+    def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
+        self.prefetch(heads)
+        local = self.local_part(heads)
+        yield PartGradient(local, dk, dv)
+        gathered = self._under_way.pop(heads.start).wait().flatten(0, 1)
+        yield gradient_of(self._remote(gathered, heads, local), gathered)
+
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
+        size, rank = self.comm.size, self.comm.rank
+        packed = gradients[1].packed
+        assert packed is not None
+        rows = [packed.shape[0] // size] * size
+        pending = self.comm.all_to_all(packed, rows, rows, "all_gather gradients")
+
+        def finish() -> None:
+            received = pending.wait().unflatten(0, (size, -1))
+            width, tokens = dk.shape[-1], dk.shape[0]
+            for source in range(size):
+                if source != rank:
+                    dk.add_(received[source, :tokens, :, :width])
+                    dv.add_(received[source, :tokens, :, width:])
+
+        return finish
+
+    def _remote(self, packed: Tensor, heads: slice, local: Part) -> Part:
+        start = _remote_start(self.home.plan, packed.device).expand(heads.stop - heads.start, -1)
+        return Part(*unpack(packed, local.k.shape[-1]), start, "all_gather")
 
 
 @lru_cache(maxsize=64)

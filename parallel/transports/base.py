@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +36,13 @@ class PartGradient:
     Attributes:
         part: the part.
         dk, dv: of the shapes of `part.k` and `part.v`, in the accumulation dtype; uninitialised.
+        packed: what `dk` and `dv` are views of, `[N, H or 1, D + Dv]`; None for the local part.
     """
 
     part: Part
     dk: Tensor
     dv: Tensor
+    packed: Tensor | None = None
 
 
 class Transport(ABC):
@@ -63,6 +65,9 @@ class Transport(ABC):
         start = self.home.start.expand(n_heads, -1)
         return Part(self.home.k[:, heads], self.home.v[:, heads], start, "local")
 
+    def prefetch(self, heads: slice) -> None:  # noqa: B027  # a transport may have nothing to start
+        """Start to bring over what `forward` or `backward` of these heads will wait for first. Every rank calls alike."""
+
     @abstractmethod
     def forward(self, heads: slice) -> Iterator[Part]:
         """Parts that together hold every pair that a local query selected: local first, remote ones as they arrive."""
@@ -70,7 +75,7 @@ class Transport(ABC):
     @abstractmethod
     def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
         """The same parts with room for gradients. A transport that is not resident sends a part's gradients on when
-        the next one is taken, and adds what arrives for this rank's home blocks to `dk`, `dv` before it ends.
+        the next one is taken.
 
         Args:
             heads: the range of kv heads.
@@ -78,8 +83,14 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> None:
-        """Resident transports: send the gradients of remote parts home and add what arrives to `dk`, `dv`."""
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
+        """Start to send the gradients of remote parts home; the function returned waits for what arrives for this rank's
+        home blocks and adds it to `dk`, `dv`.
+
+        Args:
+            gradients: what `backward` gave, of a resident transport.
+            dk, dv: as given to `backward`.
+        """
 
 
 class LocalOnly(Transport):
@@ -93,8 +104,8 @@ class LocalOnly(Transport):
     def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
         yield PartGradient(self.local_part(heads), dk, dv)
 
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> None:
-        pass
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
+        return lambda: None
 
 
 def pack(k: Tensor, v: Tensor) -> Tensor:
@@ -107,7 +118,8 @@ def unpack(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return packed[..., :width], packed[..., width:]
 
 
-def accumulation_room(packed: Tensor) -> Tensor:
-    """Uninitialised gradients of packed keys and values: fp64 for fp64, fp32 otherwise."""
+def gradient_of(part: Part, packed: Tensor) -> PartGradient:
+    """Uninitialised gradients of a part whose keys and values are `packed`: fp64 for fp64, fp32 otherwise."""
     dtype = torch.float64 if packed.dtype == torch.float64 else torch.float32
-    return torch.empty(packed.shape, dtype=dtype, device=packed.device)
+    room = torch.empty(packed.shape, dtype=dtype, device=packed.device)
+    return PartGradient(part, *unpack(room, part.k.shape[-1]), room)

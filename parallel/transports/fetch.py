@@ -7,7 +7,7 @@ and are added in order of rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -17,7 +17,7 @@ from ..blocks import HomePlan
 from ..comm import CommGroup, Pending, SideStream
 from ..home import HomeBlocks
 from ..wanted import Wanted
-from .base import Part, PartGradient, Transport, accumulation_room, pack, unpack
+from .base import Part, PartGradient, Transport, gradient_of, pack, unpack
 
 
 class Fetch(Transport):
@@ -38,21 +38,23 @@ class Fetch(Transport):
     def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
         yield from self._parts(heads, dk, dv)
 
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> None:
-        heads = self._heads
-        packed = pack(gradients[1].dk, gradients[1].dv).squeeze(1)
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
+        heads, packed = self._heads, gradients[1].packed
+        assert packed is not None
         sent, received = self._tokens(heads)
-        arrived = self.comm.all_to_all(packed, received, sent, "fetch gradients").wait()
-        width, head = dk.shape[-1], dk.shape[1]
-        begin = 0
-        rows = self._rows_to_send(heads, sent)
-        flat_dk, flat_dv = dk.view(-1, width), dv.view(-1, dv.shape[-1])
-        for count in sent:  # a rank wants a pair once, so a row occurs once in what it returns
-            index = rows[begin : begin + count]
-            flat_dk.index_add_(0, index, arrived[begin : begin + count, :width])
-            flat_dv.index_add_(0, index, arrived[begin : begin + count, width:])
-            begin += count
-        assert head == heads.stop - heads.start
+        pending = self.comm.all_to_all(packed.squeeze(1), received, sent, "fetch gradients")
+
+        def finish() -> None:
+            arrived, rows = pending.wait(), self._rows_to_send(heads, sent)
+            width, begin = dk.shape[-1], 0
+            flat_dk, flat_dv = dk.view(-1, width), dv.view(-1, dv.shape[-1])
+            for count in sent:  # a rank wants a pair once, so a row occurs once in what it returns
+                index = rows[begin : begin + count]
+                flat_dk.index_add_(0, index, arrived[begin : begin + count, :width])
+                flat_dv.index_add_(0, index, arrived[begin : begin + count, width:])
+                begin += count
+
+        return finish
 
     def _parts(self, heads: slice, dk: Tensor | None, dv: Tensor | None) -> Iterator[PartGradient]:
         """Local part first; the pairs of others are packed and sent on the side stream while it is computed."""
@@ -69,8 +71,7 @@ class Fetch(Transport):
         side.uses(self.home.k, self.home.v)
         side.join(side.done(), packed, start)
         remote = Part(*unpack(packed[:, None], local.k.shape[-1]), start, "fetch")
-        room = accumulation_room(packed[:, None]) if dk is not None else packed[:0, None]
-        yield PartGradient(remote, *unpack(room, local.k.shape[-1]))
+        yield PartGradient(remote, none, none) if dk is None else gradient_of(remote, packed[:, None])
 
     def _tokens(self, heads: slice) -> tuple[list[int], list[int]]:
         """Tokens that go to and come from each rank for these heads; nothing comes from this rank itself."""

@@ -15,13 +15,13 @@ and `P - 1` of gradients in the accumulation dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from ..comm import Pending
-from ..home import home_start
-from .base import Part, PartGradient, Transport, accumulation_room, pack, unpack
+from ..comm import CommGroup, Pending
+from ..home import HomeBlocks, home_start
+from .base import Part, PartGradient, Transport, gradient_of, pack, unpack
 
 
 class Ring(Transport):
@@ -30,42 +30,64 @@ class Ring(Transport):
     name = "ring"
     resident = False
 
+    def __init__(self, home: HomeBlocks, comm: CommGroup) -> None:
+        super().__init__(home, comm)
+        self._under_way: dict[int, Pending] = {}
+        self._arriving: list[Pending] = []
+
+    def prefetch(self, heads: slice) -> None:
+        if heads.start not in self._under_way:
+            local = self.local_part(heads)
+            self._under_way[heads.start] = self._pass_on(pack(local.k, local.v), 1)
+
     def forward(self, heads: slice) -> Iterator[Part]:
         local = self.local_part(heads)
-        current = pack(local.k, local.v)
-        pending = self._pass_on(current, 1)
+        packed = self._travel(heads)
+        next(packed)
         yield local
-        for step in range(1, self.comm.size):
-            current = pending.wait()
-            if step + 1 < self.comm.size:
-                pending = self._pass_on(current, step + 1)
+        for step, current in enumerate(packed, start=1):
             yield self._part(current, step, heads, local)
 
     def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
-        size, width = self.comm.size, dk.shape[-1]
         local = self.local_part(heads)
-        current = pack(local.k, local.v)
-        pending = self._pass_on(current, 1)
+        packed = self._travel(heads)
+        next(packed)
         yield PartGradient(local, dk, dv)
         travelling: Pending | None = None
-        for step in range(1, size):
-            current = pending.wait()
-            if step + 1 < size:
-                pending = self._pass_on(current, step + 1)
-            own = accumulation_room(current)
-            yield PartGradient(self._part(current, step, heads, local), *unpack(own, width))
+        for step, current in enumerate(packed, start=1):
+            gradient = gradient_of(self._part(current, step, heads, local), current)
+            own = gradient.packed
+            assert own is not None
+            yield gradient
             if travelling is not None:
                 own += travelling.wait()
             # What leaves here belongs to rank - step; what arrives belongs to rank - step - 1, in the end to this rank.
             arriving = own.new_empty(self._tokens(step + 1), *own.shape[1:])
             travelling = self.comm.shift(own, arriving, "ring gradients")
         if travelling is not None:
-            home = travelling.wait()
-            dk += home[..., :width]
-            dv += home[..., width:]
+            self._arriving.append(travelling)
 
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> None:
-        pass  # they went home with the parts
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
+        arriving, self._arriving = self._arriving, []
+
+        def finish() -> None:
+            for pending in arriving:
+                home, width = pending.wait(), dk.shape[-1]
+                dk.add_(home[..., :width])
+                dv.add_(home[..., width:])
+
+        return finish
+
+    def _travel(self, heads: slice) -> Iterator[Tensor]:
+        """Start the first step; after that the packed part of each step, the next one under way."""
+        self.prefetch(heads)
+        pending = self._under_way.pop(heads.start)
+        yield self.home.k[:0]
+        for step in range(1, self.comm.size):
+            current = pending.wait()
+            if step + 1 < self.comm.size:
+                pending = self._pass_on(current, step + 1)
+            yield current
 
     def _source(self, step: int) -> int:
         return (self.comm.rank - step) % self.comm.size
