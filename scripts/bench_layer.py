@@ -199,8 +199,8 @@ def make_inputs(
     """q, k, v and the output's gradient of the local tokens, bf16 N(0, 1); the global input is the same for any layout
     only in distribution.
 
-    "correlated": every block's keys share a direction, and the queries of a block share the directions of block 0, the two
-    blocks before them and `topk` others, so that a rank wants few blocks.
+    "correlated": every block's keys share a direction, and the queries of a block share the directions of block 0, the
+    block before them and `topk` earlier ones out of a sixteenth of all blocks that everybody likes, as trained models do.
     """
     noise = torch.Generator(device).manual_seed(1 + rank)
     tokens = layout.local_tokens(rank)
@@ -214,7 +214,7 @@ def make_inputs(
         direction = torch.randn(n_blocks, HEAD_DIM, device=device, generator=shared) * 0.5
         picked = torch.rand(n_blocks, config.topk, device=device, generator=shared)
         block = torch.arange(n_blocks, device=device)
-        liked = (picked * block[:, None]).long()  # earlier blocks, the same for every head
+        liked = (picked * block[:, None]).long() // 16 * 16  # earlier blocks, the same for every head
         liked = torch.cat([liked, (block - 1).clamp(min=0)[:, None], torch.zeros_like(liked[:, :1])], 1)
         own = layout.local_indices(rank).to(device) // config.block_size
         k += direction[own][:, None].to(torch.bfloat16)

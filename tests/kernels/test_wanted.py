@@ -1,0 +1,40 @@
+"""Wanted pairs: a block counts for a kv head as soon as any row of its q heads selected it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moba_cp.kernels import torch_backend, wanted
+from tests.kernels import interpreter
+
+DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
+
+
+def test_in_interpreter():
+    interpreter.run_module(__file__)
+
+
+def check(q_heads, kv_heads, tokens, topk, n_blocks):
+    generator = torch.Generator().manual_seed(tokens)
+    selected = torch.randint(-1, n_blocks, (q_heads, tokens + 3, topk), generator=generator, dtype=torch.int32)
+    selected = selected.to(DEVICE)[:, 2 : tokens + 2]
+    actual = wanted.wanted_pairs(selected, n_blocks, kv_heads)
+    assert torch.equal(actual, torch_backend.wanted_pairs(selected, n_blocks, kv_heads))
+    for head in range(kv_heads):
+        of_head = selected.unflatten(0, (kv_heads, -1))[head]
+        assert actual[head].nonzero().flatten().tolist() == sorted(set(of_head.flatten().tolist()) - {-1})
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize("sizes", [(4, 2, 9, 3, 40), (1, 1, 1, 1, 1), (2, 2, 700, 2, 5000), (3, 1, 0, 4, 7)], ids=str)
+def test_small(sizes):
+    check(*sizes)
+
+
+class TestGPU:
+    pytestmark = interpreter.gpu
+
+    @pytest.mark.parametrize("sizes", [(8, 2, 5000, 5, 300), (16, 16, 4096, 8, 8192)], ids=str)
+    def test_equals_torch(self, sizes):
+        check(*sizes)
