@@ -42,6 +42,7 @@ def main(
     layout_name: Annotated[str, typer.Option("--layout", help="contiguous or zigzag")] = "zigzag",
     iterations: Annotated[int, typer.Option(help="timed iterations of each configuration")] = 5,
     alone: Annotated[bool, typer.Option(help="also one rank by itself, for the scaling curve")] = True,
+    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """Run the sweep on all ranks that torchrun started."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -58,12 +59,12 @@ def main(
             results += measure(
                 tokens, q_heads, kv_heads, config, kind, transports, layout_name, iterations, world, device
             )
-            write(out, results)
+            write(out, results, commit)
         if alone and world > 1 and tokens_per_gpu:
             results += measure(
                 tokens_per_gpu, q_heads, kv_heads, config, kind, "local", layout_name, iterations, 1, device
             )
-            write(out, results)
+            write(out, results, commit)
     dist.destroy_process_group()
 
 
@@ -282,11 +283,11 @@ def median(values: list[float]) -> float:
     return torch.tensor(values).median().item()
 
 
-def write(out: Path, results: list[dict[str, Any]]) -> None:
+def write(out: Path, results: list[dict[str, Any]], commit: str) -> None:
     """The JSON so far, by rank 0, with what it ran on."""
     if dist.get_rank():
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    here = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     head = {
         "device": torch.cuda.get_device_name(),
         "world_size": dist.get_world_size(),
@@ -294,7 +295,7 @@ def write(out: Path, results: list[dict[str, Any]]) -> None:
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit or here,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(head | {"results": results}, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""Turns `docs/results/kernels*.json` of `bench_kernels.py` into the README's table and `docs/results/kernels.png`.
+"""Turns `docs/results/*.json` of the benchmark scripts into the README's tables and `docs/results/kernels.png`.
 
-python3 scripts/make_tables.py            # writes both
-python3 scripts/make_tables.py --print    # the table only, to standard output
+python3 scripts/make_tables.py            # writes all
+python3 scripts/make_tables.py --print    # the tables only, to standard output
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ DENSE = "dense cuDNN"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--print", action="store_true", help="print the table, write nothing")
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("kernels*.json")))
     options = parser.parse_args()
-    about, results, dense = load(options.files)
+    about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
     text = table(about, results, dense)
+    layer = layer_table(sorted(RESULTS.glob("layer*.json")))
     if options.print:
-        print(text)
+        print(text, layer, sep="\n\n")
         return
+    replace_between(ROOT / "README.md", "results:layer", layer)
     replace_between(
         ROOT / "README.md", "results:kernels", text + "\n\n![Time against tokens](docs/results/kernels.png)"
     )
@@ -83,6 +84,56 @@ def table(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict]) 
         rows, wrong = (sum(c[key] for c in checked) for key in ("rows", "wrong_rows"))
         lines += ["", f"Rows whose blocks were checked against fp32 scores: {rows:,}; wrong: {wrong}."]
     return "\n".join(lines)
+
+
+def layer_table(files: list[Path]) -> str:
+    """Markdown of `bench_layer.py`: one row a (ranks, heads, block size, top-k, tokens, routing), a column a transport."""
+    lines = []
+    for content in (json.loads(f.read_text()) for f in files):
+        done = [r for r in content["results"] if "forward_ms" in r]
+        transports = list(dict.fromkeys(r["comm"] for r in done if r["ranks"] > 1))
+        rows: dict[tuple, dict[str, dict]] = {}
+        for r in done:
+            key = (r["ranks"], r["q_heads"], r["kv_heads"], r["block_size"], r["topk"], r["tokens"], r["routing"])
+            rows.setdefault(key, {})[r["comm"]] = r
+        lines += [
+            "",
+            f"{content['world_size']} x {content['device']}, NCCL {content['nccl']}, bf16, D = 128, "
+            f"{done[0]['layout']} layout; torch {content['torch']}, commit {content['commit'][:10]}. Milliseconds of the "
+            "slowest rank, forward / forward+backward; *alone*: one GPU with the tokens that each of the ranks holds.",
+            "",
+            f"| ranks | heads | (B, k) | tokens | routing | wanted | {' | '.join(transports)} | alone | output error |",
+            "|" + "---|" * (8 + len(transports)),
+        ]
+        for key, of_comm in sorted(rows.items()):
+            ranks, q_heads, kv_heads, block_size, topk, tokens, routing = key
+            if ranks == 1:
+                continue
+            any_of = next(iter(of_comm.values()))
+            alone = rows.get((1, q_heads, kv_heads, block_size, topk, tokens // ranks, routing), {}).get("auto")
+            errors = max(r["output_error"] for r in of_comm.values())
+            cells = [
+                str(ranks),
+                f"{q_heads}/{kv_heads}",
+                f"({block_size}, {topk})",
+                thousands(tokens),
+                routing,
+                f"{any_of['wanted_share']:.0%}",
+                *(layer_times(of_comm.get(t)) for t in transports),
+                layer_times(alone),
+                f"{errors:.1e}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        equal = all(r["bitwise_equal_to_first"] for r in done)
+        lines += ["", f"Output and dq of all transports {'are' if equal else 'are NOT'} the same bits, as timed."]
+    return "\n".join(lines).strip()
+
+
+def layer_times(result: dict | None) -> str:
+    if result is None:
+        return "-"
+    times = f"{result['forward_ms']:.1f} / {result['forward_backward_ms']:.1f}"
+    return f"{times} ({result['transport']})" if result["comm"] == "auto" and result["ranks"] > 1 else times
 
 
 def both(result: dict | None) -> str:
