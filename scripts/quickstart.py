@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -78,6 +79,7 @@ def train(run: Run, output: Path, overrides: list[str]) -> list[float]:
     """Train through torchrun and return the loss of every step."""
     console.rule(f"{run.label}: {run.context} process(es), {run.device}")
     environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // run.context))
     if run.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -87,9 +89,8 @@ def train(run: Run, output: Path, overrides: list[str]) -> list[float]:
     command = [*launch, *script, *overrides, *ours, f"parallel.context={run.context}"]
     if subprocess.run(command, env=environment).returncode:
         sys.exit(f"training with {run.label} failed; the command was\n{' '.join(command)}")
-    from moba_cp.megatron.training.progress import read_metrics
-
-    return [entry["loss"] for entry in read_metrics(output / run.name)]
+    lines = (output / run.name / "metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if entry["kind"] == "train"]
 
 
 def compare(losses: dict[str, list[float]], pair: list[Run]) -> float:

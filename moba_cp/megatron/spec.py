@@ -37,30 +37,42 @@ def with_moba(spec: Spec, moba_config: MoBAConfig, **settings: Any) -> Spec:
         spec = with_moba(get_gpt_layer_local_spec(), MoBAConfig(block_size=512, topk=8), comm="fetch")
         model = GPTModel(config, spec, ...)
     """
-    swapped = copy.deepcopy(spec)
     core = ModuleSpec(module=MoBACoreAttention, params={"settings": MoBASettings(moba_config, **settings)})
-    if not _swap(swapped, core, seen=set()):
+    swap = _Swap(core)
+    swapped = swap.copy(spec)
+    if not swap.replaced:
         raise ValueError(f"no core_attention found in {type(spec).__name__}: is it a layer or block spec?")
     return swapped
 
 
-def _swap(node: Any, core: ModuleSpec, seen: set[int]) -> int:
-    """Replace every ``core_attention`` field below ``node``; the number of fields replaced."""
-    if id(node) in seen:
-        return 0
-    seen.add(id(node))
-    if isinstance(node, list | tuple):
-        return sum(_swap(item, core, seen) for item in node)
-    if not dataclasses.is_dataclass(node) or isinstance(node, type):
-        return 0
-    replaced = 0
-    for field in dataclasses.fields(node):
-        if field.name == "core_attention":
-            setattr(node, field.name, core)
-            replaced += 1
-        else:
-            replaced += _swap(getattr(node, field.name), core, seen)
-    return replaced
+class _Swap:
+    """Copies the lists and dataclasses that a spec is made of, and shares everything else with the original. What is one
+    object in the original (``[layer] * n``) is one in the copy."""
+
+    def __init__(self, core: ModuleSpec) -> None:
+        self.core = core
+        self.replaced = 0
+        self.copies: dict[int, Any] = {}
+
+    def copy(self, node: Any) -> Any:
+        """Copy of ``node`` with the core attention replaced in every field of that name below it."""
+        if id(node) not in self.copies:
+            self.copies[id(node)] = self._copy(node)
+        return self.copies[id(node)]
+
+    def _copy(self, node: Any) -> Any:
+        if isinstance(node, list | tuple):
+            return type(node)(self.copy(item) for item in node)
+        if not dataclasses.is_dataclass(node) or isinstance(node, type):
+            return node
+        result = copy.copy(node)
+        for field in dataclasses.fields(node):
+            if field.name == "core_attention":
+                setattr(result, field.name, self.core)
+                self.replaced += 1
+            else:
+                setattr(result, field.name, self.copy(getattr(node, field.name)))
+        return result
 
 
 #: For ``--spec moba_cp.megatron moba_layer_spec``: local implementation, the paper's (512, 3) for sequences of 8K.
