@@ -1,7 +1,7 @@
 """Ranks find out that they disagree, or that one of them refused its input, before anything else moves.
 
 Every call of a group begins with one small all-gather of what the ranks must have in common. It is read before the call goes
-on; on CUDA, where that read would stall the host, a rank whose call looks like its last agreed one reads it later.
+on; on CUDA, where that read would stall the host, a rank whose call looks like one agreed on before reads it later.
 
 A rank that refuses its input raises at once and starts no collective. It leaves a note in the group's store for the others,
 who look there when the all-gather does not complete, and it takes part in the missed all-gather at its next call, so
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .comm import start_all_gather
+from .comm import SideStream, start_all_gather
 
 _HEADER_BYTES = 1024
 _PATIENCE_S = 1.0
@@ -37,7 +37,7 @@ class _GroupState:
 
     calls: int = 0
     owed: list[str] = field(default_factory=list)
-    agreed: bytes = b""
+    agreed: set[bytes] = field(default_factory=set)
     headers: dict[tuple[bytes, torch.device], Tensor] = field(default_factory=dict)
     unread: list[tuple[torch.cuda.Event, Tensor]] = field(default_factory=list)
     keep: list[object] = field(default_factory=list)
@@ -83,29 +83,34 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
         if len(state.headers) > 64:
             state.headers.clear()
         header = state.headers.setdefault((payload, device), _encode(facts, device))
-    work, gathered = _gather(group, header)
     if device.type == "cuda":
-        _finish_cuda(group, state, work, gathered, payload)
+        _check_cuda(group, state, header, payload)
     else:
+        work, gathered = _gather(group, header)
         _wait(group, state, work.is_completed)
         try:
             work.wait()
         except RuntimeError as error:
             raise RuntimeError(_waiting(group, f"it did not come ({error})")) from error
         _compare(gathered)
-    state.agreed = payload
+    if len(state.agreed) > 64:
+        state.agreed.clear()
+    state.agreed.add(payload)
     state.keep.clear()
 
 
-def _finish_cuda(
-    group: dist.ProcessGroup, state: _GroupState, work: dist.Work, gathered: Tensor, payload: bytes
-) -> None:
-    work.wait()
-    host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
-    host.copy_(gathered, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    if payload == state.agreed:
+def _check_cuda(group: dist.ProcessGroup, state: _GroupState, header: Tensor, payload: bytes) -> None:
+    """Beside the caller's stream; read at once only where this rank comes with facts that were not agreed on before."""
+    side = SideStream(header.device, "agreement")
+    side.mark()
+    with side.use():
+        work, gathered = _gather(group, header)
+        work.wait()
+        host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
+        host.copy_(gathered, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    if payload in state.agreed:
         state.unread.append((event, host))
         return
     _wait(group, state, event.query)
