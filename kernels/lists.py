@@ -26,8 +26,14 @@ SMALL_BLOCK = 128
 
 REGISTER_BINS = 1024
 """Most blocks whose counts one program keeps in registers."""
-ENTRIES = 1024
-"""Entries that a program sorts at once."""
+ENTRIES, WARPS = 1024, 4
+"""Entries that a program sorts at once, and its warps."""
+COUNT_ENTRIES, COUNT_WARPS = 1024, 4
+"""Entries that a program counts at once, and its warps."""
+FEW_BLOCKS, FEW_TOKENS, FEW_WARPS = 64, 32, 4
+"""Up to so many blocks a program keeps a place for each in registers and sorts nothing; its tokens at once, and its warps."""
+FEW_SLOTS = 32
+"""Most slots a row for that."""
 ENTRY_BITS = 31
 """Entries of more bits are int64."""
 PROGRAMS = 1024
@@ -75,26 +81,18 @@ def _token_and_slot(row, place, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _part(
-    selected_ptr, piece, part, pieces_per_head, parts, kv_head, group, tokens, stride_h, stride_t, stride_s,
+    head_ptr, row, end, tokens, stride_t, stride_s,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of part `part` of a piece of a kv head's selection (-1: none), the q head in the group, and the first row.
-
-    A part is as many whole rows of one q head as have at most ENTRIES slots.
-    """
-    ROWS: tl.constexpr = ENTRIES // WIDTH
+    """Blocks (-1: none) of a part of one q head's selection: of the rows from `row`, but before `end`, that have room."""
     place = tl.arange(0, ENTRIES)
-    in_group = piece // pieces_per_head
-    row = (piece % pieces_per_head * parts + part) * ROWS
     token, slot = _token_and_slot(row, place, WIDTH, CHUNKS)
-    base = selected_ptr + (kv_head * group + in_group).to(tl.int64) * stride_h
-    inside = (place < ROWS * WIDTH) & (token < tokens) & (slot < SLOTS)
-    block = tl.load(base + token.to(tl.int64) * stride_t + slot * stride_s, mask=inside, other=-1)
-    return block, in_group, row
+    inside = (place < ENTRIES // WIDTH * WIDTH) & (row + place // WIDTH < end) & (token < tokens) & (slot < SLOTS)
+    return tl.load(head_ptr + token.to(tl.int64) * stride_t + slot * stride_s, mask=inside, other=-1)
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "parts", "stride_h", "stride_t"],
+    do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "piece_rows", "stride_h", "stride_t"],
     do_not_specialize_on_alignment=["selected_ptr", "count_ptr", "begin_ptr"],
 )
 def _count_kernel(
@@ -104,7 +102,7 @@ def _count_kernel(
     n_blocks,
     group,
     pieces_per_head,
-    parts,
+    piece_rows,
     stride_h,
     stride_t,
     stride_s,
@@ -114,7 +112,7 @@ def _count_kernel(
     ENTRIES: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """One program: how often each block occurs in one piece (`parts` parts) of one kv head's selection.
+    """One program: how often each block occurs in one piece (`piece_rows` rows of one q head) of a kv head's selection.
 
     Reads the piece once; writes one int32 for each block into `count[kv head, block, piece]`, which is zero before. With
     BINS = 0 the blocks are too many for registers, and each entry is added where it belongs; sums of integers have no order.
@@ -123,10 +121,11 @@ def _count_kernel(
     kv_head = tl.program_id(1)
     first = kv_head.to(tl.int64) * n_blocks
     total = tl.zeros([BINS if BINS > 0 else 1], tl.int32)
-    for part in range(parts):
-        block, _, _ = _part(
-            selected_ptr, piece, part, pieces_per_head, parts, kv_head, group, tokens, stride_h, stride_t, stride_s,
-            SLOTS, WIDTH, CHUNKS, ENTRIES,
+    head_ptr = selected_ptr + (kv_head * group + piece // pieces_per_head).to(tl.int64) * stride_h
+    begin = piece % pieces_per_head * piece_rows
+    for row in range(begin, begin + piece_rows, ENTRIES // WIDTH):
+        block = _part(
+            head_ptr, row, begin + piece_rows, tokens, stride_t, stride_s, SLOTS, WIDTH, CHUNKS, ENTRIES
         )  # fmt: skip
         if BINS > 0:
             total += tl.histogram(tl.where(block >= 0, block, 0), BINS, mask=block >= 0)
@@ -144,7 +143,7 @@ def _greater(a, b):
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "parts", "stride_h", "stride_t"],
+    do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "piece_rows", "stride_h", "stride_t"],
     do_not_specialize_on_alignment=["selected_ptr", "count_ptr", "begin_ptr"],
 )
 def _scatter_kernel(
@@ -155,7 +154,7 @@ def _scatter_kernel(
     n_blocks,
     group,
     pieces_per_head,
-    parts,
+    piece_rows,
     stride_h,
     stride_t,
     stride_s,
@@ -177,11 +176,12 @@ def _scatter_kernel(
     kv_head = tl.program_id(1)
     place = tl.arange(0, ENTRIES)
     NONE: tl.constexpr = (1 << (31 - PLACE_BITS)) - 1
-    for part in range(parts):
-        block, in_group, row = _part(
-            selected_ptr, piece, part, pieces_per_head, parts, kv_head, group, tokens, stride_h, stride_t, stride_s,
-            SLOTS, WIDTH, CHUNKS, ENTRIES,
-        )  # fmt: skip
+    in_group = piece // pieces_per_head
+    head_ptr = selected_ptr + (kv_head * group + in_group).to(tl.int64) * stride_h
+    begin = piece % pieces_per_head * piece_rows
+    end = begin + piece_rows
+    for row in range(begin, end, ENTRIES // WIDTH):
+        block = _part(head_ptr, row, end, tokens, stride_t, stride_s, SLOTS, WIDTH, CHUNKS, ENTRIES)
         in_order = tl.sort((tl.where(block >= 0, block, NONE) << PLACE_BITS) | place)
         block = in_order >> PLACE_BITS
         listed = block != NONE
@@ -197,10 +197,62 @@ def _scatter_kernel(
         token = token.to(entry_ptr.dtype.element_ty)
         entry = (token << (head_bits + slot_bits)) | (in_group << slot_bits) | slot
         tl.store(entry_ptr + target, entry, mask=listed)
-        # All of the part has read the cursors before they move, and they have moved before the next part reads them.
-        tl.debug_barrier()
-        tl.store(cursor, target + 1, mask=listed & closes)
-        tl.debug_barrier()
+        if row + ENTRIES // WIDTH < end:
+            # All of the part has read the cursors before they move, and they have moved before the next part reads them.
+            tl.debug_barrier()
+            tl.store(cursor, target + 1, mask=listed & closes)
+            tl.debug_barrier()
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "piece_rows", "stride_h", "stride_t"],
+    do_not_specialize_on_alignment=["selected_ptr", "begin_ptr"],
+)
+def _scatter_few_kernel(
+    selected_ptr,
+    begin_ptr,
+    entry_ptr,
+    tokens,
+    n_blocks,
+    group,
+    pieces_per_head,
+    piece_rows,
+    stride_h,
+    stride_t,
+    stride_s,
+    head_bits,
+    slot_bits,
+    SLOTS: tl.constexpr,
+    BINS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """As `_scatter_kernel` where blocks are few: a table of [block, token] that says in which slot, if any, the token names
+    the block; a sum along the tokens ranks them. Where each block's next entry goes stays in registers.
+    """
+    piece = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    in_group = piece // pieces_per_head
+    head_ptr = selected_ptr + (kv_head * group + in_group).to(tl.int64) * stride_h
+    bin_ = tl.arange(0, BINS)
+    begin = begin_ptr + (kv_head.to(tl.int64) * n_blocks + bin_) * tl.num_programs(0) + piece
+    cursor = tl.load(begin, mask=bin_ < n_blocks, other=0)
+    first = piece % pieces_per_head * piece_rows
+    end = tl.minimum(first + piece_rows, tokens)
+    for at in range(first, end, TOKENS):
+        token = at + tl.arange(0, TOKENS)
+        row_ptr = head_ptr + token.to(tl.int64) * stride_t
+        named = tl.zeros([BINS, TOKENS], tl.int32)  # slot + 1
+        for slot in tl.static_range(SLOTS):
+            block = tl.load(row_ptr + slot * stride_s, mask=token < end, other=-1)
+            named = tl.where(bin_[:, None] == block[None, :], slot + 1, named)
+        listed = (named > 0).to(tl.int32)
+        target = cursor[:, None] + tl.cumsum(listed, 1) - 1
+        entry = (token.to(entry_ptr.dtype.element_ty) << (head_bits + slot_bits)) | (in_group << slot_bits)
+        # Flat, so that the threads of a warp stay on consecutive tokens of a block, whose entries lie together.
+        target = tl.reshape(target, [BINS * TOKENS])
+        entry = tl.reshape(entry[None, :] | (named - 1), [BINS * TOKENS])
+        tl.store(entry_ptr + target, entry, mask=tl.reshape(named, [BINS * TOKENS]) > 0)
+        cursor += tl.sum(listed, 1)
 
 
 @triton.jit(do_not_specialize=["bins", "pieces", "per_item"])
@@ -250,19 +302,25 @@ def _counting_sort(
     q_heads, tokens, slots = selected.shape
     group = q_heads // kv_heads
     shape = counting_shape(n_blocks, slots)
-    parts_per_head = triton.cdiv(tokens * shape["CHUNKS"], shape["ENTRIES"] // shape["WIDTH"])
+    part_rows = shape["ENTRIES"] // shape["WIDTH"]
+    parts_per_head = triton.cdiv(tokens * shape["CHUNKS"], part_rows)
     parts = max(1, min(parts_per_head, parts_per_head * q_heads // PROGRAMS))
     pieces_per_head = triton.cdiv(parts_per_head, parts)
     grid = (pieces_per_head * group, kv_heads)
-    sizes = (tokens, n_blocks, group, pieces_per_head, parts, *selected.stride())
+    sizes = (tokens, n_blocks, group, pieces_per_head, parts * part_rows, *selected.stride())
     # A zero before the counts makes their inclusive sum the exclusive one, with the total at its end.
     count = torch.zeros(1 + kv_heads * n_blocks * grid[0], dtype=torch.int32, device=selected.device)
-    _count_kernel[grid](selected, count[1:], *sizes, **shape, num_warps=4)
+    bins = shape.pop("BINS")
+    counted = shape | {"ENTRIES": max(COUNT_ENTRIES, ENTRIES), "BINS": bins}
+    _count_kernel[grid](selected, count[1:], *sizes, **counted, num_warps=COUNT_WARPS)
     begin = torch.cumsum(count, 0, dtype=torch.int32)
     result = _items(begin, kv_heads * n_blocks, grid[0], entry.numel(), rows_per_item)
-    del shape["BINS"]
-    shape["PLACE_BITS"] = shape["ENTRIES"].bit_length() - 1
-    _scatter_kernel[grid](selected, begin, entry, *sizes, *bits, **shape, num_warps=4)
+    if n_blocks <= FEW_BLOCKS and slots <= FEW_SLOTS and shape["CHUNKS"] == 1:
+        few = {"SLOTS": slots, "BINS": max(triton.next_power_of_2(n_blocks), 16), "TOKENS": FEW_TOKENS}
+        _scatter_few_kernel[grid](selected, begin, entry, *sizes, *bits, **few, num_warps=FEW_WARPS)
+    else:
+        shape["PLACE_BITS"] = shape["ENTRIES"].bit_length() - 1
+        _scatter_kernel[grid](selected, begin, entry, *sizes, *bits, **shape, num_warps=WARPS)
     return result
 
 

@@ -59,10 +59,16 @@ def sweep(
         }
         run = partial(forward.attend_listed, *shared, stream=stream is not None, tma=tma)
         timer.all("attend" if tma else "attend by pointers", shipped, choices, run, partials.out)
-    if not lists.with_own:
+    for tma in [] if lists.with_own else [True, False]:
         choices = {"rows": [64, 128], "keys": [32, 64], "num_warps": [4, 8], "num_stages": [2, 3]}
-        run = partial(forward.attend_own, *shared)
-        timer.all("own", configs.own_blocks(HEAD_DIM, HEAD_DIM, device), choices, run, partials.out)
+        run = partial(forward.attend_own, *shared, tma=tma)
+        timer.all(
+            "own" if tma else "own by pointers",
+            configs.own_blocks(HEAD_DIM, HEAD_DIM, device),
+            choices,
+            run,
+            partials.out,
+        )
     forward.attend(*shared)
     out, lse = torch.empty_like(q), backend.new_lse(q)
     choices = {"rows": [8, 16, 32], "num_warps": [1, 2, 4, 8], "num_stages": [1, 2, 3, 4, 5]}

@@ -41,13 +41,25 @@ def kernels(capability: int):
     tile, slots, _ = gate.shapes(128, 4096, 64, capability >= 90)
     yield "gate exact topk=64", gate_exact._gate_exact_kernel, "bf16", {**tile, **slots, "LISTED": False}
     yield "scores", gate_exact._scores_kernel, "bf16", tile
-    for n_blocks, slots, wide in ((1024, 8, False), (256, 7, False), (32, 11, True), (4096, 8, False), (8192, 8, True)):
+    for n_blocks, slots, wide in (
+        (1024, 8, False),
+        (256, 7, False),
+        (32, 11, True),
+        (64, 32, False),
+        (4096, 8, False),
+        (8192, 8, True),
+    ):
         shape = lists.counting_shape(n_blocks, slots)
         name = f"n_blocks={n_blocks} slots={slots}"
         bins = shape.pop("BINS")
-        yield f"count {name}", lists._count_kernel, "i32", {**shape, "BINS": bins}
+        count = {"ENTRIES": lists.COUNT_ENTRIES, "BINS": bins, "num_warps": lists.COUNT_WARPS}
+        yield f"count {name}", lists._count_kernel, "i32", shape | count
+        element = "i64" if wide else "i32"
+        if n_blocks <= lists.FEW_BLOCKS:
+            few = {"SLOTS": slots, "BINS": n_blocks, "TOKENS": lists.FEW_TOKENS, "num_warps": lists.FEW_WARPS}
+            yield f"scatter few {name}", lists._scatter_few_kernel, element, few
         shape["PLACE_BITS"] = shape["ENTRIES"].bit_length() - 1
-        yield f"scatter {name}", lists._scatter_kernel, "i64" if wide else "i32", shape
+        yield f"scatter {name}", lists._scatter_kernel, element, shape | {"num_warps": lists.WARPS}
     yield "pointer", lists._pointer_kernel, "i32", {"TILE": 256}
     yield "item", lists._item_kernel, "i32", {"TILE": 256}
 

@@ -18,10 +18,14 @@ def test_in_interpreter():
     interpreter.run_module(__file__)
 
 
-@pytest.fixture
-def few_entries(monkeypatch):
+@pytest.fixture(params=["sorted", "few blocks"])
+def few_entries(monkeypatch, request):
     """The interpreter sorts slowly."""
     monkeypatch.setattr(lists, "ENTRIES", 32)
+    monkeypatch.setattr(lists, "COUNT_ENTRIES", 64)
+    monkeypatch.setattr(lists, "FEW_TOKENS", 8)
+    if request.param == "sorted":
+        monkeypatch.setattr(lists, "FEW_BLOCKS", 0)
 
 
 def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
