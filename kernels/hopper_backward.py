@@ -52,30 +52,41 @@ def aligned(x: Tensor) -> bool:
 
 
 def dkdv_constants(dim: int, block_size: int) -> dict[str, int]:
-    """Tile sizes for dK and dV (and dq, where one tile holds a block): BK keys, R rows, NW warps, tiles copied AHEAD."""
+    """Tile sizes for dK and dV (and dq, where one tile holds a block): BK keys, R rows, NW warps, tiles copied AHEAD.
+
+    SKIP leaves out own rows that come before the tile's keys; LATE copies rows after the tile's products have started.
+    """
     keys = 128 if block_size % 128 == 0 else 64
     # One warpgroup that holds 64 x 128 sums has registers for 32 rows at a time; two of them, sharing 128 keys, for 64.
     rows = 32 if keys == 64 and dim == 128 else 64
-    return {"D": dim, "BK": keys, "R": rows, "NT": block_size // keys, "AHEAD": 2, "NW": keys // 16}
+    tiles = {"D": dim, "BK": keys, "R": rows, "NT": block_size // keys}
+    return tiles | {"AHEAD": 2, "NW": keys // 16, "SKIP": True, "LATE": False}
 
 
 def dq_constants(dim: int) -> dict[str, int]:
     """Tile sizes for dq: R rows stay, BN keys at a time stream by."""
-    return {"D": dim, "R": 128, "BN": 64, "AHEAD": 2, "NW": 8}
+    return {"D": dim, "R": 128, "BN": 64, "AHEAD": 2, "NW": 8, "LATE": False}
 
 
 def launch(call: backward.Call) -> None:
     """The Hopper kernels, for calls that are `supported`; what they cannot read goes to the portable ones."""
-    from . import hopper_backward_dq, hopper_backward_kernels
-
-    part, lists = call.part, call.lists
-    if not aligned(call.dout) or lists.entry.dtype != torch.int32:
+    dim, block_size = call.q.shape[2], call.lists.block_size
+    if not aligned(call.dout) or call.lists.entry.dtype != torch.int32:
         backward.launch(call)
         return
-    constants = dkdv_constants(call.q.shape[2], lists.block_size)
+    constants = dkdv_constants(dim, block_size)
+    launch_dkdv(call, constants)
+    if constants["NT"] > 1:
+        launch_dq(call, dq_constants(dim))
+
+
+def launch_dkdv(call: backward.Call, constants: dict[str, int]) -> None:
+    """dK and dV, and dq where one tile of keys holds a block."""
+    from . import hopper_backward_fused, hopper_backward_kernels
+
+    part, lists = call.part, call.lists
     fused = constants["NT"] == 1
-    kernel = hopper_backward_kernels.dkdv_dq_kernel if fused else hopper_backward_kernels.dkdv_kernel
-    element = hopper_backward_kernels.element(call.q.dtype)
+    kernel = hopper_backward_fused.dkdv_dq_kernel if fused else hopper_backward_kernels.dkdv_kernel
     pieces = call.pieces(lists.block_size)
     n_bins = lists.kv_heads * lists.n_blocks
     kernel[((n_bins + call.n_pieces) * constants["NT"],)](
@@ -83,13 +94,17 @@ def launch(call: backward.Call) -> None:
         part.start, part.length, call.piece_bin, call.dk, call.dv, call.dq, pieces,
         *call.row_strides(), *call.key_strides(part.k, part.v, call.dk, call.dv), *call.score_strides(),
         *call.dq_strides(), part.start.stride(0), n_bins, lists.n_blocks, lists.group_size, call.scale,
-        **call.bits(), **constants, T=element, PIECE=backward.piece_rows(lists.block_size), ACCUMULATE=call.accumulate,
-        num_warps=constants["NW"],
+        **call.bits(), **constants, T=hopper_backward_kernels.element(call.q.dtype),
+        PIECE=backward.piece_rows(lists.block_size), ACCUMULATE=call.accumulate, num_warps=constants["NW"],
     )  # fmt: skip
     backward.sum_pieces(call, pieces, constants["BK"], constants["NT"])
-    if fused:
-        return
-    constants = dq_constants(call.q.shape[2])
+
+
+def launch_dq(call: backward.Call, constants: dict[str, int]) -> None:
+    """Partial dq by work items."""
+    from . import hopper_backward_dq, hopper_backward_kernels
+
+    part, lists = call.part, call.lists
     if lists.rows_per_item > constants["R"]:
         raise ValueError(f"items of at most {constants['R']} rows are needed, got {lists.rows_per_item}")
     if not lists.item_bin.numel():
@@ -99,5 +114,6 @@ def launch(call: backward.Call) -> None:
         lists.item_bin, lists.item_start, part.start, part.length, call.dq,
         *call.row_strides(), *call.key_strides(part.k, part.v), *call.score_strides(), *call.dq_strides(),
         part.start.stride(0), lists.n_blocks, lists.group_size, call.scale,
-        **call.bits(), **constants, T=element, ITEM=lists.rows_per_item, num_warps=constants["NW"],
+        **call.bits(), **constants, T=hopper_backward_kernels.element(call.q.dtype), ITEM=lists.rows_per_item,
+        num_warps=constants["NW"],
     )  # fmt: skip

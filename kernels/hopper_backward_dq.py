@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_kernels import UNALIGNED, VARYING
-from .hopper_backward_kernels import LOG2E, barrier
+from .hopper_backward_kernels import LOG2E, _copy_rows, _decode, _load_scalars, _offset, barrier
 
 
 @gluon.jit
@@ -34,6 +34,7 @@ def dq_kernel(
     start_h, n_blocks, group, scale,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, ITEM: gl.constexpr,
     R: gl.constexpr, BN: gl.constexpr, AHEAD: gl.constexpr, NW: gl.constexpr, T: gl.constexpr,
+    LATE: gl.constexpr,
 ):  # fmt: skip
     """Partial dq of one work item's rows (ITEM <= R) for its block: the gathered rows stay, keys stream by BN.
 
@@ -41,16 +42,16 @@ def dq_kernel(
     next tile's scores, so a stage is free two tiles later: AHEAD + 2 stages.
     """
     STAGES: gl.constexpr = AHEAD + 2
+    # A program is short (few tiles of keys), and three loads in a row come before its first product: no fourth.
     bin_ = gl.load(item_bin + gl.program_id(0))
-    if bin_ < 0:
-        return
-    kv_head = (bin_ // n_blocks).to(gl.int64)
-    start = gl.load(part_start + kv_head * start_h + bin_ % n_blocks)
-    length = gl.load(part_length + bin_ % n_blocks)
-    if start < 0:
-        return
     first = gl.load(item_start + gl.program_id(0))
-    end = gl.minimum(first + ITEM, gl.load(pointer + bin_ + 1))
+    safe = gl.maximum(bin_, 0)
+    kv_head = (safe // n_blocks).to(gl.int64)
+    end = gl.minimum(first + ITEM, gl.load(pointer + safe + 1))
+    start = gl.load(part_start + kv_head * start_h + safe % n_blocks)
+    length = gl.load(part_length + safe % n_blocks)
+    if (start < 0) | (bin_ < 0):
+        return
     head0 = kv_head * group
 
     GATHER: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [NW, 1], [1, 0])
@@ -69,24 +70,23 @@ def dq_kernel(
     k_at = k + start.to(gl.int64) * k_n + kv_head * k_h
     v_at = v + start.to(gl.int64) * v_n + kv_head * v_h
 
-    # The gathered rows travel with the first tile of keys. Rows past the end repeat the last one; they are not stored.
+    q += head0 * q_h
+    dout += head0 * dout_h
+    lse += head0 * lse_h
+    delta += head0 * delta_h
+    dq += head0 * dq_h * dq_s
     r = gl.arange(0, R, layout=gl.SliceLayout(1, GATHER))
     code = gl.load(entry + gl.minimum(first + r, end - 1))
-    token = (code >> (HEAD_BITS + SLOT_BITS)).to(gl.int64)
-    head = ((code >> SLOT_BITS) & ((1 << HEAD_BITS) - 1)).to(gl.int64) + head0
-    async_copy.async_copy_global_to_shared(q_s, q + (token * q_t + head * q_h)[:, None] + cols[None, :])
-    async_copy.async_copy_global_to_shared(do_s, dout + (token * dout_t + head * dout_h)[:, None] + cols[None, :])
-    for j in gl.static_range(AHEAD):
-        _copy_keys(k_at, v_at, j * BN + n, length, k_n, v_n, k_s.index(j), v_s.index(j), cols)
-
     row = first + gl.arange(0, R, layout=BY_ROW)
     row_code = gl.load(entry + gl.minimum(row, end - 1))
-    row_token = (row_code >> (HEAD_BITS + SLOT_BITS)).to(gl.int64)
-    row_head = ((row_code >> SLOT_BITS) & ((1 << HEAD_BITS) - 1)).to(gl.int64) + head0
-    own = (row_code & ((1 << SLOT_BITS) - 1)) == TOPK - 1
-    limit = gl.where(own, gl.load(position + row_token, mask=own, other=0), length - 1)
-    row_lse = gl.load(lse + row_head * lse_h + row_token * lse_t)
-    row_delta = gl.load(delta + row_head * delta_h + row_token * delta_t)
+    # The gathered rows travel with the first tile of keys. Rows past the end repeat the last one; they are not stored.
+    for j in gl.static_range(AHEAD):
+        _copy_keys(k_at, v_at, j * BN + n, length, k_n, v_n, k_s.index(j), v_s.index(j), cols)
+        if j == 0:
+            _copy_rows(q, dout, code, q_s, do_s, cols, q_t, q_h, dout_t, dout_h, HEAD_BITS, SLOT_BITS)
+    row_lse, row_delta, limit = _load_scalars(
+        lse, delta, position, row_code, row >= 0, length, lse_h, lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK
+    )
     score_key = gl.arange(0, BN, layout=gl.SliceLayout(0, SCORE))
     zero = gl.zeros([R, BN], gl.float32, SCORE)
     factor = scale * LOG2E
@@ -94,6 +94,7 @@ def dq_kernel(
     ds_left = gl.zeros([R, BN], T, LEFT)
     # Keys that no row of the item sees add exact zeros: leaving them out changes no bit.
     tiles = (gl.max(limit, 0) + BN) // BN
+    unmasked = (gl.min(limit, 0) + 1) // BN  # tiles whose every key every row sees
     for i in range(tiles):
         stage = i % STAGES
         async_copy.wait_group(AHEAD - 1)
@@ -101,21 +102,27 @@ def dq_kernel(
         barrier()
         # This stage was read by tile i - 2, whose products all warps waited for before the barrier above.
         ahead = (i + AHEAD) % STAGES
-        _copy_keys(k_at, v_at, (i + AHEAD) * BN + n, length, k_n, v_n, k_s.index(ahead), v_s.index(ahead), cols)
+        if not LATE:
+            _copy_keys(k_at, v_at, (i + AHEAD) * BN + n, length, k_n, v_n, k_s.index(ahead), v_s.index(ahead), cols)
         k_i = k_s.index(stage)
         s_run = warpgroup_mma(q_s, k_i.permute((1, 0)), zero, use_acc=False, is_async=True)
         dp_run = warpgroup_mma(do_s, v_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if LATE:
+            _copy_keys(k_at, v_at, (i + AHEAD) * BN + n, length, k_n, v_n, k_s.index(ahead), v_s.index(ahead), cols)
         s, ds_left = warpgroup_mma_wait(1, deps=(s_run, ds_left))  # and the last tile's sum
         p = gl.exp2(s * factor - row_lse[:, None])
         dp = warpgroup_mma_wait(0, deps=(dp_run,))
-        visible = i * BN + score_key[None, :] <= limit[:, None]
-        ds_left = gl.convert_layout(gl.where(visible, p * (dp - row_delta[:, None]), 0.0).to(T), LEFT)
+        ds = p * (dp - row_delta[:, None])
+        if i >= unmasked:
+            ds = gl.where(i * BN + score_key[None, :] <= limit[:, None], ds, 0.0)
+        ds_left = gl.convert_layout(ds.to(T), LEFT)
         total = warpgroup_mma(ds_left, k_i, total, is_async=True)
+    # Looked up again, and early: the last product hides it.
+    code = gl.load(entry + gl.minimum(first + r, end - 1))
+    token, head = _decode(code, HEAD_BITS, SLOT_BITS)
+    out = _offset(token, head, dq_t, dq_h, HEAD_BITS) + (code & ((1 << SLOT_BITS) - 1))
+    at = dq + (out * dq_s)[:, None] + cols[None, :]
     total, ds_left = warpgroup_mma_wait(0, deps=(total, ds_left))
     async_copy.wait_group(0)
-    code = gl.load(entry + gl.minimum(first + r, end - 1))
-    token = (code >> (HEAD_BITS + SLOT_BITS)).to(gl.int64)
-    head = ((code >> SLOT_BITS) & ((1 << HEAD_BITS) - 1)).to(gl.int64) + head0
-    at = dq + ((head * dq_h + token * dq_t + (code & ((1 << SLOT_BITS) - 1))) * dq_s)[:, None] + cols[None, :]
     total = gl.convert_layout((total * scale).to(T), GATHER)
     gl.store(at, total, mask=(first + r < end)[:, None] & (cols >= 0)[None, :])

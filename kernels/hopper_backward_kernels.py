@@ -31,29 +31,70 @@ def element(dtype: torch.dtype) -> gl.dtype:
 
 
 @gluon.jit
-def _copy_rows(
-    q, dout, lse, delta, position, code, q_s, do_s, lse_s, delta_s, limit_s, code_s, head0, cols,
-    q_t, q_h, dout_t, dout_h, lse_h, lse_t, delta_h, delta_t,
-    HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
-):  # fmt: skip
-    """Start the copies of one tile of gathered rows, those of the entries `code`."""
-    token = (code >> (HEAD_BITS + SLOT_BITS)).to(gl.int64)
-    head = ((code >> SLOT_BITS) & ((1 << HEAD_BITS) - 1)).to(gl.int64) + head0
-    own = (code & ((1 << SLOT_BITS) - 1)) == TOPK - 1
-    async_copy.async_copy_global_to_shared(q_s, q + (token * q_t + head * q_h)[:, None] + cols[None, :])
-    async_copy.async_copy_global_to_shared(do_s, dout + (token * dout_t + head * dout_h)[:, None] + cols[None, :])
-    async_copy.async_copy_global_to_shared(lse_s, lse + head * lse_h + token * lse_t)
-    async_copy.async_copy_global_to_shared(delta_s, delta + head * delta_h + token * delta_t)
-    async_copy.async_copy_global_to_shared(limit_s, position + token, mask=own)
-    async_copy.commit_group()
-    code_s.store(code)
+def _decode(code, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
+    """Token and head in the group of entries; 32 bits each, so that a product with a stride is one wide multiplication."""
+    return code >> (HEAD_BITS + SLOT_BITS), (code >> SLOT_BITS) & ((1 << HEAD_BITS) - 1)
 
 
 @gluon.jit
-def _limits(limit_s, code_s, valid, length, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, LAYOUT: gl.constexpr):
-    """Last visible key of each row: its position in the own block, the block's end in an earlier one, -1 for no row."""
-    own = (code_s.load(LAYOUT) & ((1 << SLOT_BITS) - 1)) == TOPK - 1
-    return gl.where(valid, gl.where(own, limit_s.load(LAYOUT), length - 1), -1)
+def _offset(token, head, stride_t, stride_h, HEAD_BITS: gl.constexpr):
+    """64-bit offset of a row, the group's first head counted apart."""
+    offset = token.to(gl.int64) * stride_t
+    if HEAD_BITS > 0:
+        offset += head.to(gl.int64) * stride_h
+    return offset
+
+
+@gluon.jit
+def _copy_rows(
+    q, dout, code, q_s, do_s, cols, q_t, q_h, dout_t, dout_h, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr
+):
+    """Start the copies of one tile of gathered rows, those of the entries `code`."""
+    token, head = _decode(code, HEAD_BITS, SLOT_BITS)
+    async_copy.async_copy_global_to_shared(q_s, q + _offset(token, head, q_t, q_h, HEAD_BITS)[:, None] + cols[None, :])
+    async_copy.async_copy_global_to_shared(
+        do_s, dout + _offset(token, head, dout_t, dout_h, HEAD_BITS)[:, None] + cols[None, :]
+    )
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _load_scalars(
+    lse, delta, position, code, valid, length, lse_h, lse_t, delta_h, delta_t,
+    HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp, delta and last visible key of a tile's rows: infinity, whose weights are 0, where there is no row.
+
+    Nothing is done to what is loaded: an instruction that waits for memory here would keep the next product waiting.
+    """
+    token, head = _decode(code, HEAD_BITS, SLOT_BITS)
+    own = (code & ((1 << SLOT_BITS) - 1)) == TOPK - 1
+    row_lse = gl.load(lse + _offset(token, head, lse_t, lse_h, HEAD_BITS), mask=valid, other=float("inf"))
+    row_delta = gl.load(delta + _offset(token, head, delta_t, delta_h, HEAD_BITS))
+    return row_lse, row_delta, gl.load(position + token, mask=own, other=length - 1)
+
+
+@gluon.jit
+def _unseen_rows(
+    entry, position, count, first_key, R: gl.constexpr, NW: gl.constexpr, HEAD_BITS: gl.constexpr,
+    SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
+):  # fmt: skip
+    """How many entries, in whole tiles, a bin's list begins with that see no key from `first_key` on.
+
+    Entries ascend by (head, token): the block's own rows of the group's first head come first. More than `first_key` of
+    them there cannot be.
+    """
+    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [NW], [0])
+    index = gl.arange(0, 64 * NW, layout=SCAN)
+    seeing = gl.full([64 * NW], 2147483647, gl.int32, SCAN)
+    bound = gl.minimum(first_key, count)
+    for j in range(0, bound, 64 * NW):
+        here = j + index < bound
+        code = gl.load(entry + j + index, mask=here, other=0)
+        own = here & ((code & ((1 << SLOT_BITS) - 1)) == TOPK - 1)
+        place = gl.load(position + (code >> (HEAD_BITS + SLOT_BITS)), mask=own, other=2147483647)
+        seeing = gl.where(place < first_key, seeing, gl.minimum(seeing, j + index))
+    return gl.minimum(gl.min(seeing, 0), bound) // R * R
 
 
 @gluon.jit
@@ -114,7 +155,7 @@ def dkdv_kernel(
     dq_h, dq_t, dq_s, start_h, n_bins, n_blocks, group, scale,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, BK: gl.constexpr,
     R: gl.constexpr, NT: gl.constexpr, AHEAD: gl.constexpr, NW: gl.constexpr, T: gl.constexpr, PIECE: gl.constexpr,
-    ACCUMULATE: gl.constexpr,
+    ACCUMULATE: gl.constexpr, SKIP: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of BK keys of one block over the rows of its bin, or of one piece of it; programs as in the portable one.
 
@@ -131,78 +172,119 @@ def dkdv_kernel(
         return
     kv_head = (bin_ // n_blocks).to(gl.int64)
     head0 = kv_head * group
+    entry += begin
 
     GATHER: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [NW, 1], [1, 0])
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, GATHER))
     key = tile * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, GATHER))
     row = (start + key).to(gl.int64)
-    inside = (key < length)[:, None] & (cols < D)[None, :]
+    inside = (key < length)[:, None] & (cols >= 0)[None, :]
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, D], T)
     ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, D], T)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_at = k + (row * k_n + kv_head * k_h)[:, None] + cols[None, :]
-    v_at = v + (row * v_n + kv_head * v_h)[:, None] + cols[None, :]
-    k_s = gl.allocate_shared_memory(T, [BK, D], TILE, gl.load(k_at, mask=inside, other=0.0))
-    v_s = gl.allocate_shared_memory(T, [BK, D], TILE, gl.load(v_at, mask=inside, other=0.0))
+    k_s = gl.allocate_shared_memory(T, [BK, D], TILE)
+    v_s = gl.allocate_shared_memory(T, [BK, D], TILE)
+    # Waited for with the first tile of rows.
+    async_copy.async_copy_global_to_shared(k_s, k + (row * k_n + kv_head * k_h)[:, None] + cols[None, :], mask=inside)
+    async_copy.async_copy_global_to_shared(v_s, v + (row * v_n + kv_head * v_h)[:, None] + cols[None, :], mask=inside)
+    async_copy.commit_group()
     q_s = gl.allocate_shared_memory(T, [STAGES, R, D], ROWS)
     do_s = gl.allocate_shared_memory(T, [STAGES, R, D], ROWS)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, R], FLAT)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, R], FLAT)
-    limit_s = gl.allocate_shared_memory(gl.int32, [STAGES, R], FLAT)
+    # Two are enough: one is written again two tiles and so two barriers later.
+    lse_s = gl.allocate_shared_memory(gl.float32, [2, R], FLAT)
+    delta_s = gl.allocate_shared_memory(gl.float32, [2, R], FLAT)
+    limit_s = gl.allocate_shared_memory(gl.int32, [2, R], FLAT)
     code_s = gl.allocate_shared_memory(gl.int32, [STAGES, R], FLAT)
 
     SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, R, 16])
     SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
     BY_ROW: gl.constexpr = gl.SliceLayout(0, SCORE)
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [NW], [0])
+    WARP: gl.constexpr = gl.BlockedLayout([R // 32], [32], [NW], [0])  # every warp holds all rows of a tile
     score_key = tile * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, SCORE))
-    score_row = gl.arange(0, R, layout=BY_ROW)
     zero = gl.zeros([BK, R], gl.float32, SCORE)
     r = gl.arange(0, R, layout=gl.SliceLayout(1, GATHER))
-    entry += begin
+    line = gl.arange(0, R, layout=LINE)
+    if SKIP:
+        unseen = _unseen_rows(entry, position, count, tile * BK, R, NW, HEAD_BITS, SLOT_BITS, TOPK)
+        entry += unseen
+        count -= unseen
+    q += head0 * q_h
+    dout += head0 * dout_h
+    lse += head0 * lse_h
+    delta += head0 * delta_h
     last = gl.maximum(count - 1, 0)  # rows past the end repeat the last one, and count for nothing
+    last_key = tile * BK + BK - 1
     factor = scale * LOG2E
     n = (count + R - 1) // R
     if n > 0:
         for j in gl.static_range(AHEAD):
             at = gl.minimum(j * R + r, last)
             _copy_rows(
-                q, dout, lse, delta, position, gl.load(entry + at), q_s.index(j), do_s.index(j),
-                lse_s.index(j), delta_s.index(j), limit_s.index(j), code_s.index(j), head0, cols, q_t, q_h, dout_t,
-                dout_h, lse_h, lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK,
+                q, dout, gl.load(entry + at), q_s.index(j), do_s.index(j), cols, q_t, q_h, dout_t, dout_h, HEAD_BITS,
+                SLOT_BITS,
             )  # fmt: skip
-    code = gl.load(entry + gl.minimum(AHEAD * R + r, last), mask=r < n * R, other=0)
+    line_code = gl.load(entry + gl.minimum(line, last), mask=line < n * R, other=0)
+    row_lse, row_delta, limit = _load_scalars(
+        lse, delta, position, line_code, line < count, length, lse_h, lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS,
+        TOPK,
+    )  # fmt: skip
+    for j in gl.static_range(1, AHEAD):
+        code_s.index(j).store(gl.load(entry + gl.minimum(j * R + line, last), mask=line < n * R, other=0))
+    line_code = gl.load(entry + gl.minimum(AHEAD * R + line, last), mask=line < n * R, other=0)
     dk_sum = warpgroup_mma_init(gl.zeros([BK, D], gl.float32, SUM))
     dv_sum = warpgroup_mma_init(gl.zeros([BK, D], gl.float32, SUM))
     p_left = gl.zeros([BK, R], T, LEFT)
     ds_left = gl.zeros([BK, R], T, LEFT)
     for i in range(n):
         stage = i % STAGES
+        nxt = (i + AHEAD) % STAGES
         async_copy.wait_group(AHEAD - 1)
+        lse_s.index(i % 2).store(row_lse)
+        delta_s.index(i % 2).store(row_delta)
+        limit_s.index(i % 2).store(limit)
+        code_s.index(nxt).store(line_code)
         fence_async_shared()
         barrier()
-        # This stage was read by tile i - 2, whose products all warps waited for before the barrier above.
-        nxt = (i + AHEAD) % STAGES
-        _copy_rows(
-            q, dout, lse, delta, position, code, q_s.index(nxt), do_s.index(nxt), lse_s.index(nxt),
-            delta_s.index(nxt), limit_s.index(nxt), code_s.index(nxt), head0, cols, q_t, q_h, dout_t, dout_h, lse_h,
-            lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK,
-        )  # fmt: skip
-        code = gl.load(entry + gl.minimum((i + 1 + AHEAD) * R + r, last))
+        if not LATE:
+            # This stage was read by tile i - 2, whose products all warps waited for before the barrier above.
+            _copy_rows(
+                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols, q_t,
+                q_h, dout_t, dout_h, HEAD_BITS, SLOT_BITS,
+            )  # fmt: skip
+            row_lse, row_delta, limit = _load_scalars(
+                lse, delta, position, code_s.index((i + 1) % STAGES).load(LINE), (i + 1) * R + line < count, length,
+                lse_h, lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK,
+            )  # fmt: skip
+            line_code = gl.load(entry + gl.minimum((i + 1 + AHEAD) * R + line, last))
         q_i = q_s.index(stage)
         do_i = do_s.index(stage)
         s_run = warpgroup_mma(k_s, q_i.permute((1, 0)), zero, use_acc=False, is_async=True)
+        # The last tile's dV and dK are done before dP^T starts: all at once they need more registers than there are.
+        p_left, ds_left = warpgroup_mma_wait(1, deps=(p_left, ds_left))
         dp_run = warpgroup_mma(v_s, do_i.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s, p_left, ds_left = warpgroup_mma_wait(1, deps=(s_run, p_left, ds_left))  # and the last tile's dV and dK
-        valid = i * R + score_row < count
-        limit = _limits(limit_s.index(stage), code_s.index(stage), valid, length, SLOT_BITS, TOPK, BY_ROW)
-        p = gl.exp2(s * factor - lse_s.index(stage).load(BY_ROW)[None, :])
-        p = gl.where(score_key[:, None] <= limit[None, :], p, 0.0)
+        if LATE:
+            # This stage was read by tile i - 2, whose products all warps waited for before the barrier above.
+            _copy_rows(
+                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols, q_t,
+                q_h, dout_t, dout_h, HEAD_BITS, SLOT_BITS,
+            )  # fmt: skip
+            row_lse, row_delta, limit = _load_scalars(
+                lse, delta, position, code_s.index((i + 1) % STAGES).load(LINE), (i + 1) * R + line < count, length,
+                lse_h, lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK,
+            )  # fmt: skip
+            line_code = gl.load(entry + gl.minimum((i + 1 + AHEAD) * R + line, last))
+        masked = gl.min(limit_s.index(i % 2).load(WARP), 0) < last_key
+        s = warpgroup_mma_wait(1, deps=(s_run,))
+        p = gl.exp2(s * factor - lse_s.index(i % 2).load(BY_ROW)[None, :])
+        if masked:  # few tiles hold rows of the block itself
+            p = gl.where(score_key[:, None] <= limit_s.index(i % 2).load(BY_ROW)[None, :], p, 0.0)
         p_left = gl.convert_layout(p.to(T), LEFT)
         dv_sum = warpgroup_mma(p_left, do_i, dv_sum, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp_run,))
         # Zero where p is; not masked again.
-        ds = p * (dp - delta_s.index(stage).load(BY_ROW)[None, :])
+        ds = p * (dp - delta_s.index(i % 2).load(BY_ROW)[None, :])
         ds_left = gl.convert_layout(ds.to(T), LEFT)
         dk_sum = warpgroup_mma(ds_left, q_i, dk_sum, is_async=True)
     dv_sum, p_left, dk_sum, ds_left = warpgroup_mma_wait(0, deps=(dv_sum, p_left, dk_sum, ds_left))
@@ -217,141 +299,5 @@ def dkdv_kernel(
     )  # fmt: skip
     _write(
         dv_sum, dv, pieces + D, unit >= n_bins, c, start, kv_head, tile, length, dv_n, dv_h, D, BK, NT, ACCUMULATE,
-        STORE,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _store_dq(
-    dq_done, dq, code_s, valid, cols, head0, dq_h, dq_t, dq_s, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Store a tile's partial dq in the slots of its rows."""
-    code = code_s.load(gl.SliceLayout(1, LAYOUT))
-    token = (code >> (HEAD_BITS + SLOT_BITS)).to(gl.int64)
-    head = ((code >> SLOT_BITS) & ((1 << HEAD_BITS) - 1)).to(gl.int64) + head0
-    at = dq + ((head * dq_h + token * dq_t + (code & ((1 << SLOT_BITS) - 1))) * dq_s)[:, None] + cols[None, :]
-    gl.store(at, gl.convert_layout(dq_done, LAYOUT), mask=valid[:, None] & (cols >= 0)[None, :])
-
-
-@gluon.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
-def dkdv_dq_kernel(
-    q, dout, k, v, lse, delta, position, pointer, entry, part_start, part_length, piece_bin, dk, dv, dq, pieces,
-    q_t, q_h, dout_t, dout_h, k_n, k_h, v_n, v_h, dk_n, dk_h, dv_n, dv_h, lse_h, lse_t, delta_h, delta_t,
-    dq_h, dq_t, dq_s, start_h, n_bins, n_blocks, group, scale,
-    D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, BK: gl.constexpr,
-    R: gl.constexpr, NT: gl.constexpr, AHEAD: gl.constexpr, NW: gl.constexpr, T: gl.constexpr, PIECE: gl.constexpr,
-    ACCUMULATE: gl.constexpr,
-):  # fmt: skip
-    """As `dkdv_kernel` for blocks of BK keys, and the rows' partial dq: dS goes through shared memory for dS^T K.
-
-    Reads 2 BK D elements once and 2 D elements + 16 bytes a row; writes 2 BK D sums and D elements a row. A tile's dq
-    is stored beside the next tile's S^T.
-    """
-    STAGES: gl.constexpr = AHEAD + 1
-    unit = gl.program_id(0)
-    bin_, begin, count, start, length = _bounds(
-        unit, pointer, piece_bin, part_start, part_length, n_bins, n_blocks, start_h, PIECE
-    )
-    if (start < 0) | ((count == 0) & ACCUMULATE):
-        return
-    kv_head = (bin_ // n_blocks).to(gl.int64)
-    head0 = kv_head * group
-
-    GATHER: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [NW, 1], [1, 0])
-    cols = gl.arange(0, D, layout=gl.SliceLayout(0, GATHER))
-    key = gl.arange(0, BK, layout=gl.SliceLayout(1, GATHER))
-    row = (start + key).to(gl.int64)
-    inside = (key < length)[:, None] & (cols < D)[None, :]
-    TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, D], T)
-    ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, D], T)
-    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, R], T)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_at = k + (row * k_n + kv_head * k_h)[:, None] + cols[None, :]
-    v_at = v + (row * v_n + kv_head * v_h)[:, None] + cols[None, :]
-    k_s = gl.allocate_shared_memory(T, [BK, D], TILE, gl.load(k_at, mask=inside, other=0.0))
-    v_s = gl.allocate_shared_memory(T, [BK, D], TILE, gl.load(v_at, mask=inside, other=0.0))
-    q_s = gl.allocate_shared_memory(T, [STAGES, R, D], ROWS)
-    do_s = gl.allocate_shared_memory(T, [STAGES, R, D], ROWS)
-    ds_s = gl.allocate_shared_memory(T, [2, BK, R], DS)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, R], FLAT)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, R], FLAT)
-    limit_s = gl.allocate_shared_memory(gl.int32, [STAGES, R], FLAT)
-    code_s = gl.allocate_shared_memory(gl.int32, [STAGES, R], FLAT)
-
-    SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, R, 16])
-    SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, D, 16])
-    DQ: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, NW // 4], instr_shape=[16, D * 4 // NW, 16]
-    )
-    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
-    BY_ROW: gl.constexpr = gl.SliceLayout(0, SCORE)
-    score_key = gl.arange(0, BK, layout=gl.SliceLayout(1, SCORE))
-    score_row = gl.arange(0, R, layout=BY_ROW)
-    zero = gl.zeros([BK, R], gl.float32, SCORE)
-    zero_dq = gl.zeros([R, D], gl.float32, DQ)
-    r = gl.arange(0, R, layout=gl.SliceLayout(1, GATHER))
-    entry += begin
-    last = gl.maximum(count - 1, 0)  # rows past the end repeat the last one, and count for nothing
-    factor = scale * LOG2E
-    n = (count + R - 1) // R
-    if n > 0:
-        for j in gl.static_range(AHEAD):
-            at = gl.minimum(j * R + r, last)
-            _copy_rows(
-                q, dout, lse, delta, position, gl.load(entry + at), q_s.index(j), do_s.index(j), lse_s.index(j),
-                delta_s.index(j), limit_s.index(j), code_s.index(j), head0, cols, q_t, q_h, dout_t, dout_h, lse_h,
-                lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK,
-            )  # fmt: skip
-    dk_sum = gl.zeros([BK, D], gl.float32, SUM)
-    dv_sum = gl.zeros([BK, D], gl.float32, SUM)
-    for i in range(n):
-        stage = i % STAGES
-        async_copy.wait_group(AHEAD - 1)
-        fence_async_shared()
-        barrier()
-        q_i = q_s.index(stage)
-        do_i = do_s.index(stage)
-        s_run = warpgroup_mma(k_s, q_i.permute((1, 0)), zero, use_acc=False, is_async=True)
-        dp_run = warpgroup_mma(v_s, do_i.permute((1, 0)), zero, use_acc=False, is_async=True)
-        code = gl.load(entry + gl.minimum((i + AHEAD) * R + r, last))
-        s = warpgroup_mma_wait(1, deps=(s_run,))
-        valid = i * R + score_row < count
-        limit = _limits(limit_s.index(stage), code_s.index(stage), valid, length, SLOT_BITS, TOPK, BY_ROW)
-        p = gl.exp2(s * factor - lse_s.index(stage).load(BY_ROW)[None, :])
-        p = gl.where(score_key[:, None] <= limit[None, :], p, 0.0)
-        p_left = gl.convert_layout(p.to(T), LEFT)
-        dv_run = warpgroup_mma(p_left, do_i, dv_sum, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=(dp_run,))
-        ds = (p * (dp - delta_s.index(stage).load(BY_ROW)[None, :])).to(T)
-        ds_i = ds_s.index(i % 2)  # two: were there one, its addresses would be kept over the loop, and spill
-        ds_i.store(ds)
-        ds_left = gl.convert_layout(ds, LEFT)
-        fence_async_shared()
-        barrier()
-        dq_run = warpgroup_mma(ds_i.permute((1, 0)), k_s, zero_dq, use_acc=False, is_async=True)
-        dk_run = warpgroup_mma(ds_left, q_i, dk_sum, is_async=True)
-        # The stage of tile i - 1: all warps waited for its products before the barrier above.
-        ahead = (i + AHEAD) % STAGES
-        _copy_rows(
-            q, dout, lse, delta, position, code, q_s.index(ahead), do_s.index(ahead), lse_s.index(ahead),
-            delta_s.index(ahead), limit_s.index(ahead), code_s.index(ahead), head0, cols, q_t, q_h, dout_t, dout_h,
-            lse_h, lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK,
-        )  # fmt: skip
-        dv_sum, p_left, dq_tile, dk_sum, ds_left = warpgroup_mma_wait(0, deps=(dv_run, p_left, dq_run, dk_run, ds_left))
-        _store_dq(
-            (dq_tile * scale).to(T), dq, code_s.index(stage), i * R + r < count, cols, head0, dq_h, dq_t, dq_s,
-            HEAD_BITS, SLOT_BITS, GATHER,
-        )  # fmt: skip
-    async_copy.wait_group(0)
-    # Looked up again: kept from the start, what they lead to would spill.
-    unit, c, kv_head, start, length = _reload(piece_bin, part_start, part_length, n_bins, n_blocks, start_h, NT)
-    STORE: gl.constexpr = gl.BlockedLayout([1, 4], [max(128 // D, 1), min(D // 4, 32)], [NW, 1], [1, 0])
-    _write(
-        dk_sum * scale, dk, pieces, unit >= n_bins, c, start, kv_head, 0, length, dk_n, dk_h, D, BK, NT, ACCUMULATE,
-        STORE,
-    )  # fmt: skip
-    _write(
-        dv_sum, dv, pieces + D, unit >= n_bins, c, start, kv_head, 0, length, dv_n, dv_h, D, BK, NT, ACCUMULATE,
         STORE,
     )  # fmt: skip

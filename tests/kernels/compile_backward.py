@@ -127,14 +127,19 @@ def build_small(dim, dtype, capability) -> dict[str, dict]:
 
 def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[str, dict]:
     """What `hopper_backward.launch` runs for these sizes."""
-    from moba_cp.kernels import hopper_backward, hopper_backward_dq, hopper_backward_kernels
+    from moba_cp.kernels import (
+        hopper_backward,
+        hopper_backward_dq,
+        hopper_backward_fused,
+        hopper_backward_kernels,
+    )
 
     element = hopper_backward_kernels.element({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
     common = constants_of(dim, dim, block_size) | {"T": element, "ACCUMULATE": accumulate, "ITEM": 128}
     constants = hopper_backward.dkdv_constants(dim, block_size)
     warps = constants["NW"]
     if constants["NT"] == 1:
-        kernel = hopper_backward_kernels.dkdv_dq_kernel
+        kernel = hopper_backward_fused.dkdv_dq_kernel
         return {"dkdv_dq": build(kernel, common | constants, dtype, capability, warps)}
     kernel, constants_dq = hopper_backward_dq.dq_kernel, hopper_backward.dq_constants(dim)
     return {

@@ -1,0 +1,240 @@
+"""Launch constants of the Hopper backward kernels, timed on one chunk of heads (3 of 16, 128K tokens, D = 128, bf16).
+
+    PYTHONPATH=. python3 scripts/bench_backward.py --out backward.json
+    PYTHONPATH=. python3 scripts/bench_backward.py --out backward.json --prototype DIR  # beside kernels of gbk.py, kern2.py
+
+Every variant is compared with the portable kernels on the data that is timed (norm of the difference over the norm) and
+timed by CUDA events (median of --iterations, scaled to 16 heads). Variants are compiled first by processes of their own on
+a small case, so that one that crashes stops nobody. TFLOP/s count 8 D (dK and dV), 6 D (dq) or 10 D a visible key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+TOKENS, ALL_HEADS, HEADS, DIM = 131072, 16, 3, 128
+CASES = {"128": (128, 8), "512": (512, 8), "4096": (4096, 12)}
+
+
+def variants(block_size: int) -> Iterator[tuple[str, str, dict[str, int]]]:
+    """(kernel, name, constants that differ from the shipped ones)."""
+    if block_size == 128:
+        for ahead in (1, 2):
+            yield "dkdv_dq", f"AHEAD={ahead}", {"AHEAD": ahead}
+        yield "dkdv_dq", "AHEAD=2 R=32", {"AHEAD": 2, "R": 32}
+        return
+    yield "dkdv", "LATE=0 AHEAD=2", {"LATE": False, "AHEAD": 2}
+    yield "dkdv", "LATE=1 AHEAD=2", {"LATE": True, "AHEAD": 2}
+    yield "dkdv", "LATE=1 AHEAD=1", {"LATE": True, "AHEAD": 1}
+    yield "dkdv", "LATE=0 AHEAD=2 SKIP=0", {"LATE": False, "AHEAD": 2, "SKIP": False}
+    for late in (False, True):
+        for ahead in (1, 2):
+            yield "dq", f"LATE={late:d} AHEAD={ahead}", {"LATE": late, "AHEAD": ahead}
+
+
+def make_call(block_size: int, topk: int, tokens: int):
+    """One chunk as the pipeline cuts it: views of HEADS of ALL_HEADS heads, random rows; what `attend_backward` takes."""
+    import torch
+
+    from moba_cp.kernels import backward, triton_backend
+    from moba_cp.kernels.types import KVPart, query_rows
+
+    torch.manual_seed(0)
+    draw = lambda: torch.randn(tokens, ALL_HEADS, DIM, device="cuda", dtype=torch.bfloat16)[:, :HEADS]  # noqa: E731
+    q, k, v, dout = draw(), draw(), draw(), draw()
+    at = torch.arange(tokens, device="cpu").numpy()
+    rows = query_rows(at // block_size, at * 0, at % block_size, q.device)
+    n_blocks = tokens // block_size
+    start = torch.arange(0, tokens, block_size, dtype=torch.int32, device="cuda")
+    length = torch.full_like(start, block_size)
+    part = KVPart(k, v, start.expand(HEADS, n_blocks), length)
+    selected = triton_backend.select_blocks(q, triton_backend.centroids(k, start, block_size), rows, topk)
+    partials = triton_backend.new_partials(selected, DIM, q.dtype)
+    forward_lists = triton_backend.route(selected, n_blocks, HEADS, rows, block_size)
+    triton_backend.attend(q, part, forward_lists, rows, selected, DIM**-0.5, partials)
+    out, lse = torch.empty_like(dout), triton_backend.new_lse(q)
+    triton_backend.merge(partials, selected, out, lse)
+    lists = triton_backend.route(selected, n_blocks, HEADS, rows, block_size, backward=True)
+    n_pieces = backward.piece_count(tokens, HEADS, HEADS, topk, block_size)
+    piece_bin = backward.find_pieces(lists.pointer, n_pieces, block_size) if n_pieces else lists.pointer
+    whole = lambda: torch.zeros(tokens, ALL_HEADS, DIM, device="cuda", dtype=q.dtype)[:, :HEADS]  # noqa: E731
+    dq = torch.zeros(HEADS, tokens, topk, DIM, device="cuda", dtype=q.dtype)
+    return backward.Call(q, dout, lse, backward.delta(out, dout), part, lists, rows, topk, DIM**-0.5, whole(), whole(),
+                         dq, False, n_pieces, piece_bin)  # fmt: skip
+
+
+def runner(call, kernel: str, change: dict[str, int]) -> Callable[[], None]:
+    from moba_cp.kernels import hopper_backward
+
+    if kernel == "dq":
+        return lambda: hopper_backward.launch_dq(call, hopper_backward.dq_constants(DIM) | change)
+    constants = hopper_backward.dkdv_constants(DIM, call.lists.block_size) | change
+    return lambda: hopper_backward.launch_dkdv(call, constants)
+
+
+def compile_some(jobs: list[tuple[str, str, dict[str, int]]], case: str) -> None:
+    """In a process of its own: run variants on few tokens, which leaves them in Triton's cache."""
+    block_size, topk = CASES[case]
+    call = make_call(block_size, topk, max(16384, 2 * topk * block_size))
+    for kernel, name, change in jobs:
+        try:
+            runner(call, kernel, change)()
+        except Exception as error:
+            print("compile", case, kernel, name, type(error).__name__, str(error)[:200], flush=True)
+
+
+def compile_all(cases: list[str], share: int) -> None:
+    context = multiprocessing.get_context("fork")  # before this process touches the GPU
+    workers = []
+    for case in cases:
+        jobs = list(variants(CASES[case][0]))
+        shares = (jobs[i : i + share] for i in range(0, len(jobs), share))
+        workers.extend(context.Process(target=compile_some, args=(some, case)) for some in shares)
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def timed(run: Callable[[], None], iterations: int) -> float:
+    """Median milliseconds, scaled from HEADS to ALL_HEADS."""
+    import torch
+
+    run()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
+    for start, end in events:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) * ALL_HEADS / HEADS
+
+
+def flops(kernel: str, block_size: int, topk: int) -> float:
+    at = range(0, TOKENS, block_size)
+    keys = sum(block_size * (min(i, topk - 1) * block_size + (block_size + 1) / 2) for i, _ in enumerate(at))
+    return {"dkdv": 8, "dq": 6, "dkdv_dq": 10}[kernel] * DIM * keys * ALL_HEADS
+
+
+def measure(case: str, options: argparse.Namespace) -> list[dict]:
+    import torch
+
+    from moba_cp.kernels import backward
+
+    block_size, topk = CASES[case]
+    call = make_call(block_size, topk, TOKENS)
+    found: list[dict] = []
+    outputs = {"dk": call.dk, "dv": call.dv, "dq": call.dq}
+    reference: dict = {}
+
+    def note(kernel: str, name: str, run: Callable[[], None]) -> None:
+        entry = {"case": f"({block_size}, {topk})", "kernel": kernel, "name": name}
+        try:
+            checked = {"dkdv": ("dk", "dv"), "dq": ("dq",), "dkdv_dq": ("dk", "dv", "dq")}[kernel]
+            for x in checked:
+                outputs[x].fill_(0)
+            run()
+            torch.cuda.synchronize()
+            for x in checked if reference else ():
+                a, b = outputs[x].float(), reference[x].float()
+                entry[f"error_{x}"] = float(f"{((a - b).norm() / b.norm()).item():.2e}")
+            entry["ms"] = round(timed(run, options.iterations), 3)
+            entry["tflops"] = round(flops(kernel, block_size, topk) / entry["ms"] / 1e9, 1)
+        except Exception as error:
+            entry |= {"error": f"{type(error).__name__}: {str(error)[:200]}", "trace": traceback.format_exc()}
+        found.append(entry)
+
+    tiles = backward.choose_tiles(DIM, DIM, block_size)
+    note("dkdv_dq" if tiles.fused else "dkdv", "portable", lambda: backward.launch_dkdv(call, tiles))
+    if not tiles.fused:
+        note("dq", "portable", lambda: backward.launch_dq(call, tiles))
+    reference = {name: x.clone() for name, x in outputs.items()}
+    for kernel, name, change in variants(block_size):
+        note(kernel, name, runner(call, kernel, change))
+    if options.prototype and block_size != 128:
+        try:
+            for kernel, name, run in prototypes(call, options.prototype):
+                note(kernel, name, run)
+        except Exception:
+            traceback.print_exc()
+    return found
+
+
+def prototypes(call, folder: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """Kernels of another tree on the same data: `g_bkv`, `g_bkv_d` (gbk.py) and `bq2` (kern2.py)."""
+    import torch
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    sys.path.insert(0, folder)
+    lists, q, k, v = call.lists, call.q, call.part.k, call.part.v
+    tokens, block_size = q.shape[0], lists.block_size
+    index = torch.arange(lists.entry.numel(), device="cuda")
+    head = (torch.searchsorted(lists.pointer.long(), index, right=True) - 1).clamp(max=lists.pointer.numel() - 2)
+    entry = (lists.entry + ((head // lists.n_blocks * tokens) << lists.slot_bits)).to(torch.int32)
+    held = lists.item_bin >= 0
+    item_bin, item_start = lists.item_bin[held], lists.item_start[held]
+    item_end = torch.minimum(item_start + lists.rows_per_item, lists.pointer[item_bin.long() + 1]).to(torch.int32)
+    scale = call.scale * 1.4426950408889634
+    sizes = {"S": tokens, "HQ": ALL_HEADS, "HKV": ALL_HEADS, "KW": call.topk, "LOGKP": lists.slot_bits, "B": block_size,
+             "D": DIM}  # fmt: skip
+    common = (call.lse, call.delta, entry)
+    n_bins = HEADS * lists.n_blocks
+
+    def keys(kernel):
+        kernel[(n_bins * block_size // 128,)](
+            q, k, v, call.dout, *common, lists.pointer, call.dk, call.dv, 0, 0, lists.n_blocks, scale, call.scale,
+            **sizes, BK=128, R=64, NST=3, NW=8, num_warps=8,
+        )  # fmt: skip
+
+    import gbk
+
+    yield "dkdv", "prototype g_bkv", lambda: keys(gbk.g_bkv)
+    yield "dkdv", "prototype g_bkv_d", lambda: keys(gbk.g_bkv_d)
+    import kern2
+
+    described = [
+        TensorDescriptor(x, [tokens, ALL_HEADS * DIM], [ALL_HEADS * DIM, 1], [64, DIM]) for x in (k, v)
+    ]  # the views begin where the whole tensors do
+    yield "dq", "prototype bq2", lambda: kern2.bq2[(item_bin.numel(),)](
+        q, *described, call.dout, *common, item_bin, item_start, item_end, call.dq, 0, 0, lists.n_blocks, scale,
+        call.scale, **sizes, BN=64, R=128, NS=2, num_warps=8,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, written after every case")
+    parser.add_argument("--cases", default="512,4096,128", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--iterations", type=int, default=7)
+    parser.add_argument("--share", type=int, default=2, help="variants that one compiling process takes")
+    parser.add_argument("--prototype", default="", help="folder of other kernels to time on the same data")
+    options = parser.parse_args()
+    cases = options.cases.split(",")
+    began = time.perf_counter()
+    compile_all(cases, options.share)
+    print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    results: list[dict] = []
+    for case in cases:
+        try:
+            results += measure(case, options)
+        except Exception:
+            traceback.print_exc()
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1))
+    for r in sorted(results, key=lambda r: (r["case"], r["kernel"], r.get("ms", float("inf")))):
+        errors = " ".join(f"{key[6:]} {value:.1e}" for key, value in r.items() if key.startswith("error_"))
+        shown = r.get("error") or f"{r['ms']:8.2f} ms {r['tflops']:6.0f} TFLOP/s  {errors}"
+        print(f"{r['case']:>10} {r['kernel']:>8}  {r['name']:<24} {shown}")
+    print(f"{time.perf_counter() - began:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
