@@ -17,6 +17,7 @@ from omegaconf import OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from moba_cp import SequenceLayout, diagnostics  # noqa: E402
+from moba_cp.megatron import MoBASchedule  # noqa: E402
 from moba_cp.megatron.training import checkpoint, distributed  # noqa: E402
 from moba_cp.megatron.training.config import TrainConfig, load_config  # noqa: E402
 from moba_cp.megatron.training.data import Corpus, PackedText, Sharding, micro_batches  # noqa: E402
@@ -64,12 +65,14 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
     progress = restored or checkpoint.Progress(corpus=train_corpus.fingerprint)
     batches = micro_batches(train_text, run.micro_batch_size, progress.consumed_samples, sharding)
 
+    schedule = MoBASchedule.by_fraction(config.moba.fraction, run.steps)
     tokens_per_step = run.global_batch_size * data.seq_length
     with Reporter(config.run_directory, ranks.is_reporter, run.steps, progress.step, tokens_per_step) as reporter:
         reporter.say(describe(config, ranks, train_corpus))
         if restored:
             reporter.say(f"resumed after step {progress.step}")
         for step in range(progress.step + 1, run.steps + 1):
+            schedule.apply(trainer.model, step)
             result = train_step(trainer, batches, config, ranks)
             progress = checkpoint.Progress(step, progress.consumed_samples + run.global_batch_size, progress.corpus)
             if step % run.log_interval == 0 or step == run.steps:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from .core_attention import MoBACoreAttention
 from .norm import TorchNorm
 from .reports import LayerReport, collect_reports
+from .schedule import MoBASchedule, use_full_attention
 from .settings import MoBASettings
 from .spec import moba_layer_spec, with_moba
 
 __all__ = [
     "LayerReport",
     "MoBACoreAttention",
+    "MoBASchedule",
     "MoBASettings",
     "TorchNorm",
     "collect_reports",
     "moba_layer_spec",
+    "use_full_attention",
     "with_moba",
 ]

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 
+from .dense import causal_attention
 from .layout import host_integers, packed_layout, sbhd_layout
 from .settings import MoBASettings
 from .unsupported import refuse_extra, refuse_unsupported
@@ -25,6 +26,8 @@ _COMM_PREFIX = "moba_"
 
 class MoBACoreAttention(MegatronModule):
     """Drop-in for ``DotProductAttention`` or ``TEDotProductAttention`` in a self-attention spec.
+
+    Layers that the settings choose compute full causal attention instead, over the same group and layout.
 
     It has no parameters and no buffers, so checkpoints do not know whether it is there, and it keeps nothing between
     calls that depends on a rank or a group size. Rotary embedding and any key normalisation happen before it.
@@ -71,6 +74,8 @@ class MoBACoreAttention(MegatronModule):
         self.moba = _with_scale(settings.moba, softmax_scale)
         self.comm = _resolve_comm(settings, cp_comm_type)
         self.cp_group: torch.distributed.ProcessGroup = pg_collection.cp
+        self._built_for_moba = settings.computes_moba(layer_number, config.num_layers)
+        self.full_attention = False  # see moba_cp.megatron.schedule
         self.report_to: Callable[..., None] | None = None  # see moba_cp.megatron.reports
 
     def forward(
@@ -116,6 +121,11 @@ class MoBACoreAttention(MegatronModule):
         out_thd = self._attend(q_thd, k_thd, v_thd, layout, group)
         return out_thd.flatten(1).unflatten(0, (batch, length)).transpose(0, 1)
 
+    @property
+    def computes_moba(self) -> bool:
+        """False for a layer that computes full causal attention, by the settings or because it was switched."""
+        return self._built_for_moba and not self.full_attention
+
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Nothing: there is no state, so checkpoints of dense and of MoBA models are the same."""
         return {}
@@ -128,6 +138,8 @@ class MoBACoreAttention(MegatronModule):
         layout: SequenceLayout,
         group: torch.distributed.ProcessGroup | None,
     ) -> torch.Tensor:
+        if not self.computes_moba:
+            return causal_attention(q_thd, k_thd, v_thd, self.moba.softmax_scale, layout=layout, group=group)
         if self.report_to is None:
             return moba_attention(q_thd, k_thd, v_thd, self.moba, layout=layout, group=group, comm=self.comm)
         out_thd, report = moba_attention(

@@ -22,15 +22,49 @@ class MoBASettings:
             chunks, rank ``r`` holds chunks ``r`` and ``2 * cp - 1 - r``, for every sequence of the micro-batch (or, if
             sequences are packed, for every padded sequence of the pack). ``"contiguous"`` is for callers who slice the
             batch and the rotary embedding that way themselves.
+        full_attention_last_n_layers: this many layers at the end compute full causal attention (the published
+            one-million-token setting: 3).
+        layer_pattern: instead, one entry a layer: 1 for MoBA, 0 for full causal attention. Layers are counted over all
+            pipeline stages.
 
     Raises:
-        ValueError: unknown ``partition``.
+        ValueError: unknown ``partition``, or a choice of layers that makes no sense.
     """
 
     moba: MoBAConfig
     comm: str = "auto"
     partition: str = "zigzag"
+    full_attention_last_n_layers: int = 0
+    layer_pattern: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.full_attention_last_n_layers < 0:
+            raise ValueError(f"full_attention_last_n_layers must not be negative: {self.full_attention_last_n_layers}")
+        if self.layer_pattern is not None:
+            object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
+            if self.full_attention_last_n_layers:
+                raise ValueError("give full_attention_last_n_layers or layer_pattern, not both")
+            if set(self.layer_pattern) - {0, 1}:
+                raise ValueError(f"layer_pattern must hold 1 (MoBA) and 0 (full), got {list(self.layer_pattern)}")
         if self.partition not in PARTITIONS:
             raise ValueError(f"partition must be one of {PARTITIONS}, got {self.partition!r}")
+
+    def computes_moba(self, layer_number: int, num_layers: int) -> bool:
+        """Whether a layer computes MoBA.
+
+        Args:
+            layer_number: from 1, over all pipeline stages.
+            num_layers: layers of the whole model.
+
+        Raises:
+            ValueError: the settings name another number of layers than there are.
+        """
+        if self.layer_pattern is not None:
+            if len(self.layer_pattern) != num_layers:
+                raise ValueError(f"layer_pattern has {len(self.layer_pattern)} entries, the model {num_layers} layers")
+            return self.layer_pattern[layer_number - 1] == 1
+        if self.full_attention_last_n_layers > num_layers:
+            raise ValueError(
+                f"full_attention_last_n_layers={self.full_attention_last_n_layers}, the model has {num_layers} layers"
+            )
+        return layer_number <= num_layers - self.full_attention_last_n_layers

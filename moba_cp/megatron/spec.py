@@ -24,7 +24,8 @@ def with_moba(spec: Spec, moba_config: MoBAConfig, **settings: Any) -> Spec:
         spec: a layer spec, a ``TransformerBlockSubmodules`` or any other spec that contains layers, built for the local
             implementation or for Transformer Engine.
         moba_config: block size, top-k and softmax scale.
-        **settings: the other fields of :class:`moba_cp.megatron.MoBASettings` (``comm``, ``partition``).
+        **settings: the other fields of :class:`moba_cp.megatron.MoBASettings` (``comm``,
+            ``partition``, ``full_attention_last_n_layers``, ``layer_pattern``).
 
     Returns:
         A spec of the same kind. Parameter names and checkpoints do not change.

@@ -27,11 +27,14 @@ class ModelConfig:
 
 @dataclass
 class MoBASection:
-    """Every attention layer computes MoBA with these settings."""
+    """Attention of the layers, and which of them compute full causal attention instead."""
 
     block_size: int = 48
     topk: int = 3  # the query's own block counts
     comm: str = "auto"  # auto, all_gather, ring, fetch, ...
+    full_last_layers: int = 0  # this many layers at the end: full causal attention
+    layer_pattern: list[int] = field(default_factory=list)  # or one entry a layer: 1 MoBA, 0 full
+    fraction: float = 1.0  # of the steps with MoBA; the rest of the run computes full attention in every layer
 
 
 @dataclass
@@ -134,8 +137,10 @@ def _check(config: TrainConfig) -> None:
     _choose("run.device", run.device, ("auto", "cpu", "cuda"))
     for section in (model, config.moba, parallel):
         for name, value in vars(section).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            if name != "full_last_layers" and isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= config.moba.fraction <= 1:
+        raise ValueError(f"moba.fraction must be between 0 and 1, got {config.moba.fraction}")
     for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval"):
         if getattr(run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(run, name)}")

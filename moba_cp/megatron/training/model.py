@@ -113,7 +113,13 @@ def block_spec(config: TrainConfig, transformer_config: TransformerConfig) -> Tr
     """Layers of this pipeline stage: Megatron's local layer with torch norms and MoBA attention."""
     layer = get_gpt_layer_local_spec(normalization=config.model.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
-    layer = with_moba(layer, MoBAConfig(config.moba.block_size, config.moba.topk), comm=config.moba.comm)
+    layer = with_moba(
+        layer,
+        MoBAConfig(config.moba.block_size, config.moba.topk),
+        comm=config.moba.comm,
+        full_attention_last_n_layers=config.moba.full_last_layers,
+        layer_pattern=config.moba.layer_pattern or None,
+    )
     layers_here = config.model.num_layers // config.parallel.pipeline
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=TorchNorm)
 

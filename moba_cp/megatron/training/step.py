@@ -52,12 +52,13 @@ def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfi
 def last_layer_report(
     trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks
 ) -> LayerReport | None:
-    """Routing and traffic of the last attention layer on one global batch's first micro-batch; None on ranks of earlier
-    pipeline stages. All ranks of a context-parallel group get the same figures, each with its own tokens' selection."""
+    """Routing and traffic of this rank's last MoBA layer on the first micro-batch of a global batch; None on ranks of
+    earlier pipeline stages, or if no layer there computes MoBA. All ranks of a context-parallel group get the same
+    figures, each with its own tokens' selection."""
     trainer.model.eval()
     with collect_reports(trainer.model) as reports:
         _run_batch(trainer, batches, config, ranks, forward_only=True)
-    if not ranks.is_last_stage:
+    if not ranks.is_last_stage or not reports:
         return None
     last = max(r.layer_number for r in reports)
     return next(r for r in reports if r.layer_number == last)

@@ -1,0 +1,67 @@
+"""Switching all attention layers between MoBA and full attention while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from .core_attention import MoBACoreAttention
+
+
+def use_full_attention(model: torch.nn.Module | Iterable[torch.nn.Module], full: bool) -> int:
+    """Make every MoBA layer compute full causal attention (``full=True``), or what it was built for (False).
+
+    Parameters, their names, optimizer state and checkpoints stay as they are. All ranks must switch at the same step.
+
+    Args:
+        model: a model, or the list of model chunks that Megatron's virtual pipeline makes.
+        full: which of the two.
+
+    Returns:
+        Number of layers on this rank that compute full attention from now on.
+    """
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, MoBACoreAttention)]
+    for layer in layers:
+        layer.full_attention = full
+    return sum(not layer.computes_moba for layer in layers)
+
+
+@dataclass(frozen=True)
+class MoBASchedule:
+    """MoBA for the first part of a training run, full attention for the rest.
+
+    Args:
+        full_from: first step (counted from 1) with full attention; None: never.
+
+    Raises:
+        ValueError: ``full_from`` below 1.
+    """
+
+    full_from: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.full_from is not None and self.full_from < 1:
+            raise ValueError(f"full_from must be at least 1, got {self.full_from}")
+
+    @classmethod
+    def by_fraction(cls, moba_fraction: float, total_steps: int) -> MoBASchedule:
+        """MoBA for this fraction of ``total_steps``: 0 is never MoBA, 1 is always.
+
+        Raises:
+            ValueError: a fraction outside 0 to 1.
+        """
+        if not 0 <= moba_fraction <= 1:
+            raise ValueError(f"moba_fraction must be between 0 and 1, got {moba_fraction}")
+        first = round(moba_fraction * total_steps) + 1
+        return cls(first if first <= total_steps else None)
+
+    def is_full(self, step: int) -> bool:
+        """Whether step number ``step`` (from 1) computes full attention."""
+        return self.full_from is not None and step >= self.full_from
+
+    def apply(self, model: torch.nn.Module | Iterable[torch.nn.Module], step: int) -> None:
+        """Put the model into the state of step number ``step``; cheap enough to call before every step."""
+        use_full_attention(model, self.is_full(step))
