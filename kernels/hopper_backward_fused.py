@@ -48,7 +48,9 @@ def dkdv_dq_kernel(
     R: gl.constexpr, NT: gl.constexpr, AHEAD: gl.constexpr, NW: gl.constexpr, T: gl.constexpr, PIECE: gl.constexpr,
     ACCUMULATE: gl.constexpr, SKIP: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
-    """As `dkdv_kernel` for blocks of BK keys (SKIP and LATE mean nothing here), and the rows' partial dq: dS goes through shared memory for dS^T K.
+    """As `dkdv_kernel` for blocks of BK keys, and the rows' partial dq: dS goes through shared memory for dS^T K.
+
+    SKIP and LATE mean nothing here.
 
     Reads 2 BK D elements once and 2 D elements + 16 bytes a row; writes 2 BK D sums and D elements a row. A tile's dq
     is stored beside the next tile's S^T.

@@ -29,7 +29,6 @@ def variants(block_size: int) -> Iterator[tuple[str, str, dict[str, int]]]:
     if block_size == 128:
         for ahead in (1, 2):
             yield "dkdv_dq", f"AHEAD={ahead}", {"AHEAD": ahead}
-        yield "dkdv_dq", "AHEAD=2 R=32", {"AHEAD": 2, "R": 32}
         return
     yield "dkdv", "LATE=0 AHEAD=2", {"LATE": False, "AHEAD": 2}
     yield "dkdv", "LATE=1 AHEAD=2", {"LATE": True, "AHEAD": 2}
