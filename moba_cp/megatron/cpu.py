@@ -9,6 +9,7 @@ where a GPU is visible. This is the only file of the project that patches anythi
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,13 @@ _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
 
 
-def use_cpu_as_cuda() -> None:
+def use_cpu_as_cuda(training_scripts: bool = False) -> None:
     """Make every request for a CUDA device in this process mean the CPU. Calling it again does nothing.
+
+    Args:
+        training_scripts: also do what Megatron-LM's own scripts (``megatron.training``) need and Megatron-Core does not:
+            claim that CUDA is available, and leave out the warm-up of compiled functions, which draws random numbers
+            by an amount that depends on the parallel sizes (from what is one CPU generator here).
 
     Raises:
         RuntimeError: a GPU is visible. Hide it with ``CUDA_VISIBLE_DEVICES=""`` to run on CPU on purpose.
@@ -30,6 +36,12 @@ def use_cpu_as_cuda() -> None:
     if torch.cuda.is_available():
         raise RuntimeError('a GPU is visible: Megatron runs there unpatched (or hide it with CUDA_VISIBLE_DEVICES="")')
     _patch_device_queries()
+    if training_scripts:
+        torch.cuda.is_available = _returning(True)
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # demanded where tensors or sequences are sharded
+        from megatron.training import initialize
+
+        initialize._warmup_jit_function = _returning(None)
     _patch_streams()
     _patch_random_state()
     # Compiled helpers of Megatron would trace through all of this and gain nothing here.

@@ -1,0 +1,114 @@
+"""MoBA's command-line flags for Megatron scripts, and the layer spec that they describe."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from moba_cp import MoBAConfig
+
+from .norm import TorchNorm
+from .settings import PARTITIONS
+from .spec import with_moba
+
+
+def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group ``moba`` to a parser; fits Megatron's ``pretrain(..., extra_args_provider=add_moba_arguments)``."""
+    group = parser.add_argument_group("moba", "mixture of block attention")
+    group.add_argument("--moba-block-size", type=int, default=512, help="tokens a block")
+    group.add_argument("--moba-topk", type=int, default=8, help="blocks that a query attends to, its own included")
+    group.add_argument(
+        "--moba-comm",
+        default="auto",
+        help="how keys and values travel between context-parallel ranks: auto, fetch, ...",
+    )
+    group.add_argument(
+        "--moba-partition", default="zigzag", choices=PARTITIONS, help="which tokens of a sequence a rank holds"
+    )
+    group.add_argument(
+        "--moba-full-attention-last-n-layers", type=int, default=0, help="layers at the end with full causal attention"
+    )
+    group.add_argument(
+        "--moba-layer-freq",
+        type=layer_pattern,
+        default=None,
+        help="N: every Nth layer computes MoBA, the others full attention; or a list with one entry a layer, "
+        "1 for MoBA and 0 for full attention, as a Python expression: '([1]*3+[0])*4'",
+    )
+    return parser
+
+
+def layer_pattern(text: str) -> int | tuple[int, ...]:
+    """Value of ``--moba-layer-freq``: an integer, or a list of 0 and 1 written with ``[...]``, ``*``, ``+`` and brackets.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    if not text or set(text) - set("0123456789[]()+*, "):
+        raise argparse.ArgumentTypeError(f"expected N or a list like ([1]*3+[0])*4, got {text!r}")
+    try:
+        pattern = eval(text, {"__builtins__": {}})  # digits, brackets, + and * only
+    except (SyntaxError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"expected N or a list like ([1]*3+[0])*4, got {text!r}") from error
+    if not isinstance(pattern, list) or set(pattern) - {0, 1}:
+        raise argparse.ArgumentTypeError(f"expected a list of 0 and 1, got {text!r}")
+    return tuple(pattern)
+
+
+def settings_from_arguments(arguments: argparse.Namespace, num_layers: int | None = None) -> dict[str, Any]:
+    """Keyword arguments of :func:`moba_cp.megatron.with_moba`, ``moba_config`` among them.
+
+    Args:
+        arguments: parsed flags of :func:`add_moba_arguments`.
+        num_layers: layers of the model; by default ``arguments.num_layers``. Needed if the frequency is a number.
+
+    Raises:
+        ValueError: values that do not go together.
+    """
+    pattern = arguments.moba_layer_freq
+    if isinstance(pattern, int):
+        layers = num_layers if num_layers is not None else getattr(arguments, "num_layers", None)
+        if layers is None:
+            raise ValueError(f"--moba-layer-freq {pattern} needs the number of layers")
+        pattern = tuple(int((number + 1) % pattern == 0) for number in range(layers))
+    return {
+        "moba_config": MoBAConfig(arguments.moba_block_size, arguments.moba_topk),
+        "comm": arguments.moba_comm,
+        "partition": arguments.moba_partition,
+        "full_attention_last_n_layers": arguments.moba_full_attention_last_n_layers,
+        "layer_pattern": pattern,
+    }
+
+
+def layer_spec_from_arguments(arguments: argparse.Namespace) -> ModuleSpec:
+    """Layer spec with MoBA for the flags of MoBA and those of Megatron's that decide a layer's parts.
+
+    Reads ``transformer_impl``, ``normalization``, ``qk_layernorm``, ``num_experts`` and ``num_layers``.
+
+    Raises:
+        ValueError: mixture of experts, or an implementation other than ``local`` and ``transformer_engine``.
+    """
+    if getattr(arguments, "num_experts", None):
+        raise ValueError(
+            f"--num-experts {arguments.num_experts}: build the spec of the experts' layers yourself and pass it to "
+            "moba_cp.megatron.with_moba"
+        )
+    settings = settings_from_arguments(arguments)
+    qk_layernorm = bool(getattr(arguments, "qk_layernorm", False))
+    implementation = getattr(arguments, "transformer_impl", "local")
+    if implementation == "transformer_engine":
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return with_moba(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm), **settings)
+    if implementation != "local":
+        raise ValueError(f"--transformer-impl {implementation} is not supported, local and transformer_engine are")
+    layer = get_gpt_layer_local_spec(
+        qk_layernorm=qk_layernorm, normalization=getattr(arguments, "normalization", None) or "LayerNorm"
+    )
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
+    return with_moba(layer, **settings)

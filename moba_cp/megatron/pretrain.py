@@ -1,0 +1,73 @@
+"""Run an unmodified Megatron-LM training script with MoBA's own flags, which the script cannot take::
+
+    torchrun --nproc-per-node 2 -m moba_cp.megatron.pretrain /path/to/Megatron-LM/pretrain_gpt.py \\
+        --moba-block-size 512 --moba-topk 8 --moba-full-attention-last-n-layers 3 \\
+        --transformer-impl local --no-create-attention-mask-in-dataloader --attention-dropout 0 ...
+
+The flags of MoBA are taken out of the command line, the layer spec they describe is put where ``--spec`` finds it
+(``moba_cp.megatron.pretrain layer_spec``), and the script runs as if it had been started itself. With ``--moba-cpu`` it runs
+on CPU, over gloo, through :mod:`moba_cp.megatron.cpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import runpy
+import sys
+from typing import Any
+
+from .arguments import add_moba_arguments, layer_spec_from_arguments
+
+_MODULE = "moba_cp.megatron.pretrain"
+
+layer_spec: Any = None
+"""The spec for ``--spec``; set by :func:`main`."""
+
+
+def main(arguments: list[str]) -> None:
+    """Run ``arguments[0]`` with the other arguments, minus MoBA's, plus ``--spec``.
+
+    Raises:
+        SystemExit: no script, or wrong flags.
+        ValueError: a combination that is not supported, ``--spec`` among them.
+    """
+    flags, script, rest = split(arguments)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as Python does for a script
+    if flags.moba_cpu:
+        from .cpu import use_cpu_as_cuda
+
+        use_cpu_as_cuda(training_scripts=True)
+    # The module that ``--spec`` imports is not this one if this one runs as __main__.
+    vars(importlib.import_module(_MODULE))["layer_spec"] = layer_spec_from_arguments(flags)
+    sys.argv = [script, *rest, "--spec", _MODULE, "layer_spec"]
+    runpy.run_path(script, run_name="__main__")
+
+
+def split(arguments: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
+    """MoBA's flags (with the few of Megatron's that decide a layer's parts), the script, and the script's arguments.
+
+    Raises:
+        SystemExit: no script, or wrong flags.
+        ValueError: ``--spec`` is given.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", allow_abbrev=False)
+    parser.add_argument("script", help="Megatron-LM's pretrain_gpt.py, or a script like it")
+    add_moba_arguments(parser)
+    parser.add_argument("--moba-cpu", action="store_true", help="run on CPU over gloo")
+    flags, rest = parser.parse_known_args(arguments)
+    if "--spec" in rest:
+        raise ValueError("--spec is what this script sets: start the training script itself, or leave --spec out")
+    megatron = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    megatron.add_argument("--transformer-impl", default="transformer_engine")
+    megatron.add_argument("--normalization", default="LayerNorm")
+    megatron.add_argument("--qk-layernorm", action="store_true")
+    megatron.add_argument("--num-experts", type=int)
+    megatron.add_argument("--num-layers", type=int)
+    megatron.parse_known_args(rest, namespace=flags)
+    return flags, flags.script, rest
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

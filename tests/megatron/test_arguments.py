@@ -1,0 +1,89 @@
+"""MoBA's flags, and starting a Megatron script with them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+import moba_cp.megatron.pretrain as pretrain
+from moba_cp import MoBAConfig
+from moba_cp.megatron import MoBACoreAttention, MoBASettings, TorchNorm
+from moba_cp.megatron.arguments import add_moba_arguments, layer_spec_from_arguments, settings_from_arguments
+
+
+def parse(*flags: str, **megatron: Any) -> argparse.Namespace:
+    arguments = add_moba_arguments(argparse.ArgumentParser()).parse_args(flags)
+    vars(arguments).update(megatron)
+    return arguments
+
+
+def test_flags_become_settings() -> None:
+    flags = "--moba-block-size 64 --moba-topk 3 --moba-comm ring --moba-full-attention-last-n-layers 2"
+    assert settings_from_arguments(parse(*flags.split())) == {
+        "moba_config": MoBAConfig(64, 3),
+        "comm": "ring",
+        "partition": "zigzag",
+        "full_attention_last_n_layers": 2,
+        "layer_pattern": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("frequency", "pattern"), [("1", (1, 1, 1, 1)), ("2", (0, 1, 0, 1)), ("([1]*1+[0])*2", (1, 0, 1, 0))]
+)
+def test_layers_by_number_or_list(frequency: str, pattern: tuple[int, ...]) -> None:
+    arguments = parse("--moba-layer-freq", frequency, num_layers=4)
+    assert settings_from_arguments(arguments)["layer_pattern"] == pattern
+
+
+@pytest.mark.parametrize("frequency", ["0", "[2]", "[1]*", "exit()", "(1)", ""])
+def test_other_layer_frequencies_are_refused(frequency: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--moba-layer-freq", frequency)
+    assert f"got {frequency!r}" in capsys.readouterr().err
+
+
+def test_the_spec_follows_megatrons_flags() -> None:
+    layer = layer_spec_from_arguments(parse("--moba-block-size", "64", normalization="RMSNorm", qk_layernorm=True))
+    attention = layer.submodules.self_attention.submodules
+    assert attention.core_attention.module is MoBACoreAttention
+    assert attention.core_attention.params["settings"] == MoBASettings(MoBAConfig(64, 8))
+    assert layer.submodules.input_layernorm is TorchNorm
+    assert "Norm" in attention.q_layernorm.__name__
+
+
+def test_parts_it_cannot_build_are_refused() -> None:
+    with pytest.raises(ValueError, match="--num-experts 8.*with_moba"):
+        layer_spec_from_arguments(parse(num_experts=8))
+    with pytest.raises(ValueError, match="--transformer-impl inference_optimized"):
+        layer_spec_from_arguments(parse(transformer_impl="inference_optimized"))
+
+
+def test_a_script_runs_as_if_started_itself_and_finds_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "neighbour.py").write_text("FOUND = True\n")
+    script = tmp_path / "pretrain_any.py"
+    script.write_text(
+        "import sys, neighbour\n"
+        "assert __name__ == '__main__'\n"
+        "place = sys.argv.index('--spec')\n"
+        "module, name = sys.argv[place + 1 : place + 3]\n"
+        "sys.seen = sys.argv, vars(sys.modules[module])[name]\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["unused"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    pretrain.main([str(script), "--transformer-impl", "local", "--moba-topk", "5", "--num-layers", "2", "--bf16"])
+    argv, spec = sys.seen  # type: ignore[attr-defined]
+    expected = [str(script), "--transformer-impl", "local", "--num-layers", "2", "--bf16"]
+    assert argv == [*expected, "--spec", "moba_cp.megatron.pretrain", "layer_spec"]
+    assert spec.submodules.self_attention.submodules.core_attention.params["settings"].moba.topk == 5
+
+
+def test_a_second_spec_is_refused() -> None:
+    with pytest.raises(ValueError, match="--spec is what this script sets"):
+        pretrain.split(["x.py", "--spec", "a", "b"])
