@@ -65,7 +65,7 @@ def dkdv_constants(dim: int, block_size: int) -> dict[str, int]:
 
 def dq_constants(dim: int) -> dict[str, int]:
     """Tile sizes for dq: R rows stay, BN keys at a time stream by."""
-    return {"D": dim, "R": 128, "BN": 64, "AHEAD": 2, "NW": 8, "LATE": False}
+    return {"D": dim, "R": 128, "BN": 64, "AHEAD": 1, "NW": 8, "LATE": False}
 
 
 def launch(call: backward.Call) -> None:
