@@ -21,8 +21,8 @@ from .report import MoBAReport, make_report
 from .stages import Stages
 from .validation import check_call, check_tensors, group_size
 
-DEFAULT_WORKSPACE_BYTES = 1 << 30
-"""Default of `workspace_bytes`: 1 GiB."""
+DEFAULT_WORKSPACE_BYTES = 1280 << 20
+"""Default of `workspace_bytes`: 1.25 GiB, which holds 128K tokens of a group of four q heads at topk 8 and D 128."""
 
 
 @overload

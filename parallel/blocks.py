@@ -70,7 +70,7 @@ class HomePlan:
     piece_position: np.ndarray
     piece_length: np.ndarray
 
-    @property
+    @cached_property
     def has_fragments(self) -> bool:
         """Whether any token lives on another rank than its block's home; every rank knows alike."""
         return bool((self.home[self.piece_block] != self.piece_rank).any())

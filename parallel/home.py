@@ -96,6 +96,7 @@ def order_centroids(plan: RankPlan, gathered: Tensor) -> Tensor:
     return gathered.flatten(0, 1)[rows]
 
 
+@lru_cache(maxsize=64)
 def _most_centroids(plan: HomePlan) -> int:
     counts = np.bincount(plan.home[~plan.blocks.is_last], minlength=plan.layout.cp_size)
     return int(counts.max(initial=0))
