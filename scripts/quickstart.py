@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import launch
 import matplotlib
 import torch
 import typer
@@ -20,7 +18,6 @@ from rich.table import Table
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-5
 console = Console()
 
@@ -78,19 +75,9 @@ def plan_runs(gpus: int) -> list[Run]:
 def train(run: Run, output: Path, overrides: list[str]) -> list[float]:
     """Train through torchrun and return the loss of every step."""
     console.rule(f"{run.label}: {run.context} process(es), {run.device}")
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // run.context))
-    if run.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.context)]
-    script = [str(REPOSITORY / "scripts" / "train.py"), str(REPOSITORY / "configs" / "quickstart.yaml")]
-    ours = [f"run.name={run.name}", f"run.directory={output}", f"run.device={run.device}"]
-    command = [*launch, *script, *overrides, *ours, f"parallel.context={run.context}"]
-    if subprocess.run(command, env=environment).returncode:
-        sys.exit(f"training with {run.label} failed; the command was\n{' '.join(command)}")
-    lines = (output / run.name / "metrics.jsonl").read_text().splitlines()
-    return [entry["loss"] for entry in map(json.loads, lines) if entry["kind"] == "train"]
+    ours = [f"run.name={run.name}", f"run.directory={output}", f"parallel.context={run.context}"]
+    launch.train("quickstart", [*overrides, *ours], run.context, run.device)
+    return [entry["loss"] for entry in launch.metrics(output / run.name)]
 
 
 def compare(losses: dict[str, list[float]], pair: list[Run]) -> float:
