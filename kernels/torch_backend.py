@@ -23,6 +23,10 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_sizes(dim: int, value_dim: int, block_size: int) -> None:
+    """Raise ValueError for sizes that this backend does not serve: there are none."""
+
+
 @dataclass(frozen=True)
 class RoutingLists:
     """CSR by (kv head, block): which query rows visit which block.

@@ -26,6 +26,7 @@ __all__ = [
     "attend_backward",
     "bytes_per_slot",
     "centroids",
+    "check_sizes",
     "delta",
     "merge",
     "merge_dq",
@@ -37,6 +38,19 @@ __all__ = [
 ]
 
 NAME = "triton"
+
+
+MOST_DIM = 256
+LEAST_BLOCK = 16
+
+
+def check_sizes(dim: int, value_dim: int, block_size: int) -> None:
+    """Raise ValueError for sizes that this backend does not serve."""
+    if max(dim, value_dim) > MOST_DIM or block_size < LEAST_BLOCK:
+        raise ValueError(
+            f"bf16 and fp16 on CUDA need head sizes of at most {MOST_DIM} and blocks of at least {LEAST_BLOCK} tokens; got "
+            f"D {dim}, Dv {value_dim}, block_size {block_size}. fp32 and fp64 take any"
+        )
 
 
 def bytes_per_slot(dim: int, dtype: torch.dtype) -> int:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import MoBAConfig
+from .kernels import backend_for
 from .parallel.layout import SequenceLayout
 
 COMMS = ("auto", "all_gather", "ring", "fetch")
@@ -33,6 +34,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"q, k and v must have one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got q {q.device}, k {k.device}, v {v.device}")
+    if q.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"q, k and v must be on the CPU or a CUDA device, got {q.device}")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ValueError(f"q, k and v must have the same number of tokens, got {shapes}")
     if k.shape[1] != v.shape[1]:
@@ -67,7 +70,10 @@ def check_call(
     if workspace_bytes < 1:
         raise ValueError(f"workspace_bytes must be at least 1, got {workspace_bytes}")
     check_tensors(q, k, v)
+    backend_for(q.device, q.dtype).check_sizes(q.shape[2], v.shape[2], config.block_size)
     rank = _check_group(layout, group)
+    if layout.cp_size > 1:
+        _check_backend(group, q.device)
     if q.shape[0] != layout.local_tokens(rank):
         raise ValueError(
             f"the layout gives rank {rank} {layout.local_tokens(rank)} tokens, but q has {q.shape[0]} ({layout})"
@@ -89,6 +95,13 @@ def _check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> int
     if rank < 0:
         raise ValueError("this rank does not belong to the group")
     return rank
+
+
+def _check_backend(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """The group can move tensors on `device`."""
+    served = dist.get_backend_config(group)
+    if device.type not in served:
+        raise ValueError(f"q, k and v are on {device}, but the group's backend serves {served}")
 
 
 def group_size(layout: object, group: object) -> int:

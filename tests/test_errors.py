@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
+from moba_cp.kernels import triton_backend
 from tests.cases import Case, assert_close, reference, sub_groups
 from tests.ranks import run_fresh_ranks, run_ranks
 from tests.recorder import recorded
@@ -314,3 +315,18 @@ def all_reduce_after_a_refusal(rank: int, size: int) -> float:
 def test_other_collectives_of_the_group_work_after_a_refusal() -> None:
     outcomes = run_fresh_ranks(2, all_reduce_after_a_refusal, group_timeout=3.0, timeout=10.0)
     assert [o.result for o in outcomes] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("sizes", [(512, 64, 64), (64, 257, 64), (64, 64, 15)], ids=str)
+def test_sizes_that_the_triton_kernels_do_not_serve_are_named(sizes: tuple[int, int, int]) -> None:
+    dim, value_dim, block_size = sizes
+    with pytest.raises(ValueError, match=f"D {dim}, Dv {value_dim}, block_size {block_size}"):
+        triton_backend.check_sizes(dim, value_dim, block_size)
+    triton_backend.check_sizes(256, 256, 16)
+
+
+def test_devices_other_than_cpu_and_cuda_are_refused() -> None:
+    x = torch.zeros(4, 1, 8, device="meta")
+    layout = SequenceLayout.contiguous([0, 4], 1)
+    with pytest.raises(ValueError, match="meta"):
+        moba_cp.moba_attention(x, x, x, MoBAConfig(2, 2), layout=layout)
