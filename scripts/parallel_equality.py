@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -83,6 +84,11 @@ FAMILIES = (
         ),
     ),
     Family("MQA", ["model.num_query_groups=1"], (Variant(context=2), Variant(context=2, tensor=2))),
+    Family(
+        "documents apart",
+        ["data.separate_documents=true", "data.paths=[{documents}]"],
+        (Variant(context=2), Variant(context=2, tensor=2)),
+    ),
     Family("full last layer", ["moba.full_last_layers=1"], (Variant(context=2), Variant(context=2, pipeline=2))),
 )
 
@@ -99,6 +105,7 @@ def main(
     differs by more than 1e-5.
     """
     shutil.rmtree(output, ignore_errors=True)
+    write_documents(output / "documents")
     table = Table("model", "split", "loss", "gradient norm", title="Largest difference from one process")
     markdown = ["| model | split | loss | gradient norm, relative |", "|---|---|---|---|"]
     worst = 0.0
@@ -123,6 +130,7 @@ def run(
     """Train; loss and gradient norm by step. With ``source``, start from that run's checkpoint of step 1."""
     target = output / name(family, variant)
     overrides = [*SMALL, *family.overrides, *variant.overrides, f"run.directory={output}", f"run.name={target.name}"]
+    overrides = [text.replace("{documents}", str(output / "documents")) for text in overrides]
     overrides += [f"run.steps={steps + 1}", "run.routing_picture=false", "run.save_last=false"]
     if source is None:
         overrides.append("run.save_interval=1")
@@ -132,6 +140,13 @@ def run(
         (target / "checkpoints" / "latest").write_text(checkpoint + "\n")
     launch.train("quickstart", overrides, variant.processes, "cpu", quiet=True)
     return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in launch.metrics(target)}
+
+
+def write_documents(folder: Path) -> None:
+    """Short documents, several to a sequence: the paragraphs of a module of the standard library."""
+    folder.mkdir(parents=True)
+    for number, paragraph in enumerate(Path(argparse.__file__).read_text().split("\n\n")):
+        (folder / f"{number:04}.txt").write_text(paragraph or "\n")
 
 
 def name(family: Family, variant: Variant) -> str:

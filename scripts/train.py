@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,12 @@ import typer  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from moba_cp import SequenceLayout, diagnostics  # noqa: E402
+from moba_cp import diagnostics  # noqa: E402
 from moba_cp.megatron import MoBASchedule  # noqa: E402
 from moba_cp.megatron.training import checkpoint, distributed  # noqa: E402
+from moba_cp.megatron.training.batches import MicroBatch, Sharding, micro_batches  # noqa: E402
 from moba_cp.megatron.training.config import TrainConfig, load_config  # noqa: E402
-from moba_cp.megatron.training.data import Corpus, PackedText, Sharding, micro_batches  # noqa: E402
+from moba_cp.megatron.training.data import Corpus, PackedText  # noqa: E402
 from moba_cp.megatron.training.model import build  # noqa: E402
 from moba_cp.megatron.training.progress import Reporter  # noqa: E402
 from moba_cp.megatron.training.step import evaluate, last_layer_report, train_step  # noqa: E402
@@ -51,19 +53,21 @@ def main(
 def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
     run, data = config.run, config.data
 
-    # Text. Every rank reads the same samples and keeps the tokens that the layout gives it.
+    # Text. Every rank reads the same samples and keeps the tokens that are its own.
     train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
     train_text = PackedText(train_corpus, data.seq_length, run.seed)
     eval_text = PackedText(eval_corpus, data.seq_length, run.seed)
-    layout = SequenceLayout.zigzag([0, data.seq_length], config.parallel.context)
-    sharding = Sharding(ranks.dp_rank, ranks.dp_size, ranks.cp_rank, layout, ranks.device)
+    sharding = Sharding(ranks.dp_rank, ranks.dp_size, ranks.cp_rank, config.parallel.context, ranks.device)
+
+    def read(text: PackedText, consumed: int) -> Iterator[MicroBatch]:
+        return micro_batches(text, run.micro_batch_size, consumed, sharding, data.separate_documents)
 
     # Model, optimizer, and where the last attempt got to.
     trainer = build(config, ranks)
     checkpoints = config.run_directory / "checkpoints"
     restored = checkpoint.load_latest(checkpoints, trainer, train_corpus.fingerprint) if run.resume else None
     progress = restored or checkpoint.Progress(corpus=train_corpus.fingerprint)
-    batches = micro_batches(train_text, run.micro_batch_size, progress.consumed_samples, sharding)
+    batches = read(train_text, progress.consumed_samples)
 
     schedule = MoBASchedule.by_fraction(config.moba.fraction, run.steps)
     tokens_per_step = run.global_batch_size * data.seq_length
@@ -80,8 +84,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
             if result.skipped:
                 reporter.say(f"step {step}: a gradient was not finite, parameters unchanged")
             if run.eval_interval and (step % run.eval_interval == 0 or step == run.steps):
-                held_out = micro_batches(eval_text, run.micro_batch_size, 0, sharding)
-                reporter.evaluation(step, evaluate(trainer, held_out, config, ranks))
+                reporter.evaluation(step, evaluate(trainer, read(eval_text, 0), config, ranks))
             if (run.save_interval and step % run.save_interval == 0) or (run.save_last and step == run.steps):
                 reporter.say(f"saved {checkpoint.save(checkpoints, trainer, progress)}")
 

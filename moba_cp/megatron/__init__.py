@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .core_attention import MoBACoreAttention
 from .norm import TorchNorm
+from .packing import Packing, slice_packed
 from .reports import LayerReport, collect_reports
 from .schedule import MoBASchedule, use_full_attention
 from .settings import MoBASettings
@@ -14,9 +15,11 @@ __all__ = [
     "MoBACoreAttention",
     "MoBASchedule",
     "MoBASettings",
+    "Packing",
     "TorchNorm",
     "collect_reports",
     "moba_layer_spec",
+    "slice_packed",
     "use_full_attention",
     "with_moba",
 ]

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from moba_cp import SequenceLayout
-from moba_cp.megatron.training.data import SEPARATOR, Corpus, PackedText, Sharding, micro_batches
+from moba_cp.megatron.layout import packed_layout
+from moba_cp.megatron.training.batches import Sharding, micro_batches
+from moba_cp.megatron.training.data import SEPARATOR, Corpus, PackedText
 
 
 @pytest.fixture
@@ -90,15 +91,18 @@ def test_a_document_that_shrinks_while_training_is_an_error(corpus: Corpus) -> N
         [text.sample(n) for n in range(text.sequences_per_epoch)]
 
 
-@pytest.mark.parametrize("layout", [SequenceLayout.zigzag([0, 16], 2), SequenceLayout.contiguous([0, 16], 2)])
-def test_ranks_read_each_token_of_the_global_batch_exactly_once(corpus: Corpus, layout: SequenceLayout) -> None:
-    text, device = PackedText(corpus, 16, 0), torch.device("cpu")
+CPU = torch.device("cpu")
+
+
+def test_ranks_read_each_token_of_the_global_batch_exactly_once(corpus: Corpus) -> None:
+    text = PackedText(corpus, 16, 0)
     tokens, labels = torch.full((8, 16), -1), torch.full((8, 16), -1)
     for dp_rank in range(2):
         for cp_rank in range(2):
-            batches = islice(micro_batches(text, 2, 0, Sharding(dp_rank, 2, cp_rank, layout, device)), 2)
+            batches = islice(micro_batches(text, 2, 0, Sharding(dp_rank, 2, cp_rank, 2, CPU)), 2)
             for number, batch in enumerate(batches):
                 rows = torch.arange(2)[:, None] + 4 * number + 2 * dp_rank
+                assert batch.position_ids[0].tolist() == [[0, 1, 2, 3, 12, 13, 14, 15], list(range(4, 12))][cp_rank]
                 assert (tokens[rows, batch.position_ids] == -1).all()
                 tokens[rows, batch.position_ids], labels[rows, batch.position_ids] = batch.tokens, batch.labels
     samples = torch.stack([text.sample(n) for n in range(8)])
@@ -106,9 +110,29 @@ def test_ranks_read_each_token_of_the_global_batch_exactly_once(corpus: Corpus, 
     assert torch.equal(labels, samples[:, 1:])
 
 
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_separate_documents_are_packed_cut_and_padded_one_by_one(corpus: Corpus, cp_size: int) -> None:
+    text = PackedText(corpus, 48, 0)
+    samples = torch.stack([text.sample(n) for n in range(2)])
+    parts = [next(micro_batches(text, 2, 0, Sharding(0, 1, rank, cp_size, CPU), True)) for rank in range(cp_size)]
+    packed = parts[0].packed
+    assert packed is not None
+    true, padded = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_q_padded.tolist()
+    layout = packed_layout(tuple(true), tuple(padded), cp_size)
+    whole = {name: layout.unshard([getattr(p, name)[0] for p in parts]) for name in ("tokens", "labels", "counts")}
+    real = whole["counts"]
+    assert torch.equal(whole["tokens"][real], samples[:, :-1].flatten())
+    assert torch.equal(whole["labels"][real], samples[:, 1:].flatten())
+    for number, start in enumerate(padded[:-1]):
+        document = whole["tokens"][start : start + true[number + 1] - true[number]]
+        assert SEPARATOR not in document[:-1]
+    separators = int((samples[:, :-2] == SEPARATOR).sum())
+    assert len(true) - 1 == 2 + separators
+    assert separators > 0
+
+
 def test_reading_resumes_after_any_number_of_samples(corpus: Corpus) -> None:
-    text, layout = PackedText(corpus, 16, 0), SequenceLayout.zigzag([0, 16], 1)
-    sharding = Sharding(0, 1, 0, layout, torch.device("cpu"))
+    text, sharding = PackedText(corpus, 16, 0), Sharding(0, 1, 0, 1, CPU)
     through = list(islice(micro_batches(text, 1, 0, sharding), 70))  # into the third epoch
     resumed = list(islice(micro_batches(text, 1, 41, sharding), 29))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(through[41:], resumed, strict=True))

@@ -43,6 +43,7 @@ class DataConfig:
 
     paths: list[str] = field(default_factory=list)  # files, folders or globs; empty: the Python standard library
     seq_length: int = 1024
+    separate_documents: bool = False  # no attention from one document into another (packed sequences)
     eval_fraction: float = 0.02  # share of the documents kept for evaluation
 
 
@@ -152,6 +153,12 @@ def _check(config: TrainConfig) -> None:
     _divides("2 * parallel.context", chunks, "data.seq_length", data.seq_length)
     if not 0 < data.eval_fraction < 1:
         raise ValueError(f"data.eval_fraction must be between 0 and 1, got {data.eval_fraction}")
+    if data.separate_documents and parallel.pipeline > 1:
+        raise ValueError(
+            "data.separate_documents makes packs of varying length, which parallel.pipeline > 1 cannot pass on"
+        )
+    if data.separate_documents and parallel.sequence:
+        raise ValueError("data.separate_documents does not pad for parallel.sequence=true: use one of them")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
     if config.optimizer.warmup_steps >= run.steps:

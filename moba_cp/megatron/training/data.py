@@ -1,4 +1,4 @@
-"""Text as training data: files read as bytes, packed into sequences, shuffled by a seed, sharded by a layout.
+"""Text as training data: files read as bytes, packed into sequences, shuffled by a seed.
 
 Tokens are the 256 bytes plus one separator that ends every document, so any file can be trained on and nothing has to be
 prepared. Documents are joined in an order drawn for each epoch, and the stream is cut into sequences::
@@ -15,15 +15,12 @@ from __future__ import annotations
 import glob
 import hashlib
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-
-from moba_cp import SequenceLayout
 
 SEPARATOR = 256
 VOCAB_SIZE = 257
@@ -148,39 +145,3 @@ class PackedText:
             raise RuntimeError(f"{path} is shorter than the {size} bytes it had when the run started")
         tokens = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
         return np.append(tokens, SEPARATOR) if stop > size else tokens
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """This rank's tokens of a micro-batch; each field is ``int64 [micro_batch_size, tokens of this rank]``."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """Which part of every global batch this process reads.
-
-    Data-parallel rank ``d`` takes samples ``d * m .. d * m + m`` of each group of ``dp_size * m``, and of those samples
-    the tokens that the layout gives to its context-parallel rank.
-    """
-
-    dp_rank: int
-    dp_size: int
-    cp_rank: int
-    layout: SequenceLayout
-    device: torch.device
-
-
-def micro_batches(text: PackedText, micro_batch_size: int, consumed: int, sharding: Sharding) -> Iterator[MicroBatch]:
-    """Micro-batches of this process from sample number ``consumed`` on, without end."""
-    local = sharding.layout.local_indices(sharding.cp_rank)
-    positions = local.expand(micro_batch_size, -1).to(sharding.device)
-    while True:
-        first = consumed + sharding.dp_rank * micro_batch_size
-        samples = torch.stack([text.sample(first + i) for i in range(micro_batch_size)])
-        tokens, labels = (samples[:, offset + local].to(sharding.device) for offset in (0, 1))
-        yield MicroBatch(tokens, labels, positions)
-        consumed += micro_batch_size * sharding.dp_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..reports import LayerReport, collect_reports
+from .batches import MicroBatch
 from .config import TrainConfig
-from .data import MicroBatch
 from .distributed import Ranks
 from .model import Trainer
 
@@ -87,12 +88,19 @@ def _run_batch(
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
     batch = next(batches)
-    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-    return output, _loss
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.packed)
+    return output, partial(_loss, batch.counts)
 
 
-def _loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def _loss(
+    counts: torch.Tensor | None, per_token: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum over this rank's tokens and their number; Megatron divides by the number over all ranks."""
-    loss = per_token.float().sum()
-    count = torch.tensor(per_token.numel(), dtype=torch.int, device=per_token.device)
+    losses = per_token.float()
+    if counts is not None:
+        losses = losses.masked_fill(~counts, 0.0)
+    loss = losses.sum()
+    count = (
+        torch.tensor(losses.numel(), dtype=torch.int, device=losses.device) if counts is None else counts.sum().int()
+    )
     return loss, count, {"loss": torch.stack([loss.detach().double(), count.double()])}

@@ -1,0 +1,47 @@
+"""Packed sequences without Transformer Engine: padding, parameters and slices."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from moba_cp.megatron import Packing, slice_packed
+
+
+def group(rank: int, size: int) -> SimpleNamespace:
+    return SimpleNamespace(rank=lambda: rank, size=lambda: size)
+
+
+def test_the_example_of_the_module() -> None:
+    packing = Packing.of([5, 4], cp_size=2)
+    assert (packing.cu_seqlens, packing.cu_seqlens_padded) == ((0, 5, 9), (0, 8, 12))
+    padded = packing.pad(torch.tensor([ord(c) for c in "abcdeABCD"]), fill=ord("-"))
+    assert "".join(map(chr, padded)) == "abcde---ABCD"
+    parameters = packing.parameters(torch.device("cpu"))
+    slices = [slice_packed(padded[None], parameters, group(rank, 2), dim=1)[0] for rank in range(2)]  # type: ignore[arg-type]
+    assert ["".join(map(chr, x)) for x in slices] == ["ab--AD", "cde-BC"]
+    assert (parameters.qkv_format, parameters.max_seqlen_q) == ("thd", 8)
+
+
+def test_slices_are_those_of_the_layout_and_cover_the_pack() -> None:
+    packing = Packing.of([7, 0, 1, 20], cp_size=3)
+    x = torch.arange(packing.cu_seqlens_padded[-1])
+    parameters = packing.parameters(torch.device("cpu"))
+    slices = [slice_packed(x, parameters, group(rank, 3), dim=0) for rank in range(3)]  # type: ignore[arg-type]
+    assert all(torch.equal(s, packing.layout(3).local_indices(rank)) for rank, s in enumerate(slices))
+    assert torch.equal(torch.cat(slices).sort().values, x)
+
+
+def test_one_rank_needs_no_padding() -> None:
+    assert Packing.of([5, 3], 1).cu_seqlens_padded == (0, 5, 8)
+
+
+def test_tensors_and_lengths_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got \[3, -1\]"):
+        Packing.of([3, -1], 2)
+    with pytest.raises(ValueError, match=r"has 8 tokens, got a tensor of \(7,\)"):
+        Packing.of([5, 3], 2).pad(torch.zeros(7))
