@@ -10,6 +10,7 @@ from torch import Tensor
 from .config import MoBAConfig
 from .kernels.torch_backend import accumulate_dtype, ordered_matmul, ordered_mean
 from .parallel.layout import SequenceLayout
+from .validation import check_config, check_tensors, check_tokens
 
 
 def moba_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Iterable[int] | Tensor, config: MoBAConfig) -> Tensor:
@@ -23,8 +24,15 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Iterable[int] | 
 
     Returns:
         `[T, Hq, Dv]` in the dtype of `q`; computed in fp64 for fp64 inputs, in fp32 otherwise.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said.
     """
-    boundaries = SequenceLayout.contiguous(cu_seqlens, 1).cu_seqlens
+    layout = SequenceLayout.contiguous(cu_seqlens, 1)
+    check_config(config)
+    check_tensors(q, k, v)
+    check_tokens(q, layout, 0)
+    boundaries = layout.cu_seqlens
     acc = accumulate_dtype(q.dtype)
     group = q.shape[1] // k.shape[1]
     documents = []

@@ -57,8 +57,7 @@ def check_call(
     workspace_bytes: int,
 ) -> None:
     """Everything about one rank's call that it can check alone. Raises TypeError or ValueError."""
-    if not isinstance(config, MoBAConfig):
-        raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
+    check_config(config)
     if not isinstance(layout, SequenceLayout):
         raise TypeError(f"layout must be a SequenceLayout, got {type(layout).__name__}")
     if not isinstance(comm, str):
@@ -74,6 +73,17 @@ def check_call(
     rank = _check_group(layout, group)
     if layout.cp_size > 1:
         _check_backend(group, q.device)
+    check_tokens(q, layout, rank)
+
+
+def check_config(config: MoBAConfig) -> None:
+    """It is a `MoBAConfig`, which checks its own values."""
+    if not isinstance(config, MoBAConfig):
+        raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
+
+
+def check_tokens(q: Tensor, layout: SequenceLayout, rank: int) -> None:
+    """q holds the tokens that the layout gives the rank."""
     if q.shape[0] != layout.local_tokens(rank):
         raise ValueError(
             f"the layout gives rank {rank} {layout.local_tokens(rank)} tokens, but q has {q.shape[0]} ({layout})"

@@ -330,3 +330,13 @@ def test_devices_other_than_cpu_and_cuda_are_refused() -> None:
     layout = SequenceLayout.contiguous([0, 4], 1)
     with pytest.raises(ValueError, match="meta"):
         moba_cp.moba_attention(x, x, x, MoBAConfig(2, 2), layout=layout)
+
+
+def test_the_reference_refuses_what_the_layer_refuses() -> None:
+    x = zeros(4, 1, 8)
+    with pytest.raises(ValueError, match="gives rank 0 5 tokens, but q has 4"):
+        moba_cp.reference.moba_attention(x, x, x, [0, 5], MoBAConfig(2, 2))
+    with pytest.raises(ValueError, match=r"q heads \(3\) must be a multiple of the kv heads \(2\)"):
+        moba_cp.reference.moba_attention(zeros(4, 3, 8), zeros(4, 2, 8), zeros(4, 2, 8), [0, 4], MoBAConfig(2, 2))
+    with pytest.raises(TypeError, match="config must be a MoBAConfig, got tuple"):
+        moba_cp.reference.moba_attention(x, x, x, [0, 4], (2, 2))  # type: ignore[arg-type]
