@@ -59,10 +59,12 @@ def table(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict]) 
     """Markdown: one row a (heads, tokens, block size, top-k), forward / forward+backward milliseconds."""
     lines = [
         f"{about['device']}, bf16, D = {about['head_dim']}, N(0, 1) inputs, one document; torch {about['torch']}, "
-        f"Triton {about['triton']}, commit {about['commit'][:10]}. Medians of milliseconds, forward / forward+backward.",
+        f"Triton {about['triton']}, commit {about['commit'][:10]}. Medians of milliseconds, forward / forward+backward. *Floor*: scoring, and the larger of "
+        "the attention FLOPs at 800 TFLOP/s and the bytes of a block-major design at 3.0 TB/s.",
         "",
-        "| heads | tokens | (B, k) | moba_cp | against dense cuDNN | dense cuDNN | dense flash | peak GiB | output / dq error |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| heads | tokens | (B, k) | moba_cp | of the floor | against dense cuDNN | dense cuDNN | dense flash | peak GiB "
+        "| output / dq error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         reference, flash = (dense.get((*case(r), name)) for name in (DENSE, "dense flash"))
@@ -72,6 +74,7 @@ def table(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict]) 
             thousands(r["tokens"]),
             f"({r['block_size']}, {r['topk']})",
             f"**{both(r)}**",
+            of_the_floor(r),
             faster(r, reference),
             both(reference),
             both(flash),
@@ -140,6 +143,15 @@ def both(result: dict | None) -> str:
     if result is None:
         return "-"
     return " / ".join(milliseconds(result.get(key)) for key in ("forward_ms", "forward_backward_ms"))
+
+
+def of_the_floor(result: dict) -> str:
+    """Share of the lower bound in the time taken, forward / forward+backward; `floors` of bench_kernels.py."""
+    floors = result["floors_ms"]
+    forward = floors["scoring"] + max(floors["forward_attention"], floors["forward_traffic"])
+    whole = forward + max(floors["backward_attention"], floors["backward_traffic"])
+    shares = {"forward_ms": forward, "forward_backward_ms": whole}
+    return " / ".join(f"{floor / result[key]['median']:.0%}" for key, floor in shares.items() if key in result)
 
 
 def faster(result: dict, reference: dict | None) -> str:
