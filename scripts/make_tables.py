@@ -59,7 +59,8 @@ def table(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict]) 
     """Markdown: one row a (heads, tokens, block size, top-k), forward / forward+backward milliseconds."""
     lines = [
         f"{about['device']}, bf16, D = {about['head_dim']}, N(0, 1) inputs, one document; torch {about['torch']}, "
-        f"Triton {about['triton']}, commit {about['commit'][:10]}. Medians of milliseconds, forward / forward+backward. *Floor*: scoring, and the larger of "
+        f"Triton {about['triton']}, commit {about['commit'][:10]}. Medians of milliseconds, forward / forward+backward. "
+        "*Floor*: scoring, and the larger of "
         "the attention FLOPs at 800 TFLOP/s and the bytes of a block-major design at 3.0 TB/s.",
         "",
         "| heads | tokens | (B, k) | moba_cp | of the floor | against dense cuDNN | dense cuDNN | dense flash | peak GiB "
