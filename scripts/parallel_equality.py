@@ -94,7 +94,7 @@ FAMILIES = (
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="folder for the runs, emptied first")] = Path("runs/parallel_equality"),
+    output: Annotated[Path, typer.Option(help="new folder for the runs")] = Path("runs/parallel_equality"),
     steps: Annotated[int, typer.Option(help="steps to compare")] = 4,
     processes: Annotated[int, typer.Option(help="leave out what needs more")] = 4,
 ) -> None:
@@ -104,7 +104,8 @@ def main(
     checkpoints do not depend on the sizes. Exits with an error if a loss, or a gradient norm relative to its size,
     differs by more than 1e-5.
     """
-    shutil.rmtree(output, ignore_errors=True)
+    if output.exists() and any(output.iterdir()):
+        sys.exit(f"{output} is not empty: name another folder with --output, or remove it")
     write_documents(output / "documents")
     table = Table("model", "split", "loss", "gradient norm", title="Largest difference from one process")
     markdown = ["| model | split | loss | gradient norm, relative |", "|---|---|---|---|"]

@@ -34,7 +34,7 @@ class Run:
 
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="keys of configs/quickstart.yaml to change")] = None,
-    output: Annotated[Path, typer.Option(help="folder for the runs and pictures, emptied first")] = Path(
+    output: Annotated[Path, typer.Option(help="folder for the runs (replaced if there) and pictures")] = Path(
         "runs/quickstart"
     ),
 ) -> None:
@@ -44,8 +44,9 @@ def main(
     Takes about two minutes on two CPU cores. Uses two GPUs if there are two. Exits with an error if the losses of any
     step differ by more than 1e-5.
     """
-    shutil.rmtree(output, ignore_errors=True)
     runs = plan_runs(torch.cuda.device_count())
+    for run in runs:
+        shutil.rmtree(output / run.name, ignore_errors=True)
     losses = {run.label: train(run, output, overrides or []) for run in runs}
     difference = compare(losses, runs[:2])
     plot(losses, output / "loss.png")
