@@ -94,10 +94,10 @@ def _check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> int
     """This rank in a group that fits the layout."""
     if group is None and layout.cp_size == 1:
         return 0
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(f"the layout is for {layout.cp_size} ranks, but torch.distributed is not initialized")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed ProcessGroup this rank belongs to, got {group!r}")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(f"the layout is for {layout.cp_size} ranks, but torch.distributed is not initialized")
     size = dist.get_world_size(group)
     if size != layout.cp_size:
         raise ValueError(f"the layout is for {layout.cp_size} ranks, but the group has {size}")

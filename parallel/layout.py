@@ -74,6 +74,8 @@ class SequenceLayout:
         Raises:
             TypeError, ValueError: an argument is not as said; the message carries its value.
         """
+        if not isinstance(per_document, bool):
+            raise TypeError(f"per_document must be True or False, got {per_document!r}")
         cu = _host_cu_seqlens(cu_seqlens)
         chunks = 2 * _check_cp_size(cp_size)
         bounds = cu if per_document else cu[[0, -1]]
@@ -160,6 +162,8 @@ class SequenceLayout:
         return whole.index_select(dim, torch.argsort(order).to(whole.device))
 
     def _check_rank(self, rank: int) -> int:
+        if not hasattr(rank, "__index__"):
+            raise TypeError(f"rank must be an int, got {rank!r}")
         if not 0 <= rank < self.cp_size:
             raise ValueError(f"rank must be in [0, {self.cp_size}), got {rank}")
         return rank

@@ -189,3 +189,11 @@ def test_many_documents_are_laid_out_quickly() -> None:
     layout = SequenceLayout.zigzag(cu, 8)
     assert layout.digest
     assert time.perf_counter() - begin < 2  # about 0.1 s; the rest is for a busy machine
+
+
+def test_types_of_rank_and_per_document_are_checked() -> None:
+    layout = SequenceLayout.contiguous([0, 6], 2)
+    with pytest.raises(TypeError, match="rank must be an int, got 'a'"):
+        layout.local_indices("a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="per_document must be True or False, got 'no'"):
+        SequenceLayout.zigzag([0, 6], 2, per_document="no")  # type: ignore[arg-type]
