@@ -13,17 +13,20 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # asked by Megatron
 
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import typer  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from moba_cp import diagnostics  # noqa: E402
 from moba_cp.megatron import MoBASchedule  # noqa: E402
+from moba_cp.megatron.flops import peak_flops, step_flops  # noqa: E402
 from moba_cp.megatron.training import checkpoint, distributed  # noqa: E402
-from moba_cp.megatron.training.batches import MicroBatch, Sharding, micro_batches  # noqa: E402
+from moba_cp.megatron.training.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
 from moba_cp.megatron.training.config import TrainConfig, load_config  # noqa: E402
-from moba_cp.megatron.training.data import Corpus, PackedText  # noqa: E402
-from moba_cp.megatron.training.model import build  # noqa: E402
+from moba_cp.megatron.training.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
+from moba_cp.megatron.training.model import build, moba_settings  # noqa: E402
 from moba_cp.megatron.training.progress import Reporter  # noqa: E402
 from moba_cp.megatron.training.step import evaluate, last_layer_report, train_step  # noqa: E402
 
@@ -71,22 +74,47 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
 
     schedule = MoBASchedule.by_fraction(config.moba.fraction, run.steps)
     tokens_per_step = run.global_batch_size * data.seq_length
-    with Reporter(config.run_directory, ranks.is_reporter, run.steps, progress.step, tokens_per_step) as reporter:
+    settings = moba_settings(config)
+    moba_layers = sum(settings.computes_moba(n + 1, config.model.num_layers) for n in range(config.model.num_layers))
+
+    def flops_of(step: int, consumed: int) -> int:
+        lengths = sequence_lengths(train_text, consumed, run.global_batch_size, data.separate_documents)
+        layers = 0 if schedule.is_full(step) else moba_layers
+        return step_flops(trainer.transformer_config, settings.moba, lengths, PADDED_VOCAB_SIZE, layers).total
+
+    peak = peak_flops(ranks.device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
+    flops = 0
+    with Reporter(
+        config.run_directory,
+        ranks.is_reporter,
+        run.steps,
+        progress.step,
+        tokens_per_step,
+        dist.get_world_size(),
+        peak,
+    ) as reporter:
         reporter.say(describe(config, ranks, train_corpus))
         if restored:
             reporter.say(f"resumed after step {progress.step}")
         for step in range(progress.step + 1, run.steps + 1):
             schedule.apply(trainer.model, step)
             result = train_step(trainer, batches, config, ranks)
+            if ranks.is_reporter:
+                flops += flops_of(step, progress.consumed_samples)
             progress = checkpoint.Progress(step, progress.consumed_samples + run.global_batch_size, progress.corpus)
             if step % run.log_interval == 0 or step == run.steps:
-                reporter.step(step, loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate)
+                reporter.step(
+                    step, flops, loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate
+                )
+                flops = 0
             if result.skipped:
                 reporter.say(f"step {step}: a gradient was not finite, parameters unchanged")
             if run.eval_interval and (step % run.eval_interval == 0 or step == run.steps):
-                reporter.evaluation(step, evaluate(trainer, read(eval_text, 0), config, ranks))
+                with reporter.pause():
+                    reporter.evaluation(step, evaluate(trainer, read(eval_text, 0), config, ranks))
             if (run.save_interval and step % run.save_interval == 0) or (run.save_last and step == run.steps):
-                reporter.say(f"saved {checkpoint.save(checkpoints, trainer, progress)}")
+                with reporter.pause():
+                    reporter.say(f"saved {checkpoint.save(checkpoints, trainer, progress)}")
 
         if run.routing_picture:
             layer = last_layer_report(

@@ -65,6 +65,13 @@ def micro_batches(
         consumed += micro_batch_size * sharding.dp_size
 
 
+def sequence_lengths(text: PackedText, first: int, count: int, separate_documents: bool) -> list[int]:
+    """Tokens of each sequence of samples ``first`` to ``first + count`` within which attention happens."""
+    if not separate_documents:
+        return [text.seq_length] * count
+    return [length for n in range(first, first + count) for length in _document_lengths(text.sample(n)[None, :-1])]
+
+
 def _unpacked(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
     batch, length = len(samples), samples.size(1) - 1
     # Sequences of a micro-batch are cut alike, so the indices of one do for all.
@@ -75,9 +82,7 @@ def _unpacked(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
 
 def _packed(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
     tokens, labels = samples[:, :-1], samples[:, 1:]
-    ends = tokens == SEPARATOR
-    ends[:, -1] = True  # a sample ends whatever document it cuts
-    lengths = ends.flatten().nonzero().flatten().diff(prepend=torch.tensor([-1])).tolist()
+    lengths = _document_lengths(tokens)
     packing = Packing.of(lengths, sharding.cp_size)
     held = packing.layout(sharding.cp_size).local_indices(sharding.cp_rank)
     positions = torch.cat([torch.arange(length) for length in lengths])
@@ -88,3 +93,10 @@ def _packed(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
 
     packed = packing.parameters(sharding.device)
     return MicroBatch(mine(tokens), mine(labels), mine(positions), mine(counts), packed)
+
+
+def _document_lengths(tokens: torch.Tensor) -> list[int]:
+    """Lengths of the documents, or parts of documents, in samples ``[samples, tokens]`` that lie behind each other."""
+    ends = tokens == SEPARATOR
+    ends[:, -1] = True  # a sample ends whatever document it cuts
+    return ends.flatten().nonzero().flatten().diff(prepend=torch.tensor([-1])).tolist()

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moba_cp import MoBAConfig
 
 from ..norm import TorchNorm
+from ..settings import MoBASettings
 from ..spec import with_moba
 from .config import TrainConfig
 from .data import PADDED_VOCAB_SIZE
@@ -113,15 +114,27 @@ def block_spec(config: TrainConfig, transformer_config: TransformerConfig) -> Tr
     """Layers of this pipeline stage: Megatron's local layer with torch norms and MoBA attention."""
     layer = get_gpt_layer_local_spec(normalization=config.model.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
+    settings = moba_settings(config)
     layer = with_moba(
         layer,
-        MoBAConfig(config.moba.block_size, config.moba.topk),
-        comm=config.moba.comm,
-        full_attention_last_n_layers=config.moba.full_last_layers,
-        layer_pattern=config.moba.layer_pattern or None,
+        settings.moba,
+        comm=settings.comm,
+        full_attention_last_n_layers=settings.full_attention_last_n_layers,
+        layer_pattern=settings.layer_pattern,
     )
     layers_here = config.model.num_layers // config.parallel.pipeline
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=TorchNorm)
+
+
+def moba_settings(config: TrainConfig) -> MoBASettings:
+    """What the configuration says about attention."""
+    section = config.moba
+    return MoBASettings(
+        MoBAConfig(section.block_size, section.topk),
+        comm=section.comm,
+        full_attention_last_n_layers=section.full_last_layers,
+        layer_pattern=tuple(section.layer_pattern) or None,
+    )
 
 
 def _optimizer_config(config: TrainConfig) -> OptimizerConfig:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,10 +26,21 @@ class Reporter:
         total_steps: steps of the whole run.
         first_step: steps already done, for a resumed run; later lines of an earlier attempt are dropped.
         tokens_per_step: tokens of a global batch.
+        devices: GPUs (or, on CPU, processes) of the run.
+        peak: FLOP/s that one device can reach, if known.
     """
 
-    def __init__(self, directory: Path, active: bool, total_steps: int, first_step: int, tokens_per_step: int) -> None:
-        self.active, self.tokens_per_step = active, tokens_per_step
+    def __init__(
+        self,
+        directory: Path,
+        active: bool,
+        total_steps: int,
+        first_step: int,
+        tokens_per_step: int,
+        devices: int = 1,
+        peak: float | None = None,
+    ) -> None:
+        self.active, self.tokens_per_step, self.devices, self.peak = active, tokens_per_step, devices, peak
         if not active:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -65,35 +78,63 @@ class Reporter:
         if self.active:
             self.console.print(message, highlight=False)
 
-    def step(self, step: int, **metrics: float) -> None:
-        """Record the metrics of a training step, among them ``loss``; adds tokens per second since the last call."""
+    def step(self, step: int, flops: float = 0.0, **metrics: float) -> None:
+        """Record the metrics of a training step, among them ``loss``; adds tokens per second since the last call.
+
+        ``flops``: what all devices computed since the last call; adds TFLOP/s of a device and, if its peak is known,
+        the share of it (``mfu``).
+        """
         if not self.active:
             return
         now = time.perf_counter()
-        speed = self.tokens_per_step * (step - self.last_step) / (now - self.last_time)
+        seconds = now - self.last_time
+        speed = self.tokens_per_step * (step - self.last_step) / seconds
         self.last_time, self.last_step = now, step
-        self._write("train", step, metrics | {"tokens_per_second": speed})
+        metrics["tokens_per_second"] = speed
         status = f"loss {metrics['loss']:.4f}  {speed:,.0f} tokens/s"
+        if flops:
+            per_device = flops / seconds / self.devices
+            metrics["tflops_per_device"] = per_device / 1e12
+            status += f"  {per_device / 1e12:.3g} TFLOP/s per device"
+            if self.peak:
+                metrics["mfu"] = per_device / self.peak
+                status += f"  MFU {metrics['mfu']:.1%}"
+        self._write("train", step, metrics)
         self.bar.update(self.task, completed=step, status=status)
         if not self.console.is_terminal:
             self.console.print(f"step {step}  {status}", highlight=False)
 
     def evaluation(self, step: int, loss: float) -> None:
-        """Record the evaluation loss after a step; the time it took does not count as training time."""
+        """Record the evaluation loss after a step."""
         if self.active:
             self._write("eval", step, {"loss": loss})
             self.say(f"step {step}  evaluation loss {loss:.4f}")
-            self.last_time = time.perf_counter()
 
-    def _write(self, kind: str, step: int, metrics: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"kind": kind, "step": step} | metrics) + "\n")
+    def routing(self, step: int, statistics: dict[int, dict[str, float]]) -> None:
+        """Record routing statistics by layer number, under ``routing/layer_<number>/<name>`` in TensorBoard."""
+        if self.active:
+            for number, values in sorted(statistics.items()):
+                self._write("routing", step, values, layer=number)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside the ``with`` block does not count as training time."""
+        begin = time.perf_counter()
+        yield
+        if self.active:
+            self.last_time += time.perf_counter() - begin
+
+    def _write(self, kind: str, step: int, metrics: dict[str, Any], layer: int | None = None) -> None:
+        where = {} if layer is None else {"layer": layer}
+        self.file.write(json.dumps({"kind": kind, "step": step} | where | metrics) + "\n")
         self.file.flush()
+        prefix = kind if layer is None else f"{kind}/layer_{layer}"
         for name, value in metrics.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, step)
+            self.writer.add_scalar(f"{prefix}/{name}", value, step)
 
 
 def read_metrics(directory: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Lines of a run's ``metrics.jsonl`` of one kind (``train`` or ``eval``), in the order written."""
+    """Lines of a run's ``metrics.jsonl`` of one kind (``train``, ``eval`` or ``routing``), in the order written."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
 
