@@ -1,7 +1,6 @@
 """Launch constants of the Hopper backward kernels, timed on one chunk of heads (3 of 16, 128K tokens, D = 128, bf16).
 
     PYTHONPATH=. python3 scripts/bench_backward.py --out backward.json
-    PYTHONPATH=. python3 scripts/bench_backward.py --out backward.json --prototype DIR  # beside kernels of gbk.py, kern2.py
 
 Every variant is compared with the portable kernels on the data that is timed (norm of the difference over the norm) and
 timed by CUDA events (median of --iterations, scaled to 16 heads). Variants are compiled first by processes of their own on
@@ -14,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -158,54 +156,7 @@ def measure(case: str, options: argparse.Namespace) -> list[dict]:
     reference = {name: x.clone() for name, x in outputs.items()}
     for kernel, name, change in variants(block_size):
         note(kernel, name, runner(call, kernel, change))
-    if options.prototype and block_size != 128:
-        try:
-            for kernel, name, run in prototypes(call, options.prototype):
-                note(kernel, name, run)
-        except Exception:
-            traceback.print_exc()
     return found
-
-
-def prototypes(call, folder: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """Kernels of another tree on the same data: `g_bkv`, `g_bkv_d` (gbk.py) and `bq2` (kern2.py)."""
-    import torch
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    sys.path.insert(0, folder)
-    lists, q, k, v = call.lists, call.q, call.part.k, call.part.v
-    tokens, block_size = q.shape[0], lists.block_size
-    index = torch.arange(lists.entry.numel(), device="cuda")
-    head = (torch.searchsorted(lists.pointer.long(), index, right=True) - 1).clamp(max=lists.pointer.numel() - 2)
-    entry = (lists.entry + ((head // lists.n_blocks * tokens) << lists.slot_bits)).to(torch.int32)
-    held = lists.item_bin >= 0
-    item_bin, item_start = lists.item_bin[held], lists.item_start[held]
-    item_end = torch.minimum(item_start + lists.rows_per_item, lists.pointer[item_bin.long() + 1]).to(torch.int32)
-    scale = call.scale * 1.4426950408889634
-    sizes = {"S": tokens, "HQ": ALL_HEADS, "HKV": ALL_HEADS, "KW": call.topk, "LOGKP": lists.slot_bits, "B": block_size,
-             "D": DIM}  # fmt: skip
-    common = (call.lse, call.delta, entry)
-    n_bins = HEADS * lists.n_blocks
-
-    def keys(kernel):
-        kernel[(n_bins * block_size // 128,)](
-            q, k, v, call.dout, *common, lists.pointer, call.dk, call.dv, 0, 0, lists.n_blocks, scale, call.scale,
-            **sizes, BK=128, R=64, NST=3, NW=8, num_warps=8,
-        )  # fmt: skip
-
-    import gbk
-
-    yield "dkdv", "prototype g_bkv", lambda: keys(gbk.g_bkv)
-    yield "dkdv", "prototype g_bkv_d", lambda: keys(gbk.g_bkv_d)
-    import kern2
-
-    described = [
-        TensorDescriptor(x, [tokens, ALL_HEADS * DIM], [ALL_HEADS * DIM, 1], [64, DIM]) for x in (k, v)
-    ]  # the views begin where the whole tensors do
-    yield "dq", "prototype bq2", lambda: kern2.bq2[(item_bin.numel(),)](
-        q, *described, call.dout, *common, item_bin, item_start, item_end, call.dq, 0, 0, lists.n_blocks, scale,
-        call.scale, **sizes, BN=64, R=128, NS=2, num_warps=8,
-    )  # fmt: skip
 
 
 def main() -> None:
@@ -214,12 +165,14 @@ def main() -> None:
     parser.add_argument("--cases", default="512,4096,128", help=f"of {', '.join(CASES)}")
     parser.add_argument("--iterations", type=int, default=7)
     parser.add_argument("--share", type=int, default=2, help="variants that one compiling process takes")
-    parser.add_argument("--prototype", default="", help="folder of other kernels to time on the same data")
+    parser.add_argument("--commit", default="", help="git commit to note, where the checkout has no .git")
     options = parser.parse_args()
     cases = options.cases.split(",")
     began = time.perf_counter()
     compile_all(cases, options.share)
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    from bench_about import about  # after the compiling processes, which must not share a CUDA context
+
     results: list[dict] = []
     for case in cases:
         try:
@@ -227,7 +180,7 @@ def main() -> None:
         except Exception:
             traceback.print_exc()
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1))
+        options.out.write_text(json.dumps({"about": about(options.commit), "results": results}, indent=1))
     for r in sorted(results, key=lambda r: (r["case"], r["kernel"], r.get("ms", float("inf")))):
         errors = " ".join(f"{key[6:]} {value:.1e}" for key, value in r.items() if key.startswith("error_"))
         shown = r.get("error") or f"{r['ms']:8.2f} ms {r['tflops']:6.0f} TFLOP/s  {errors}"

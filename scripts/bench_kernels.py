@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -27,7 +25,7 @@ import bench_checks
 import bench_sweep
 import torch
 import torch.nn.functional as F
-import triton
+from bench_about import about
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,7 +40,7 @@ DENSE = {"dense cuDNN": SDPBackend.CUDNN_ATTENTION, "dense flash": SDPBackend.FL
 def main() -> None:
     options = parse()
     torch.backends.cuda.matmul.allow_tf32 = False
-    results: dict[str, Any] = {"about": about(options), "results": [], "dense": []}
+    results: dict[str, Any] = {"about": run_about(options), "results": [], "dense": []}
     pairs = [tuple(int(n) for n in h.split("/")) for h in options.heads.split(",")]
     configs = [tuple(int(n) for n in c.split(":")) for c in options.configs.split(",")]
     for q_heads, kv_heads in pairs:
@@ -101,23 +99,8 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def about(options: argparse.Namespace) -> dict[str, Any]:
-    commit = options.commit
-    if not commit:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = found.stdout.strip() or "unknown"
-    return {
-        "device": torch.cuda.get_device_name(),
-        "capability": torch.cuda.get_device_capability(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "seed": options.seed,
-        "dtype": "bfloat16",
-        "head_dim": HEAD_DIM,
-    }
+def run_about(options: argparse.Namespace) -> dict[str, Any]:
+    return about(options.commit) | {"seed": options.seed, "dtype": "bfloat16", "head_dim": HEAD_DIM}
 
 
 def attempt(results: dict, key: str, case: dict, function: Callable, *arguments) -> None:

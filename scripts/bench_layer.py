@@ -14,14 +14,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import typer
+from bench_about import about
 from torch import Tensor
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
@@ -287,16 +286,7 @@ def write(out: Path, results: list[dict[str, Any]], commit: str) -> None:
     """The JSON so far, by rank 0, with what it ran on."""
     if dist.get_rank():
         return
-    here = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    head = {
-        "device": torch.cuda.get_device_name(),
-        "world_size": dist.get_world_size(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "python": platform.python_version(),
-        "commit": commit or here,
-    }
+    head = about(commit) | {"world_size": dist.get_world_size()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(head | {"results": results}, indent=1) + "\n")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_about import about
 
 from moba_cp import SequenceLayout
 from moba_cp.kernels import KVPart, backend_for, configs, forward, lists
@@ -60,7 +61,7 @@ def main() -> None:
         "--budget", type=float, default=18.0, help="seconds a configuration; what does not fit is left out"
     )
     options = parser.parse_args()
-    results = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": []}
+    results = {"about": about(), "results": []}
     for config in options.configs.split(","):
         block_size, topk = (int(n) for n in config.split(":"))
         bench = Bench(options, block_size, topk)

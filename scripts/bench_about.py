@@ -1,0 +1,28 @@
+"""What a benchmark ran on, for the head of its results."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from typing import Any
+
+import torch
+import triton
+
+
+def about(commit: str = "") -> dict[str, Any]:
+    """Device, versions and commit (`commit` where the checkout has no .git)."""
+    if not commit:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() or "unknown"
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
