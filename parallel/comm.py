@@ -94,7 +94,8 @@ class CommGroup:
         result = x.new_empty(self.size, *x.shape)
         n = _bytes(x).numel()
         self.traffic.add(stage, n * (self.size - 1), n * (self.size - 1))
-        work = start_all_gather(_bytes(result), _bytes(x), self.group)
+        with named_range(x.device, stage, n * (self.size - 1)):
+            work = start_all_gather(_bytes(result), _bytes(x), self.group)
         return self._pending([work], result, x, "all-gather", stage)
 
     def all_to_all(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], stage: str) -> Pending:
@@ -104,7 +105,8 @@ class CommGroup:
         row = x.itemsize * x[0:0].new_empty(x.shape[1:]).numel()
         send, receive = [n * row for n in send_rows], [n * row for n in receive_rows]
         self.traffic.add(stage, sum(send) - send[self.rank], sum(receive) - receive[self.rank])
-        work = dist.all_to_all_single(_bytes(result), _bytes(x), receive, send, group=self.group, async_op=True)
+        with named_range(x.device, stage, sum(receive) - receive[self.rank]):
+            work = dist.all_to_all_single(_bytes(result), _bytes(x), receive, send, group=self.group, async_op=True)
         return self._pending([work], result, x, "all-to-all", stage)
 
     def shift(self, x: Tensor | None, result: Tensor | None, stage: str) -> Pending:
@@ -118,8 +120,9 @@ class CommGroup:
             operations.append(dist.P2POp(dist.irecv, _bytes(result), self._global(self.rank - 1), self.group))
             received = _bytes(result).numel()
         self.traffic.add(stage, sent, received)
-        works = dist.batch_isend_irecv(operations) if operations else []
         empty = torch.empty(0) if result is None else result
+        with named_range(empty.device, stage, received):
+            works = dist.batch_isend_irecv(operations) if operations else []
         return self._pending(works, empty, x, "ring send and receive", stage)
 
     def _global(self, rank: int) -> int:
@@ -176,6 +179,19 @@ class SideStream:
         if self._stream is not None:
             for tensor in tensors:
                 tensor.record_stream(self._stream)
+
+
+@contextlib.contextmanager
+def named_range(device: torch.device, stage: str, received_bytes: int) -> Iterator[None]:
+    """An NVTX range around the start of a collective, with the bytes this rank receives; nothing on the CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.nvtx.range_push(f"moba_cp {stage} {received_bytes} B")
+    try:
+        yield
+    finally:
+        torch.cuda.nvtx.range_pop()
 
 
 def start_all_gather(result: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
