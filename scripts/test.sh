@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing, then checks style and types and runs the tests. On a machine with a GPU, also those marked `gpu`.
 #
-#   bash scripts/test.sh                        # everything
+#   bash scripts/test.sh                        # everything, and the Megatron tests with a newer megatron-core too
 #   bash scripts/test.sh tests/parallel -k ring # any pytest arguments
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
@@ -24,5 +24,13 @@ fi
 # Two pytest processes: the multi-rank tests bring processes of their own. Tests marked `gpu` share one of the two.
 parallel=()
 if can_import python xdist >/dev/null; then parallel=(-n 2 --dist loadgroup); fi
-say "pytest ${parallel[*]} $*"
-python -m pytest "${parallel[@]}" "$@"
+if [ $# -gt 0 ]; then
+    say "pytest ${parallel[*]} $*"
+    exec python -m pytest "${parallel[@]}" "$@"
+fi
+# The newer megatron-core first, so that the summary of all tests comes last.
+newer=0
+bash scripts/test_megatron_version.sh 0.19.2 || newer=$?
+say "pytest ${parallel[*]}"
+python -m pytest "${parallel[@]}"
+exit "$newer"
