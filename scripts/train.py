@@ -28,7 +28,7 @@ from moba_cp.megatron.training.config import TrainConfig, load_config  # noqa: E
 from moba_cp.megatron.training.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
 from moba_cp.megatron.training.model import build, moba_settings  # noqa: E402
 from moba_cp.megatron.training.progress import Reporter  # noqa: E402
-from moba_cp.megatron.training.step import evaluate, last_layer_report, train_step  # noqa: E402
+from moba_cp.megatron.training.step import evaluate, last_layer_report, routing, train_step  # noqa: E402
 
 
 def main(
@@ -112,6 +112,9 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
             if run.eval_interval and (step % run.eval_interval == 0 or step == run.steps):
                 with reporter.pause():
                     reporter.evaluation(step, evaluate(trainer, read(eval_text, 0), config, ranks))
+            if run.routing_interval and step % run.routing_interval == 0:
+                with reporter.pause():
+                    reporter.routing(step, routing(trainer, read(eval_text, 0), config, ranks))
             if (run.save_interval and step % run.save_interval == 0) or (run.save_last and step == run.steps):
                 with reporter.pause():
                     reporter.say(f"saved {checkpoint.save(checkpoints, trainer, progress)}")

@@ -22,7 +22,8 @@ def train(directory: Path, processes: int, *overrides: str) -> str:
     """Run the script over ``processes`` processes on CPU; what it printed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     script = [str(ROOT / "scripts" / "train.py"), str(ROOT / "configs" / "quickstart.yaml")]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [*launch, *script, *SMALL, f"run.directory={directory}", *overrides]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=directory)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,10 +32,17 @@ def train(directory: Path, processes: int, *overrides: str) -> str:
 
 @pytest.mark.slow
 def test_losses_do_not_depend_on_context_parallelism_and_resuming_is_exact(tmp_path: Path) -> None:
-    train(tmp_path, 2, "run.name=a", "parallel.context=2", "run.save_interval=2")
+    train(tmp_path, 2, "run.name=a", "parallel.context=2", "run.save_interval=2", "run.routing_interval=2")
     run = tmp_path / "a"
     through = read_metrics(run)
     assert [entry["step"] for entry in through] == [1, 2, 3, 4]
+    assert all(entry["tflops_per_device"] > 0 for entry in through)
+    assert [(entry["step"], entry["layer"]) for entry in read_metrics(run, "routing")] == [
+        (2, 1),
+        (2, 2),
+        (4, 1),
+        (4, 2),
+    ]
     assert (run / "routing.png").stat().st_size > 10_000
     assert list((run / "tensorboard").iterdir())
 

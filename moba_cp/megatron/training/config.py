@@ -89,6 +89,7 @@ class RunConfig:
     log_interval: int = 1
     eval_interval: int = 50  # 0: never
     eval_batches: int = 4  # global batches per evaluation
+    routing_interval: int = 0  # steps between routing statistics of every layer in TensorBoard; 0: never
     save_interval: int = 0  # 0: only at the end
     save_last: bool = True
     routing_picture: bool = True  # at the end: which blocks the last layer's queries select, as a heatmap
@@ -145,6 +146,9 @@ def _check(config: TrainConfig) -> None:
     for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval"):
         if getattr(run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(run, name)}")
+    for name in ("eval_interval", "routing_interval", "save_interval"):
+        if getattr(run, name) < 0:
+            raise ValueError(f"run.{name} must not be negative (0: never), got {getattr(run, name)}")
     _divides("model.num_attention_heads", model.num_attention_heads, "model.hidden_size", model.hidden_size)
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     _divides("parallel.tensor", parallel.tensor, "model.num_attention_heads", model.num_attention_heads)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..reports import LayerReport, collect_reports
+from ..routing import routing_statistics
 from .batches import MicroBatch
 from .config import TrainConfig
 from .distributed import Ranks
@@ -49,32 +50,53 @@ def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfi
     return sum(losses) / len(losses)
 
 
-@torch.no_grad()
 def last_layer_report(
     trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks
 ) -> LayerReport | None:
     """Routing and traffic of this rank's last MoBA layer on the first micro-batch of a global batch; None on ranks of
     earlier pipeline stages, or if no layer there computes MoBA. All ranks of a context-parallel group get the same
     figures, each with its own tokens' selection."""
-    trainer.model.eval()
-    with collect_reports(trainer.model) as reports:
-        _run_batch(trainer, batches, config, ranks, forward_only=True)
+    reports = _reports(trainer, batches, config, ranks)
     if not ranks.is_last_stage or not reports:
         return None
     last = max(r.layer_number for r in reports)
     return next(r for r in reports if r.layer_number == last)
 
 
+def routing(
+    trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks
+) -> dict[int, dict[str, float]]:
+    """Routing statistics by layer number, of one micro-batch for each data-parallel rank; the same on all ranks. Layers
+    that compute full attention are left out."""
+    return routing_statistics(_reports(trainer, batches, config, ranks))
+
+
+@torch.no_grad()
+def _reports(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks) -> list[LayerReport]:
+    """Reports of this rank's layers on one micro-batch."""
+    trainer.model.eval()
+    with collect_reports(trainer.model) as reports:
+        _run_batch(trainer, batches, config, ranks, forward_only=True, num_microbatches=1)
+    return reports
+
+
 def _run_batch(
-    trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks, forward_only: bool
+    trainer: Trainer,
+    batches: Iterator[MicroBatch],
+    config: TrainConfig,
+    ranks: Ranks,
+    forward_only: bool,
+    num_microbatches: int | None = None,
 ) -> float:
-    """Mean loss per token of a global batch, over every rank that saw a part of it."""
+    """Mean loss per token over every rank that saw a part of it; of a global batch, unless a number is given."""
+    if num_microbatches is None:
+        num_microbatches = config.run.global_batch_size // (config.run.micro_batch_size * ranks.dp_size)
     forward_backward = get_forward_backward_func()
     sums = forward_backward(
         forward_step_func=_forward_step,
         data_iterator=batches,
         model=[trainer.model],
-        num_microbatches=config.run.global_batch_size // (config.run.micro_batch_size * ranks.dp_size),
+        num_microbatches=num_microbatches,
         seq_length=config.data.seq_length,
         micro_batch_size=config.run.micro_batch_size,
         forward_only=forward_only,
