@@ -10,6 +10,10 @@ shift $(($# > 0 ? 1 : 0))
 say() { printf '==> %s\n' "$*"; }
 
 installed="$(python -c 'from importlib.metadata import version; print(version("megatron-core"))' 2>/dev/null || echo none)"
+if [ "$installed" = none ]; then
+    say "WARNING: megatron-core is not installed; its tests are left out"
+    exit 0
+fi
 if [ "$installed" = "$version" ]; then
     say "megatron-core $version is what is installed"
     exit 0
@@ -23,6 +27,7 @@ if [ ! -d "$folder/megatron" ]; then
     # It asks for a newer Python in its metadata, and runs on 3.11.
     if ! python -m pip download --quiet --retries 1 --timeout 15 --disable-pip-version-check --no-deps \
         --only-binary=:all: --python-version 3.12 --dest "$folder.part" "megatron-core==$version"; then
+        rm -rf "$folder.part"
         say "WARNING: megatron-core $version could not be fetched (no network?); only $installed is tested"
         exit 0
     fi
