@@ -6,13 +6,14 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("megatron.core")
 
-from moba_cp.megatron.training.progress import read_metrics
+from moba_cp.megatron.training.progress import Reporter, read_metrics
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["data.seq_length=192", "run.steps=4", "run.eval_interval=4", "run.eval_batches=1", "optimizer.warmup_steps=1"]
@@ -68,3 +69,18 @@ def test_mistakes_end_the_run_with_their_names() -> None:
         main(ROOT / "configs" / "quickstart.yaml", ["run.colour=red"])
     with pytest.raises(SystemExit, match=r"No such file.*nowhere.yaml"):
         main(ROOT / "configs" / "nowhere.yaml")
+
+
+def test_mfu_is_the_share_of_the_peak_and_leaves_pauses_out(tmp_path: Path) -> None:
+    with Reporter(tmp_path, True, total_steps=2, first_step=0, tokens_per_step=10, devices=4, peak=1e12) as reporter:
+        reporter.step(1, loss=1.0)
+        with reporter.pause():
+            time.sleep(1.0)
+        time.sleep(0.01)
+        reporter.step(2, flops=4e9, loss=1.0)
+    without, with_flops = read_metrics(tmp_path)
+    assert "tflops_per_device" not in without
+    assert with_flops["mfu"] == pytest.approx(with_flops["tflops_per_device"])
+    seconds = 10 / with_flops["tokens_per_second"]
+    assert 0.01 <= seconds < 0.9
+    assert with_flops["tflops_per_device"] == pytest.approx(1e-3 / seconds)
