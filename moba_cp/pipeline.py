@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config import MoBAConfig
 from .kernels import KVPart, QueryRows, query_rows
+from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import HomePlan, RankPlan
 from .parallel.comm import CommGroup, SideStream
 from .parallel.cost import choose_transport
@@ -151,9 +152,9 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
         replayed = Replayed(transport.backward(heads, room_dk, room_dv)) if transport.resident else None
         for index, chunk in enumerate(chunks):
             # A transport that is not resident gives its remote parts fresh room on every walk.
-            added_to = {id(room_dk)} if replayed is None else {id(g.dk) for g in replayed.kept}
+            written = [room_dk] if replayed is None else [g.dk for g in replayed.kept]
+            added_to = {id(x) for x in written} if index else set()
             parts = replayed or transport.backward(heads, room_dk, room_dv)
-            added_to = added_to if index else set()
             _backward_chunk(call, chunk, next(lists), q, dout, delta, rows, saved, parts, added_to, dq)
         # Gradients of one range travel while the next is computed.
         finish()
@@ -346,8 +347,8 @@ def _gradient_room(call: Call, dk: Tensor, dv: Tensor, chunks: int) -> tuple[Ten
     """Where the home blocks' gradients accumulate: in place when each is written once, else in accumulation dtype."""
     if call.comm.size == 1 and chunks == 1:
         return dk, dv
-    acc = torch.float64 if dk.dtype == torch.float64 else torch.float32
-    return (torch.empty(x.shape, dtype=acc, device=x.device) for x in (dk, dv))  # type: ignore[return-value]
+    acc = accumulate_dtype(dk.dtype)
+    return torch.empty(dk.shape, dtype=acc, device=dk.device), torch.empty(dv.shape, dtype=acc, device=dv.device)
 
 
 def _kv_part(call: Call, part: Part) -> KVPart:

@@ -71,8 +71,10 @@ def make_report(call: Call, selected: Tensor, pair_bytes: int) -> MoBAReport:
     """
     plan, blocks = call.plan.plan, call.plan.plan.blocks
     quiet = CommGroup(call.comm.group, call.comm.size)  # its traffic is not the call's
-    mine = call.backend.wanted_pairs(selected, len(blocks), call.kv_heads)
-    wanted = call.wanted or exchange_wanted(mine, call.plan, quiet)
+    wanted = call.wanted
+    if wanted is None:
+        mine = call.backend.wanted_pairs(selected, len(blocks), call.kv_heads)
+        wanted = exchange_wanted(mine, call.plan, quiet)
     wanted_tokens = wanted.tokens()
     bound = remote_tokens(wanted_tokens.sum(2)) * pair_bytes
     visible = remote_tokens(visible_tokens(plan)) * call.kv_heads * pair_bytes

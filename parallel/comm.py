@@ -1,8 +1,8 @@
 """Collectives of one context-parallel group: counted, named, asynchronous.
 
 Every call returns a `Pending`; `wait` gives the result and, where a peer died or stalled, an error that names what was waited
-for. Tensors travel as bytes, so every dtype travels over every backend. On CUDA, communication and what packs for it run
-on a stream of their own, beside the work of the caller's stream.
+for. Tensors travel as bytes, so every dtype travels over every backend. On CUDA, communication
+runs beside the work of the caller's stream; `SideStream` puts other work there too.
 """
 
 from __future__ import annotations
