@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import next_power_of_2
+
 CHUNK_BYTES = 8192
 """Bytes of keys added in one step of a program: 8 KiB keep four 16-byte loads of each of 128 threads in flight."""
 
@@ -64,8 +66,8 @@ def centroids(k: Tensor, start: Tensor, block_size: int) -> Tensor:
     out = torch.empty(blocks, heads, dim, dtype=k.dtype, device=k.device)
     if out.numel() == 0:
         return out
-    padded = triton.next_power_of_2(dim)
-    chunk = max(min(CHUNK_BYTES // (padded * k.element_size()), triton.next_power_of_2(block_size)), 1)
+    padded = next_power_of_2(dim)
+    chunk = max(min(CHUNK_BYTES // (padded * k.element_size()), next_power_of_2(block_size)), 1)
     _centroids_kernel[(blocks * heads,)](
         k,
         start,

@@ -7,8 +7,11 @@ result then has the same bits in whatever company its row is computed. `scripts/
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+
+from .sizes import next_power_of_2
 
 SMALL_BLOCK = 128
 """Largest block whose keys and values one program holds whole."""
@@ -37,12 +40,19 @@ class Launch:
 
 def padded(size: int) -> int:
     """The power of two, at least 16, that tiles of `size` elements are padded to."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, next_power_of_2(size))
 
 
+@lru_cache(maxsize=64)
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; CPU tensors, which only the interpreter sees, count as Hopper."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the device; CPU tensors count as having one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def shared_memory_kib(capability: tuple[int, int]) -> int:
@@ -50,6 +60,7 @@ def shared_memory_kib(capability: tuple[int, int]) -> int:
     return _OPT_IN_KIB.get(capability, _LEAST_KIB)
 
 
+@lru_cache(maxsize=64)
 def streaming(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]) -> Launch | None:
     """For small blocks: K and V stay, rows stream. None where they do not fit and `stationary` serves instead.
 
@@ -70,6 +81,7 @@ def streaming(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]
     return None
 
 
+@lru_cache(maxsize=64)
 def stationary(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]) -> Launch:
     """Rows stay, K and V stream: past blocks of more than 128 keys, and smaller ones that do not fit `streaming`."""
     launch = own_blocks(dim, dim_v, capability)
@@ -78,6 +90,7 @@ def stationary(dim: int, dim_v: int, block_size: int, capability: tuple[int, int
     return _masked(dim, dim_v, capability)  # the wide tile with masks would spill
 
 
+@lru_cache(maxsize=64)
 def own_blocks(dim: int, dim_v: int, capability: tuple[int, int]) -> Launch:
     """Consecutive rows stay, the keys of their own block stream, masked where they pass the diagonal only."""
     if capability[0] >= 9 and max(padded(dim), padded(dim_v)) <= 128 and shared_memory_kib(capability) > _LEAST_KIB:
@@ -98,6 +111,7 @@ def _masked(dim: int, dim_v: int, capability: tuple[int, int]) -> Launch:
     return Launch(rows=64, keys=64, num_warps=4, num_stages=2)
 
 
+@lru_cache(maxsize=64)
 def merging(dim: int) -> Launch:
     """Merge of partials: memory-bound, a tile of 2048 elements a slot, no keys."""
     return Launch(rows=max(4, 2048 // padded(dim)), keys=0, num_warps=4, num_stages=3)

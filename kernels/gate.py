@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import configs
 from .gate_exact import _gate_exact_kernel, _load_tile, _store_selection, select_sorted
+from .sizes import cdiv, next_power_of_2
 from .types import QueryRows
 
 ROW_TILE = 64
@@ -212,16 +214,16 @@ def shapes(dim: int, n_blocks: int, topk: int, hopper: bool) -> tuple[dict[str, 
 
     They depend on the device, D, topk and the number of blocks in all, which no layout changes; never on the rows at hand.
     """
-    padded = max(triton.next_power_of_2(dim), 16)
+    padded = max(next_power_of_2(dim), 16)
     narrow = n_blocks <= 1024 or padded > 128 or not hopper
     tile = {"D": dim, "PADDED_D": padded, "BM": ROW_TILE, "BN": 32 if narrow else 64}
-    slots = {"TOPK": topk, "SLOTS": triton.next_power_of_2(topk)}
+    slots = {"TOPK": topk, "SLOTS": next_power_of_2(topk)}
     # Lanes that give away all of `depth` keys, in a row of independent scores: comb(topk - 1, depth) / BN^(depth - 1).
     # Such rows are done again, at about three times the cost. With as many keys as there are tiles no lane runs out.
     depth = 1
     while depth < 4 and comb(topk - 1, depth) > REDONE_ROWS * tile["BN"] ** (depth - 1):
         depth += 1
-    depth = min(depth, triton.cdiv(n_blocks - 1, tile["BN"]))
+    depth = min(depth, cdiv(n_blocks - 1, tile["BN"]))
     variant = {"DEPTH": depth, "PACKED": n_blocks <= PACKED_BLOCKS, "ASM": True, "STAGES": 3 if padded <= 128 else 2}
     variant["num_warps"] = 4
     if hopper and narrow and padded <= 128:
@@ -255,8 +257,7 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
     if tokens * q_heads == 0 or topk == 1 or topk >= n_blocks:
         return _select_whole(rows, q_heads, topk)
     out = torch.empty(q_heads, tokens, topk, dtype=torch.int32, device=q.device)
-    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
-    tile, slots, variant = shapes(dim, n_blocks, topk, hopper)
+    tile, slots, variant = shapes(dim, n_blocks, topk, configs.capability(q.device) >= (9, 0))
     if topk > LIST_TOPK:
         select_sorted(q, centroids, rows, topk, tile, out)
         return out
@@ -266,11 +267,10 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
     strides = (q.stride(0), q.stride(1), centroids.stride(0), centroids.stride(1))
     tensors = (q, centroids, rows.block, rows.first_block, out, again_count, again)
     arguments = (*tensors, tokens, q_heads, q_heads // kv_heads, *strides)
-    row_tiles = triton.cdiv(tokens, ROW_TILE)
+    row_tiles = cdiv(tokens, ROW_TILE)
     if fast:
         variant["ASM"] = q.is_cuda
         _gate_kernel[(row_tiles * q_heads,)](*arguments, **slots, **tile, **variant)
-    sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    programs = min(row_tiles, triton.cdiv(EXACT_PROGRAMS_PER_SM * sms, q_heads))
+    programs = min(row_tiles, cdiv(EXACT_PROGRAMS_PER_SM * configs.multiprocessors(q.device), q_heads))
     _gate_exact_kernel[(programs * q_heads,)](*arguments, **slots, **tile, LISTED=fast, num_warps=4)
     return out

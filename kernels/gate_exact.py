@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv
 from .types import QueryRows
 
 SCORES_BYTES = 1 << 26
@@ -176,7 +177,7 @@ def select_sorted(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int, tile
     for head in range(q_heads):
         for begin in range(0, tokens, step):
             end = min(begin + step, tokens)
-            grid = (triton.cdiv(end - begin, tile["BM"]), triton.cdiv(n_blocks, tile["BN"]))
+            grid = (cdiv(end - begin, tile["BM"]), cdiv(n_blocks, tile["BN"]))
             where = (begin, end, n_blocks, head, head // (q_heads // kv_heads))
             _scores_kernel[grid](
                 q, centroids, rows.block, rows.first_block, keys, *where, *strides, **tile, num_warps=4

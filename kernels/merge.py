@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .sizes import cdiv
 
 _VARYING = [
     "tokens", "selected_head", "selected_token", "selected_slot", "merged_token", "merged_head", "merged_lse_head",
@@ -90,7 +91,7 @@ def merge(partials, selected: Tensor, out: Tensor, lse: Tensor, launch: configs.
         return
     dim = out.shape[2]
     launch = launch or configs.merging(dim)
-    _merge[(triton.cdiv(tokens, launch.rows), q_heads)](
+    _merge[(cdiv(tokens, launch.rows), q_heads)](
         partials.out, partials.lse, selected, out, lse, tokens, *selected.stride(), out.stride(0), out.stride(1),
         lse.stride(0), TOPK=topk, DV=dim, DV_PADDED=configs.padded(dim), ROWS=launch.rows, STAGES=launch.num_stages,
         num_warps=launch.num_warps,
@@ -104,7 +105,7 @@ def merge_dq(dq_partials, selected: Tensor, dq: Tensor, launch: configs.Launch |
         return
     dim = dq.shape[2]
     launch = launch or configs.merging(dim)
-    _merge_dq[(triton.cdiv(tokens, launch.rows), q_heads)](
+    _merge_dq[(cdiv(tokens, launch.rows), q_heads)](
         dq_partials.out, selected, dq, tokens, *selected.stride(), dq.stride(0), dq.stride(1),
         TOPK=topk, D=dim, D_PADDED=configs.padded(dim), ROWS=launch.rows, STAGES=launch.num_stages,
         num_warps=launch.num_warps,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv
+
 ENTRIES = 1024
 
 
@@ -32,7 +34,7 @@ def wanted_pairs(selected: Tensor, n_blocks: int, kv_heads: int) -> Tensor:
     q_heads, tokens, topk = selected.shape
     wanted = torch.zeros(kv_heads, n_blocks, dtype=torch.uint8, device=selected.device)
     if selected.numel():
-        grid = (triton.cdiv(tokens * topk, ENTRIES), q_heads)
+        grid = (cdiv(tokens * topk, ENTRIES), q_heads)
         _wanted_kernel[grid](
             selected, wanted, tokens, n_blocks, q_heads // kv_heads, *selected.stride(), TOPK=topk, ENTRIES=ENTRIES
         )

@@ -52,6 +52,35 @@ def time_stages() -> Iterator[StageTimer]:
         _active.reset(token)
 
 
+class _Range:
+    """An NVTX range. Not a generator: a call enters about fifteen of these, and their time counts for short sequences."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        torch.cuda.nvtx.range_push(f"moba_cp {self._name}")
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.nvtx.range_pop()
+
+
+@contextlib.contextmanager
+def _timed(name: str, timer: StageTimer) -> Iterator[None]:
+    """An NVTX range with its time on the caller's stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with _Range(name):
+        start.record()
+        try:
+            yield
+        finally:
+            end.record()
+            timer.add(name, start, end)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
 class Stages:
     """One call's stages: NVTX ranges on CUDA, and times where `time_stages` was active when the call began."""
 
@@ -59,27 +88,11 @@ class Stages:
         self._cuda = device.type == "cuda"
         self._timer = _active.get() if self._cuda else None
 
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> contextlib.AbstractContextManager[None]:
         """The stage `name`, as an NVTX range `moba_cp <name>`."""
         if not self._cuda:
-            yield
-            return
-        torch.cuda.nvtx.range_push(f"moba_cp {name}")
-        if self._timer is None:
-            try:
-                yield
-            finally:
-                torch.cuda.nvtx.range_pop()
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        try:
-            yield
-        finally:
-            end.record()
-            self._timer.add(name, start, end)
-            torch.cuda.nvtx.range_pop()
+            return _NOTHING
+        return _Range(name) if self._timer is None else _timed(name, self._timer)
 
     def taking(self, items: Iterable[T], name: str) -> Iterator[T]:
         """`items`, with the time to take each one as the stage `name`: what communication does not hide."""
