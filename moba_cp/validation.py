@@ -58,18 +58,33 @@ def check_call(
 ) -> None:
     """Everything about one rank's call that it can check alone. Raises TypeError or ValueError."""
     check_config(config)
-    if not isinstance(layout, SequenceLayout):
-        raise TypeError(f"layout must be a SequenceLayout, got {type(layout).__name__}")
-    if not isinstance(comm, str):
-        raise TypeError(f"comm must be a string, got {comm!r}")
-    if comm not in COMMS:
-        raise ValueError(f"comm must be one of {', '.join(COMMS)}; got {comm!r}")
+    check_layout(layout)
+    check_comm(comm, COMMS)
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
         raise TypeError(f"workspace_bytes must be an int, got {workspace_bytes!r}")
     if workspace_bytes < 1:
         raise ValueError(f"workspace_bytes must be at least 1, got {workspace_bytes}")
     check_tensors(q, k, v)
     backend_for(q.device, q.dtype).check_sizes(q.shape[2], v.shape[2], config.block_size)
+    check_placement(q, layout, group)
+
+
+def check_layout(layout: SequenceLayout) -> None:
+    """It is a `SequenceLayout`, which checks its own values."""
+    if not isinstance(layout, SequenceLayout):
+        raise TypeError(f"layout must be a SequenceLayout, got {type(layout).__name__}")
+
+
+def check_comm(comm: str, known: tuple[str, ...]) -> None:
+    """`comm` is one of the known transports."""
+    if not isinstance(comm, str):
+        raise TypeError(f"comm must be a string, got {comm!r}")
+    if comm not in known:
+        raise ValueError(f"comm must be one of {', '.join(known)}; got {comm!r}")
+
+
+def check_placement(q: Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:
+    """The group fits the layout and the device of q, and q holds this rank's tokens."""
     rank = _check_group(layout, group)
     if layout.cp_size > 1:
         _check_backend(group, q.device)

@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from moba_cp import MoBAConfig
 
 from .norm import TorchNorm
-from .settings import PARTITIONS
+from .settings import BACKENDS, FULL_ATTENTION_COMMS, PARTITIONS
 from .spec import with_moba
 
 
@@ -30,6 +30,18 @@ def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     group.add_argument(
         "--moba-full-attention-last-n-layers", type=int, default=0, help="layers at the end with full causal attention"
+    )
+    group.add_argument(
+        "--moba-full-attention-comm",
+        default="auto",
+        choices=FULL_ATTENTION_COMMS,
+        help="how keys and values travel for full causal attention",
+    )
+    group.add_argument(
+        "--moba-full-attention-backend",
+        default="torch",
+        choices=BACKENDS,
+        help="what computes full causal attention: torch's kernels, or Transformer Engine",
     )
     group.add_argument(
         "--moba-layer-freq",
@@ -82,6 +94,8 @@ def settings_from_arguments(arguments: argparse.Namespace, num_layers: int | Non
         "partition": arguments.moba_partition,
         "full_attention_last_n_layers": arguments.moba_full_attention_last_n_layers,
         "layer_pattern": pattern,
+        "full_attention_comm": arguments.moba_full_attention_comm,
+        "full_attention_backend": arguments.moba_full_attention_backend,
     }
 
 

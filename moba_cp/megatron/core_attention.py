@@ -15,10 +15,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
+from moba_cp.dense import causal_attention
 
-from .dense import causal_attention
 from .layout import host_integers, packed_layout, sbhd_layout
-from .settings import MoBASettings
+from .settings import FULL_ATTENTION_COMMS, MoBASettings
+from .te import build_te_attention
 from .unsupported import refuse_extra, refuse_unsupported
 
 _COMM_PREFIX = "moba_"
@@ -27,10 +28,16 @@ _COMM_PREFIX = "moba_"
 class MoBACoreAttention(MegatronModule):
     """Drop-in for ``DotProductAttention`` or ``TEDotProductAttention`` in a self-attention spec.
 
-    Layers that the settings choose compute full causal attention instead, over the same group and layout.
+    Layers that the settings choose compute full causal attention instead, over the same group and layout, or with
+    Transformer Engine's attention.
 
     It has no parameters and no buffers, so checkpoints do not know whether it is there, and it keeps nothing between
     calls that depends on a rank or a group size. Rotary embedding and any key normalisation happen before it.
+
+    With ``full_attention_backend="te"`` every layer holds Megatron's ``TEDotProductAttention``, MoBA layers too, so that a
+    switched layer computes what a full one does; until it is called it costs nothing but its construction. It is no
+    submodule: ``TEDotProductAttention`` has no parameters and adds nothing to sharded checkpoints either, and the empty
+    ``_extra_state`` that it would add to a plain ``state_dict()`` would set MoBA checkpoints apart from dense ones.
 
     Args:
         config: the layer's configuration; options that MoBA attention cannot honour are refused here.
@@ -41,12 +48,15 @@ class MoBACoreAttention(MegatronModule):
         attention_dropout: must be None or 0.
         softmax_scale: scale of the logits; None means the one of ``settings.moba``, by default ``d ** -0.5``.
         cp_comm_type: ``"moba_<comm>"`` chooses the transport of this layer; None and Megatron's default ``"p2p"``
-            leave it to ``settings.comm``.
+            leave it to the settings. Full attention takes ``moba_ring`` and ``moba_all_gather`` unless
+            ``settings.full_attention_comm`` says another; of the other transports, which bring selected blocks only, it
+            knows none and decides by size. A full layer of Transformer Engine's takes Transformer Engine's own values.
         pg_collection: process groups of the layer; ``cp`` is used. None takes Megatron's global ones.
 
     Raises:
         ValueError: an option that is not supported, with what to do about it.
         TypeError: an unknown keyword argument that carries a value.
+        ImportError: ``full_attention_backend="te"`` without Transformer Engine.
     """
 
     def __init__(
@@ -67,14 +77,33 @@ class MoBACoreAttention(MegatronModule):
         refuse_extra(f"MoBA attention, layer {layer_number}", extra)
         if attention_dropout:
             raise ValueError(f"MoBA attention, layer {layer_number}: attention_dropout={attention_dropout} must be 0")
-        if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.layer_number = layer_number
         self.partition = _resolve_partition(config, settings)
         self.moba = _with_scale(settings.moba, softmax_scale)
-        self.comm = _resolve_comm(settings, cp_comm_type)
-        self.cp_group: torch.distributed.ProcessGroup = pg_collection.cp
         self._built_for_moba = settings.computes_moba(layer_number, config.num_layers)
+        always_te = settings.full_attention_backend == "te" and not self._built_for_moba
+        ours = None if always_te else cp_comm_type  # else it may be one of Transformer Engine's values
+        self.comm = _resolve_comm(settings, ours)
+        self.full_comm = _resolve_full_comm(settings, ours)
+        self._te: tuple[torch.nn.Module, ...] = ()  # a tuple, so that it is no submodule
+        if settings.full_attention_backend == "te":
+            self._te = (
+                build_te_attention(
+                    config,
+                    layer_number,
+                    self.partition,
+                    cp_comm_type,
+                    attn_mask_type=attn_mask_type,
+                    attention_type=attention_type,
+                    attention_dropout=attention_dropout,
+                    softmax_scale=self.moba.softmax_scale,
+                    pg_collection=pg_collection,
+                ),
+            )
+        self._attn_mask_type = attn_mask_type
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.cp_group: torch.distributed.ProcessGroup = pg_collection.cp
         self.full_attention = False  # see moba_cp.megatron.schedule
         self.report_to: Callable[..., None] | None = None  # see moba_cp.megatron.reports
 
@@ -108,6 +137,10 @@ class MoBACoreAttention(MegatronModule):
             TypeError: an unknown keyword argument that carries a value.
         """
         self._check_call(query, key, attention_mask, attn_mask_type, attention_bias, extra)
+        if self._te and not self.computes_moba:
+            mask_type = self._attn_mask_type if attn_mask_type is None else attn_mask_type
+            (te,) = self._te
+            return te(query, key, value, None, attn_mask_type=mask_type, packed_seq_params=packed_seq_params)
         group, cp_size = self._group(packed_seq_params)
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             layout = self._packed_layout(packed_seq_params, query.size(0), cp_size)
@@ -126,6 +159,12 @@ class MoBACoreAttention(MegatronModule):
         """False for a layer that computes full causal attention, by the settings or because it was switched."""
         return self._built_for_moba and not self.full_attention
 
+    def train(self, mode: bool = True) -> MoBACoreAttention:
+        """Also for Transformer Engine's attention, which is no submodule."""
+        for te in self._te:
+            te.train(mode)
+        return super().train(mode)
+
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Nothing: there is no state, so checkpoints of dense and of MoBA models are the same."""
         return {}
@@ -139,7 +178,9 @@ class MoBACoreAttention(MegatronModule):
         group: torch.distributed.ProcessGroup | None,
     ) -> torch.Tensor:
         if not self.computes_moba:
-            return causal_attention(q_thd, k_thd, v_thd, self.moba.softmax_scale, layout=layout, group=group)
+            return causal_attention(
+                q_thd, k_thd, v_thd, self.moba.softmax_scale, layout=layout, group=group, comm=self.full_comm
+            )
         if self.report_to is None:
             return moba_attention(q_thd, k_thd, v_thd, self.moba, layout=layout, group=group, comm=self.comm)
         out_thd, report = moba_attention(
@@ -225,6 +266,14 @@ def _resolve_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
         f"cp_comm_type={cp_comm_type!r} belongs to Transformer Engine's attention; for MoBA write "
         "moba_<comm>, for example moba_fetch or moba_all_gather"
     )
+
+
+def _resolve_full_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
+    """Of a full layer, or of one that is switched."""
+    named = (cp_comm_type or "").removeprefix(_COMM_PREFIX)
+    if settings.full_attention_comm == "auto" and named in FULL_ATTENTION_COMMS:
+        return named
+    return settings.full_attention_comm
 
 
 def _resolve_partition(config: TransformerConfig, settings: MoBASettings) -> str:

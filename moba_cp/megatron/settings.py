@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moba_cp import MoBAConfig
+from moba_cp.parallel.dense import COMMS as FULL_ATTENTION_COMMS
 
 PARTITIONS = ("zigzag", "contiguous")
+BACKENDS = ("torch", "te")
+"""What may compute full attention: our own over torch's kernels, or Transformer Engine."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class MoBASettings:
     partition: str = "zigzag"
     full_attention_last_n_layers: int = 0
     layer_pattern: tuple[int, ...] | None = None
+    full_attention_comm: str = "auto"
+    full_attention_backend: str = "torch"
 
     def __post_init__(self) -> None:
         if self.full_attention_last_n_layers < 0:
@@ -46,8 +51,18 @@ class MoBASettings:
                 raise ValueError("give full_attention_last_n_layers or layer_pattern, not both")
             if set(self.layer_pattern) - {0, 1}:
                 raise ValueError(f"layer_pattern must hold 1 (MoBA) and 0 (full), got {list(self.layer_pattern)}")
-        if self.partition not in PARTITIONS:
-            raise ValueError(f"partition must be one of {PARTITIONS}, got {self.partition!r}")
+        for name, known in (
+            ("partition", PARTITIONS),
+            ("full_attention_comm", FULL_ATTENTION_COMMS),
+            ("full_attention_backend", BACKENDS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.full_attention_backend == "te" and self.full_attention_comm != "auto":
+            raise ValueError(
+                f"full_attention_comm={self.full_attention_comm!r} is for full_attention_backend='torch'; Transformer "
+                "Engine's own transport is chosen by cp_comm_type"
+            )
 
     def computes_moba(self, layer_number: int, num_layers: int) -> bool:
         """Whether a layer computes MoBA.

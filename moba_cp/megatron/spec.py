@@ -25,7 +25,8 @@ def with_moba(spec: Spec, moba_config: MoBAConfig, **settings: Any) -> Spec:
             implementation or for Transformer Engine.
         moba_config: block size, top-k and softmax scale.
         **settings: the other fields of :class:`moba_cp.megatron.MoBASettings` (``comm``,
-            ``partition``, ``full_attention_last_n_layers``, ``layer_pattern``).
+            ``partition``, ``full_attention_last_n_layers``, ``layer_pattern``, ``full_attention_comm``,
+            ``full_attention_backend``).
 
     Returns:
         A spec of the same kind. Parameter names and checkpoints do not change.

@@ -11,7 +11,7 @@ pytest.importorskip("megatron.core")
 
 from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.megatron import MoBASchedule, MoBASettings, use_full_attention
-from moba_cp.megatron.dense import causal_attention
+from moba_cp.dense import causal_attention
 from tests.megatron.test_core_attention import MOBA, build, random_qkv
 from tests.ranks import run_ranks
 

@@ -1,0 +1,167 @@
+"""Full causal attention over a context-parallel group, for layers that do not use MoBA; needs neither Megatron nor
+Transformer Engine.
+
+Keys and values of each rank come over as whole shards, and every pair of shards is computed by torch's own fused attention
+and merged by log-sum-exp (`moba_cp.kernels.dense`); in backward the gradients of a shard go home in fp32
+(`moba_cp.parallel.dense`). Shards are cut where documents and runs of tokens end, so every layout works, and under a zigzag
+layout the ranks are equally busy. No `tokens x tokens` mask exists, and with `ring` no rank ever holds all keys and values.
+
+A document takes at least one kernel for each pair of ranks that hold some of it: with thousands of short documents a
+rank is busy starting small kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels import dense
+from .kernels.torch_backend import accumulate_dtype
+from .parallel import agreement
+from .parallel.comm import CommGroup, Traffic
+from .parallel.dense import COMMS, DenseTransport, Shard, equal_documents, transport, visible_pairs
+from .parallel.layout import SequenceLayout
+from .stages import Stages
+from .validation import check_comm, check_layout, check_placement, check_tensors, group_size
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    *,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None = None,
+    comm: str = "auto",
+    traffic: Traffic | None = None,
+) -> Tensor:
+    """Full causal attention within each document of the layout. All ranks of the group must make the same call.
+
+    The same call gives the same bits with any `comm`, but for dq on GPUs (see `moba_cp.kernels.dense`).
+
+    Args:
+        q: `[T, Hq, D]`, fp64, fp32, bf16 or fp16: this rank's queries in the order of `layout.local_indices(rank)`.
+        k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`, its keys and values; `Hq` must be a multiple of `Hkv`.
+        softmax_scale: scale of the logits; None for `D ** -0.5`.
+        layout: who holds which token.
+        group: the ranks of the layout; None for the default group, or for none at all when `layout.cp_size == 1`.
+        comm: "ring" (memory for two shards of keys and values, whatever the number of ranks), "all_gather" (one collective;
+            memory for all of them), or "auto", which gathers up to 32 MiB (`moba_cp.parallel.dense.choose_transport`).
+        traffic: counts what is sent and received, also by the backward pass.
+
+    Returns:
+        `[T, Hq, Dv]`; differentiable in q, k and v, with gradients summed over the group.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said, on the rank that passed it before it starts any collective,
+            and on the others as well; or the ranks disagree.
+        RuntimeError: a rank did not take part within the group's timeout.
+    """
+    try:
+        check_layout(layout)
+        check_comm(comm, COMMS)
+        check_tensors(q, k, v)
+        check_placement(q, layout, group)
+    except (TypeError, ValueError) as error:
+        if group_size(layout, group) > 1:
+            agreement.refuse(group, error)
+        raise
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    comm_group = CommGroup(group, layout.cp_size, traffic)
+    if comm_group.size > 1:
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        agreement.check(
+            group,
+            {
+                "attention": "full",
+                "layout": f"{layout.digest.hex()} {layout!r}",
+                "softmax_scale": str(scale),
+                "dtype": f"{q.dtype} on {q.device.type}",
+                "heads and head sizes": f"Hq {q.shape[1]}, Hkv {k.shape[1]}, D {q.shape[2]}, Dv {v.shape[2]}",
+                "comm": comm,
+                "gradients": "wanted" if gradients else "not wanted",
+            },
+            q.device,
+        )
+    call = _Call(layout, comm_group, comm, scale, equal_documents(layout), Stages(q.device))
+    return _CausalAttention.apply(q, k, v, call)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What forward and backward of one call share."""
+
+    layout: SequenceLayout
+    comm_group: CommGroup
+    comm: str
+    scale: float
+    steady: bool
+    stage: Stages
+
+    def transport(self, k: Tensor, v: Tensor) -> DenseTransport:
+        return transport(self.comm, self.layout, self.comm_group, Shard(k, v))
+
+
+class _CausalAttention(torch.autograd.Function):
+    """All pairs of this rank's queries with one shard after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        dtype = accumulate_dtype(q.dtype)
+        total = q.new_zeros(*q.shape[:2], v.shape[2], dtype=dtype)
+        lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype)
+        with torch.cuda.device_of(q):  # kernels are launched on the current device
+            for source, shard in call.stage.taking(call.transport(k, v).forward(), "dense wait"):
+                with call.stage("dense attention"):
+                    for pair in visible_pairs(call.layout, call.comm_group.rank, source):
+                        rows, keys = pair.queries, pair.keys
+                        dense.attend(
+                            q[rows],
+                            shard.k[keys],
+                            shard.v[keys],
+                            call.scale,
+                            pair.causal,
+                            total[rows],
+                            lse[:, rows],
+                            call.steady,
+                        )
+        out = total.to(q.dtype)
+        ctx.call = call
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        call: _Call = ctx.call
+        dout = dout.contiguous()
+        dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
+        with torch.cuda.device_of(q):
+            parts = call.transport(k, v).backward(Shard(dk, dv))
+            for source, shard, gradient in call.stage.taking(parts, "dense backward wait"):
+                with call.stage("dense attention backward"):
+                    for pair in visible_pairs(call.layout, call.comm_group.rank, source):
+                        rows, keys = pair.queries, pair.keys
+                        dense.attend_backward(
+                            q[rows],
+                            shard.k[keys],
+                            shard.v[keys],
+                            out[rows],
+                            lse[:, rows],
+                            dout[rows],
+                            call.scale,
+                            pair.causal,
+                            dq[rows],
+                            gradient.k[keys],
+                            gradient.v[keys],
+                            call.steady,
+                        )
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None

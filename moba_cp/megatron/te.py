@@ -1,0 +1,44 @@
+"""Transformer Engine's attention for layers that compute full causal attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def build_te_attention(
+    config: TransformerConfig, layer_number: int, partition: str, cp_comm_type: str | None, **arguments: Any
+) -> torch.nn.Module:
+    """Megatron's ``TEDotProductAttention`` for one layer.
+
+    Args:
+        config: the layer's configuration.
+        layer_number: 1-based.
+        partition: of the layer's settings; Transformer Engine shards zigzag only.
+        cp_comm_type: the layer's own; ``moba_<comm>`` means nothing to Transformer Engine and becomes its default, ``"p2p"``.
+        **arguments: the other arguments that Megatron builds a core attention with.
+
+    Raises:
+        ImportError: Transformer Engine is not installed.
+        ValueError: a contiguous partition under context parallelism.
+    """
+    from megatron.core.extensions import transformer_engine as extension
+
+    where = f"MoBA attention, layer {layer_number}: full_attention_backend='te'"
+    if not extension.HAVE_TE:
+        raise ImportError(
+            f"{where} needs Transformer Engine: pip install 'transformer_engine[pytorch]', or set "
+            "full_attention_backend='torch'"
+        )
+    if partition != "zigzag" and config.context_parallel_size > 1:
+        raise ValueError(
+            f"{where} takes every context-parallel shard as zigzag, but partition={partition!r}; set "
+            "full_attention_backend='torch'"
+        )
+    if cp_comm_type is None or cp_comm_type.startswith("moba_"):
+        cp_comm_type = "p2p"
+    return extension.TEDotProductAttention(
+        config=config, layer_number=layer_number, cp_comm_type=cp_comm_type, **arguments
+    )

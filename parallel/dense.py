@@ -1,0 +1,284 @@
+"""Dense attention over a group: which rows of two shards see each other, and how whole shards of keys and values travel.
+
+Nothing is selected, so every earlier key of a document is wanted. Two transports bring the other ranks' shards in the same
+order (the rank before, the one before that, ...) and add gradients in the same order, so their results are the same bits:
+
+- `ring`: shards pass round the ring. A rank holds its own, the one it computes with and the one that arrives; in backward also
+  two shards of gradients in the accumulation dtype. `P - 1` messages each way.
+- `all_gather`: all shards at once, padded to the largest, by one collective; in backward the gradients of all of them, in the
+  accumulation dtype, and one all-to-all to bring them home.
+
+A shard travels as one flat tensor: its keys, then its values.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .comm import CommGroup, Pending
+from .cost import GATHER_BYTES
+from .layout import SequenceLayout
+
+COMMS = ("auto", "all_gather", "ring")
+"""Values of `comm` for dense attention."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Rows of queries and the rows of keys they see: all of them, or (`causal`, the same rows) those up to their own."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive tokens of one document: `[start, end)`, from local row `row` on."""
+
+    row: int
+    start: int
+    end: int
+
+    @property
+    def row_end(self) -> int:
+        return self.row + self.end - self.start
+
+
+@lru_cache(maxsize=256)
+def visible_pairs(layout: SequenceLayout, rank: int, source: int) -> tuple[Pair, ...]:
+    """What the queries of `rank` see of the keys of `source`, in as few pairs as can be.
+
+    Each query row is in at least one causal pair with its own shard, which comes before all others. Under zigzag a
+    document takes one pair for each source rank::
+
+        queries of rank 1 of 2      own keys 2 3 4 5     keys of rank 0: 0 1 6 7
+          2 3 4 5                   causal               all four see 0 1; none sees 6 7
+    """
+    queries, keys = _runs_of_documents(layout, rank), _runs_of_documents(layout, source)
+    pairs: list[Pair] = []
+    for document, mine in queries.items():
+        if rank != source:
+            pairs += _full_pairs(mine, keys.get(document, []))
+            continue
+        stretches = _ascending(mine)
+        pairs += [Pair(rows, rows, True) for rows in (slice(s[0].row, s[-1].row_end) for s in stretches)]
+        for stretch in stretches:
+            pairs += _full_pairs(stretch, [run for other in stretches if other is not stretch for run in other])
+    return tuple(sorted(pairs, key=lambda pair: not pair.causal))
+
+
+def equal_documents(layout: SequenceLayout) -> bool:
+    """Whether all documents that hold tokens are equally long, as in batches that are not packed."""
+    return len(set(np.diff(layout.cu_seqlens_array).tolist()) - {0}) <= 1
+
+
+@lru_cache(maxsize=256)
+def _runs_of_documents(layout: SequenceLayout, rank: int) -> dict[int, list[_Run]]:
+    """This rank's runs by document, in the order of its rows."""
+    boundaries = layout.cu_seqlens_array
+    found: dict[int, list[_Run]] = {}
+    row = 0
+    for start, end in layout.runs[rank].tolist():
+        first = int(np.searchsorted(boundaries, start, side="right"))
+        while start < end:
+            stop = min(end, int(boundaries[first]))
+            if start < stop:
+                found.setdefault(first - 1, []).append(_Run(row, start, stop))
+                row += stop - start
+                start = stop
+            first += 1
+    return found
+
+
+def _ascending(runs: list[_Run]) -> list[list[_Run]]:
+    """Runs in neighbouring rows whose tokens ascend: in row order, causal attention among them is the usual triangle."""
+    stretches: list[list[_Run]] = []
+    for run in runs:
+        if stretches and stretches[-1][-1].row_end == run.row and stretches[-1][-1].end <= run.start:
+            stretches[-1].append(run)
+        else:
+            stretches.append([run])
+    return stretches
+
+
+def _full_pairs(queries: Iterable[_Run], keys: list[_Run]) -> list[Pair]:
+    """Pairs of whole runs, joined where their rows are neighbours."""
+    wanted: list[tuple[slice, list[slice]]] = []
+    for query in queries:
+        seen: list[slice] = []
+        for key in keys:
+            if key.end <= query.start:
+                if seen and seen[-1].stop == key.row:
+                    seen[-1] = slice(seen[-1].start, key.row_end)
+                else:
+                    seen.append(slice(key.row, key.row_end))
+        if wanted and wanted[-1][0].stop == query.row and wanted[-1][1] == seen:
+            wanted[-1] = (slice(wanted[-1][0].start, query.row_end), seen)
+        else:
+            wanted.append((slice(query.row, query.row_end), seen))
+    return [Pair(rows, key_rows, False) for rows, seen in wanted for key_rows in seen]
+
+
+def choose_transport(layout: SequenceLayout, token_bytes: int) -> str:
+    """`auto`, decided alike by every rank: `all_gather` where the keys and values of all other ranks are at most
+    `moba_cp.parallel.cost.GATHER_BYTES`, which is where one collective costs less than the latency of the ring's steps;
+    else `ring`, whose memory does not grow with the number of ranks.
+
+    Args:
+        layout: who holds which token.
+        token_bytes: of a token's keys and values, all kv heads.
+    """
+    fewest = min(layout.local_tokens(rank) for rank in range(layout.cp_size))
+    return "all_gather" if (layout.total_tokens - fewest) * token_bytes <= GATHER_BYTES else "ring"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Keys `[m, Hkv, D]` and values `[m, Hkv, Dv]` of one rank; or their gradients, in the accumulation dtype."""
+
+    k: Tensor
+    v: Tensor
+
+
+class DenseTransport(ABC):
+    """Brings the other ranks' shards over. Every rank walks its iterators to the end.
+
+    Args:
+        layout: who holds which token.
+        comm: the group.
+        local: this rank's own shard.
+    """
+
+    def __init__(self, layout: SequenceLayout, comm: CommGroup, local: Shard) -> None:
+        self.layout, self.comm, self.local = layout, comm, local
+
+    @abstractmethod
+    def forward(self) -> Iterator[tuple[int, Shard]]:
+        """Rank and shard, this rank's own first. A shard is valid until the next one is taken."""
+
+    @abstractmethod
+    def backward(self, home: Shard) -> Iterator[tuple[int, Shard, Shard]]:
+        """Rank, shard, and where the caller adds the shard's gradients before it takes the next. Once the iterator is
+        exhausted, `home` also holds what the other ranks added.
+
+        Args:
+            home: the gradients of this rank's own shard, zeros at first.
+        """
+
+    def _source(self, step: int) -> int:
+        return (self.comm.rank - step) % self.comm.size
+
+    def _numel(self, rank: int) -> int:
+        """Numbers in the shard of `rank`."""
+        _, heads, dim = self.local.k.shape
+        return self.layout.local_tokens(rank) * heads * (dim + self.local.v.shape[2])
+
+    def _flat(self) -> Tensor:
+        return torch.cat([self.local.k.flatten(), self.local.v.flatten()])
+
+    def _shard(self, flat: Tensor, rank: int) -> Shard:
+        """Views of a flat shard, or of its gradients."""
+        tokens, (_, heads, dim), value_dim = self.layout.local_tokens(rank), self.local.k.shape, self.local.v.shape[2]
+        cut = tokens * heads * dim
+        return Shard(
+            flat[:cut].view(tokens, heads, dim),
+            flat[cut : cut + tokens * heads * value_dim].view(tokens, heads, value_dim),
+        )
+
+    def _add_home(self, home: Shard, arrived: Tensor) -> None:
+        shard = self._shard(arrived, self.comm.rank)
+        home.k.add_(shard.k)
+        home.v.add_(shard.v)
+
+
+class DenseRing(DenseTransport):
+    """See the module. In a group of one nothing moves."""
+
+    def forward(self) -> Iterator[tuple[int, Shard]]:
+        for step, flat in self._travel():
+            source = self._source(step)
+            yield source, self.local if step == 0 else self._shard(flat, source)
+
+    def backward(self, home: Shard) -> Iterator[tuple[int, Shard, Shard]]:
+        travelling: Pending | None = None
+        for step, flat in self._travel():
+            source = self._source(step)
+            if step == 0:
+                yield source, self.local, home
+                continue
+            own = torch.zeros_like(flat, dtype=home.k.dtype)
+            yield source, self._shard(flat, source), self._shard(own, source)
+            if travelling is not None:
+                own += travelling.wait()
+            # What leaves here belongs to rank - step; what arrives belongs to rank - step - 1, in the end to this rank.
+            arriving = own.new_empty(self._numel(self._source(step + 1)))
+            travelling = self.comm.shift(own, arriving, "dense ring gradients")
+        if travelling is not None:
+            self._add_home(home, travelling.wait())
+
+    def _travel(self) -> Iterator[tuple[int, Tensor]]:
+        """The flat shard of each step, the next one under way; of step 0, which needs none, whatever there is."""
+        current = self._flat() if self.comm.size > 1 else self.local.k
+        for step in range(self.comm.size):
+            pending = None
+            if step + 1 < self.comm.size:
+                arriving = current.new_empty(self._numel(self._source(step + 1)))
+                pending = self.comm.shift(current, arriving, "dense ring keys and values")
+            yield step, current
+            if pending is not None:
+                current = pending.wait()
+
+
+class DenseAllGather(DenseTransport):
+    """See the module."""
+
+    def forward(self) -> Iterator[tuple[int, Shard]]:
+        pending = self._gather()
+        yield self.comm.rank, self.local
+        gathered = pending.wait()
+        for step in range(1, self.comm.size):
+            source = self._source(step)
+            yield source, self._shard(gathered[source], source)
+
+    def backward(self, home: Shard) -> Iterator[tuple[int, Shard, Shard]]:
+        pending = self._gather()
+        rank, size = self.comm.rank, self.comm.size
+        yield rank, self.local, home
+        gathered = pending.wait()
+        held = [self._numel(source) if source != rank else 0 for source in range(size)]
+        outgoing = gathered.new_zeros(sum(held), dtype=home.k.dtype)
+        rooms = outgoing.split(held)
+        for step in range(1, size):
+            source = self._source(step)
+            yield source, self._shard(gathered[source], source), self._shard(rooms[source], source)
+        received = [self._numel(rank) if source != rank else 0 for source in range(size)]
+        incoming = self.comm.all_to_all(outgoing, held, received, "dense all_gather gradients").wait().split(received)
+        total = incoming[(rank + 1) % size].clone()
+        for step in range(2, size):
+            total += incoming[(rank + step) % size]
+        self._add_home(home, total)
+
+    def _gather(self) -> Pending:
+        _, heads, dim = self.local.k.shape
+        flat = self.local.k.new_zeros(self.layout.most_local_tokens * heads * (dim + self.local.v.shape[2]))
+        flat[: self._numel(self.comm.rank)] = self._flat()
+        return self.comm.all_gather(flat, "dense all_gather keys and values")
+
+
+def transport(comm: str, layout: SequenceLayout, group: CommGroup, local: Shard) -> DenseTransport:
+    """The transport that `comm`, one of `COMMS`, stands for."""
+    if comm == "auto":
+        comm = choose_transport(layout, (local.k.shape[2] + local.v.shape[2]) * local.k.shape[1] * local.k.itemsize)
+    return (
+        DenseAllGather(layout, group, local)
+        if comm == "all_gather" and group.size > 1
+        else DenseRing(layout, group, local)
+    )
