@@ -6,11 +6,11 @@ home blocks -> centroids -> gate -> routing lists -> transport -> block attentio
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import HomePlan, RankPlan
 from .parallel.comm import CommGroup, SideStream
 from .parallel.cost import choose_transport
-from .parallel.home import HomeBlocks, bring_home, gather_centroids, order_centroids, send_back
-from .parallel.transports import AllGather, Fetch, LocalOnly, Part, PartGradient, Ring, Transport
+from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, send_back
+from .parallel.transports import AllGather, Fetch, LocalOnly, Part, PartGradient, Ring, Transport, of_heads
 from .parallel.wanted import Wanted, exchange_wanted
 from .stages import Stages
 
@@ -70,11 +70,29 @@ class Call:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Query rows and kv heads whose partial results are in memory together."""
+    """Query rows and kv heads whose partial results are in memory together.
+
+    Attributes:
+        heads, q_heads, rows: ranges of kv heads, of their q heads and of local rows.
+        whole: these are all heads and all rows, so that nothing has to be cut out: each view costs the host microseconds.
+    """
 
     heads: slice
     q_heads: slice
     rows: slice
+    whole: bool
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The chunk's part of `[T, Hq, ...]`."""
+        return x if self.whole else x[self.rows, self.q_heads]
+
+    def of_heads(self, x: Tensor) -> Tensor:
+        """The chunk's part of `[Hq, T, ...]`."""
+        return x if self.whole else x[self.q_heads, self.rows]
+
+
+Ranges: TypeAlias = tuple[tuple[slice, tuple[Chunk, ...]], ...]
+"""Ranges of kv heads, each with its chunks."""
 
 
 @dataclass(frozen=True)
@@ -116,20 +134,16 @@ def _forward_chunk(
     call: Call, chunk: Chunk, lists: Any, q: Tensor, rows: QueryRows, saved: Saved, parts: Iterable[Part]
 ) -> None:
     """Output and log-sum-exp of one chunk; its partial results live no longer than this."""
-    here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
+    here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
     if call.keep_lists and lists.with_own:
         saved.lists[chunk.heads.start, chunk.rows.start] = lists
     partials = call.backend.new_partials(selected, saved.out.shape[-1], q.dtype)
     scale = call.config.scale(q.shape[-1])
     for part in call.stage.taking(parts, "wait for keys and values"):
         with call.stage(f"attend {part.name}"):
-            call.backend.attend(
-                q[chunk.rows, chunk.q_heads], _kv_part(call, part), lists, here, selected, scale, partials
-            )
+            call.backend.attend(chunk.of_rows(q), _kv_part(call, part), lists, here, selected, scale, partials)
     with call.stage("merge"):
-        call.backend.merge(
-            partials, selected, saved.out[chunk.rows, chunk.q_heads], saved.lse[chunk.q_heads, chunk.rows]
-        )
+        call.backend.merge(partials, selected, chunk.of_rows(saved.out), chunk.of_heads(saved.lse))
 
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +162,8 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     finish: Callable[[], None] = lambda: None  # noqa: E731
     for number, (heads, chunks) in enumerate(ranges):
         _prefetch(transport, ranges, number)
-        room_dk, room_dv = _gradient_room(call, dk[:, heads], dv[:, heads], len(chunks))
+        home_dk, home_dv = of_heads(dk, heads), of_heads(dv, heads)
+        room_dk, room_dv = _gradient_room(call, home_dk, home_dv, len(chunks))
         replayed = Replayed(transport.backward(heads, room_dk, room_dv)) if transport.resident else None
         for index, chunk in enumerate(chunks):
             # A transport that is not resident gives its remote parts fresh room on every walk.
@@ -159,12 +174,12 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
         # Gradients of one range travel while the next is computed.
         finish()
         arrive = transport.return_gradients(replayed.kept if replayed else [], room_dk, room_dv)
-        finish = partial(_finish_range, call, arrive, room_dk, room_dv, dk[:, heads], dv[:, heads])
+        finish = partial(_finish_range, call, arrive, room_dk, room_dv, home_dk, home_dv)
     finish()
     return dq, *send_back(call.plan, dk, dv, call.comm)
 
 
-def _prefetch(transport: Transport, ranges: Sequence[tuple[slice, list[Chunk]]], index: int) -> None:
+def _prefetch(transport: Transport, ranges: Ranges, index: int) -> None:
     """Start what range `index` waits for, and the next range's while this one is computed."""
     for heads, _ in ranges[index : index + 2]:
         transport.prefetch(heads)
@@ -195,15 +210,15 @@ def _backward_chunk(
     dq: Tensor,
 ) -> None:
     """dq of one chunk, and its share of dk and dv of every part; adds to the gradients whose dk is in `added_to`."""
-    here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), saved.selected[chunk.q_heads, chunk.rows]
+    here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
     partials = call.backend.new_partials(selected, q.shape[-1], q.dtype, backward=True)
     for gradient in call.stage.taking(parts, "wait for keys and values, send gradients"):
         with call.stage(f"attend backward {gradient.part.name}"):
             call.backend.attend_backward(
-                q[chunk.rows, chunk.q_heads],
-                dout[chunk.rows, chunk.q_heads],
-                saved.lse[chunk.q_heads, chunk.rows],
-                delta[chunk.q_heads, chunk.rows],
+                chunk.of_rows(q),
+                chunk.of_rows(dout),
+                chunk.of_heads(saved.lse),
+                chunk.of_heads(delta),
                 _kv_part(call, gradient.part),
                 lists,
                 here,
@@ -215,12 +230,10 @@ def _backward_chunk(
                 id(gradient.dk) in added_to,
             )
     with call.stage("merge dq"):
-        call.backend.merge_dq(partials, selected, dq[chunk.rows, chunk.q_heads])
+        call.backend.merge_dq(partials, selected, chunk.of_rows(dq))
 
 
-def routed_ahead(
-    call: Call, ranges: Sequence[tuple[slice, list[Chunk]]], saved: Saved, rows: QueryRows, backward: bool
-) -> Iterator[Any]:
+def routed_ahead(call: Call, ranges: Ranges, saved: Saved, rows: QueryRows, backward: bool) -> Iterator[Any]:
     """Routing lists of each chunk in turn; on CUDA those of the next chunk are made beside the work of the last.
 
     Backward takes the lists of forward where they serve it.
@@ -246,7 +259,7 @@ def routed_ahead(
 
 
 def _route(call: Call, chunk: Chunk, saved: Saved, rows: QueryRows, backward: bool) -> Any:
-    selected = saved.selected[chunk.q_heads, chunk.rows]
+    selected = chunk.of_heads(saved.selected)
     kv_heads = chunk.heads.stop - chunk.heads.start
     n_blocks, block_size = len(call.plan.plan.blocks), call.config.block_size
     with call.stage("lists"):
@@ -258,10 +271,10 @@ def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> T
     """Centroids of home blocks, all-gathered; then the gate. int32 `[Hq, T, topk]`."""
     n_blocks = len(call.plan.plan.blocks)
     if call.topk > 1:
-        start = _centroid_start(call.plan, q.device)
+        start = centroid_start(call.plan, q.device)
         with call.stage("centroids"):
             local = call.backend.centroids(home.k, start, call.config.block_size)
-            centroids = order_centroids(call.plan, gather_centroids(call.plan, local, call.comm).wait())
+            centroids = gather_centroids(call.plan, local, call.comm)
     else:
         centroids = q.new_zeros(n_blocks, home.k.shape[1], q.shape[-1])
     with call.stage("gate"):
@@ -298,7 +311,7 @@ def open_transport(call: Call, home: HomeBlocks, selected: Tensor) -> Transport:
     raise AssertionError(f"unknown transport {call.transport!r} got past validation")
 
 
-def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, list[Chunk]]]:
+def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Ranges:
     """Ranges of kv heads, each with its chunks of query rows, so that partial results fit `call.workspace_bytes`.
 
     Every rank makes the same number of ranges and chunks, whatever it holds, since each makes collectives.
@@ -307,21 +320,28 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice
         call: the call.
         q, k, v: local queries, keys and values.
     """
-    layout = call.plan.plan.layout
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    most = layout.most_local_tokens
     width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
-    row_bytes = max(1, group * call.topk * call.backend.bytes_per_slot(width, q.dtype))  # of one kv head
-    per_range = min(kv_heads, max(1, call.workspace_bytes // max(1, most * row_bytes)))
-    per_chunk = max(ROW_MULTIPLE, call.workspace_bytes // (per_range * row_bytes) // ROW_MULTIPLE * ROW_MULTIPLE)
+    head_bytes = call.topk * call.backend.bytes_per_slot(width, q.dtype)
+    most = call.plan.plan.layout.most_local_tokens
+    return _ranges(len(q), most, q.shape[1], k.shape[1], head_bytes, call.workspace_bytes)
+
+
+@lru_cache(maxsize=64)
+def _ranges(tokens: int, most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> Ranges:
+    """`head_ranges` of `tokens` local rows where no rank has more than `most`; a row takes `head_bytes` a q head."""
+    group = q_heads // kv_heads
+    row_bytes = max(1, group * head_bytes)  # of one kv head
+    per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes)))
+    per_chunk = max(ROW_MULTIPLE, workspace_bytes // (per_range * row_bytes) // ROW_MULTIPLE * ROW_MULTIPLE)
+    begins = range(0, max(most, 1), per_chunk)
+    whole = per_range == kv_heads and len(begins) == 1
     ranges = []
     for first in range(0, kv_heads, per_range):
         heads = slice(first, min(first + per_range, kv_heads))
-        q_heads = slice(heads.start * group, heads.stop * group)
-        begins = range(0, max(most, 1), per_chunk)
-        rows = [slice(min(b, len(q)), min(b + per_chunk, len(q))) for b in begins]
-        ranges.append((heads, [Chunk(heads, q_heads, r) for r in rows]))
-    return ranges
+        q_heads_here = slice(heads.start * group, heads.stop * group)
+        rows = [slice(min(b, tokens), min(b + per_chunk, tokens)) for b in begins]
+        ranges.append((heads, tuple(Chunk(heads, q_heads_here, r, whole) for r in rows)))
+    return tuple(ranges)
 
 
 class Replayed(Generic[T]):
@@ -364,8 +384,3 @@ def device_rows(plan: RankPlan, device: torch.device) -> QueryRows:
 @lru_cache(maxsize=64)
 def _block_length(plan: HomePlan, device: torch.device) -> Tensor:
     return torch.from_numpy(plan.blocks.length.astype(np.int32)).to(device)
-
-
-@lru_cache(maxsize=64)
-def _centroid_start(plan: RankPlan, device: torch.device) -> Tensor:
-    return torch.from_numpy(plan.centroid_rows.astype(np.int32)).to(device)

@@ -29,21 +29,27 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
         if 0 in x.shape[1:]:
             raise ValueError(f"{name} must have at least one head and a head size of at least 1, got {tuple(x.shape)}")
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got q {q.device}, k {k.device}, v {v.device}")
     if q.device.type not in ("cpu", "cuda"):
         raise ValueError(f"q, k and v must be on the CPU or a CUDA device, got {q.device}")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"q, k and v must have the same number of tokens, got {shapes}")
-    if k.shape[1] != v.shape[1]:
-        raise ValueError(f"k and v must have the same number of heads, got {shapes}")
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"q and k must have the same head size, got {shapes}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"the q heads ({q.shape[1]}) must be a multiple of the kv heads ({k.shape[1]}): {shapes}")
+    if wrong := _wrong_shapes(q.shape, k.shape, v.shape):
+        raise ValueError(f"{wrong}, got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+
+
+def _wrong_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> str:
+    """What does not fit together among three shapes `[tokens, heads, head size]`; empty if all does."""
+    if not q[0] == k[0] == v[0]:
+        return "q, k and v must have the same number of tokens"
+    if k[1] != v[1]:
+        return "k and v must have the same number of heads"
+    if q[2] != k[2]:
+        return "q and k must have the same head size"
+    if q[1] % k[1]:
+        return f"the q heads ({q[1]}) must be a multiple of the kv heads ({k[1]})"
+    return ""
 
 
 def check_call(

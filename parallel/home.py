@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .blocks import HomePlan, RankPlan
-from .comm import CommGroup, Pending
+from .comm import CommGroup
 
 
 class HomeBlocks:
@@ -74,26 +74,37 @@ def send_back(plan: RankPlan, dk: Tensor, dv: Tensor, comm: CommGroup) -> tuple[
     return packed[..., :width], packed[..., width:]
 
 
-def gather_centroids(plan: RankPlan, local: Tensor, comm: CommGroup) -> Pending:
-    """Start the all-gather of centroids: `[P, most candidates of a rank, Hkv, D]`, see `order_centroids`.
+@lru_cache(maxsize=64)
+def centroid_start(plan: RankPlan, device: torch.device) -> Tensor:
+    """int32 on the device: home row of the first key of each block of which this rank makes a centroid.
+
+    In a group of one these are all blocks in order, so that the centroids need no reordering. Blocks that are no candidates
+    may have too few keys for a centroid: the first candidate stands in for them, and nobody reads it there. In a larger group
+    they are the rank's `centroid_blocks`.
+    """
+    rows = plan.centroid_rows
+    if plan.plan.layout.cp_size == 1 and rows.size:
+        rows = np.where(plan.plan.blocks.is_last, rows[0], plan.plan.home_row)
+    return torch.from_numpy(rows.astype(np.int32)).to(device)
+
+
+def gather_centroids(plan: RankPlan, local: Tensor, comm: CommGroup) -> Tensor:
+    """Every rank's centroids by block number: `[n_blocks, Hkv, D]`; rows of blocks that are no candidates are arbitrary.
 
     Args:
         plan: this rank's plan.
-        local: `[len(plan.centroid_blocks), Hkv, D]`.
+        local: `[n, Hkv, D]`, centroids of the blocks that `centroid_start` names.
         comm: the group.
     """
+    if comm.size == 1:
+        return local
     most = _most_centroids(plan.plan)
-    if local.shape[0] == most:
-        return comm.all_gather(local, "centroids")
-    padded = local.new_zeros(most, *local.shape[1:])
-    padded[: local.shape[0]] = local
-    return comm.all_gather(padded, "centroids")
-
-
-def order_centroids(plan: RankPlan, gathered: Tensor) -> Tensor:
-    """Gathered centroids by block number: `[n_blocks, Hkv, D]`; rows of blocks that are no candidates are arbitrary."""
-    rows = index_tensor(plan, "centroid_order", gathered.device)
-    return gathered.flatten(0, 1)[rows]
+    if local.shape[0] < most:
+        padded = local.new_zeros(most, *local.shape[1:])
+        padded[: local.shape[0]] = local
+        local = padded
+    gathered = comm.all_gather(local, "centroids").wait()
+    return gathered.flatten(0, 1)[index_tensor(plan, "centroid_order", local.device)]
 
 
 @lru_cache(maxsize=64)

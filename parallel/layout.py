@@ -120,12 +120,16 @@ class SequenceLayout:
 
     def local_tokens(self, rank: int) -> int:
         """Number of tokens that `rank` holds."""
-        return int((self.runs[self._check_rank(rank)][:, 1] - self.runs[rank][:, 0]).sum())
+        return self._held[self._check_rank(rank)]
+
+    @cached_property
+    def _held(self) -> tuple[int, ...]:
+        return tuple(int((r[:, 1] - r[:, 0]).sum()) for r in self.runs)
 
     @cached_property
     def most_local_tokens(self) -> int:
         """The most tokens that any rank holds."""
-        return max(self.local_tokens(rank) for rank in range(self.cp_size))
+        return max(self._held)
 
     def local_indices(self, rank: int) -> Tensor:
         """Global token numbers that `rank` holds, in its own order: int64 `[local tokens]`, on the host."""
@@ -184,8 +188,7 @@ class SequenceLayout:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        held = [self.local_tokens(r) for r in range(self.cp_size)]
-        return f"SequenceLayout({len(self._cu_seqlens) - 1} documents, {self.total_tokens} tokens, held {held})"
+        return f"SequenceLayout({len(self._cu_seqlens) - 1} documents, {self.total_tokens} tokens, held {list(self._held)})"
 
 
 def expand_runs(runs: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Ways for keys and values to travel, behind one interface (`Transport`)."""
 
 from .all_gather import AllGather
-from .base import LocalOnly, Part, PartGradient, Transport
+from .base import LocalOnly, Part, PartGradient, Transport, of_heads
 from .fetch import Fetch
 from .ring import Ring
 
-__all__ = ["AllGather", "Fetch", "LocalOnly", "Part", "PartGradient", "Ring", "Transport"]
+__all__ = ["AllGather", "Fetch", "LocalOnly", "Part", "PartGradient", "Ring", "Transport", "of_heads"]

@@ -63,7 +63,7 @@ class Transport(ABC):
         """This rank's home blocks, where they lie."""
         n_heads = heads.stop - heads.start
         start = self.home.start.expand(n_heads, -1)
-        return Part(self.home.k[:, heads], self.home.v[:, heads], start, "local")
+        return Part(of_heads(self.home.k, heads), of_heads(self.home.v, heads), start, "local")
 
     def prefetch(self, heads: slice) -> None:  # noqa: B027  # a transport may have nothing to start
         """Start to bring over what `forward` or `backward` of these heads will wait for first. Every rank calls alike."""
@@ -106,6 +106,11 @@ class LocalOnly(Transport):
 
     def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
         return lambda: None
+
+
+def of_heads(x: Tensor, heads: slice) -> Tensor:
+    """`x[:, heads]`; `x` itself where that is all of it, which spares the host a view."""
+    return x if heads.stop - heads.start == x.shape[1] else x[:, heads]
 
 
 def pack(k: Tensor, v: Tensor) -> Tensor:

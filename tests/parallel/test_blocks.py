@@ -7,11 +7,13 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moba_cp import SequenceLayout
 from moba_cp.parallel.blocks import HomePlan, RankPlan, block_table, home_plan, rank_plan
+from moba_cp.parallel.home import centroid_start
 from tests.cases import interleaved, layouts
 
 
@@ -160,6 +162,21 @@ def test_rows_know_their_block_and_centroids_are_of_complete_blocks(plan: HomePl
         assert mine.centroid_rows.tolist() == plan.home_row[mine.centroid_blocks].tolist()
         candidates += mine.centroid_blocks.tolist()
     assert sorted(candidates) == np.flatnonzero(~plan.blocks.is_last).tolist()  # each once, over all ranks
+
+
+@given(plan=plans())
+def test_centroids_are_made_of_complete_blocks_in_the_order_they_are_wanted(plan: HomePlan) -> None:
+    """Also in a group of one, whose centroids are used as they are made: there candidates stand in for the other blocks."""
+    for r in range(plan.layout.cp_size):
+        mine = rank_plan(plan, r)
+        start = centroid_start(mine, torch.device("cpu")).numpy()
+        whole_blocks = set(plan.home_row[(plan.home == r) & (plan.blocks.length == plan.block_size)].tolist())
+        assert set(start.tolist()) <= whole_blocks
+        if plan.layout.cp_size == 1 and mine.centroid_blocks.size:
+            assert start.size == len(plan.blocks)
+            assert start[mine.centroid_blocks].tolist() == mine.centroid_rows.tolist()
+        else:
+            assert start.tolist() == mine.centroid_rows.tolist()
 
 
 def test_plans_are_made_once_for_equal_layouts() -> None:
