@@ -12,30 +12,39 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def train(config: str, overrides: list[str], processes: int, device: str, quiet: bool = False) -> None:
-    """Train with ``configs/<config>.yaml`` and overrides, over a number of processes of this machine.
+def command(config: Path, overrides: list[str], processes: int, device: str) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment that train with a YAML file and overrides over processes of this machine.
 
     Args:
-        device: ``"cpu"`` hides the GPUs and shares the cores out; ``"cuda"`` takes one GPU a process.
-        quiet: print the run's output only if it fails.
-
-    Raises:
-        SystemExit: the run failed; the message holds the command.
+        device: ``"cpu"`` hides the GPUs; ``"cuda"`` takes one GPU a process.
     """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    script = [str(REPOSITORY / "scripts" / "train.py"), str(REPOSITORY / "configs" / f"{config}.yaml")]
-    command = [*launch, *script, f"run.device={device}", *overrides]
-    done = subprocess.run(command, env=environment, capture_output=quiet, text=True)
+    # By number: the host's own name need not resolve where there is no network.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    script = [str(REPOSITORY / "scripts" / "train.py"), str(config), f"run.device={device}", *overrides]
+    return [*torchrun, "--nproc-per-node", str(processes), *script], environment
+
+
+def train(config: str, overrides: list[str], processes: int, device: str, quiet: bool = False) -> None:
+    """Train with ``configs/<config>.yaml``; arguments as for `command`.
+
+    Args:
+        quiet: print the run's output only if it fails.
+
+    Raises:
+        SystemExit: the run failed; the message holds the command.
+    """
+    line, environment = command(REPOSITORY / "configs" / f"{config}.yaml", overrides, processes, device)
+    done = subprocess.run(line, env=environment, capture_output=quiet, text=True)
     if done.returncode:
-        sys.exit(f"{done.stdout or ''}{done.stderr or ''}training failed; the command was\n{' '.join(command)}")
+        sys.exit(f"{done.stdout or ''}{done.stderr or ''}training failed; the command was\n{' '.join(line)}")
 
 
 def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """What a run logged, one entry a step (``train``) or evaluation (``eval``)."""
+    """What a run logged, one entry a step (``train``), evaluation (``eval``) or start (``model``)."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import shutil
+import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import launch
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 TOLERANCE = 1e-5
-SMALL = ["data.seq_length=384", "optimizer.warmup_steps=1", "run.global_batch_size=4", "run.eval_interval=0"]
+FIGURES = ("loss", "grad_norm", "evaluation_loss")
+# Blocks of 48 tokens straddle ranks, whose shares are cut into chunks of 112 or 56.
+SMALL = [
+    "data.seq_length=448",
+    "optimizer.warmup_steps=1",
+    "run.global_batch_size=4",
+    "run.eval_batches=1",
+    "run.routing_picture=false",
+    "run.save_last=false",
+]
 console = Console()
 
 
@@ -26,6 +40,7 @@ class Variant:
     tensor: int = 1
     context: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
     data: int = 1
     sequence: bool = False
     recompute: str = "none"
@@ -41,6 +56,7 @@ class Variant:
             f"parallel.tensor={self.tensor}",
             f"parallel.context={self.context}",
             f"parallel.pipeline={self.pipeline}",
+            f"parallel.virtual_pipeline={self.virtual_pipeline}",
             f"parallel.sequence={str(self.sequence).lower()}",
             f"run.recompute={self.recompute}",
             f"run.micro_batch_size={self.micro_batch}",
@@ -49,7 +65,7 @@ class Variant:
     @property
     def label(self) -> str:
         sizes = f"TP {self.tensor}  CP {self.context}  PP {self.pipeline}  DP {self.data}"
-        extras = ["SP"] * self.sequence
+        extras = [f"VPP {self.virtual_pipeline}"] * (self.virtual_pipeline > 1) + ["SP"] * self.sequence
         extras += [f"{self.recompute} recomputation"] * (self.recompute != "none")
         extras += [f"micro-batch {self.micro_batch}"] * (self.micro_batch > 1)
         return "  ".join([sizes, *extras])
@@ -61,22 +77,22 @@ class Family:
 
     name: str
     overrides: list[str] = field(default_factory=list)
-    variants: tuple[Variant, ...] = (Variant(context=2),)
+    variants: tuple[Variant, ...] = ()
 
+
+GRID = tuple(
+    Variant(tensor, context, pipeline)
+    for pipeline, tensor, context in product((1, 2), (1, 2), (1, 2, 4))
+    if tensor * context * pipeline > 1
+)
 
 FAMILIES = (
     Family(
         "GQA",
         variants=(
-            Variant(context=2),
-            Variant(context=4),
-            Variant(tensor=2),
-            Variant(pipeline=2),
+            *GRID,
             Variant(data=2),
-            Variant(context=2, tensor=2),
-            Variant(context=2, pipeline=2),
             Variant(context=2, data=2),
-            Variant(tensor=2, pipeline=2),
             Variant(context=2, tensor=2, sequence=True),
             Variant(context=2, recompute="selective"),
             Variant(context=2, recompute="full"),
@@ -87,52 +103,125 @@ FAMILIES = (
     Family(
         "documents apart",
         ["data.separate_documents=true", "data.paths=[{documents}]"],
-        (Variant(context=2), Variant(context=2, tensor=2)),
+        (
+            Variant(context=2),
+            Variant(context=2, micro_batch=2),
+            Variant(context=2, tensor=2),
+            Variant(context=2, tensor=2, sequence=True),
+            Variant(context=2, pipeline=2),
+            Variant(tensor=2, pipeline=2, sequence=True),
+            Variant(context=2, recompute="full"),
+        ),
     ),
     Family("full last layer", ["moba.full_last_layers=1"], (Variant(context=2), Variant(context=2, pipeline=2))),
+    Family(
+        "4 layers",
+        ["model.num_layers=4"],
+        (
+            Variant(pipeline=2, virtual_pipeline=2),
+            Variant(context=2, pipeline=2, virtual_pipeline=2),
+            Variant(context=2, pipeline=2, virtual_pipeline=2, recompute="selective"),
+            Variant(context=2, tensor=2, pipeline=2, virtual_pipeline=2, sequence=True),
+        ),
+    ),
+    Family(
+        "4 layers, full last layer",
+        ["model.num_layers=4", "moba.full_last_layers=1"],
+        (Variant(pipeline=2, virtual_pipeline=2), Variant(context=2, pipeline=2, virtual_pipeline=2)),
+    ),
+    Family(
+        "4 layers, full and MoBA in turn, documents apart",
+        [
+            "model.num_layers=4",
+            "moba.layer_pattern=[0,1,0,1]",
+            "data.separate_documents=true",
+            "data.paths=[{documents}]",
+        ],
+        (Variant(context=2, pipeline=2, virtual_pipeline=2),),
+    ),
 )
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run logged: loss and gradient norm of each step, and the evaluation loss after the last."""
+
+    steps: dict[int, tuple[float, float]]
+    evaluation: float
+
+    def relative_differences(self, reference: Curve) -> dict[str, float]:
+        """Largest difference of each figure from that of ``reference``, relative to its size."""
+        pairs = [(self.steps[step], reference.steps[step]) for step in self.steps]
+        return {
+            "loss": max(abs(ours[0] / theirs[0] - 1) for ours, theirs in pairs),
+            "grad_norm": max(abs(ours[1] / theirs[1] - 1) for ours, theirs in pairs),
+            "evaluation_loss": abs(self.evaluation / reference.evaluation - 1),
+        }
 
 
 def main(
     output: Annotated[Path, typer.Option(help="new folder for the runs")] = Path("runs/parallel_equality"),
+    results: Annotated[Path | None, typer.Option(help="file for the figures; parallel_equality.json in OUTPUT")] = None,
     steps: Annotated[int, typer.Option(help="steps to compare")] = 4,
-    processes: Annotated[int, typer.Option(help="leave out what needs more")] = 4,
+    processes: Annotated[int, typer.Option(help="leave out what needs more")] = 8,
+    only: Annotated[str, typer.Option(help="leave out models whose name does not contain this")] = "",
 ) -> None:
     """Train the quickstart model in fp32 on CPU in every way of splitting it, from one checkpoint per model, and compare.
 
     A run on one process makes the checkpoint at its first step; the others start there, which also shows that
-    checkpoints do not depend on the sizes. Exits with an error if a loss, or a gradient norm relative to its size,
-    differs by more than 1e-5.
+    checkpoints do not depend on the sizes. Exits with an error if a loss or a gradient norm differs by more than 1e-5
+    of its size.
     """
     if output.exists() and any(output.iterdir()):
         sys.exit(f"{output} is not empty: name another folder with --output, or remove it")
     write_documents(output / "documents")
-    table = Table("model", "split", "loss", "gradient norm", title="Largest difference from one process")
-    markdown = ["| model | split | loss | gradient norm, relative |", "|---|---|---|---|"]
+    table = Table("model", "split", *FIGURES, title="Largest relative difference from one process")
+    runs: list[dict[str, Any]] = []
     worst = 0.0
-    for family in FAMILIES:
+    for family in (f for f in FAMILIES if only in f.name):
         reference = run(family, Variant(), output, steps, source=None)
+        runs.append({"model": family.name, "split": asdict(Variant()), "processes": 1} | asdict(reference))
         for number, variant in enumerate(v for v in family.variants if v.processes <= processes):
             got = run(family, variant, output, steps, source=output / name(family, Variant()))
-            loss, norm = differences(reference, got)
-            worst = max(worst, loss, norm)
-            table.add_row(family.name if number == 0 else "", variant.label, f"{loss:.1e}", f"{norm:.1e}")
-            markdown.append(f"| {family.name} | {variant.label} | {loss:.1e} | {norm:.1e} |")
-            console.print(f"{family.name}: {variant.label}: loss {loss:.1e}, gradient norm {norm:.1e}")
+            differences = got.relative_differences(reference)
+            worst = max(worst, *differences.values())
+            runs.append(
+                {"model": family.name, "split": asdict(variant), "processes": variant.processes}
+                | asdict(got)
+                | {"relative_differences": differences}
+            )
+            cells = [f"{differences[figure]:.1e}" for figure in FIGURES]
+            table.add_row(family.name if number == 0 else "", variant.label, *cells)
+            console.print(f"{family.name}: {variant.label}: {', '.join(cells)}")
     console.print(table)
-    (output / "table.md").write_text("\n".join(markdown) + "\n")
+    found = {"about": about(), "tolerance": TOLERANCE, "largest_relative_difference": worst, "runs": runs}
+    results = results or output / "parallel_equality.json"
+    results.write_text(json.dumps(found, indent=1) + "\n")
+    console.print(f"written to {results}")
     if worst > TOLERANCE:
-        sys.exit(f"largest difference {worst:.2e}, more than {TOLERANCE:.0e}")
+        sys.exit(f"largest relative difference {worst:.2e}, more than {TOLERANCE:.0e}")
 
 
-def run(
-    family: Family, variant: Variant, output: Path, steps: int, source: Path | None
-) -> dict[int, tuple[float, float]]:
-    """Train; loss and gradient norm by step. With ``source``, start from that run's checkpoint of step 1."""
+def about() -> dict[str, str]:
+    """What the figures were made with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=launch.REPOSITORY)
+    megatron = "from importlib import import_module; print(import_module('megatron.core.package_info').__version__)"
+    version = subprocess.run([sys.executable, "-W", "ignore", "-c", megatron], capture_output=True, text=True)
+    return {
+        "device": "CPU, gloo, fp32",
+        "torch": torch.__version__,
+        "megatron_core": version.stdout.strip().splitlines()[-1],
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def run(family: Family, variant: Variant, output: Path, steps: int, source: Path | None) -> Curve:
+    """Train. With ``source``, start from that run's checkpoint of step 1."""
     target = output / name(family, variant)
     overrides = [*SMALL, *family.overrides, *variant.overrides, f"run.directory={output}", f"run.name={target.name}"]
     overrides = [text.replace("{documents}", str(output / "documents")) for text in overrides]
-    overrides += [f"run.steps={steps + 1}", "run.routing_picture=false", "run.save_last=false"]
+    overrides += [f"run.steps={steps + 1}", f"run.eval_interval={steps + 1}"]
     if source is None:
         overrides.append("run.save_interval=1")
     else:
@@ -140,7 +229,8 @@ def run(
         shutil.copytree(source / "checkpoints" / checkpoint, target / "checkpoints" / checkpoint)
         (target / "checkpoints" / "latest").write_text(checkpoint + "\n")
     launch.train("quickstart", overrides, variant.processes, "cpu", quiet=True)
-    return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in launch.metrics(target)}
+    logged = {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in launch.metrics(target)}
+    return Curve(logged, launch.metrics(target, "eval")[-1]["loss"])
 
 
 def write_documents(folder: Path) -> None:
@@ -153,13 +243,6 @@ def write_documents(folder: Path) -> None:
 def name(family: Family, variant: Variant) -> str:
     """Folder of a run."""
     return f"{family.name} {variant.label}".replace("  ", " ").replace(" ", "_")
-
-
-def differences(reference: dict[int, tuple[float, float]], got: dict[int, tuple[float, float]]) -> tuple[float, float]:
-    """Largest difference of the losses, and of the gradient norms relative to their size, over the steps of ``got``."""
-    loss = max(abs(got[step][0] - reference[step][0]) for step in got)
-    norm = max(abs(got[step][1] / reference[step][1] - 1) for step in got)
-    return loss, norm
 
 
 if __name__ == "__main__":

@@ -60,7 +60,15 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
     train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
     train_text = PackedText(train_corpus, data.seq_length, run.seed)
     eval_text = PackedText(eval_corpus, data.seq_length, run.seed)
-    sharding = Sharding(ranks.dp_rank, ranks.dp_size, ranks.cp_rank, config.parallel.context, ranks.device)
+    parallel = config.parallel
+    sharding = Sharding(
+        ranks.dp_rank,
+        ranks.dp_size,
+        ranks.cp_rank,
+        parallel.context,
+        ranks.device,
+        sequence_shards=parallel.tensor if parallel.sequence else 1,
+    )
 
     def read(text: PackedText, consumed: int) -> Iterator[MicroBatch]:
         return micro_batches(text, run.micro_batch_size, consumed, sharding, data.separate_documents)
@@ -135,10 +143,11 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
 def describe(config: TrainConfig, ranks: distributed.Ranks, corpus: Corpus) -> str:
     """The configuration, the text and where the run runs, for the top of the log."""
     parallel, text = config.parallel, corpus.total_tokens / 1e6
+    pipeline = f"{parallel.pipeline}" + f" ({parallel.virtual_pipeline} chunks each)" * bool(parallel.model_chunks)
     return (
         f"{OmegaConf.to_yaml(OmegaConf.structured(config))}"
         f"{len(corpus.paths):,} documents, {text:.1f} M tokens; {ranks.device.type}, "
-        f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline} x data {ranks.dp_size}"
+        f"tensor {parallel.tensor} x context {parallel.context} x pipeline {pipeline} x data {ranks.dp_size}"
     )
 
 

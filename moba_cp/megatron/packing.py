@@ -11,6 +11,7 @@ Padding is never attended to, and whoever computes the loss leaves it out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -31,8 +32,14 @@ class Packing:
     cu_seqlens_padded: tuple[int, ...]
 
     @classmethod
-    def of(cls, lengths: Sequence[int], cp_size: int) -> Packing:
+    def of(cls, lengths: Sequence[int], cp_size: int, sequence_shards: int = 1) -> Packing:
         """Pack sequences of these lengths, each padded to a multiple of ``2 * cp_size`` (of 1 if ``cp_size`` is 1).
+
+        Args:
+            lengths: true tokens of each sequence.
+            cp_size: ranks of the context-parallel group.
+            sequence_shards: tensor-parallel size under sequence parallelism, which cuts each rank's tokens into that many
+                equal parts; a last sequence of padding alone makes the total fit, where it does not.
 
         Raises:
             ValueError: a negative length.
@@ -41,6 +48,8 @@ class Packing:
             raise ValueError(f"lengths must not be negative, got {list(lengths)}")
         multiple = 2 * cp_size if cp_size > 1 else 1
         padded = [-(-length // multiple) * multiple for length in lengths]
+        if missing := -sum(padded) % math.lcm(multiple, cp_size * sequence_shards):
+            lengths, padded = [*lengths, 0], [*padded, missing]
         return cls(tuple(accumulate(lengths, initial=0)), tuple(accumulate(padded, initial=0)))
 
     def layout(self, cp_size: int) -> SequenceLayout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from moba_cp import MoBAReport, SequenceLayout
 
 from .core_attention import MoBACoreAttention
+from .schedule import moba_layers
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,13 @@ class LayerReport:
 
 
 @contextmanager
-def collect_reports(model: torch.nn.Module) -> Iterator[list[LayerReport]]:
+def collect_reports(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[list[LayerReport]]:
     """Collect a report of every MoBA layer and micro-batch that runs inside the ``with`` block.
 
     Making a report involves the whole context-parallel group, so all of its ranks must enter the block together.
+
+    Args:
+        model: a model, or the list of model chunks that Megatron's virtual pipeline makes.
 
     Example::
 
@@ -43,7 +47,7 @@ def collect_reports(model: torch.nn.Module) -> Iterator[list[LayerReport]]:
     ) -> None:
         reports.append(LayerReport(core.layer_number, report, layout, group))
 
-    layers = [module for module in model.modules() if isinstance(module, MoBACoreAttention)]
+    layers = moba_layers(model)
     for layer in layers:
         layer.report_to = receive
     try:

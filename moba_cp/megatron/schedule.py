@@ -22,11 +22,16 @@ def use_full_attention(model: torch.nn.Module | Iterable[torch.nn.Module], full:
     Returns:
         Number of layers on this rank that compute full attention from now on.
     """
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, MoBACoreAttention)]
+    layers = moba_layers(model)
     for layer in layers:
         layer.full_attention = full
     return sum(not layer.computes_moba for layer in layers)
+
+
+def moba_layers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[MoBACoreAttention]:
+    """The MoBA layers of a model or of a list of model chunks, those that compute full attention too."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
+    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, MoBACoreAttention)]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Sharding:
     cp_rank: int
     cp_size: int
     device: torch.device
+    sequence_shards: int = 1  # tensor-parallel size under sequence parallelism, which must divide a rank's tokens
 
 
 def micro_batches(
@@ -83,7 +84,7 @@ def _unpacked(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
 def _packed(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
     tokens, labels = samples[:, :-1], samples[:, 1:]
     lengths = _document_lengths(tokens)
-    packing = Packing.of(lengths, sharding.cp_size)
+    packing = Packing.of(lengths, sharding.cp_size, sharding.sequence_shards)
     held = packing.layout(sharding.cp_size).local_indices(sharding.cp_rank)
     positions = torch.cat([torch.arange(length) for length in lengths])
     counts = torch.ones(tokens.numel(), dtype=torch.bool)

@@ -65,7 +65,8 @@ def load_latest(directory: Path, trainer: Trainer, corpus: str) -> Progress | No
     progress = Progress(**state["progress"])
     if progress.corpus != corpus:
         raise ValueError(f"the training text has changed since {path} was saved: resuming would not continue that run")
-    unwrap_model(trainer.model).load_state_dict(state["model"])
+    for number, chunk in enumerate(unwrap_model(trainer.model)):
+        chunk.load_state_dict(state[f"model{number}"])
     _load_optimizer(trainer.optimizer, state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     return progress
@@ -104,6 +105,8 @@ def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
 
 def _sharded_state(trainer: Trainer, is_loading: bool) -> dict[str, Any]:
     metadata = dict(_FORMAT)
-    model = unwrap_model(trainer.model).sharded_state_dict(metadata=metadata)
+    # Saved names hold the layer's number in the whole model, not the chunk: chunks may be cut otherwise when loading.
+    chunks = enumerate(unwrap_model(trainer.model))
+    model = {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in chunks}
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}
+    return model | {"optimizer": optimizer, "scheduler": trainer.scheduler.state_dict()}

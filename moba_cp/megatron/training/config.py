@@ -54,8 +54,14 @@ class ParallelConfig:
     tensor: int = 1
     context: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1  # model chunks a stage (interleaved schedule), needs pipeline > 1; 1: off
     sequence: bool = False  # Megatron's sequence parallelism, needs tensor > 1
     distributed_optimizer: bool = True  # optimizer state sharded over data- and context-parallel ranks
+
+    @property
+    def model_chunks(self) -> int | None:
+        """Model chunks a stage as Megatron takes them: None without virtual pipeline."""
+        return self.virtual_pipeline if self.virtual_pipeline > 1 else None
 
 
 @dataclass
@@ -152,17 +158,16 @@ def _check(config: TrainConfig) -> None:
     _divides("model.num_attention_heads", model.num_attention_heads, "model.hidden_size", model.hidden_size)
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     _divides("parallel.tensor", parallel.tensor, "model.num_attention_heads", model.num_attention_heads)
-    _divides("parallel.pipeline", parallel.pipeline, "model.num_layers", model.num_layers)
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    _divides("parallel.pipeline * virtual_pipeline", stages, "model.num_layers", model.num_layers)
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise ValueError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1")
     chunks = 2 * parallel.context if parallel.context > 1 else 1
     _divides("2 * parallel.context", chunks, "data.seq_length", data.seq_length)
+    if parallel.sequence:
+        _divides("parallel.context * tensor", parallel.context * parallel.tensor, "data.seq_length", data.seq_length)
     if not 0 < data.eval_fraction < 1:
         raise ValueError(f"data.eval_fraction must be between 0 and 1, got {data.eval_fraction}")
-    if data.separate_documents and parallel.pipeline > 1:
-        raise ValueError(
-            "data.separate_documents makes packs of varying length, which parallel.pipeline > 1 cannot pass on"
-        )
-    if data.separate_documents and parallel.sequence:
-        raise ValueError("data.separate_documents does not pad for parallel.sequence=true: use one of them")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
     if config.optimizer.warmup_steps >= run.steps:

@@ -77,6 +77,7 @@ def start(config: TrainConfig) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=config.parallel.model_chunks,
         context_parallel_size=config.parallel.context,
     )
     torch.manual_seed(config.run.seed)
@@ -110,9 +111,8 @@ def _check_sizes(config: TrainConfig, world_size: int) -> None:
             f"{world_size} process(es) cannot be divided into groups of tensor={parallel.tensor} x "
             f"context={parallel.context} x pipeline={parallel.pipeline}"
         )
-    per_step = run.micro_batch_size * (world_size // model_size)
+    per_step, what = run.micro_batch_size * (world_size // model_size), "micro_batch_size x data-parallel size"
+    if parallel.virtual_pipeline > 1:  # the interleaved schedule runs micro-batches in groups of one a stage
+        per_step, what = per_step * parallel.pipeline, f"{what} x parallel.pipeline (for virtual_pipeline > 1)"
     if run.global_batch_size % per_step:
-        raise ValueError(
-            f"run.global_batch_size={run.global_batch_size} must be a multiple of micro_batch_size x data-parallel size "
-            f"= {per_step}"
-        )
+        raise ValueError(f"run.global_batch_size={run.global_batch_size} must be a multiple of {what} = {per_step}")

@@ -36,9 +36,9 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything that a step changes."""
+    """Everything that a step changes. ``model`` holds this process's model chunks, one without virtual pipeline."""
 
-    model: DistributedDataParallel
+    model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     transformer_config: TransformerConfig
@@ -47,31 +47,46 @@ class Trainer:
 def build(config: TrainConfig, ranks: Ranks) -> Trainer:
     """Build the part of the model that this process holds, wrapped for data parallelism, and its optimizer."""
     transformer_config = transformer(config, ranks.device)
-    model: torch.nn.Module = GPTModel(
-        transformer_config,
-        block_spec(config, transformer_config),
-        vocab_size=PADDED_VOCAB_SIZE,
-        max_sequence_length=config.data.seq_length,
-        pre_process=ranks.groups.pp.rank() == 0,
-        post_process=ranks.is_last_stage,
-        position_embedding_type="rope",
-        rotary_base=config.model.rotary_base,
-        share_embeddings_and_output_weights=config.model.tie_embeddings,
-    ).to(ranks.device)
-    if config.run.precision == "bf16":
-        model = Float16Module(transformer_config, model)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         # gloo has no asynchronous reduce-scatter worth waiting for
         overlap_grad_reduce=ranks.device.type == "cuda",
     )
-    ddp = DistributedDataParallel(transformer_config, ddp_config, model)
+    model = [
+        # The gradients of later chunks travel while earlier ones compute, so they need no buckets.
+        DistributedDataParallel(
+            transformer_config,
+            ddp_config,
+            _chunk(config, transformer_config, ranks, number),
+            disable_bucketing=number > 0,
+        )
+        for number in range(config.parallel.virtual_pipeline)
+    ]
     transformer_config.finalize_model_grads_func = finalize_model_grads
-    transformer_config.no_sync_func = ddp.no_sync
-    optimizer = get_megatron_optimizer(_optimizer_config(config), [ddp])
+    transformer_config.no_sync_func = [ddp.no_sync for ddp in model] if len(model) > 1 else model[0].no_sync
+    optimizer = get_megatron_optimizer(_optimizer_config(config), model)
     transformer_config.grad_scale_func = optimizer.scale_loss
-    return Trainer(ddp, optimizer, _scheduler(config, optimizer), transformer_config)
+    return Trainer(model, optimizer, _scheduler(config, optimizer), transformer_config)
+
+
+def _chunk(config: TrainConfig, transformer_config: TransformerConfig, ranks: Ranks, number: int) -> torch.nn.Module:
+    """Model chunk ``number`` of this pipeline stage; with virtual pipeline, the stages hold the layers of all chunks 0,
+    then those of all chunks 1, and so on."""
+    chunks = config.parallel.virtual_pipeline
+    model = GPTModel(
+        transformer_config,
+        block_spec(config, transformer_config),
+        vocab_size=PADDED_VOCAB_SIZE,
+        max_sequence_length=config.data.seq_length,
+        pre_process=ranks.groups.pp.rank() == 0 and number == 0,
+        post_process=ranks.is_last_stage and number == chunks - 1,
+        position_embedding_type="rope",
+        rotary_base=config.model.rotary_base,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        vp_stage=number if chunks > 1 else None,
+    ).to(ranks.device)
+    return Float16Module(transformer_config, model) if config.run.precision == "bf16" else model
 
 
 def transformer(config: TrainConfig, device: torch.device) -> TransformerConfig:
@@ -96,6 +111,12 @@ def transformer(config: TrainConfig, device: torch.device) -> TransformerConfig:
         use_cpu_initialization=device.type == "cpu",
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.model_chunks,
+        # Between two stages the neighbour before and the one behind are the same process: batched sends would be mixed up.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        variable_seq_lengths=config.data.separate_documents,  # padding depends on the documents
+        moe_token_dispatcher_type="alltoall",  # the default refuses varying lengths, though there are no experts
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         calculate_per_token_loss=True,  # sum over tokens / number of tokens, however they are spread over ranks
@@ -111,7 +132,7 @@ def transformer(config: TrainConfig, device: torch.device) -> TransformerConfig:
 
 
 def block_spec(config: TrainConfig, transformer_config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage: Megatron's local layer with torch norms and MoBA attention."""
+    """Layers of one model chunk of a pipeline stage: Megatron's local layer with torch norms and MoBA attention."""
     layer = get_gpt_layer_local_spec(normalization=config.model.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
     settings = moba_settings(config)
@@ -122,7 +143,7 @@ def block_spec(config: TrainConfig, transformer_config: TransformerConfig) -> Tr
         full_attention_last_n_layers=settings.full_attention_last_n_layers,
         layer_pattern=settings.layer_pattern,
     )
-    layers_here = config.model.num_layers // config.parallel.pipeline
+    layers_here = config.model.num_layers // (config.parallel.pipeline * config.parallel.virtual_pipeline)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=TorchNorm)
 
 

@@ -78,11 +78,18 @@ class Reporter:
         if self.active:
             self.console.print(message, highlight=False)
 
-    def step(self, step: int, flops: float = 0.0, **metrics: float) -> None:
+    def model(self, parameters: int) -> None:
+        """Record the size of the model, once for each start of the run (kind ``model``)."""
+        if self.active:
+            self._write("model", 0, {"parameters": parameters})
+            self.say(f"{parameters:,} parameters")
+
+    def step(self, step: int, flops: float = 0.0, peak_memory: int | None = None, **metrics: float) -> None:
         """Record the metrics of a training step, among them ``loss``; adds tokens per second since the last call.
 
         ``flops``: what all devices computed since the last call; adds TFLOP/s of a device and, if its peak is known,
         the share of it (``mfu``).
+        ``peak_memory``: bytes, recorded in GiB (``peak_memory_gib``).
         """
         if not self.active:
             return
@@ -99,6 +106,8 @@ class Reporter:
             if self.peak:
                 metrics["mfu"] = per_device / self.peak
                 status += f"  MFU {metrics['mfu']:.1%}"
+        if peak_memory is not None:
+            metrics["peak_memory_gib"] = peak_memory / 2**30
         self._write("train", step, metrics)
         self.bar.update(self.task, completed=step, status=status)
         if not self.console.is_terminal:
@@ -134,7 +143,7 @@ class Reporter:
 
 
 def read_metrics(directory: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Lines of a run's ``metrics.jsonl`` of one kind (``train``, ``eval`` or ``routing``), in the order written."""
+    """Lines of a run's ``metrics.jsonl`` of one kind (``train``, ``eval``, ``routing`` or ``model``), in the order written."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
 

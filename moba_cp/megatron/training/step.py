@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ class StepResult:
 
 def train_step(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks) -> StepResult:
     """Forward and backward over one global batch, then one optimizer step."""
-    trainer.model.train()
-    trainer.model.zero_grad_buffer()
+    for chunk in trainer.model:
+        chunk.train()
+        chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     loss = _run_batch(trainer, batches, config, ranks, forward_only=False)
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
@@ -45,7 +47,7 @@ def train_step(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainCon
 @torch.no_grad()
 def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks) -> float:
     """Mean loss over ``run.eval_batches`` global batches (NaN before the last pipeline stage)."""
-    trainer.model.eval()
+    _evaluation_mode(trainer)
     losses = [_run_batch(trainer, batches, config, ranks, forward_only=True) for _ in range(config.run.eval_batches)]
     return sum(losses) / len(losses)
 
@@ -66,18 +68,24 @@ def last_layer_report(
 def routing(
     trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks
 ) -> dict[int, dict[str, float]]:
-    """Routing statistics by layer number, of one micro-batch for each data-parallel rank; the same on all ranks. Layers
-    that compute full attention are left out."""
+    """Routing statistics by layer number, of one micro-batch for each data-parallel rank (with virtual pipeline, one for
+    each stage too); the same on all ranks. Layers that compute full attention are left out."""
     return routing_statistics(_reports(trainer, batches, config, ranks))
 
 
 @torch.no_grad()
 def _reports(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks) -> list[LayerReport]:
-    """Reports of this rank's layers on one micro-batch."""
-    trainer.model.eval()
+    """Reports of this rank's layers on one micro-batch, or as many as the interleaved schedule runs at the least."""
+    _evaluation_mode(trainer)
+    count = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
     with collect_reports(trainer.model) as reports:
-        _run_batch(trainer, batches, config, ranks, forward_only=True, num_microbatches=1)
+        _run_batch(trainer, batches, config, ranks, forward_only=True, num_microbatches=count)
     return reports
+
+
+def _evaluation_mode(trainer: Trainer) -> None:
+    for chunk in trainer.model:
+        chunk.eval()
 
 
 def _run_batch(
@@ -92,10 +100,12 @@ def _run_batch(
     if num_microbatches is None:
         num_microbatches = config.run.global_batch_size // (config.run.micro_batch_size * ranks.dp_size)
     forward_backward = get_forward_backward_func()
+    chunks = len(trainer.model)
     sums = forward_backward(
         forward_step_func=_forward_step,
-        data_iterator=batches,
-        model=[trainer.model],
+        # Every chunk goes through the micro-batches on its own; each of them is read once.
+        data_iterator=list(tee(batches, chunks)) if chunks > 1 else batches,
+        model=trainer.model,
         num_microbatches=num_microbatches,
         seq_length=config.data.seq_length,
         micro_batch_size=config.run.micro_batch_size,
