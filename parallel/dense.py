@@ -218,6 +218,7 @@ class DenseRing(DenseTransport):
             yield source, self._shard(flat, source), self._shard(own, source)
             if travelling is not None:
                 own += travelling.wait()
+                travelling = None  # frees what arrived before room is made for the next
             # What leaves here belongs to rank - step; what arrives belongs to rank - step - 1, in the end to this rank.
             arriving = own.new_empty(self._numel(self._source(step + 1)))
             travelling = self.comm.shift(own, arriving, "dense ring gradients")

@@ -24,14 +24,19 @@ def parse(*flags: str, **megatron: Any) -> argparse.Namespace:
 
 
 def test_flags_become_settings() -> None:
-    flags = "--moba-block-size 64 --moba-topk 3 --moba-comm ring --moba-full-attention-last-n-layers 2"
+    flags = "--moba-block-size 64 --moba-topk 3 --moba-comm fetch --moba-full-attention-last-n-layers 2"
+    flags += " --moba-full-attention-comm ring"
     assert settings_from_arguments(parse(*flags.split())) == {
         "moba_config": MoBAConfig(64, 3),
-        "comm": "ring",
+        "comm": "fetch",
         "partition": "zigzag",
         "full_attention_last_n_layers": 2,
         "layer_pattern": None,
+        "full_attention_comm": "ring",
+        "full_attention_backend": "torch",
     }
+    with_te = settings_from_arguments(parse("--moba-full-attention-backend", "te"))
+    assert (with_te["full_attention_comm"], with_te["full_attention_backend"]) == ("auto", "te")
 
 
 @pytest.mark.parametrize(
