@@ -1,4 +1,4 @@
-"""Turns `docs/results/*.json` of the benchmark scripts into the README's tables and `docs/results/kernels.png`.
+"""Turns `docs/results/*.json` of the benchmark scripts into the README's tables and plots beside the JSON files.
 
 python3 scripts/make_tables.py            # writes all
 python3 scripts/make_tables.py --print    # the tables only, to standard output
@@ -24,14 +24,20 @@ def main() -> None:
     about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
     text = table(about, results, dense)
     layer = layer_table(sorted(RESULTS.glob("layer*.json")))
+    training_file = RESULTS / "training.json"
+    training = json.loads(training_file.read_text()) if training_file.exists() else None
     if options.print:
-        print(text, layer, sep="\n\n")
+        print(text, layer, training_table(training) if training else "", sep="\n\n")
         return
     replace_between(ROOT / "README.md", "results:layer", layer)
     replace_between(
         ROOT / "README.md", "results:kernels", text + "\n\n![Time against tokens](docs/results/kernels.png)"
     )
     plot(about, results, dense, RESULTS / "kernels.png")
+    if training:
+        training_plot(training, RESULTS / "training.png")
+        picture = "![Loss curves and their differences](docs/results/training.png)"
+        replace_between(ROOT / "README.md", "results:training", f"{training_table(training)}\n\n{picture}")
 
 
 def load(files: list[Path]) -> tuple[dict[str, Any], list[dict], dict[tuple, dict]]:
@@ -138,6 +144,82 @@ def layer_times(result: dict | None) -> str:
         return "-"
     times = f"{result['forward_ms']:.1f} / {result['forward_backward_ms']:.1f}"
     return f"{times} ({result['transport']})" if result["comm"] == "auto" and result["ranks"] > 1 else times
+
+
+def training_table(content: dict[str, Any]) -> str:
+    """Markdown of `bench_training.py`: one row a run, and how the loss curves differ."""
+    about, setup = content["about"], content["setup"]
+    runs = {name: run for name, run in content["runs"].items() if run["steps"]}
+    if "cp1" not in runs:
+        raise ValueError(f"no run with one rank in the training results, only {sorted(content['runs'])}")
+    one = runs["cp1"]
+    beside = " CP 1 and the noise run shared the machine." if setup["cp1_and_noise_side_by_side"] else ""
+    lines = [
+        f"{about['device']}, NCCL {about['nccl']}, megatron-core {about['megatron_core']} without Transformer Engine, torch "
+        f"{about['torch']}, commit {about['commit'][:10]}. GPT with {one['parameters'] / 1e6:.0f}M parameters, "
+        f"{setup['tokens_per_step']:,} tokens a step in sequences of {setup['seq_length']:,}, {setup['precision']}, "
+        f"recomputation: {setup['recompute']}. Medians over the steps after the first {setup['warmup_steps']}; MFU counts "
+        f"MoBA as what it computes and recomputation not at all.{beside}",
+        "",
+        "| run | GPUs | tokens/s | against CP 1 | TFLOP/s per GPU | MFU | peak GiB per GPU | loss, first and last step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in sorted(runs, key=lambda n: (runs[n]["context"], n)):
+        run = runs[name]
+        cells = [
+            training_label(name),
+            str(run["context"]),
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['tokens_per_second'] / one['tokens_per_second']:.2f}x",
+            f"{run['tflops_per_device']:.0f}",
+            f"{run['mfu']:.1%}" if "mfu" in run else "-",
+            f"{run['peak_memory_gib']:.1f}" if "peak_memory_gib" in run else "-",
+            f"{run['loss'][0]:.4f}, {run['loss'][-1]:.4f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Difference of the loss from CP 1, over steps:", ""]
+    for name, found in content["comparison"].items():
+        verdict = ""
+        if "within_noise" in found:
+            times = f"{setup['factor']:g} times the noise"
+            verdict = f": within {times}" if found["within_noise"] else f": **not** within {times}"
+        lines.append(
+            f"- {training_label(name)}, {found['steps']} steps: largest {found['max']:.1e}, median {found['median']:.1e}, "
+            f"last {found['last']:.1e}{verdict}"
+        )
+    return "\n".join(lines)
+
+
+def training_label(name: str) -> str:
+    """`cp1`, `cp2`, `cp2_ring`, `noise` for readers."""
+    if name == "noise":
+        return "CP 1 with rounding noise"
+    ranks, _, comm = name.removeprefix("cp").partition("_")
+    return f"CP {ranks}" + f" ({comm})" * bool(comm)
+
+
+def training_plot(content: dict[str, Any], path: Path) -> None:
+    """Loss curves, and below them the differences from CP 1, log scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (losses, differences) = plt.subplots(2, 1, figsize=(7, 6), dpi=130, sharex=True, layout="constrained")
+    for (name, run), style in zip(content["runs"].items(), ("-", "--", ":", "-.", "-")):
+        if run["steps"]:
+            losses.plot(range(1, run["steps"] + 1), run["loss"], style, label=training_label(name))
+    for name, found in content["comparison"].items():
+        # What is equal to the last bit has no place on a log scale.
+        values = [value or float("nan") for value in found["by_step"]]
+        differences.plot(range(1, len(values) + 1), values, "o-", markersize=3, label=training_label(name))
+    losses.set(ylabel="loss, nats per byte", title=f"{content['about']['device']}, {content['setup']['precision']}")
+    differences.set(yscale="log", xlabel="step", ylabel="|loss - loss of CP 1|")
+    for axis in (losses, differences):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def both(result: dict | None) -> str:

@@ -26,7 +26,7 @@ from moba_cp.megatron.training import checkpoint, distributed  # noqa: E402
 from moba_cp.megatron.training.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
 from moba_cp.megatron.training.config import TrainConfig, load_config  # noqa: E402
 from moba_cp.megatron.training.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
-from moba_cp.megatron.training.model import build, moba_settings  # noqa: E402
+from moba_cp.megatron.training.model import build, count_parameters, moba_settings  # noqa: E402
 from moba_cp.megatron.training.progress import Reporter  # noqa: E402
 from moba_cp.megatron.training.step import evaluate, last_layer_report, routing, train_step  # noqa: E402
 
@@ -102,6 +102,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
         peak,
     ) as reporter:
         reporter.say(describe(config, ranks, train_corpus))
+        reporter.model(count_parameters(trainer, ranks))
         if restored:
             reporter.say(f"resumed after step {progress.step}")
         for step in range(progress.step + 1, run.steps + 1):
@@ -112,7 +113,12 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
             progress = checkpoint.Progress(step, progress.consumed_samples + run.global_batch_size, progress.corpus)
             if step % run.log_interval == 0 or step == run.steps:
                 reporter.step(
-                    step, flops, loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate
+                    step,
+                    flops,
+                    distributed.peak_memory(ranks.device),
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    learning_rate=result.learning_rate,
                 )
                 flops = 0
             if result.skipped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,10 @@ pytest.importorskip("megatron.core")
 
 from omegaconf.errors import OmegaConfBaseException
 
+from moba_cp import MoBAConfig
+from moba_cp.megatron.flops import step_flops
 from moba_cp.megatron.training.config import load_config
+from moba_cp.megatron.training.data import PADDED_VOCAB_SIZE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TRAINING = sorted(p for p in CONFIGS.glob("*.yaml") if "\nrun:" in p.read_text())
@@ -26,6 +30,16 @@ def test_quickstart_cuts_blocks_at_rank_boundaries() -> None:
     config = load_config(QUICKSTART, ["parallel.context=2"])
     assert config.data.seq_length // 4 % config.moba.block_size
     assert config.model.num_query_groups < config.model.num_attention_heads
+
+
+def test_the_300m_model_is_that_large() -> None:
+    config = load_config(CONFIGS / "gpt_300m_128k.yaml", [])
+    sizes = SimpleNamespace(**vars(config.model), gated_linear_unit=config.model.swiglu)
+    moba = MoBAConfig(config.moba.block_size, config.moba.topk)
+    tokens = config.data.seq_length
+    flops = step_flops(sizes, moba, [tokens], PADDED_VOCAB_SIZE)
+    weights = (flops.linear + flops.logits) // (6 * tokens)  # without the embedding and the norms
+    assert weights == 327_548_928
 
 
 def test_overrides_change_single_keys() -> None:
@@ -53,6 +67,7 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
         (["model.num_query_groups=3"], "num_attention_heads=4 must be a multiple of model.num_query_groups=3"),
         (["data.eval_fraction=1"], "eval_fraction must be between 0 and 1"),
         (["parallel.sequence=true"], "needs parallel.tensor > 1"),
+        (["optimizer.gradient_noise=1"], "gradient_noise must be in .0, 1., got 1.0"),
         (["run.steps=3"], "warmup_steps=5 must be below run.steps=3"),
     ],
 )

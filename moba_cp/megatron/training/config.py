@@ -77,6 +77,7 @@ class OptimizerSection:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0
+    gradient_noise: float = 0.0  # every gradient times 1 + u, u uniform in +-this: how far rounding drives runs apart
 
 
 @dataclass
@@ -170,6 +171,8 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"data.eval_fraction must be between 0 and 1, got {data.eval_fraction}")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
+    if not 0 <= config.optimizer.gradient_noise < 1:
+        raise ValueError(f"optimizer.gradient_noise must be in [0, 1), got {config.optimizer.gradient_noise}")
     if config.optimizer.warmup_steps >= run.steps:
         raise ValueError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below run.steps={run.steps}")
 

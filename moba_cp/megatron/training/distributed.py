@@ -64,15 +64,18 @@ def start(config: TrainConfig) -> Ranks:
     """
     if "LOCAL_RANK" not in os.environ:
         raise RuntimeError("start this with torchrun: torchrun --nproc-per-node N scripts/train.py configs/NAME.yaml")
+    # Megatron demands it below compute capability 10, so that overlapped collectives start before the next kernel. The
+    # driver reads it when CUDA is first asked for anything.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _choose_device(config.run.device, int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu":
         use_cpu_as_cuda()
         dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     else:
-        # Megatron demands it below compute capability 10, so that overlapped collectives start before the next kernel.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=10))
+        # Without device_id: with it, all of Megatron's groups, dozens, would open NCCL communicators now; most are never
+        # used.
+        dist.init_process_group("nccl", timeout=timedelta(minutes=10))
     _check_sizes(config, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
@@ -89,6 +92,16 @@ def stop() -> None:
     """Leave the groups; the last thing a process does."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that torch has held at once on a GPU since the run started, over all ranks; None on CPU. Every rank must
+    call this."""
+    if device.type == "cpu":
+        return None
+    most = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:

@@ -12,7 +12,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import Float16Module
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import Float16Module, param_is_not_shared
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -87,6 +88,14 @@ def _chunk(config: TrainConfig, transformer_config: TransformerConfig, ranks: Ra
         vp_stage=number if chunks > 1 else None,
     ).to(ranks.device)
     return Float16Module(transformer_config, model) if config.run.precision == "bf16" else model
+
+
+def count_parameters(trainer: Trainer, ranks: Ranks) -> int:
+    """Parameters of the whole model, over its tensor-parallel and pipeline ranks; every rank must call this."""
+    mine = (p for chunk in trainer.model for p in chunk.parameters() if param_is_not_shared(p))
+    count = torch.tensor(sum(p.numel() for p in mine if param_is_not_tensor_parallel_duplicate(p)), device=ranks.device)
+    torch.distributed.all_reduce(count, group=ranks.groups.mp)
+    return int(count)
 
 
 def transformer(config: TrainConfig, device: torch.device) -> TransformerConfig:
