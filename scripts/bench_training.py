@@ -38,7 +38,6 @@ import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,13 +102,15 @@ def main(
     if device == "cuda" and torch.cuda.device_count() < 2:
         sys.exit(f"two GPUs are needed, {torch.cuda.device_count()} visible; --device cpu runs over gloo")
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex, Transformer Engine: optional
+    import megatron.core
+
     from moba_cp.megatron.training.config import load_config
 
     changes = [*(overrides or []), f"run.steps={steps}", *PLAIN]
     settings = load_config(config, changes)
     phases = plan(comm.split(","), LAST_PLACE[settings.run.precision], side_by_side=not alone)
     content: dict[str, Any] = {
-        "about": about(commit) | {"megatron_core": version("megatron-core"), "backend": backend(device)},
+        "about": about(commit) | {"megatron_core": megatron.core.__version__, "backend": backend(device)},
         "setup": setup(config, settings, overrides or [], side_by_side=not alone),
         "runs": {},
         "comparison": {},

@@ -47,10 +47,9 @@ def main(
     except (OSError, ValueError, OmegaConfBaseException) as error:
         sys.exit(f"{config_file}: {error}")
     ranks = distributed.start(config)
-    try:
-        train(config, ranks)
-    finally:
-        distributed.stop()
+    train(config, ranks)
+    # Not after an error: leaving NCCL's groups may wait for ranks that wait for this one, and nobody would see the error.
+    distributed.stop()
 
 
 def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
