@@ -109,7 +109,7 @@ def main(
     changes = [*(overrides or []), f"run.steps={steps}", *PLAIN]
     settings = load_config(config, changes)
     phases = plan(comm.split(","), LAST_PLACE[settings.run.precision], side_by_side=not alone)
-    megatron_version = megatron.core.__version__.split("+")[0]  # behind a plus: the commit of whatever checkout it lies in
+    megatron_version = megatron.core.__version__.split("+")[0]  # behind a plus: the commit of the checkout around it
     content: dict[str, Any] = {
         "about": about(commit) | {"megatron_core": megatron_version, "backend": backend(device)},
         "setup": setup(config, settings, overrides or [], side_by_side=not alone),
