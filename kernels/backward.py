@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 from torch import Tensor
 
 from .backward_kernels import delta_kernel, dkdv_kernel, dq_kernel, find_pieces_kernel, sum_pieces_kernel
+from .sizes import cdiv, next_power_of_2
 
 if TYPE_CHECKING:
     from .lists import RoutingLists
@@ -55,8 +55,8 @@ class Tiles:
 def choose_tiles(dim: int, value_dim: int, block_size: int, shared_memory: int = 227 << 10) -> Tiles:
     """Tiles for `[., dim]` queries and keys, `[., value_dim]` values and `shared_memory` bytes a program."""
     # Larger tiles of rows spill; tests compile all of these.
-    wide = max(triton.next_power_of_2(dim), triton.next_power_of_2(value_dim))
-    block = max(16, triton.next_power_of_2(block_size))
+    wide = max(next_power_of_2(dim), next_power_of_2(value_dim))
+    block = max(16, next_power_of_2(block_size))
     if shared_memory < 160 << 10:  # consumer parts: sm_86, sm_89, sm_120
         keys = min(block, 64 if wide <= 128 else 32)
         return Tiles(keys, 32, 4, 1, block <= keys, 64 if wide <= 128 else 32, min(block, 32), 4, 1)
@@ -91,9 +91,9 @@ def delta(out: Tensor, dout: Tensor) -> Tensor:
     tokens, heads, dim = out.shape
     result = torch.empty(heads, tokens, dtype=torch.float32, device=out.device)
     if result.numel():
-        delta_kernel[(triton.cdiv(tokens, 32), heads)](
+        delta_kernel[(cdiv(tokens, 32), heads)](
             out, dout, result, tokens, *out.stride()[:2], *dout.stride()[:2],
-            DV=dim, DVP=triton.next_power_of_2(dim), R=32, num_warps=4,
+            DV=dim, DVP=next_power_of_2(dim), R=32, num_warps=4,
         )  # fmt: skip
     return result
 
@@ -102,7 +102,7 @@ def find_pieces(pointer: Tensor, n_pieces: int, block_size: int) -> Tensor:
     """int32 `[n_pieces]`: the long bin that is cut at entry `c * piece_rows`, -1 where the cut falls in no such bin."""
     piece_bin = torch.empty(n_pieces, dtype=torch.int32, device=pointer.device)
     n_bins = pointer.numel() - 1
-    find_pieces_kernel[(triton.cdiv(n_pieces, _SEARCH),)](
+    find_pieces_kernel[(cdiv(n_pieces, _SEARCH),)](
         pointer, piece_bin, n_bins, n_pieces, (n_bins + 1).bit_length(), PIECE=piece_rows(block_size), SIZE=_SEARCH,
         num_warps=4,
     )  # fmt: skip
@@ -211,7 +211,7 @@ class Call:
     def sizes(self) -> dict[str, int]:
         """Head sizes, and the same padded for the dots."""
         dim, value_dim = self.part.k.shape[2], self.part.v.shape[2]
-        padded = max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(value_dim))
+        padded = max(16, next_power_of_2(dim)), max(16, next_power_of_2(value_dim))
         return {"D": dim, "DV": value_dim, "DP": padded[0], "DVP": padded[1]}
 
     def bits(self) -> dict[str, int]:
@@ -238,7 +238,7 @@ def shared_memory(device: torch.device) -> int:
 def launch_dkdv(call: Call, tiles: Tiles) -> None:
     """dK and dV, and dq where a tile of keys holds a block."""
     part, lists = call.part, call.lists
-    n_bins, n_tiles = lists.kv_heads * lists.n_blocks, triton.cdiv(call.lists.block_size, tiles.keys)
+    n_bins, n_tiles = lists.kv_heads * lists.n_blocks, cdiv(call.lists.block_size, tiles.keys)
     pieces = call.pieces(n_tiles * tiles.keys)
     dkdv_kernel[((n_bins + call.n_pieces) * n_tiles,)](
         call.q, call.dout, part.k, part.v, call.lse, call.delta, call.rows.position, lists.pointer, lists.entry,

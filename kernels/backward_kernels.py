@@ -53,6 +53,14 @@ def find_pieces_kernel(pointer, piece_bin, n_bins, n_pieces, rounds, PIECE: tl.c
 
 
 @triton.jit
+def unit_of(place, units, n_bins):
+    """Bin (below `n_bins`) or piece (`n_bins` and on) that comes at a place in the order of programs: pieces, the longest,
+    come first, so that none of them is left over at the end."""
+    pieces = units - n_bins
+    return tl.where(place < pieces, place + n_bins, place - pieces)
+
+
+@triton.jit
 def piece_bounds(first, last, c, PIECE: tl.constexpr):
     """Entries of piece c of a long bin `[first, last)`: its first piece also takes what lies before the first cut."""
     begin = tl.where(first // PIECE + 1 == c, first, c * PIECE)
@@ -71,11 +79,12 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dK and dV of BK keys of one block over the rows of its bin (or of one piece of it); with FUSED their dq too.
 
-    Programs [0, n_bins * NT): a bin of ordinary length, all of it. After them: pieces of long bins, into `pieces`.
+    Units, NT programs each, come as `unit_of` says: a bin of ordinary length, all of it, or a piece of a long bin, into
+    `pieces`.
     Reads BK (D + DV) elements once and D + DV elements + 16 bytes for each row; writes BK (D + DV) sums, and with FUSED
     D elements a row.
     """
-    unit = tl.program_id(0) // NT
+    unit = unit_of(tl.program_id(0) // NT, tl.num_programs(0) // NT, n_bins)
     tile = tl.program_id(0) % NT
     is_piece = unit >= n_bins
     c = tl.maximum(unit - n_bins, 0)

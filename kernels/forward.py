@@ -3,8 +3,8 @@
 Three kernels write the same thing, one normalised partial output and log-sum-exp (base 2) for each (q head, row, slot):
 
 - `_stream_rows`, blocks of at most 128 keys: one program holds the block's K and V and streams up to 2048 rows by.
-- `_hold_rows`, larger past blocks: one program holds 128 rows and streams the block's K and V by.
-- `_own_blocks`, the causal own block where the lists leave it out: as `_hold_rows`, but for consecutive rows.
+- `_hold_rows`, larger blocks: one program holds 128 rows and streams the block's K and V by; it leaves own blocks to
+- `_own_blocks`: as `_hold_rows`, but for consecutive rows, causally.
 
 Tiles of keys are aligned to the block's start and tile sizes are fixed (`configs`), so a row's partial does not depend
 on which other rows share its tile.
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
+from . import configs, hopper_forward
 from .types import OWN_TILE, KVPart, QueryRows
 
 LOG2E = 1.4426950408889634
@@ -160,7 +160,8 @@ def _hold_rows(
 
     Reads ROWS rows of q and 2 * BLOCK * (D + DV) bytes of K and V (from L2: neighbours read the same block); writes
     ROWS * (2 * DV + 4) bytes. With TMA, `k` and `v` are descriptors over [heads, rows, D]: the same tiles in the same
-    shared-memory layout, so the same bits. Past blocks are whole; WITH_OWN adds masks for own rows and short blocks.
+    shared-memory layout, so the same bits. Past blocks are whole; WITH_OWN takes own rows too, with masks for them and for
+    short blocks; without it they are left out, and most of them fill programs of their own.
     """
     SUB: tl.constexpr = ITEM // ROWS
     MASKED: tl.constexpr = WITH_OWN or BLOCK % KEYS != 0
@@ -187,6 +188,9 @@ def _hold_rows(
     d = tl.arange(0, D_PADDED)
     valid = r < end
     token, head, slot = _decode(tl.load(entry + r, mask=valid, other=0), HEAD_BITS, SLOT_BITS)
+    if not WITH_OWN:
+        if tl.max((valid & (slot != TOPK - 1)).to(tl.int32), 0) == 0:
+            return
     head += kv_head * GROUP
     pointers = q + token[:, None] * q_token + head.to(tl.int64)[:, None] * q_head + d[None, :]
     if D == D_PADDED:
@@ -225,6 +229,8 @@ def _hold_rows(
     valid = r < end
     e = tl.load(entry + r, mask=valid, other=0, eviction_policy="evict_first")
     token, head, slot = _decode(e, HEAD_BITS, SLOT_BITS)
+    if not WITH_OWN:
+        valid &= slot != TOPK - 1
     row = ((kv_head * GROUP + head).to(tl.int64) * tokens + token) * TOPK + slot
     _store_partial(out, lse, row, valid, acc * (1.0 / norm)[:, None], m + tl.log2(norm), DV, DV_PADDED, STORE)
 
@@ -360,7 +366,8 @@ def attend_listed(
     q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials,
     launch: configs.Launch, *, stream: bool, tma: bool,
 ) -> None:  # fmt: skip
-    """Every listed entry: `_stream_rows` or `_hold_rows`. `tma`: descriptors may be used, which changes no bit."""
+    """Every listed entry by `_stream_rows`, or by `_hold_rows`, which leaves own rows of blocks of more than 128 keys to
+    `attend_own`. `tma`: descriptors may be used, which changes no bit."""
     n_items, block_size = lists.item_bin.numel(), lists.block_size
     if n_items == 0 or part.k.shape[0] == 0:
         return
@@ -371,7 +378,8 @@ def attend_listed(
     kernel, programs = _stream_rows, n_items
     if not stream:
         # TMA reads whole tiles: a block's ragged tail would bring in another block's rows.
-        tma = tma and not lists.with_own and block_size % launch.keys == 0 and _tma_can_read(k) and _tma_can_read(v)
+        with_own = block_size <= configs.SMALL_BLOCK
+        tma = tma and not with_own and block_size % launch.keys == 0 and _tma_can_read(k) and _tma_can_read(v)
         if tma:
             k, v, k_head, v_head = (
                 _descriptor(k, launch.keys),
@@ -380,7 +388,7 @@ def attend_listed(
                 int(v_head > 0),
             )
         kernel, programs = _hold_rows, n_items * (lists.rows_per_item // launch.rows)
-        options = {"WITH_OWN": lists.with_own, "TMA": tma}
+        options = {"WITH_OWN": with_own, "TMA": tma}
     kernel[(programs,)](
         q, k, v, part.start, part.length, rows.position, lists.entry, lists.pointer, lists.item_bin, lists.item_start,
         partials.out, partials.lse, tokens, lists.n_blocks, scale, part.start.stride(0),
@@ -414,16 +422,33 @@ def attend_own(
     )  # fmt: skip
 
 
-def attend(q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials) -> None:
-    """Attention of every routed row to every block of the part; see `torch_backend.attend`."""
-    if q.shape[0] == 0 or lists.n_blocks == 0:
+def attend(
+    q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials, *,
+    path: str | None = None,
+) -> None:  # fmt: skip
+    """Attention of every routed row to every block of the part; see `torch_backend.attend`.
+
+    Args:
+        path: "portable" or "hopper", where `hopper_forward.supported`; by default "portable".
+    """
+    if q.shape[0] == 0 or lists.n_blocks == 0 or part.k.shape[0] == 0:
         return
+    if path == "hopper":
+        hopper_forward.attend(q, part, lists, rows, selected, *_scores_scale(scale), partials)
+    elif path in ("portable", None):
+        attend_portable(q, part, lists, rows, selected, scale, partials)
+    else:
+        raise ValueError(f"path must be 'portable', 'hopper' or None, got {path!r}")
+
+
+def attend_portable(q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials) -> None:
+    """The kernels of this file."""
     device = configs.capability(q.device)
     dim, dim_v = q.shape[2], part.v.shape[2]
     hold = configs.stationary(dim, dim_v, lists.block_size, device)
-    stream = configs.streaming(dim, dim_v, lists.block_size, device) if lists.with_own else None
+    stream = configs.streaming(dim, dim_v, lists.block_size, device)
     # TMA pays on Hopper, where two programs share a multiprocessor; Blackwell's consumer chips have it too, untested.
     shared, tma = (q, part, lists, rows, selected, scale, partials), device == (9, 0)
     attend_listed(*shared, stream or hold, stream=stream is not None, tma=tma)
-    if not lists.with_own:
+    if lists.block_size > configs.SMALL_BLOCK:
         attend_own(*shared, configs.own_blocks(dim, dim_v, device), tma=tma)

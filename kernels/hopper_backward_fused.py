@@ -21,6 +21,7 @@ from .hopper_backward_kernels import (
     _load_scalars,
     _offset,
     _reload,
+    _unit,
     _write,
     barrier,
 )
@@ -57,7 +58,7 @@ def dkdv_dq_kernel(
     """
     STAGES: gl.constexpr = AHEAD + 1
     CODES: gl.constexpr = AHEAD + 2  # a tile's are read last when its dq is stored
-    unit = gl.program_id(0)
+    unit = _unit(n_bins, 1)
     bin_, begin, count, start, length = _bounds(
         unit, pointer, piece_bin, part_start, part_length, n_bins, n_blocks, start_h, PIECE
     )

@@ -98,6 +98,14 @@ def _unseen_rows(
 
 
 @gluon.jit
+def _unit(n_bins, NT: gl.constexpr):
+    """Bin or piece of a program, as in the portable kernel: pieces, the longest, come first."""
+    place = gl.program_id(0) // NT
+    pieces = gl.num_programs(0) // NT - n_bins
+    return gl.where(place < pieces, place + n_bins, place - pieces)
+
+
+@gluon.jit
 def _bounds(unit, pointer, piece_bin, part_start, part_length, n_bins, n_blocks, start_h, PIECE: gl.constexpr):
     """What a program works on, as in the portable kernel: `(bin, first entry, entries, first row, length)`.
 
@@ -121,7 +129,7 @@ def _bounds(unit, pointer, piece_bin, part_start, part_length, n_bins, n_blocks,
 @gluon.jit
 def _reload(piece_bin, part_start, part_length, n_bins, n_blocks, start_h, NT: gl.constexpr):
     """`(unit, piece, kv head, first row, length)` of a program that has something to do."""
-    unit = gl.program_id(0) // NT
+    unit = _unit(n_bins, NT)
     c = gl.maximum(unit - n_bins, 0)
     bin_ = gl.where(unit >= n_bins, gl.load(piece_bin + c, mask=unit >= n_bins, other=0), unit)
     start = gl.load(part_start + (bin_ // n_blocks).to(gl.int64) * start_h + bin_ % n_blocks)
@@ -163,7 +171,7 @@ def dkdv_kernel(
     run on beside the next tile's S^T, so a stage is free two tiles later: AHEAD + 2 stages.
     """
     STAGES: gl.constexpr = AHEAD + 2
-    unit = gl.program_id(0) // NT
+    unit = _unit(n_bins, NT)
     tile = gl.program_id(0) % NT
     bin_, begin, count, start, length = _bounds(
         unit, pointer, piece_bin, part_start, part_length, n_bins, n_blocks, start_h, PIECE

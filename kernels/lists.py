@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv, next_power_of_2
 from .types import QueryRows
 
 ITEM_ROWS_SMALL = 2048
@@ -22,15 +23,13 @@ ITEM_ROWS_SMALL = 2048
 ITEM_ROWS_LARGE = 128
 """Most entries of a work item where a program keeps its rows and streams a large block's keys past them."""
 SMALL_BLOCK = 128
-"""Up to this block size forward treats own blocks as ordinary entries."""
+"""Up to this block size a program of forward keeps a block's keys."""
 
-REGISTER_BINS = 1024
+REGISTER_BINS = 512
 """Most blocks whose counts one program keeps in registers."""
-ENTRIES, WARPS = 1024, 4
-"""Entries that a program sorts at once, and its warps."""
-MANY_BLOCKS, MANY_ENTRIES, MANY_WARPS = 512, 512, 1
-"""The same beyond so many blocks: measured faster with 1024 blocks, slower with 256."""
-COUNT_ENTRIES, COUNT_WARPS = 1024, 4
+ENTRIES, WARPS = 512, 1
+"""Entries that a program sorts at once, and its warps: within a warp nothing waits for a barrier."""
+COUNT_ENTRIES, COUNT_WARPS = 2048, 4
 """Entries that a program counts at once, and its warps."""
 FEW_BLOCKS, FEW_TOKENS, FEW_WARPS = 64, 32, 4
 """Up to so many blocks a program keeps a place for each in registers and sorts nothing; its tokens at once, and its warps."""
@@ -53,7 +52,6 @@ class RoutingLists:
             (head, token).
         head_bits, slot_bits: widths of these fields.
         n_blocks, kv_heads, group_size: blocks a head, kv heads at work, q heads a kv head.
-        with_own: whether own blocks are listed.
         item_bin, item_start: int32 `[items]`: item i covers the entries
             `[item_start, min(item_start + rows_per_item, pointer[item_bin + 1]))`. Unused items come last, with bin -1.
         rows_per_item: most entries of an item.
@@ -67,7 +65,6 @@ class RoutingLists:
     n_blocks: int
     kv_heads: int
     group_size: int
-    with_own: bool
     item_bin: Tensor
     item_start: Tensor
     rows_per_item: int
@@ -288,18 +285,12 @@ def _item_kernel(pointer_ptr, items_end_ptr, item_bin_ptr, item_start_ptr, bins,
     tl.store(item_start_ptr + item, tl.where(used, start, 0), mask=item < items)
 
 
-def sorting(n_blocks: int) -> tuple[int, int]:
-    """Entries that a program sorts at once, and its warps."""
-    return (MANY_ENTRIES, MANY_WARPS) if n_blocks > MANY_BLOCKS else (ENTRIES, WARPS)
-
-
 def counting_shape(n_blocks: int, slots: int) -> dict[str, int]:
     """Constants of the counting passes: entries in a part, and the counts a program keeps in registers, if it does."""
-    bins = max(triton.next_power_of_2(n_blocks), 32)
-    entries, _ = sorting(n_blocks)
-    chunks = triton.cdiv(slots, entries)
-    width = triton.cdiv(slots, chunks)
-    rows = {"SLOTS": slots, "WIDTH": width, "CHUNKS": chunks, "ENTRIES": entries}
+    bins = max(next_power_of_2(n_blocks), 32)
+    chunks = cdiv(slots, ENTRIES)
+    width = cdiv(slots, chunks)
+    rows = {"SLOTS": slots, "WIDTH": width, "CHUNKS": chunks, "ENTRIES": ENTRIES}
     return {**rows, "BINS": bins if bins <= REGISTER_BINS else 0}
 
 
@@ -311,25 +302,24 @@ def _counting_sort(
     group = q_heads // kv_heads
     shape = counting_shape(n_blocks, slots)
     part_rows = shape["ENTRIES"] // shape["WIDTH"]
-    parts_per_head = triton.cdiv(tokens * shape["CHUNKS"], part_rows)
+    parts_per_head = cdiv(tokens * shape["CHUNKS"], part_rows)
     parts = max(1, min(parts_per_head, parts_per_head * q_heads // PROGRAMS))
-    pieces_per_head = triton.cdiv(parts_per_head, parts)
+    pieces_per_head = cdiv(parts_per_head, parts)
     grid = (pieces_per_head * group, kv_heads)
     sizes = (tokens, n_blocks, group, pieces_per_head, parts * part_rows, *selected.stride())
     # A zero before the counts makes their inclusive sum the exclusive one, with the total at its end.
     count = torch.zeros(1 + kv_heads * n_blocks * grid[0], dtype=torch.int32, device=selected.device)
     bins = shape.pop("BINS")
-    counted = shape | {"ENTRIES": max(COUNT_ENTRIES, shape["ENTRIES"]), "BINS": bins}
+    counted = shape | {"ENTRIES": COUNT_ENTRIES, "BINS": bins}
     _count_kernel[grid](selected, count[1:], *sizes, **counted, num_warps=COUNT_WARPS)
     begin = torch.cumsum(count, 0, dtype=torch.int32)
     result = _items(begin, kv_heads * n_blocks, grid[0], entry.numel(), rows_per_item)
     if n_blocks <= FEW_BLOCKS and slots <= FEW_SLOTS and shape["CHUNKS"] == 1:
-        few = {"SLOTS": slots, "BINS": max(triton.next_power_of_2(n_blocks), 16), "TOKENS": FEW_TOKENS}
+        few = {"SLOTS": slots, "BINS": max(next_power_of_2(n_blocks), 16), "TOKENS": FEW_TOKENS}
         _scatter_few_kernel[grid](selected, begin, entry, *sizes, *bits, **few, num_warps=FEW_WARPS)
     else:
         shape["PLACE_BITS"] = shape["ENTRIES"].bit_length() - 1
-        warps = sorting(n_blocks)[1]
-        _scatter_kernel[grid](selected, begin, entry, *sizes, *bits, **shape, num_warps=warps)
+        _scatter_kernel[grid](selected, begin, entry, *sizes, *bits, **shape, num_warps=WARPS)
     return result
 
 
@@ -339,35 +329,27 @@ def _items(begin: Tensor, bins: int, pieces: int, capacity: int, rows_per_item: 
     pointer = torch.empty(bins + 1, dtype=torch.int32, device=device)
     items_of_bin = torch.empty(bins, dtype=torch.int32, device=device)
     tile = 256
-    _pointer_kernel[(triton.cdiv(bins + 1, tile),)](
-        begin, pointer, items_of_bin, bins, pieces, rows_per_item, TILE=tile
-    )
+    _pointer_kernel[(cdiv(bins + 1, tile),)](begin, pointer, items_of_bin, bins, pieces, rows_per_item, TILE=tile)
     items_end = torch.cumsum(items_of_bin, 0, dtype=torch.int32)
     items = capacity // rows_per_item + min(bins, capacity)
     item_bin = torch.empty(items, dtype=torch.int32, device=device)
     item_start = torch.empty(items, dtype=torch.int32, device=device)
     arguments = (pointer, items_end, item_bin, item_start, bins, items, rows_per_item)
-    _item_kernel[(triton.cdiv(items, tile),)](*arguments, TILE=tile)
+    _item_kernel[(cdiv(items, tile),)](*arguments, TILE=tile)
     return pointer, item_bin, item_start
 
 
-def route(
-    selected: Tensor, n_blocks: int, kv_heads: int, rows: QueryRows, block_size: int, *, backward: bool = False
-) -> RoutingLists:
-    """Routing lists of `selected` for forward or backward block attention.
+def route(selected: Tensor, n_blocks: int, kv_heads: int, rows: QueryRows, block_size: int) -> RoutingLists:
+    """Routing lists of `selected` for block attention and its backward; own blocks are entries like any other.
 
     Args:
         selected: int32 `[Hq, T, topk]` of `select_blocks`, any strides; the q heads of `kv_heads` kv heads.
         n_blocks: blocks in all.
         kv_heads: kv heads at work.
-        rows: where the `T` rows stand. Not needed: own blocks are in the last slot.
+        rows: where the `T` rows stand. Not needed here.
         block_size: keys a block.
-        backward: own blocks are always listed; else only up to `SMALL_BLOCK`.
     """
-    with_own = backward or block_size <= SMALL_BLOCK
     rows_per_item = ITEM_ROWS_SMALL if block_size <= SMALL_BLOCK else ITEM_ROWS_LARGE
-    if not with_own:
-        selected = selected[:, :, :-1]
     q_heads, tokens, slots = selected.shape
     group = q_heads // kv_heads
     capacity = selected.numel()
@@ -385,6 +367,6 @@ def route(
             selected, n_blocks, kv_heads, (head_bits, slot_bits), entry, rows_per_item
         )
     return RoutingLists(
-        pointer, entry, head_bits, slot_bits, n_blocks, kv_heads, group, with_own, item_bin, item_start, rows_per_item,
+        pointer, entry, head_bits, slot_bits, n_blocks, kv_heads, group, item_bin, item_start, rows_per_item,
         block_size,
     )  # fmt: skip

@@ -36,7 +36,6 @@ class RoutingLists:
         token, head, slot: int64 `[entries]`, the row's token, its q head (inside the heads at work) and its slot in
             `selected`; inside a bin sorted by (head, token).
         n_blocks: blocks a head.
-        with_own: own blocks are listed, so the lists serve backward as well as forward.
     """
 
     pointer: list[int]
@@ -44,7 +43,6 @@ class RoutingLists:
     head: Tensor
     slot: Tensor
     n_blocks: int
-    with_own: bool = True
 
     def bins(self):
         """Non-empty bins as `(kv head, block, slice of the entries)`."""
@@ -168,14 +166,8 @@ def wanted_pairs(selected: Tensor, n_blocks: int, kv_heads: int) -> Tensor:
     return mask[:, 1:].contiguous()
 
 
-def route(
-    selected: Tensor, n_blocks: int, kv_heads: int, rows: QueryRows, block_size: int, *, backward: bool = False
-) -> RoutingLists:
-    """Routing lists of `selected` `[Hq, T, topk]` (the q heads of `kv_heads` kv heads), for `attend` or its backward.
-
-    A backend may keep own blocks out of the lists of one direction and treat them by `rows.own_tiles`; this one
-    lists every slot.
-    """
+def route(selected: Tensor, n_blocks: int, kv_heads: int, rows: QueryRows, block_size: int) -> RoutingLists:
+    """Routing lists of `selected` `[Hq, T, topk]` (the q heads of `kv_heads` kv heads), for `attend` and its backward."""
     q_heads = selected.shape[0]
     head, token, slot = torch.nonzero(selected >= 0, as_tuple=True)
     kv_head = head // (q_heads // kv_heads)

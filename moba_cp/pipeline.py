@@ -43,7 +43,7 @@ class Call:
         kv_heads: kv heads.
         workspace_bytes: most bytes of partial results at once.
         stage: names the steps in profiles.
-        keep_lists: keep routing lists for backward where they serve it: `4 * topk` bytes a (q head, row).
+        keep_lists: keep routing lists for backward: `4 * topk` bytes a (q head, row).
         transport: the transport in use; `requested` unless that is "auto".
         wanted: every rank's wanted pairs, where the transport needs them.
     """
@@ -103,7 +103,7 @@ class Saved:
         selected: int32 `[Hq, T, topk]`.
         out: `[T, Hq, Dv]`.
         lse: `[Hq, T]`.
-        lists: routing lists by chunk (first kv head, first row), where those of forward serve backward too.
+        lists: routing lists by chunk (first kv head, first row), if they are kept.
     """
 
     selected: Tensor
@@ -135,7 +135,7 @@ def _forward_chunk(
 ) -> None:
     """Output and log-sum-exp of one chunk; its partial results live no longer than this."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
-    if call.keep_lists and lists.with_own:
+    if call.keep_lists:
         saved.lists[chunk.heads.start, chunk.rows.start] = lists
     partials = call.backend.new_partials(selected, saved.out.shape[-1], q.dtype)
     scale = call.config.scale(q.shape[-1])
@@ -236,13 +236,13 @@ def _backward_chunk(
 def routed_ahead(call: Call, ranges: Ranges, saved: Saved, rows: QueryRows, backward: bool) -> Iterator[Any]:
     """Routing lists of each chunk in turn; on CUDA those of the next chunk are made beside the work of the last.
 
-    Backward takes the lists of forward where they serve it.
+    Backward takes the lists of forward where they were kept.
     """
     chunks = [chunk for _, of_heads in ranges for chunk in of_heads]
     if len(chunks) == 1 or (backward and saved.lists):
         for chunk in chunks:
             kept = saved.lists.pop((chunk.heads.start, chunk.rows.start), None) if backward else None
-            yield kept or _route(call, chunk, saved, rows, backward)
+            yield kept or _route(call, chunk, saved, rows)
         return
     side = SideStream(rows.block.device, "routing lists")
     side.mark()
@@ -250,7 +250,7 @@ def routed_ahead(call: Call, ranges: Ranges, saved: Saved, rows: QueryRows, back
     for index in range(len(chunks) + 1):
         if index < len(chunks):
             with side.use():
-                ahead.append((_route(call, chunks[index], saved, rows, backward), side.done()))
+                ahead.append((_route(call, chunks[index], saved, rows), side.done()))
         if index > 0:
             lists, done = ahead.popleft()
             side.join(done, *(x for x in vars(lists).values() if isinstance(x, Tensor)))
@@ -258,13 +258,13 @@ def routed_ahead(call: Call, ranges: Ranges, saved: Saved, rows: QueryRows, back
             del lists
 
 
-def _route(call: Call, chunk: Chunk, saved: Saved, rows: QueryRows, backward: bool) -> Any:
+def _route(call: Call, chunk: Chunk, saved: Saved, rows: QueryRows) -> Any:
     selected = chunk.of_heads(saved.selected)
     kv_heads = chunk.heads.stop - chunk.heads.start
     n_blocks, block_size = len(call.plan.plan.blocks), call.config.block_size
     with call.stage("lists"):
         here = rows.slice(chunk.rows.start, chunk.rows.stop)
-        return call.backend.route(selected, n_blocks, kv_heads, here, block_size, backward=backward)
+        return call.backend.route(selected, n_blocks, kv_heads, here, block_size)
 
 
 def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> Tensor:

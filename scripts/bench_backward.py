@@ -59,7 +59,7 @@ def make_call(block_size: int, topk: int, tokens: int):
     triton_backend.attend(q, part, forward_lists, rows, selected, DIM**-0.5, partials)
     out, lse = torch.empty_like(dout), triton_backend.new_lse(q)
     triton_backend.merge(partials, selected, out, lse)
-    lists = triton_backend.route(selected, n_blocks, HEADS, rows, block_size, backward=True)
+    lists = triton_backend.route(selected, n_blocks, HEADS, rows, block_size)
     n_pieces = backward.piece_count(tokens, HEADS, HEADS, topk, block_size)
     piece_bin = backward.find_pieces(lists.pointer, n_pieces, block_size) if n_pieces else lists.pointer
     whole = lambda: torch.zeros(tokens, ALL_HEADS, DIM, device="cuda", dtype=q.dtype)[:, :HEADS]  # noqa: E731

@@ -101,7 +101,7 @@ class Bench:
 
     def own(self) -> None:
         """`attend_own`: rows, keys, warps, stages, with and without descriptors."""
-        if self.attending[2].with_own:
+        if self.attending[2].block_size <= configs.SMALL_BLOCK:
             return
         self.end = time.perf_counter() + self.budget
         shipped = configs.own_blocks(HEAD_DIM, HEAD_DIM, configs.capability(self.attending[0].device))

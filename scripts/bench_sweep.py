@@ -46,7 +46,7 @@ def sweep(
     shared = (q, part, lists, rows, selected, HEAD_DIM**-0.5, partials)
     device = configs.capability(q.device)
     hold = configs.stationary(HEAD_DIM, HEAD_DIM, block_size, device)
-    stream = configs.streaming(HEAD_DIM, HEAD_DIM, block_size, device) if lists.with_own else None
+    stream = configs.streaming(HEAD_DIM, HEAD_DIM, block_size, device)
     shipped = stream or hold
     timer = Timer(kv_heads / heads)
     for tma in [True] if stream else [True, False]:
@@ -59,7 +59,7 @@ def sweep(
         }
         run = partial(forward.attend_listed, *shared, stream=stream is not None, tma=tma)
         timer.all("attend" if tma else "attend by pointers", shipped, choices, run, partials.out)
-    for tma in [] if lists.with_own else [True, False]:
+    for tma in [] if stream else [True, False]:
         choices = {"rows": [64, 128], "keys": [32, 64], "num_warps": [4, 8], "num_stages": [2, 3]}
         run = partial(forward.attend_own, *shared, tma=tma)
         timer.all(

@@ -93,7 +93,7 @@ def make_lists(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int, 
     item = torch.tensor(items, dtype=torch.int32, device=key.device)
     return SimpleNamespace(
         pointer=pointer, entry=entry, head_bits=head_bits, slot_bits=slot_bits, n_blocks=n_blocks, kv_heads=kv_heads,
-        group_size=group, with_own=True, item_bin=item[:, 0].contiguous(), item_start=item[:, 1].contiguous(),
+        group_size=group, item_bin=item[:, 0].contiguous(), item_start=item[:, 1].contiguous(),
         rows_per_item=rows_per_item, block_size=block_size,
     )  # fmt: skip
 

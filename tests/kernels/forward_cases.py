@@ -127,14 +127,12 @@ def _select(rows, n_blocks, q_heads, topk, hot, cold, generator) -> Tensor:
 
 def make_lists(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) -> SimpleNamespace:
     """Routing lists of the Triton form, with torch operations and host reads, as the forward wants them."""
-    with_own = block_size <= 128
-    rows_per_item = 2048 if with_own else 128
+    rows_per_item = 2048 if block_size <= 128 else 128
     q_heads, _, topk = selected.shape
     group = q_heads // kv_heads
     head_bits, slot_bits = (group - 1).bit_length(), (topk - 1).bit_length()
-    listed = selected if with_own else selected[:, :, :-1]
-    head, token, slot = torch.nonzero(listed >= 0, as_tuple=True)
-    key, order = torch.sort(head // group * n_blocks + listed[head, token, slot].long(), stable=True)
+    head, token, slot = torch.nonzero(selected >= 0, as_tuple=True)
+    key, order = torch.sort(head // group * n_blocks + selected[head, token, slot].long(), stable=True)
     pointer = torch.searchsorted(key, torch.arange(kv_heads * n_blocks + 1, device=key.device)).to(torch.int32)
     code = (token << (head_bits + slot_bits)) | (head % group << slot_bits) | slot
     entry = torch.full((selected.numel(),), -1, dtype=torch.int32, device=key.device)
@@ -144,7 +142,7 @@ def make_lists(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) 
     item = torch.tensor([*items, (-1, 0), (-1, 0)], dtype=torch.int32, device=key.device)
     return SimpleNamespace(
         pointer=pointer, entry=entry, head_bits=head_bits, slot_bits=slot_bits, n_blocks=n_blocks, kv_heads=kv_heads,
-        group_size=group, with_own=with_own, item_bin=item[:, 0].contiguous(), item_start=item[:, 1].contiguous(),
+        group_size=group, item_bin=item[:, 0].contiguous(), item_start=item[:, 1].contiguous(),
         rows_per_item=rows_per_item, block_size=block_size,
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ def kernels(capability: int):
             few = {"SLOTS": slots, "BINS": n_blocks, "TOKENS": lists.FEW_TOKENS, "num_warps": lists.FEW_WARPS}
             yield f"scatter few {name}", lists._scatter_few_kernel, element, few
         shape["PLACE_BITS"] = shape["ENTRIES"].bit_length() - 1
-        yield f"scatter {name}", lists._scatter_kernel, element, shape | {"num_warps": lists.sorting(n_blocks)[1]}
+        yield f"scatter {name}", lists._scatter_kernel, element, shape | {"num_warps": lists.WARPS}
     yield "pointer", lists._pointer_kernel, "i32", {"TILE": 256}
     yield "item", lists._item_kernel, "i32", {"TILE": 256}
 

@@ -45,14 +45,10 @@ def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
     return selected, query_rows(own.numpy(), np.zeros(tokens), np.zeros(tokens), DEVICE)
 
 
-def check(selected, rows, n_blocks, kv_heads, block_size, backward=False):
-    actual = lists.route(selected, n_blocks, kv_heads, rows, block_size, backward=backward)
+def check(selected, rows, n_blocks, kv_heads, block_size):
+    actual = lists.route(selected, n_blocks, kv_heads, rows, block_size)
     q_heads = selected.shape[0]
-    shown = selected.clone()
-    assert actual.with_own == (backward or block_size <= 128)
-    if not actual.with_own:
-        shown[:, :, -1] = -1
-    expected = torch_backend.route(shown.cpu(), n_blocks, kv_heads, rows, block_size)
+    expected = torch_backend.route(selected.cpu(), n_blocks, kv_heads, rows, block_size)
     assert actual.pointer.dtype == torch.int32
     pointer = actual.pointer.tolist()
     assert pointer == expected.pointer
@@ -91,15 +87,14 @@ CASES = {
 
 @interpreter.interpreted
 @pytest.mark.usefixtures("few_entries")
-@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("block_size", [64, 512])
 @pytest.mark.parametrize("name", CASES)
-def test_small(name, block_size, backward, monkeypatch):
+def test_small(name, block_size, monkeypatch):
     for rows_name in ("ITEM_ROWS_SMALL", "ITEM_ROWS_LARGE"):
         monkeypatch.setattr(lists, rows_name, 8)
     q_heads, kv_heads, tokens, topk, n_blocks = CASES[name]
     selected, rows = random_selection(q_heads, tokens, topk, n_blocks)
-    check(selected, rows, n_blocks, kv_heads, block_size, backward)
+    check(selected, rows, n_blocks, kv_heads, block_size)
 
 
 @interpreter.interpreted
@@ -138,17 +133,14 @@ def test_more_slots_than_a_part(monkeypatch):
 
 def test_nothing_listed():
     selected, rows = random_selection(2, 6, 1, 3)
-    empty = lists.route(selected, 3, 1, rows, 512)
-    assert empty.pointer.tolist() == [0] * 4
-    assert empty.item_bin.numel() == empty.entry.numel() == 0
     empty = lists.route(selected[:, :0], 3, 1, rows.slice(0, 0), 128)
     assert empty.pointer.tolist() == [0] * 4
+    assert empty.item_bin.numel() == empty.entry.numel() == 0
 
 
 class TestGPU:
     pytestmark = interpreter.gpu
 
-    @pytest.mark.parametrize("backward", [False, True])
     @pytest.mark.parametrize(
         ("q_heads", "kv_heads", "tokens", "topk", "n_blocks", "block_size"),
         [
@@ -165,9 +157,9 @@ class TestGPU:
         ],
     )
     @pytest.mark.parametrize("hot", [False, True])
-    def test_equals_torch(self, q_heads, kv_heads, tokens, topk, n_blocks, block_size, backward, hot):
+    def test_equals_torch(self, q_heads, kv_heads, tokens, topk, n_blocks, block_size, hot):
         selected, rows = random_selection(q_heads, tokens, topk, n_blocks, hot=hot)
-        check(selected, rows, n_blocks, kv_heads, block_size, backward)
+        check(selected, rows, n_blocks, kv_heads, block_size)
 
     def test_view_of_a_chunk(self):
         selected, rows = random_selection(8, 3000, 8, 100)
@@ -199,6 +191,6 @@ class TestGPU:
         torch.cuda.set_sync_debug_mode("error")
         try:
             lists.route(selected, 500, 2, rows, 128)
-            lists.route(selected, 500, 2, rows, 512, backward=True)
+            lists.route(selected, 500, 2, rows, 512)
         finally:
             torch.cuda.set_sync_debug_mode("default")

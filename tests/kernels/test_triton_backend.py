@@ -110,7 +110,8 @@ class TestOnGpu:
             error = (got.double() - want.double()).flatten(1).norm(dim=1)
             off = error > 0.05 * want.double().flatten(1).norm(dim=1) + 1e-3
             assert off.float().mean() < 5e-3, (name, off.sum())
-            assert float(error[~off].norm() / want.double().norm()) < 6e-3
+            # A single token's dq is exactly zero; sums that cancel leave 1e-6 of it.
+            assert float(error[~off].norm()) < 6e-3 * float(want.double().norm()) + 1e-5
 
     def test_workspace_changes_no_bit_of_output_and_dq(self):
         sizes = dict(lengths=[5000, 1000], block_size=128, topk=4, q_heads=4, kv_heads=2, dim=128, dim_v=128)
