@@ -40,6 +40,20 @@ def test_one_rank_needs_no_padding() -> None:
     assert Packing.of([5, 3], 1).cu_seqlens_padded == (0, 5, 8)
 
 
+@pytest.mark.parametrize(
+    ("cp_size", "shards", "padded"), [(1, 4, (0, 5, 7, 8)), (2, 2, (0, 8, 12)), (2, 5, (0, 8, 12, 20))]
+)
+def test_sequence_parallelism_gets_equal_parts_of_every_ranks_tokens(
+    cp_size: int, shards: int, padded: tuple[int, ...]
+) -> None:
+    packing = Packing.of([5, 2], cp_size, sequence_shards=shards)
+    assert packing.cu_seqlens_padded == padded
+    assert packing.cu_seqlens == (0, 5, 7, 7)[: len(padded)]
+    # What was added are documents of their own, and no token of the pack.
+    assert packing.layout(cp_size).total_tokens == padded[-1]
+    assert packing.pad(torch.ones(7)).sum() == 7
+
+
 def test_tensors_and_lengths_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got \[3, -1\]"):
         Packing.of([3, -1], 2)

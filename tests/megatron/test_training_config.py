@@ -67,6 +67,15 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
         (["model.num_query_groups=3"], "num_attention_heads=4 must be a multiple of model.num_query_groups=3"),
         (["data.eval_fraction=1"], "eval_fraction must be between 0 and 1"),
         (["parallel.sequence=true"], "needs parallel.tensor > 1"),
+        (
+            ["parallel.sequence=true", "parallel.tensor=4", "parallel.context=3", "data.seq_length=1026"],
+            "data.seq_length=1026 must be a multiple of parallel.context . tensor=12",
+        ),
+        (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline=2 needs parallel.pipeline > 1"),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+            "model.num_layers=2 must be a multiple of parallel.pipeline . virtual_pipeline=4",
+        ),
         (["optimizer.gradient_noise=1"], "gradient_noise must be in .0, 1., got 1.0"),
         (["run.steps=3"], "warmup_steps=5 must be below run.steps=3"),
     ],
