@@ -8,7 +8,7 @@ from .packing import Packing, slice_packed
 from .reports import LayerReport, collect_reports
 from .schedule import MoBASchedule, use_full_attention
 from .settings import MoBASettings
-from .spec import moba_layer_spec, with_moba
+from .spec import moba_layer_spec, moba_spec, moba_spec_builder, with_moba
 
 __all__ = [
     "LayerReport",
@@ -19,6 +19,8 @@ __all__ = [
     "TorchNorm",
     "collect_reports",
     "moba_layer_spec",
+    "moba_spec",
+    "moba_spec_builder",
     "slice_packed",
     "use_full_attention",
     "with_moba",

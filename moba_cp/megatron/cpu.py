@@ -4,17 +4,27 @@ Megatron-Core asks for CUDA by name in a few dozen places (``device="cuda"``, ``
 the CUDA random state, checks of type names like ``torch.cuda.FloatTensor``). :func:`use_cpu_as_cuda` answers all of
 them with the CPU. It changes the running process for good, so it belongs at the top of a script, and it refuses to run
 where a GPU is visible. This is the only file of the project that patches anything.
+
+As a program it runs any Megatron-LM script, unmodified and without knowing of MoBA, on CPU::
+
+    PYTHONPATH=/path/to/Megatron-LM torchrun --nproc-per-node 2 -m moba_cp.megatron.cpu \\
+        /path/to/Megatron-LM/pretrain_gpt.py --distributed-backend gloo --use-cpu-initialization ...
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import typing
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import typing_extensions
 from torch.overrides import TorchFunctionMode
+
+from .launch import run_script
 
 _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
@@ -39,6 +49,8 @@ def use_cpu_as_cuda(training_scripts: bool = False) -> None:
     if training_scripts:
         torch.cuda.is_available = _returning(True)
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # demanded where tensors or sequences are sharded
+        if not hasattr(typing, "override"):  # all that newer scripts want of Python 3.12
+            vars(typing)["override"] = typing_extensions.override
         from megatron.training import initialize
 
         initialize._warmup_jit_function = _returning(None)
@@ -143,3 +155,20 @@ def _patch_random_state() -> None:
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the script ``arguments[0]`` with the other arguments, as if it had been started itself on a machine with GPUs.
+
+    Raises:
+        SystemExit: no script.
+        RuntimeError: a GPU is visible, or another version of Megatron-Core than the script's is in use.
+    """
+    if not arguments:
+        sys.exit("which script? python -m moba_cp.megatron.cpu SCRIPT [ARGUMENT...]")
+    use_cpu_as_cuda(training_scripts=True)
+    run_script(arguments[0], arguments[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

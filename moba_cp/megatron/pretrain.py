@@ -1,24 +1,29 @@
 """Run an unmodified Megatron-LM training script with MoBA's own flags, which the script cannot take::
 
-    torchrun --nproc-per-node 2 -m moba_cp.megatron.pretrain /path/to/Megatron-LM/pretrain_gpt.py \\
-        --moba-block-size 512 --moba-topk 8 --moba-full-attention-last-n-layers 3 \\
+    PYTHONPATH=/path/to/Megatron-LM torchrun --nproc-per-node 2 -m moba_cp.megatron.pretrain \\
+        /path/to/Megatron-LM/pretrain_gpt.py --moba-block-size 512 --moba-topk 8 --moba-full-attention-last-n-layers 3 \\
         --transformer-impl local --no-create-attention-mask-in-dataloader --attention-dropout 0 ...
 
 The flags of MoBA are taken out of the command line, the layer spec they describe is put where ``--spec`` finds it
-(``moba_cp.megatron.pretrain layer_spec``), and the script runs as if it had been started itself. With ``--moba-cpu`` it runs
-on CPU, over gloo, through :mod:`moba_cp.megatron.cpu`.
+(``moba_cp.megatron.pretrain layer_spec``), and the script runs as if it had been started itself. From Megatron-LM 0.19 on
+Megatron's flags choose the layers (Transformer Engine, experts, ...) as without ``--spec``; before, MoBA's layers are those
+that :func:`moba_cp.megatron.arguments.layer_spec_from_arguments` builds. With ``--moba-cpu`` it runs on CPU, over gloo,
+through :mod:`moba_cp.megatron.cpu`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
-from .arguments import add_moba_arguments, layer_spec_from_arguments
+import megatron.core
+
+from .arguments import add_moba_arguments, layer_spec_from_arguments, settings_from_arguments
+from .launch import run_script
+from .spec import moba_spec_builder
 
 _MODULE = "moba_cp.megatron.pretrain"
 
@@ -32,17 +37,23 @@ def main(arguments: list[str]) -> None:
     Raises:
         SystemExit: no script, or wrong flags.
         ValueError: a combination that is not supported, ``--spec`` among them.
+        RuntimeError: another version of Megatron-Core than the script's is in use.
     """
     flags, script, rest = split(arguments)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as Python does for a script
     if flags.moba_cpu:
         from .cpu import use_cpu_as_cuda
 
         use_cpu_as_cuda(training_scripts=True)
     # The module that ``--spec`` imports is not this one if this one runs as __main__.
-    vars(importlib.import_module(_MODULE))["layer_spec"] = layer_spec_from_arguments(flags)
-    sys.argv = [script, *rest, "--spec", _MODULE, "layer_spec"]
-    runpy.run_path(script, run_name="__main__")
+    vars(importlib.import_module(_MODULE))["layer_spec"] = _spec(flags)
+    run_script(script, [*rest, "--spec", _MODULE, "layer_spec"])
+
+
+def _spec(flags: argparse.Namespace) -> Any:
+    models = Path(megatron.core.__path__[0]).parent / "training" / "models" / "gpt.py"
+    if models.exists():  # scripts of this version take a callable, which knows the whole configuration
+        return moba_spec_builder(**settings_from_arguments(flags))
+    return layer_spec_from_arguments(flags)
 
 
 def split(arguments: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
