@@ -65,12 +65,14 @@ def _load_scalars(
 ):  # fmt: skip
     """Log-sum-exp, delta and last visible key of a tile's rows: infinity, whose weights are 0, where there is no row.
 
+    Where there is none at all the tensors are empty, and nothing may be read.
+
     Nothing is done to what is loaded: an instruction that waits for memory here would keep the next product waiting.
     """
     token, head = _decode(code, HEAD_BITS, SLOT_BITS)
-    own = (code & ((1 << SLOT_BITS) - 1)) == TOPK - 1
+    own = valid & ((code & ((1 << SLOT_BITS) - 1)) == TOPK - 1)
     row_lse = gl.load(lse + _offset(token, head, lse_t, lse_h, HEAD_BITS), mask=valid, other=float("inf"))
-    row_delta = gl.load(delta + _offset(token, head, delta_t, delta_h, HEAD_BITS))
+    row_delta = gl.load(delta + _offset(token, head, delta_t, delta_h, HEAD_BITS), mask=valid, other=0.0)
     return row_lse, row_delta, gl.load(position + token, mask=own, other=length - 1)
 
 

@@ -77,6 +77,25 @@ def test_dq_does_not_depend_on_the_other_rows(block_size):
     assert torch.equal(dq.nan_to_num(7.0), whole[:, chunk].nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("path", ["hopper", "portable"])
+@pytest.mark.parametrize("topk", [1, 3])
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_no_rows_give_zeros(block_size, topk, path):
+    """A rank with fewer rows than others has chunks without any: nothing may be read, and what others sent gets zeros."""
+    case = make_case([1000], block_size, topk, q_heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, device="cuda")
+    rows, selected = case.rows.slice(300, 300), case.selected[:, 300:300]
+    route = lists.route(selected, case.lists.n_blocks, 2, rows, block_size)
+    dk, dv = (torch.full(x.shape, float("nan"), device="cuda") for x in (case.part.k, case.part.v))
+    dq = torch.empty(*selected.shape, 128, device="cuda", dtype=torch.bfloat16)
+    backward.attend_backward(
+        case.q[300:300], case.dout[300:300], case.lse[:, 300:300], case.delta[:, 300:300], case.part, route, rows,
+        selected, case.scale, dk, dv, Partials(dq, torch.empty(0)), False, path=path,
+    )  # fmt: skip
+    torch.cuda.synchronize()
+    assert not dk.any()
+    assert not dv.any()
+
+
 def test_other_sizes_take_the_portable_path():
     for settings in ({"dim": 96}, {"dim": 128, "value_dim": 64}, {"dim": 256}):
         case = make_case([300], 128, 2, dtype=torch.bfloat16, device="cuda", **settings)
