@@ -1,4 +1,4 @@
-"""Start scripts/train.py through torchrun, for the scripts beside it that compare runs."""
+"""Start scripts/train.py, or one that takes the same arguments, through torchrun, for the scripts beside it that compare runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def command(config: Path, overrides: list[str], processes: int, device: str) -> tuple[list[str], dict[str, str]]:
+def command(
+    config: Path, overrides: list[str], processes: int, device: str, script: str = "train"
+) -> tuple[list[str], dict[str, str]]:
     """Command line and environment that train with a YAML file and overrides over processes of this machine.
 
     Args:
         device: ``"cpu"`` hides the GPUs; ``"cuda"`` takes one GPU a process.
+        script: its name beside this file.
     """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
@@ -25,11 +28,13 @@ def command(config: Path, overrides: list[str], processes: int, device: str) -> 
         environment["CUDA_VISIBLE_DEVICES"] = ""
     # By number: the host's own name need not resolve where there is no network.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    script = [str(REPOSITORY / "scripts" / "train.py"), str(config), f"run.device={device}", *overrides]
-    return [*torchrun, "--nproc-per-node", str(processes), *script], environment
+    training = [str(REPOSITORY / "scripts" / f"{script}.py"), str(config), f"run.device={device}", *overrides]
+    return [*torchrun, "--nproc-per-node", str(processes), *training], environment
 
 
-def train(config: str, overrides: list[str], processes: int, device: str, quiet: bool = False) -> None:
+def train(
+    config: str, overrides: list[str], processes: int, device: str, quiet: bool = False, script: str = "train"
+) -> None:
     """Train with ``configs/<config>.yaml``; arguments as for `command`.
 
     Args:
@@ -38,7 +43,7 @@ def train(config: str, overrides: list[str], processes: int, device: str, quiet:
     Raises:
         SystemExit: the run failed; the message holds the command.
     """
-    line, environment = command(REPOSITORY / "configs" / f"{config}.yaml", overrides, processes, device)
+    line, environment = command(REPOSITORY / "configs" / f"{config}.yaml", overrides, processes, device, script)
     done = subprocess.run(line, env=environment, capture_output=quiet, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout or ''}{done.stderr or ''}training failed; the command was\n{' '.join(line)}")

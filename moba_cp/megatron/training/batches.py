@@ -70,7 +70,7 @@ def sequence_lengths(text: PackedText, first: int, count: int, separate_document
     """Tokens of each sequence of samples ``first`` to ``first + count`` within which attention happens."""
     if not separate_documents:
         return [text.seq_length] * count
-    return [length for n in range(first, first + count) for length in _document_lengths(text.sample(n)[None, :-1])]
+    return [length for n in range(first, first + count) for length in document_lengths(text.sample(n)[None, :-1])]
 
 
 def _unpacked(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
@@ -83,7 +83,7 @@ def _unpacked(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
 
 def _packed(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
     tokens, labels = samples[:, :-1], samples[:, 1:]
-    lengths = _document_lengths(tokens)
+    lengths = document_lengths(tokens)
     packing = Packing.of(lengths, sharding.cp_size, sharding.sequence_shards)
     held = packing.layout(sharding.cp_size).local_indices(sharding.cp_rank)
     positions = torch.cat([torch.arange(length) for length in lengths])
@@ -96,7 +96,7 @@ def _packed(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
     return MicroBatch(mine(tokens), mine(labels), mine(positions), mine(counts), packed)
 
 
-def _document_lengths(tokens: torch.Tensor) -> list[int]:
+def document_lengths(tokens: torch.Tensor) -> list[int]:
     """Lengths of the documents, or parts of documents, in samples ``[samples, tokens]`` that lie behind each other."""
     ends = tokens == SEPARATOR
     ends[:, -1] = True  # a sample ends whatever document it cuts
