@@ -8,16 +8,15 @@ Every run is `scripts/train.py` with the YAML file, the overrides after `--`, an
 
     cp2    two processes, parallel.context=2 (and cp2_ring, ... for more names in --comm)
     cp1    one process, parallel.context=1
-    noise  cp1 with optimizer.gradient_noise at one unit in the last place of the run's precision (bf16: 2^-7)
+    noise  cp1 with run.linear_parts=2: every linear layer works on its tokens in two parts
 
-How noise is measured: with CP = 2 each rank multiplies out the weight gradients of its own half of the tokens, rounds them
-to bf16, and the halves are added in fp32; with CP = 1 the whole is rounded once. So every gradient differs by about one unit
-in its last place, in every step, and no implementation can avoid it. `noise` is what that alone does: CP = 1 with every
-gradient multiplied by 1 + u, u uniform in +-2^-7 (the spacing of bf16 numbers, relative), anew in each step. Weights, data,
-forward and backward stay as they are.
+How noise is measured: a weight's gradient is a sum over all tokens. With CP = 2 each rank sums its half, rounds it to bf16,
+and the halves are added in fp32; with CP = 1 there is one sum, twice as long, rounded once. No implementation can avoid that
+difference (and tensor cores cut what they add to a sum, so that a longer one comes out smaller). `noise` is CP = 1 with the
+same halves: that rounding alone, nothing communicated.
 What rounding starts grows with the training, so the two are compared as curves: |loss of cp2 - loss of cp1| and
 |loss of noise - loss of cp1| by step. `within_noise`: the largest and the median of the first are at most 3 times those of
-the second. 3, because each curve is one draw of a random one: two draws of noise differed by 1.5 in a small model.
+the second. 3, because each curve is one draw of a random one. |loss of cp2 - loss of noise| is noted as well.
 
 cp2 runs first; then cp1 and noise side by side, each on its own GPU, unless --alone. Results are written after every run;
 a run that fails, or is stopped at the time limit, keeps the steps that it made.
@@ -55,8 +54,7 @@ WARMUP_STEPS = 5
 """First steps that speed leaves out: they compile."""
 FACTOR = 3.0
 """Differences up to this many times the noise count as noise."""
-LAST_PLACE = {"bf16": 2.0**-7, "fp32": 2.0**-23}
-"""Spacing of numbers, relative to a power of two."""
+NOISE = "run.linear_parts=2"
 TAIL_LINES = 40
 PLAIN = ["run.eval_interval=0", "run.routing_interval=0", "run.save_interval=0", "run.save_last=false"]
 PLAIN += ["run.routing_picture=false", "run.resume=false", "run.log_interval=1"]
@@ -92,6 +90,7 @@ def main(
     comm: Annotated[str, typer.Option(help="transports of CP = 2, comma-separated")] = "auto",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     alone: Annotated[bool, typer.Option(help="cp1 and noise one after the other, not side by side")] = False,
+    runs: Annotated[str, typer.Option(help="make these alone, and keep the others that OUT has; empty: all")] = "",
     seconds: Annotated[float, typer.Option(help="time for everything; what runs then is stopped")] = 540.0,
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
@@ -108,12 +107,12 @@ def main(
 
     changes = [*(overrides or []), f"run.steps={steps}", *PLAIN]
     settings = load_config(config, changes)
-    phases = plan(comm.split(","), LAST_PLACE[settings.run.precision], side_by_side=not alone)
+    phases = plan(comm.split(","), side_by_side=not alone, only=runs.split(",") if runs else None)
     megatron_version = megatron.core.__version__.split("+")[0]  # behind a plus: the commit of the checkout around it
     content: dict[str, Any] = {
         "about": about(commit) | {"megatron_core": megatron_version, "backend": backend(device)},
         "setup": setup(config, settings, overrides or [], side_by_side=not alone),
-        "runs": {},
+        "runs": kept(out, setup(config, settings, overrides or [], side_by_side=not alone)) if runs else {},
         "comparison": {},
     }
     write(out, content)
@@ -132,11 +131,27 @@ def main(
         sys.exit(f"{'; '.join(bad)}; logs are {output}/<run>.log")
 
 
-def plan(comms: list[str], noise: float, side_by_side: bool) -> list[list[Run]]:
-    """Runs by phase; those of one phase run at the same time."""
+def plan(comms: list[str], side_by_side: bool, only: list[str] | None = None) -> list[list[Run]]:
+    """Runs by phase, of those named in `only`; those of one phase run at the same time."""
     phases = [[Run("cp2" if c == "auto" else f"cp2_{c}", 2, changes=(f"moba.comm={c}",))] for c in comms]
-    single = [Run("cp1", 1), Run("noise", 1, int(side_by_side), (f"optimizer.gradient_noise={noise}",))]
-    return [*phases, single] if side_by_side else [*phases, single[:1], single[1:]]
+    single = [Run("cp1", 1), Run("noise", 1, int(side_by_side), (NOISE,))]
+    phases += [single] if side_by_side else [single[:1], single[1:]]
+    if only is None:
+        return phases
+    known = {run.name for phase in phases for run in phase}
+    if not set(only) <= known:
+        sys.exit(f"--runs must be of {sorted(known)}, got {only}")
+    return [chosen for phase in phases if (chosen := [run for run in phase if run.name in only])]
+
+
+def kept(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Runs of an earlier call with the same settings."""
+    if not out.exists():
+        return {}
+    earlier = json.loads(out.read_text())
+    if earlier["setup"] != settings:
+        sys.exit(f"{out} holds runs with other settings: {earlier['setup']}, not {settings}")
+    return earlier["runs"]
 
 
 def setup(config: Path, settings: TrainConfig, overrides: list[str], side_by_side: bool) -> dict[str, Any]:
@@ -153,8 +168,7 @@ def setup(config: Path, settings: TrainConfig, overrides: list[str], side_by_sid
         "steps": settings.run.steps,
         "warmup_steps": WARMUP_STEPS,
         "cp1_and_noise_side_by_side": side_by_side,
-        "noise": "cp1 with every gradient times 1 + u, u uniform in +-gradient_noise, anew in each step",
-        "gradient_noise": LAST_PLACE[settings.run.precision],
+        "noise": NOISE,
         "factor": FACTOR,
     }
 
@@ -190,7 +204,9 @@ def wait(started: list[Started], until: float, steps: int, output: Path, content
             if late:
                 stop([item])
             taken = time.monotonic() - item.begin
-            content["runs"][item.run.name] = finished(item, steps, output / item.run.name, taken, late)
+            content["runs"][item.run.name] = finished(
+                item, steps, output / item.run.name, taken, late, content["about"]["commit"]
+            )
             content["comparison"] = compare(content["runs"])
             write(out, content)
         if running and time.monotonic() - told > 15:
@@ -201,12 +217,12 @@ def wait(started: list[Started], until: float, steps: int, output: Path, content
             )
 
 
-def finished(item: Started, steps: int, folder: Path, taken: float, late: bool) -> dict[str, Any]:
+def finished(item: Started, steps: int, folder: Path, taken: float, late: bool, commit: str) -> dict[str, Any]:
     """Results of a run that has ended, or was stopped."""
     entries, model = metrics(folder, "train"), metrics(folder, "model")
     code = item.process.returncode
     status = "finished" if code == 0 and len(entries) == steps else "stopped at the time limit" if late else "failed"
-    result = {"context": item.run.context, "changes": list(item.run.changes), "status": status}
+    result = {"context": item.run.context, "changes": list(item.run.changes), "status": status, "commit": commit}
     result |= {"parameters": model[-1]["parameters"] if model else None, "seconds_in_all": round(taken, 1)}
     console.print(f"{item.run.name}: {status} after {taken:.0f} s, {len(entries)} of {steps} steps")
     if status != "finished":
@@ -272,6 +288,7 @@ def compare(runs: dict[str, dict[str, Any]], factor: float = FACTOR) -> dict[str
             steps = min(found["steps"], result["noise"]["steps"])
             ours, noise = (difference(losses["cp1"][:steps], losses[other]) for other in (name, "noise"))
             last_digit = losses["cp1"][0] * 2.0**-23
+            found["max_from_noise"] = difference(losses["noise"], losses[name])["max"]
             found["within_noise"] = all(ours[key] <= factor * max(noise[key], last_digit) for key in ("max", "median"))
     return result
 

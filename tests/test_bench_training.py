@@ -85,12 +85,25 @@ def test_the_last_digit_of_fp32_is_noise(bench: dict[str, Any]) -> None:
 
 
 def test_single_rank_runs_go_side_by_side_on_their_own_gpus(bench: dict[str, Any]) -> None:
-    phases = bench["plan"](["auto", "ring"], 0.5, side_by_side=True)
+    phases = bench["plan"](["auto", "ring"], side_by_side=True)
     assert [[r.name for r in phase] for phase in phases] == [["cp2"], ["cp2_ring"], ["cp1", "noise"]]
     assert [r.first_gpu for r in phases[-1]] == [0, 1]
-    assert phases[-1][1].changes == ("optimizer.gradient_noise=0.5",)
-    alone = bench["plan"](["auto"], 0.5, side_by_side=False)
+    assert phases[-1][1].changes == ("run.linear_parts=2",)
+    alone = bench["plan"](["auto"], side_by_side=False)
     assert [[r.first_gpu for r in phase] for phase in alone] == [[0], [0], [0]]
+    some = bench["plan"](["auto"], side_by_side=True, only=["noise"])
+    assert [[r.name for r in phase] for phase in some] == [["noise"]]
+    with pytest.raises(SystemExit, match="nonsense"):
+        bench["plan"](["auto"], side_by_side=True, only=["nonsense"])
+
+
+def test_runs_of_the_same_settings_are_kept(bench: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "training.json"
+    assert bench["kept"](out, {"steps": 3}) == {}
+    bench["write"](out, {"setup": {"steps": 3}, "runs": {"cp1": {"status": "finished"}}})
+    assert bench["kept"](out, {"steps": 3}) == {"cp1": {"status": "finished"}}
+    with pytest.raises(SystemExit, match="other settings"):
+        bench["kept"](out, {"steps": 4})
 
 
 def test_results_become_a_table_and_a_plot(bench: dict[str, Any], tmp_path: Path) -> None:
@@ -104,7 +117,7 @@ def test_results_become_a_table_and_a_plot(bench: dict[str, Any], tmp_path: Path
     content = {
         "about": {"device": "GPU", "torch": "2", "nccl": "2", "megatron_core": "0.16.1", "commit": "c" * 40},
         "setup": {"seq_length": 131072, "tokens_per_step": 131072, "precision": "bf16", "steps": 3, "warmup_steps": 1}
-        | {"recompute": "full", "gradient_noise": 2**-7, "factor": 3.0, "cp1_and_noise_side_by_side": True},
+        | {"recompute": "full", "factor": 3.0, "cp1_and_noise_side_by_side": True},
         "runs": runs,
         "comparison": bench["compare"](runs),
     }

@@ -25,6 +25,7 @@ def errors_on_rank(rank: int, world_size: int) -> dict[str, float]:
     from moba_cp.megatron.cpu import use_cpu_as_cuda
     from moba_cp.megatron.training.data import PADDED_VOCAB_SIZE
     from moba_cp.megatron.training.model import block_spec, transformer
+    from moba_cp.megatron.training.parts import split_linear_layers
     from moba_cp.megatron.training.plain import PlainGPT
 
     use_cpu_as_cuda()
@@ -49,14 +50,25 @@ def errors_on_rank(rank: int, world_size: int) -> dict[str, float]:
     plain.backward()
     weights = plain_model.weights
     errors = {"loss": (loss - plain).abs().item()}
+    compare(errors, model, weights, "")
+    # The same model with the tokens of its linear layers in two parts.
+    model.zero_grad()
+    split_linear_layers(model, 2)
+    in_parts = model(tokens, torch.arange(LENGTH).expand(BATCH, -1), None, labels=labels).mean()
+    in_parts.backward()
+    errors["loss in parts"] = (in_parts - plain).abs().item()
+    compare(errors, model, weights, " in parts")
+    return errors
+
+
+def compare(errors: dict[str, float], model: torch.nn.Module, weights: dict[str, torch.Tensor], suffix: str) -> None:
     for name, parameter in model.named_parameters():
         expected = weights[name].grad
-        errors[name] = ((parameter.grad - expected).norm() / expected.norm()).item()
-    return errors
+        errors[name + suffix] = ((parameter.grad - expected).norm() / expected.norm()).item()
 
 
 def test_megatron_gives_the_loss_and_gradients_of_a_plain_gpt() -> None:
     (outcome,) = run_fresh_ranks(1, errors_on_rank, group_timeout=60)
     assert outcome.exception is None, outcome
-    assert len(outcome.result) == 1 + 3 + 2 * 6
+    assert len(outcome.result) == 2 * (1 + 3 + 2 * 6)
     assert max(outcome.result.values()) < 1e-5, outcome.result

@@ -77,7 +77,6 @@ class OptimizerSection:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0
-    gradient_noise: float = 0.0  # every gradient times 1 + u, u uniform in +-this: how far rounding drives runs apart
 
 
 @dataclass
@@ -91,6 +90,7 @@ class RunConfig:
     global_batch_size: int = 1
     precision: str = "fp32"  # or bf16
     recompute: str = "none"  # or selective (attention only) or full
+    linear_parts: int = 1  # more: linear layers round weight gradients as with parallel.context of this (see parts.py)
     device: str = "auto"  # auto: GPUs if there are any; or cpu, cuda
     seed: int = 1234
     log_interval: int = 1
@@ -171,8 +171,15 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"data.eval_fraction must be between 0 and 1, got {data.eval_fraction}")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
-    if not 0 <= config.optimizer.gradient_noise < 1:
-        raise ValueError(f"optimizer.gradient_noise must be in [0, 1), got {config.optimizer.gradient_noise}")
+    if run.linear_parts < 1 or data.seq_length % (2 * run.linear_parts):
+        raise ValueError(
+            f"run.linear_parts={run.linear_parts} must be at least 1, and twice it divide {data.seq_length} tokens"
+        )
+    if run.linear_parts > 1 and (parallel.context > 1 or parallel.sequence or data.separate_documents):
+        raise ValueError(
+            f"run.linear_parts={run.linear_parts} imitates parallel.context on one rank: it goes with parallel.context=1, "
+            "without parallel.sequence and data.separate_documents"
+        )
     if config.optimizer.warmup_steps >= run.steps:
         raise ValueError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below run.steps={run.steps}")
 

@@ -37,8 +37,6 @@ def train_step(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainCon
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     loss = _run_batch(trainer, batches, config, ranks, forward_only=False)
-    if config.optimizer.gradient_noise:
-        _add_noise(trainer, config.optimizer.gradient_noise, config.run.seed)
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
     succeeded, grad_norm, _ = trainer.optimizer.step()
     if succeeded:
@@ -88,16 +86,6 @@ def _reports(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfi
 def _evaluation_mode(trainer: Trainer) -> None:
     for chunk in trainer.model:
         chunk.eval()
-
-
-def _add_noise(trainer: Trainer, size: float, seed: int) -> None:
-    """Multiply every gradient by ``1 + u``, ``u`` uniform in ``+-size``: drawn anew each step, alike on every rank, and
-    by the samples consumed so far, so that a resumed run draws what it would have drawn."""
-    parameters = [parameter for chunk in trainer.model for parameter in chunk.parameters()]
-    generator = torch.Generator(parameters[0].device).manual_seed(seed + trainer.scheduler.num_steps)
-    for parameter in parameters:
-        gradient = parameter.main_grad
-        gradient.addcmul_(gradient, torch.empty_like(gradient).uniform_(-size, size, generator=generator))
 
 
 def _run_batch(
