@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs, hopper_forward
+from . import configs
 from .types import OWN_TILE, KVPart, QueryRows
 
 LOG2E = 1.4426950408889634
@@ -422,27 +422,10 @@ def attend_own(
     )  # fmt: skip
 
 
-def attend(
-    q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials, *,
-    path: str | None = None,
-) -> None:  # fmt: skip
-    """Attention of every routed row to every block of the part; see `torch_backend.attend`.
-
-    Args:
-        path: "portable" or "hopper", where `hopper_forward.supported`; by default "portable".
-    """
+def attend(q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials) -> None:
+    """Attention of every routed row to every block of the part; see `torch_backend.attend`."""
     if q.shape[0] == 0 or lists.n_blocks == 0 or part.k.shape[0] == 0:
         return
-    if path == "hopper":
-        hopper_forward.attend(q, part, lists, rows, selected, *_scores_scale(scale), partials)
-    elif path in ("portable", None):
-        attend_portable(q, part, lists, rows, selected, scale, partials)
-    else:
-        raise ValueError(f"path must be 'portable', 'hopper' or None, got {path!r}")
-
-
-def attend_portable(q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials) -> None:
-    """The kernels of this file."""
     device = configs.capability(q.device)
     dim, dim_v = q.shape[2], part.v.shape[2]
     hold = configs.stationary(dim, dim_v, lists.block_size, device)

@@ -22,16 +22,15 @@ def test_in_interpreter():
     interpreter.run_module(__file__)
 
 
-def attend(case: Case, part: KVPart | None = None, partials=None, path: str | None = None):
+def attend(case: Case, part: KVPart | None = None, partials=None):
     partials = partials or case.poisoned_partials()
-    part = part or case.part
-    forward.attend(case.q, part, case.lists(), case.rows, case.selected, case.scale, partials, path=path)
+    forward.attend(case.q, part or case.part, case.lists(), case.rows, case.selected, case.scale, partials)
     return partials
 
 
-def assert_matches(case: Case, part: KVPart | None = None, tolerance: float = 2e-5, path: str | None = None):
+def assert_matches(case: Case, part: KVPart | None = None, tolerance: float = 2e-5):
     """Also that unselected slots and other parts' pairs keep their poison: `relative` compares where NaN stands."""
-    actual, expected = attend(case, part, path=path), case.expected(part)
+    actual, expected = attend(case, part), case.expected(part)
     assert relative(actual.out, expected.out) < tolerance
     assert relative(actual.lse, expected.lse) < tolerance
 
@@ -130,15 +129,14 @@ def gpu_case(**kwargs) -> Case:
 @pytest.mark.gpu
 @pytest.mark.skipif(interpreter.ACTIVE, reason="compiled kernels")
 class TestOnGpu:
-    @pytest.mark.parametrize("path", [None, "portable"])
     @pytest.mark.parametrize("name", REAL)
-    def test_real(self, name, path):
-        assert_matches(gpu_case(**REAL[name]), tolerance=5e-3, path=path)
+    def test_real(self, name):
+        assert_matches(gpu_case(**REAL[name]), tolerance=5e-3)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("block_size", [64, 128, 512, 520])
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
-    def test_sizes(self, sizes, block_size, dtype):  # the Hopper kernel where it serves, else the portable ones
+    def test_sizes(self, sizes, block_size, dtype):
         case = gpu_case(
             lengths=[1900],
             block_size=block_size,
