@@ -8,17 +8,17 @@ Every run is `scripts/train.py` with the YAML file, the overrides after `--`, an
 
     cp2    two processes, parallel.context=2 (and cp2_ring, ... for more names in --comm)
     cp1    one process, parallel.context=1
-    noise  cp1 with run.linear_parts=2: every linear layer works on its tokens in two parts
+    noise2, noise4, ...  cp1 with run.token_parts=2, 4, ...: every layer with weights works on its tokens in so many parts
 
 How noise is measured: a weight's gradient is a sum over all tokens. With CP = 2 each rank sums its half, rounds it to bf16,
-and the halves are added in fp32; with CP = 1 there is one sum, twice as long, rounded once. No implementation can avoid that
-difference (and tensor cores cut what they add to a sum, so that a longer one comes out smaller). `noise` is CP = 1 with the
-same halves: that rounding alone, nothing communicated.
-What rounding starts grows with the training, so the two are compared as curves: |loss of cp2 - loss of cp1| and
-|loss of noise - loss of cp1| by step. `within_noise`: the largest and the median of the first are at most 3 times those of
-the second. 3, because each curve is one draw of a random one. |loss of cp2 - loss of noise| is noted as well.
+and the halves are added; with CP = 1 there is one sum, twice as long, rounded once. No implementation can avoid that
+difference (and tensor cores cut what they add to a sum, so that a longer one comes out smaller). A noise run is CP = 1 with
+the sums taken in parts: that rounding alone, nothing communicated.
+What rounding starts grows with the training, so curves are compared: |loss of cp2 - loss of cp1| and, for each noise run,
+|loss of noise - loss of cp1| by step. `within_noise`: the largest and the median of the first are at most 3 times the greatest
+of the noise runs. 3, because each curve is one draw of a random one.
 
-cp2 runs first; then cp1 and noise side by side, each on its own GPU, unless --alone. Results are written after every run;
+cp2 runs first; then the others two at a time, each on its own GPU, unless --alone. Results are written after every run;
 a run that fails, or is stopped at the time limit, keeps the steps that it made.
 """
 
@@ -52,9 +52,10 @@ if TYPE_CHECKING:
 
 WARMUP_STEPS = 5
 """First steps that speed leaves out: they compile."""
+NOISE = "noise"
+"""Names of noise runs begin so; the number of parts follows."""
 FACTOR = 3.0
 """Differences up to this many times the noise count as noise."""
-NOISE = "run.linear_parts=2"
 TAIL_LINES = 40
 PLAIN = ["run.eval_interval=0", "run.routing_interval=0", "run.save_interval=0", "run.save_last=false"]
 PLAIN += ["run.routing_picture=false", "run.resume=false", "run.log_interval=1"]
@@ -89,12 +90,13 @@ def main(
     steps: Annotated[int, typer.Option(help="optimizer steps of each run")] = 60,
     comm: Annotated[str, typer.Option(help="transports of CP = 2, comma-separated")] = "auto",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
-    alone: Annotated[bool, typer.Option(help="cp1 and noise one after the other, not side by side")] = False,
+    noise: Annotated[str, typer.Option(help="parts of the noise runs, comma-separated")] = "2,4,8",
+    alone: Annotated[bool, typer.Option(help="runs of one process one after the other, not side by side")] = False,
     runs: Annotated[str, typer.Option(help="make these alone, and keep the others that OUT has; empty: all")] = "",
     seconds: Annotated[float, typer.Option(help="time for everything; what runs then is stopped")] = 540.0,
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
-    """Train with CP = 2, with CP = 1, and with CP = 1 and rounding noise; compare."""
+    """Train with CP = 2, with CP = 1, and with CP = 1 and other roundings; compare."""
     deadline = time.monotonic() + seconds
     if device not in ("cuda", "cpu"):
         sys.exit(f"--device must be cuda or cpu, got {device!r}")
@@ -107,7 +109,8 @@ def main(
 
     changes = [*(overrides or []), f"run.steps={steps}", *PLAIN]
     settings = load_config(config, changes)
-    phases = plan(comm.split(","), side_by_side=not alone, only=runs.split(",") if runs else None)
+    parts = [int(n) for n in noise.split(",")]
+    phases = plan(comm.split(","), parts, side_by_side=not alone, only=runs.split(",") if runs else None)
     megatron_version = megatron.core.__version__.split("+")[0]  # behind a plus: the commit of the checkout around it
     content: dict[str, Any] = {
         "about": about(commit) | {"megatron_core": megatron_version, "backend": backend(device)},
@@ -131,11 +134,15 @@ def main(
         sys.exit(f"{'; '.join(bad)}; logs are {output}/<run>.log")
 
 
-def plan(comms: list[str], side_by_side: bool, only: list[str] | None = None) -> list[list[Run]]:
+def plan(comms: list[str], parts: list[int], side_by_side: bool, only: list[str] | None = None) -> list[list[Run]]:
     """Runs by phase, of those named in `only`; those of one phase run at the same time."""
     phases = [[Run("cp2" if c == "auto" else f"cp2_{c}", 2, changes=(f"moba.comm={c}",))] for c in comms]
-    single = [Run("cp1", 1), Run("noise", 1, int(side_by_side), (NOISE,))]
-    phases += [single] if side_by_side else [single[:1], single[1:]]
+    single = [("cp1", ()), *((f"{NOISE}{n}", (f"run.token_parts={n}",)) for n in parts)]
+    at_once = 2 if side_by_side else 1
+    phases += [
+        [Run(name, 1, gpu, changes) for gpu, (name, changes) in enumerate(single[begin : begin + at_once])]
+        for begin in range(0, len(single), at_once)
+    ]
     if only is None:
         return phases
     known = {run.name for phase in phases for run in phase}
@@ -167,8 +174,7 @@ def setup(config: Path, settings: TrainConfig, overrides: list[str], side_by_sid
         "tokens_per_step": settings.data.seq_length * settings.run.global_batch_size,
         "steps": settings.run.steps,
         "warmup_steps": WARMUP_STEPS,
-        "cp1_and_noise_side_by_side": side_by_side,
-        "noise": NOISE,
+        "side_by_side": side_by_side,
         "factor": FACTOR,
     }
 
@@ -277,19 +283,23 @@ def compare(runs: dict[str, dict[str, Any]], factor: float = FACTOR) -> dict[str
     """Differences of the losses from cp1's, of every other run, and whether they are within `factor` times those of noise.
 
     Over the steps that the runs have in common. Losses are sums in fp32, so its last digit is noise in any case. Empty as
-    long as there is no cp1; without noise there is no verdict. A loss that is not a number is within no noise.
+    long as there is no cp1; without a noise run there is no verdict. A loss that is not a number is within no noise.
     """
     losses = {name: run["loss"] for name, run in runs.items() if run.get("loss")}
     if "cp1" not in losses:
         return {}
     result = {name: difference(losses["cp1"], loss) for name, loss in losses.items() if name != "cp1"}
+    noises = [name for name in result if name.startswith(NOISE)]
     for name, found in result.items():
-        if name != "noise" and "noise" in result:
-            steps = min(found["steps"], result["noise"]["steps"])
-            ours, noise = (difference(losses["cp1"][:steps], losses[other]) for other in (name, "noise"))
-            last_digit = losses["cp1"][0] * 2.0**-23
-            found["max_from_noise"] = difference(losses["noise"], losses[name])["max"]
-            found["within_noise"] = all(ours[key] <= factor * max(noise[key], last_digit) for key in ("max", "median"))
+        if name in noises or not noises:
+            continue
+        steps = min(result[other]["steps"] for other in [name, *noises])
+        reference = losses["cp1"][:steps]
+        ours, last_digit = difference(reference, losses[name]), reference[0] * 2.0**-23
+        noise = [difference(reference, losses[other]) for other in noises]
+        found["within_noise"] = all(
+            ours[key] <= factor * max(last_digit, *(n[key] for n in noise)) for key in ("max", "median")
+        )
     return result
 
 

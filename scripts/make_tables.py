@@ -24,20 +24,22 @@ def main() -> None:
     about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
     text = table(about, results, dense)
     layer = layer_table(sorted(RESULTS.glob("layer*.json")))
-    training_file = RESULTS / "training.json"
-    training = json.loads(training_file.read_text()) if training_file.exists() else None
+    training = json.loads((RESULTS / "training.json").read_text())
+    equality = equality_table(json.loads((RESULTS / "parallel_equality.json").read_text()))
+    pretrain = pretrain_table(json.loads((RESULTS / "pretrain_gpt.json").read_text()))
     if options.print:
-        print(text, layer, training_table(training) if training else "", sep="\n\n")
+        print(text, layer, training_table(training), equality, pretrain, sep="\n\n")
         return
+    replace_between(ROOT / "README.md", "results:equality", equality)
+    replace_between(ROOT / "README.md", "results:pretrain", pretrain)
     replace_between(ROOT / "README.md", "results:layer", layer)
     replace_between(
         ROOT / "README.md", "results:kernels", text + "\n\n![Time against tokens](docs/results/kernels.png)"
     )
     plot(about, results, dense, RESULTS / "kernels.png")
-    if training:
-        training_plot(training, RESULTS / "training.png")
-        picture = "![Loss curves and their differences](docs/results/training.png)"
-        replace_between(ROOT / "README.md", "results:training", f"{training_table(training)}\n\n{picture}")
+    training_plot(training, RESULTS / "training.png")
+    picture = "![Loss curves and their differences](docs/results/training.png)"
+    replace_between(ROOT / "README.md", "results:training", f"{training_table(training)}\n\n{picture}")
 
 
 def load(files: list[Path]) -> tuple[dict[str, Any], list[dict], dict[tuple, dict]]:
@@ -146,6 +148,53 @@ def layer_times(result: dict | None) -> str:
     return f"{times} ({result['transport']})" if result["comm"] == "auto" and result["ranks"] > 1 else times
 
 
+def equality_table(content: dict[str, Any]) -> str:
+    """Markdown of `parallel_equality.py`: one row a model, with all splits that it was trained under."""
+    about = content["about"]
+    models: dict[str, list[dict]] = {}
+    for run in content["runs"]:
+        if "relative_differences" in run:
+            models.setdefault(run["model"], []).append(run)
+    lines = [
+        f"Training steps with Megatron's optimizer, {about['device']}, megatron-core {about['megatron_core']}: largest relative "
+        f"difference from one process, over steps and splits (allowed: {content['tolerance']:.0e}).",
+        "",
+        "| model | splits | loss | gradient norm | evaluation loss |",
+        "|---|---|---|---|---|",
+    ]
+    for model, runs in models.items():
+        worst = [max(r["relative_differences"][key] for r in runs) for key in ("loss", "grad_norm", "evaluation_loss")]
+        splits = list(dict.fromkeys(split_label(r["split"]) for r in runs))
+        lines.append(f"| {model} | {'; '.join(splits)} | {' | '.join(f'{x:.0e}' for x in worst)} |")
+    return "\n".join(lines)
+
+
+def split_label(split: dict[str, Any]) -> str:
+    """What of a split is not the default: "TP 2 CP 2 SP"."""
+    if split["plain"]:
+        return "plain torch"
+    names = {"tensor": "TP", "context": "CP", "pipeline": "PP", "virtual_pipeline": "VPP", "data": "DP"}
+    parts = [f"{name} {split[key]}" for key, name in names.items() if split[key] > 1]
+    parts += ["SP"] * split["sequence"] + [f"micro-batch {split['micro_batch']}"] * (split["micro_batch"] > 1)
+    return " ".join(parts + [f"{split['recompute']} recomputation"] * (split["recompute"] != "none"))
+
+
+def pretrain_table(content: dict[str, Any]) -> str:
+    """Markdown of `pretrain_gpt_stock.py`: one row a way to start it and a split."""
+    about = content["about"]
+    lines = [
+        f"Megatron-LM's own `pretrain_gpt.py`, unmodified (commit {about['megatron_lm_commit'][:10]}), {about['device']}: largest "
+        "relative difference of the losses from CP 1. The commands are in docs/results/pretrain_gpt.json.",
+        "",
+        "| started by | split | loss, first and last step | difference |",
+        "|---|---|---|---|",
+    ]
+    for run in content["runs"]:
+        losses = f"{run['loss'][0]:.6f}, {run['loss'][-1]:.6f}"
+        lines.append(f"| `{run['how']}` | {run['split']} | {losses} | {run['relative_difference']:.0e} |")
+    return "\n".join(lines)
+
+
 def training_table(content: dict[str, Any]) -> str:
     """Markdown of `bench_training.py`: one row a run, and how the loss curves differ."""
     about, setup = content["about"], content["setup"]
@@ -153,7 +202,7 @@ def training_table(content: dict[str, Any]) -> str:
     if "cp1" not in runs:
         raise ValueError(f"no run with one rank in the training results, only {sorted(content['runs'])}")
     one = runs["cp1"]
-    beside = " CP 1 and the noise run shared the machine." if setup["cp1_and_noise_side_by_side"] else ""
+    beside = " Runs on one GPU shared the machine, two at a time." if setup["side_by_side"] else ""
     lines = [
         f"{about['device']}, NCCL {about['nccl']}, megatron-core {about['megatron_core']} without Transformer Engine, torch "
         f"{about['torch']}, commit {about['commit'][:10]}. GPT with {one['parameters'] / 1e6:.0f}M parameters, "
@@ -191,9 +240,9 @@ def training_table(content: dict[str, Any]) -> str:
 
 
 def training_label(name: str) -> str:
-    """`cp1`, `cp2`, `cp2_ring`, `noise` for readers."""
-    if name == "noise":
-        return "CP 1 with rounding noise"
+    """`cp1`, `cp2`, `cp2_ring`, `noise`, `noise4` for readers."""
+    if name.startswith("noise"):
+        return f"CP 1, sums rounded in {name.removeprefix('noise') or 2} parts"
     ranks, _, comm = name.removeprefix("cp").partition("_")
     return f"CP {ranks}" + f" ({comm})" * bool(comm)
 

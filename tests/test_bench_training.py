@@ -55,19 +55,20 @@ def test_differences_are_held_against_the_noise(bench: dict[str, Any]) -> None:
     runs = {
         "cp2": run(bench, 2, [6.0, 5.0, 4.02, 3.01]),
         "cp1": run(bench, 1, reference),
-        "noise": run(bench, 1, [6.0, 5.0, 3.99, 3.01]),
+        "noise2": run(bench, 1, [6.0, 5.0, 3.99, 3.01]),
+        "noise4": run(bench, 1, [6.0, 5.0, 4.0, 3.0]),
         "cp2_ring": run(bench, 2, [6.0, 5.0, 4.1]),
         "cp2_fetch": run(bench, 2, [6.0, math.nan, 4.0, 3.0]),
     }
     found = bench["compare"](runs, factor=3.0)
-    assert set(found) == {"cp2", "noise", "cp2_ring", "cp2_fetch"}
+    assert set(found) == {"cp2", "noise2", "noise4", "cp2_ring", "cp2_fetch"}
     assert found["cp2"]["max"] == pytest.approx(0.02)
     assert found["cp2"]["median"] == pytest.approx(0.005)
     assert (found["cp2"]["first"], found["cp2"]["last"]) == (0.0, pytest.approx(0.01))
     assert found["cp2"]["within_noise"]
     assert (found["cp2_ring"]["steps"], found["cp2_ring"]["within_noise"]) == (3, False)
     assert not found["cp2_fetch"]["within_noise"]
-    assert "within_noise" not in found["noise"]
+    assert "within_noise" not in found["noise2"]
 
 
 def test_runs_that_are_missing_leave_no_verdict(bench: dict[str, Any]) -> None:
@@ -80,21 +81,21 @@ def test_runs_that_are_missing_leave_no_verdict(bench: dict[str, Any]) -> None:
 
 
 def test_the_last_digit_of_fp32_is_noise(bench: dict[str, Any]) -> None:
-    runs = {name: run(bench, 1, [6.0, 5.0]) for name in ("cp1", "noise")}
+    runs = {name: run(bench, 1, [6.0, 5.0]) for name in ("cp1", "noise2")}
     assert bench["compare"](runs | {"cp2": run(bench, 2, [6.0 + 5e-7, 5.0])})["cp2"]["within_noise"]
 
 
 def test_single_rank_runs_go_side_by_side_on_their_own_gpus(bench: dict[str, Any]) -> None:
-    phases = bench["plan"](["auto", "ring"], side_by_side=True)
-    assert [[r.name for r in phase] for phase in phases] == [["cp2"], ["cp2_ring"], ["cp1", "noise"]]
-    assert [r.first_gpu for r in phases[-1]] == [0, 1]
-    assert phases[-1][1].changes == ("run.linear_parts=2",)
-    alone = bench["plan"](["auto"], side_by_side=False)
+    phases = bench["plan"](["auto", "ring"], [2, 4], side_by_side=True)
+    assert [[r.name for r in phase] for phase in phases] == [["cp2"], ["cp2_ring"], ["cp1", "noise2"], ["noise4"]]
+    assert [r.first_gpu for r in phases[2]] == [0, 1]
+    assert phases[2][1].changes == ("run.token_parts=2",)
+    alone = bench["plan"](["auto"], [2], side_by_side=False)
     assert [[r.first_gpu for r in phase] for phase in alone] == [[0], [0], [0]]
-    some = bench["plan"](["auto"], side_by_side=True, only=["noise"])
-    assert [[r.name for r in phase] for phase in some] == [["noise"]]
+    some = bench["plan"](["auto"], [2], side_by_side=True, only=["noise2"])
+    assert [[r.name for r in phase] for phase in some] == [["noise2"]]
     with pytest.raises(SystemExit, match="nonsense"):
-        bench["plan"](["auto"], side_by_side=True, only=["nonsense"])
+        bench["plan"](["auto"], [2], side_by_side=True, only=["nonsense"])
 
 
 def test_runs_of_the_same_settings_are_kept(bench: dict[str, Any], tmp_path: Path) -> None:
@@ -111,13 +112,13 @@ def test_results_become_a_table_and_a_plot(bench: dict[str, Any], tmp_path: Path
     runs = {
         "cp2": run(bench, 2, [6.0, 5.0, 4.02], speed=190.0),
         "cp1": run(bench, 1, [6.0, 5.0, 4.0]),
-        "noise": run(bench, 1, [6.0, 5.0, 3.99]),
+        "noise4": run(bench, 1, [6.0, 5.0, 3.99]),
         "cp2_ring": {"context": 2, "status": "failed", "steps": 0},
     }
     content = {
         "about": {"device": "GPU", "torch": "2", "nccl": "2", "megatron_core": "0.16.1", "commit": "c" * 40},
         "setup": {"seq_length": 131072, "tokens_per_step": 131072, "precision": "bf16", "steps": 3, "warmup_steps": 1}
-        | {"recompute": "full", "factor": 3.0, "cp1_and_noise_side_by_side": True},
+        | {"recompute": "full", "factor": 3.0, "side_by_side": True},
         "runs": runs,
         "comparison": bench["compare"](runs),
     }
@@ -129,5 +130,6 @@ def test_results_become_a_table_and_a_plot(bench: dict[str, Any], tmp_path: Path
     assert "1.90x" in text
     assert "cp2_ring" not in text
     assert "within 3 times the noise" in text
+    assert "| CP 1, sums rounded in 4 parts | 1 |" in text
     tables["training_plot"](content, tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 10_000

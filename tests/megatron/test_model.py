@@ -25,7 +25,7 @@ def errors_on_rank(rank: int, world_size: int) -> dict[str, float]:
     from moba_cp.megatron.cpu import use_cpu_as_cuda
     from moba_cp.megatron.training.data import PADDED_VOCAB_SIZE
     from moba_cp.megatron.training.model import block_spec, transformer
-    from moba_cp.megatron.training.parts import split_linear_layers
+    from moba_cp.megatron.training.parts import split_tokens
     from moba_cp.megatron.training.plain import PlainGPT
 
     use_cpu_as_cuda()
@@ -51,9 +51,9 @@ def errors_on_rank(rank: int, world_size: int) -> dict[str, float]:
     weights = plain_model.weights
     errors = {"loss": (loss - plain).abs().item()}
     compare(errors, model, weights, "")
-    # The same model with the tokens of its linear layers in two parts.
+    # The same model with the tokens of its layers in two parts.
     model.zero_grad()
-    split_linear_layers(model, 2)
+    split_tokens(model, 2)
     in_parts = model(tokens, torch.arange(LENGTH).expand(BATCH, -1), None, labels=labels).mean()
     in_parts.backward()
     errors["loss in parts"] = (in_parts - plain).abs().item()

@@ -76,9 +76,9 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
             ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
             "model.num_layers=2 must be a multiple of parallel.pipeline . virtual_pipeline=4",
         ),
-        (["run.linear_parts=0"], "linear_parts=0 must be at least 1"),
-        (["run.linear_parts=5", "data.seq_length=192"], "linear_parts=5 .* divide 192"),
-        (["run.linear_parts=2", "parallel.context=2"], "linear_parts=2 imitates parallel.context"),
+        (["run.token_parts=0"], "token_parts=0 must be at least 1"),
+        (["run.token_parts=5", "data.seq_length=192"], "token_parts=5 .* divide 192"),
+        (["run.token_parts=2", "parallel.context=2"], "token_parts=2 imitates parallel.context"),
         (["run.steps=3"], "warmup_steps=5 must be below run.steps=3"),
     ],
 )

@@ -90,7 +90,7 @@ class RunConfig:
     global_batch_size: int = 1
     precision: str = "fp32"  # or bf16
     recompute: str = "none"  # or selective (attention only) or full
-    linear_parts: int = 1  # more: linear layers round weight gradients as with parallel.context of this (see parts.py)
+    token_parts: int = 1  # more: weight gradients are rounded as with parallel.context of this (see parts.py)
     device: str = "auto"  # auto: GPUs if there are any; or cpu, cuda
     seed: int = 1234
     log_interval: int = 1
@@ -171,13 +171,13 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"data.eval_fraction must be between 0 and 1, got {data.eval_fraction}")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
-    if run.linear_parts < 1 or data.seq_length % (2 * run.linear_parts):
+    if run.token_parts < 1 or data.seq_length % (2 * run.token_parts):
         raise ValueError(
-            f"run.linear_parts={run.linear_parts} must be at least 1, and twice it divide {data.seq_length} tokens"
+            f"run.token_parts={run.token_parts} must be at least 1, and twice it divide {data.seq_length} tokens"
         )
-    if run.linear_parts > 1 and (parallel.context > 1 or parallel.sequence or data.separate_documents):
+    if run.token_parts > 1 and (parallel.context > 1 or parallel.sequence or data.separate_documents):
         raise ValueError(
-            f"run.linear_parts={run.linear_parts} imitates parallel.context on one rank: it goes with parallel.context=1, "
+            f"run.token_parts={run.token_parts} imitates parallel.context on one rank: it goes with parallel.context=1, "
             "without parallel.sequence and data.separate_documents"
         )
     if config.optimizer.warmup_steps >= run.steps:

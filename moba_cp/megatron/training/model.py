@@ -25,7 +25,7 @@ from ..spec import with_moba
 from .config import TrainConfig
 from .data import PADDED_VOCAB_SIZE
 from .distributed import Ranks
-from .parts import split_linear_layers
+from .parts import split_tokens
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -88,8 +88,8 @@ def _chunk(config: TrainConfig, transformer_config: TransformerConfig, ranks: Ra
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         vp_stage=number if chunks > 1 else None,
     ).to(ranks.device)
-    if config.run.linear_parts > 1:
-        split_linear_layers(model, config.run.linear_parts)
+    if config.run.token_parts > 1:
+        split_tokens(model, config.run.token_parts)
     return Float16Module(transformer_config, model) if config.run.precision == "bf16" else model
 
 
