@@ -183,8 +183,8 @@ def pretrain_table(content: dict[str, Any]) -> str:
     """Markdown of `pretrain_gpt_stock.py`: one row a way to start it and a split."""
     about = content["about"]
     lines = [
-        f"Megatron-LM's own `pretrain_gpt.py`, unmodified (commit {about['megatron_lm_commit'][:10]}), {about['device']}: largest "
-        "relative difference of the losses from CP 1. The commands are in docs/results/pretrain_gpt.json.",
+        f"Megatron-LM's own `pretrain_gpt.py`, unmodified (commit {about['megatron_lm_commit'][:10]}), {about['device']}: "
+        "largest relative difference of the losses from CP 1. The commands are in docs/results/pretrain_gpt.json.",
         "",
         "| started by | split | loss, first and last step | difference |",
         "|---|---|---|---|",
