@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_cp import MoBAConfig
+from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.kernels import backend_for
+from moba_cp.parallel.blocks import home_plan, rank_plan
+from moba_cp.pipeline import device_rows
 
 SAMPLED_ROWS = 24
 SAMPLED_BLOCKS = 3
@@ -39,6 +41,19 @@ def check_run(
     found |= check_rows(q, k, v, dout, out, gradients[0], selected, config)
     found |= check_blocks(q, k, v, dout, out, lse, gradients[1:], selected, config)
     return found
+
+
+def check_routing(q: Tensor, k: Tensor, config: MoBAConfig) -> dict[str, Any]:
+    """`check_selection` of what the kernels choose for `q` and `k`, one document, without any attention."""
+    tokens, size = q.shape[0], config.block_size
+    layout = SequenceLayout.contiguous([0, tokens], 1)
+    rows = device_rows(rank_plan(home_plan(layout, size), 0), q.device)
+    backend, whole, n_blocks = backend_for(q.device, q.dtype), tokens // size, -(-tokens // size)
+    start = torch.arange(whole, device=q.device, dtype=torch.int32) * size
+    centroids = k.new_zeros(n_blocks, *k.shape[1:])  # what is left of a block is nobody's candidate
+    centroids[:whole] = backend.centroids(k, start, size)
+    selected = backend.select_blocks(q, centroids, rows, min(config.topk, n_blocks))
+    return check_selection(q, k, selected.int(), config)
 
 
 def check_selection(

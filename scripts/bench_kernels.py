@@ -87,6 +87,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=20, help="timed calls, at least 1; fewer where --budget ends")
     parser.add_argument("--budget", type=float, default=6.0, help="seconds of timed calls for one figure")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="inputs whose routing is checked, the timed ones among them"
+    )
     parser.add_argument("--commit", default="", help="git commit to note, where the checkout has no .git")
     parser.add_argument("--no-dense", dest="dense", action="store_false", help="leave out dense attention")
     parser.add_argument("--no-check", dest="check", action="store_false", help="leave out the numeric checks")
@@ -201,7 +204,13 @@ def measure(
         same = all(torch.equal(a, b) for a, b in zip([out, *gradients], [again[0], *again[1]]))
         del again
         checks = bench_checks.check_run(q, k, v, dout, out, gradients, saved[4], saved[5], config)
-        found["checks"] = {"same_bits_again": same} | checks
+        found["checks"] = {"same_bits_again": same} | checks | {"seeds": options.seeds}
+        del q, k, v, dout, leaves, out, saved, gradients
+        for seed in range(options.seed + 1, options.seed + options.seeds):
+            q, k = make_inputs(tokens, q_heads, kv_heads, seed)[:2]
+            routing = bench_checks.check_routing(q, k, config)
+            for key in ("rows", "wrong_rows", "reordered_rows"):
+                found["checks"][key] += routing[key]
     return found
 
 

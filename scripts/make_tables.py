@@ -94,7 +94,9 @@ def table(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict]) 
     checked = [r["checks"] for r in results if "checks" in r]
     if checked:
         rows, wrong = (sum(c[key] for c in checked) for key in ("rows", "wrong_rows"))
-        lines += ["", f"Rows whose blocks were checked against fp32 scores: {rows:,}; wrong: {wrong}."]
+        seeds = sorted({c.get("seeds", 1) for c in checked})
+        drawn = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        lines += ["", f"Rows whose blocks were checked against fp32 scores, {drawn} seeds: {rows:,}; wrong: {wrong}."]
     return "\n".join(lines)
 
 

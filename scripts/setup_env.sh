@@ -9,7 +9,8 @@
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$REPO"
 
-TORCH_WITHOUT_GPU=("torch==2.13.0" "triton==3.6.0")
+TORCH_WITHOUT_GPU=("torch==2.13.0" "triton==3.6.0") # where pip finds torch's build for CPUs
+TORCH_OF_ANY_BUILD=("torch==2.13.0" "triton>=3.6,<3.8") # builds for GPUs bring a triton of their own; gigabytes
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -100,7 +101,10 @@ install_all() {
         say "torch comes with the rest, in the build for this machine's GPU (a few minutes the first time)"
     else
         say "installing ${TORCH_WITHOUT_GPU[*]} (no GPU here; a few minutes the first time)"
-        python -m pip install --quiet "${TORCH_WITHOUT_GPU[@]}" || return 1
+        if ! python -m pip install --quiet "${TORCH_WITHOUT_GPU[@]}" 2>/dev/null; then
+            say "pip finds no such pair; installing ${TORCH_OF_ANY_BUILD[*]}"
+            python -m pip install --quiet "${TORCH_OF_ANY_BUILD[@]}" || return 1
+        fi
     fi
     python - >"$constraints" <<'PY'
 from importlib.metadata import PackageNotFoundError, version
