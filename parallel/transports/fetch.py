@@ -43,9 +43,10 @@ class Fetch(Transport):
         assert packed is not None
         sent, received = self._tokens(heads)
         pending = self.comm.all_to_all(packed.squeeze(1), received, sent, "fetch gradients")
+        rows = self._rows  # what was sent is what comes back
 
         def finish() -> None:
-            arrived, rows = pending.wait(), self._rows_to_send(heads, sent)
+            arrived = pending.wait()
             width, begin = dk.shape[-1], 0
             flat_dk, flat_dv = dk.view(-1, width), dv.view(-1, dv.shape[-1])
             for count in sent:  # a rank wants a pair once, so a row occurs once in what it returns
@@ -69,7 +70,7 @@ class Fetch(Transport):
             start = self._start_rows(heads)
             packed = pending.wait()
         side.uses(self.home.k, self.home.v)
-        side.join(side.done(), packed, start)
+        side.join(side.done(), packed, start, self._rows)
         remote = Part(*unpack(packed[:, None], local.k.shape[-1]), start, "fetch")
         yield PartGradient(remote, none, none) if dk is None else gradient_of(remote, packed[:, None])
 
@@ -82,10 +83,11 @@ class Fetch(Transport):
         return sent, received
 
     def _start(self, heads: slice, sent: list[int], received: list[int]) -> Pending:
-        rows = self._rows_to_send(heads, sent)
+        self._rows = rows = self._rows_to_send(heads, sent)
         n_heads = heads.stop - heads.start
-        token, head = rows // n_heads, heads.start + rows % n_heads
-        packed = pack(self.home.k[token, head], self.home.v[token, head])
+        if n_heads < self.home.k.shape[1]:
+            rows = rows // n_heads * self.home.k.shape[1] + heads.start + rows % n_heads
+        packed = pack(take_rows(self.home.k, rows), take_rows(self.home.v, rows))
         return self.comm.all_to_all(packed, sent, received, "fetch keys and values")
 
     def _rows_to_send(self, heads: slice, sent: list[int]) -> Tensor:
@@ -117,6 +119,14 @@ class Fetch(Transport):
         first = (torch.cumsum(by_source.flatten(), 0) - by_source.flatten()).view_as(by_source)
         start = first.gather(0, source.expand(1, n_heads, -1))[0]
         return torch.where(remote, start, -1).to(torch.int32)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows `token * H + head` of `[N, H, D]`: `[len(rows), D]`. Whole rows by one index, where they lie one after another."""
+    n_heads = x.shape[1]
+    if x.is_contiguous():
+        return x.view(-1, x.shape[2]).index_select(0, rows)
+    return x[rows // n_heads, rows % n_heads]
 
 
 @lru_cache(maxsize=64)
