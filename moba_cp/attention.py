@@ -90,15 +90,15 @@ def moba_attention(
         `[T, Hq, Dv]` in the dtype of `q`, and the report if asked for.
 
     Raises:
-        TypeError, ValueError: an argument is not as said, on the rank that passed it before it starts any collective,
-            and on the others as well; or the ranks disagree on layout, config, dtype, shapes or comm.
+        TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
+            any tensor is sent; or the ranks disagree on layout, config, dtype, shapes or comm.
         RuntimeError: a rank did not take part within the group's timeout.
     """
     try:
         check_call(q, k, v, config, layout, group, comm, workspace_bytes)
     except (TypeError, ValueError) as error:
         if group_size(layout, group) > 1:
-            agreement.refuse(group, error)
+            agreement.refuse(group, error, q)
         raise
     comm_group = CommGroup(group, layout.cp_size)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

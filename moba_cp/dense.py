@@ -59,8 +59,8 @@ def causal_attention(
         `[T, Hq, Dv]`; differentiable in q, k and v, with gradients summed over the group.
 
     Raises:
-        TypeError, ValueError: an argument is not as said, on the rank that passed it before it starts any collective,
-            and on the others as well; or the ranks disagree.
+        TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
+            any tensor is sent; or the ranks disagree.
         RuntimeError: a rank did not take part within the group's timeout.
     """
     try:
@@ -70,7 +70,7 @@ def causal_attention(
         check_placement(q, layout, group)
     except (TypeError, ValueError) as error:
         if group_size(layout, group) > 1:
-            agreement.refuse(group, error)
+            agreement.refuse(group, error, q)
         raise
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     comm_group = CommGroup(group, layout.cp_size, traffic)

@@ -343,7 +343,7 @@ def _begin(
             raise ValueError(f"group has {dist.get_world_size(group)} ranks, but the report is of {ranks}")
     except (TypeError, ValueError) as raised:
         if report.attended_keys.size > 1 and dist.is_initialized():
-            agreement.refuse(group, raised)
+            agreement.refuse(group, raised, report.selected)
         raise
     if layout.cp_size > 1:
         facts = {"diagnostics": what, "layout": f"{layout.digest.hex()} {layout!r}", "blocks": str(report.block_size)}

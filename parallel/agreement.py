@@ -3,9 +3,10 @@
 Every call of a group begins with one small all-gather of what the ranks must have in common. It is read before the call goes
 on; on CUDA, where that read would stall the host, a rank whose call looks like one agreed on before reads it later.
 
-A rank that refuses its input raises at once and starts no collective. It leaves a note in the group's store for the others,
-who look there when the all-gather does not complete, and it takes part in the missed all-gather at its next call, so
-the group stays usable.
+A rank that refuses its input leaves a note in the group's store. Where all ranks refuse theirs, they see it there and raise,
+and no collective is started. Otherwise the others wait in the all-gather and soon say so in the store; then the refusing rank
+takes part in it, with its refusal, and all raise, the group as usable as before. If nobody says that he waits, as the others
+come much later, the refusing rank raises alone and takes part in what it missed at its next call.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from torch.distributed import distributed_c10d
 from .comm import SideStream, start_all_gather
 
 _HEADER_BYTES = 1024
-_PATIENCE_S = 1.0
-"""Seconds to wait for the others before looking for a note that one of them refused its input."""
+_PATIENCE_S = 0.3
+"""Seconds to wait for the others before saying so in the store, and looking there for a note that one refused its input."""
+_GRACE_S = 2.0
+"""Seconds that a refusing rank looks for others that refuse too, or that wait for it."""
+_POLL_S = 0.02
 
 
 @dataclass
@@ -46,16 +50,57 @@ class _GroupState:
 _states: weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupState] = weakref.WeakKeyDictionary()
 
 
-def refuse(group: dist.ProcessGroup | None, error: Exception) -> None:
-    """Leave a note that this rank refuses its input with `error`; starts no collective."""
+def refuse(group: dist.ProcessGroup | None, error: Exception, tensor: object) -> None:
+    """Let the other ranks know that this one refuses its input with `error`; starts a collective only if others wait in it.
+
+    Args:
+        group: the context-parallel group; None for the default one.
+        error: why.
+        tensor: of this call; where it lies, the others' are as a rule.
+    """
     group = _group(group)
     state = _states.setdefault(group, _GroupState())
     state.calls += 1
-    message = f"{type(error).__name__}: {error}"
-    state.owed.append(message)
-    store = _store(group)
+    message, store = f"{type(error).__name__}: {error}", _store(group)
     if store is not None:
-        store.set(_note(group, state.calls), f"{dist.get_rank(group)}|{message}")
+        key = _key(group, state.calls)
+        store.set(f"{key}/refused", f"{dist.get_rank(group)}|{message}")
+        refusals, begin = store.add(f"{key}/refusals", 1), time.monotonic()
+        while time.monotonic() - begin < _GRACE_S:
+            # Of all that refused, one may have given up waiting for the others: then all owe the all-gather.
+            if refusals == dist.get_world_size(group) and _decide(store, key, "none started") == "none started":
+                return
+            if store.check([f"{key}/waiting"]):
+                _make_up(group, state, message, _device(group, tensor))
+                return
+            if refusals == dist.get_world_size(group):
+                break
+            time.sleep(_POLL_S)
+            refusals = store.add(f"{key}/refusals", 0)
+        if _decide(store, key, "owed") == "none started":
+            return
+    state.owed.append(message)
+
+
+def _device(group: dist.ProcessGroup, tensor: object) -> torch.device:
+    """Where the others' headers are, as far as one can tell: where `tensor` is, if the group serves it."""
+    try:
+        served = dist.get_backend_config(group)
+    except (AssertionError, TypeError):
+        served = ""
+    if isinstance(tensor, Tensor) and tensor.device.type in served:
+        return tensor.device
+    return torch.device("cuda", torch.cuda.current_device()) if "cuda:nccl" in served else torch.device("cpu")
+
+
+def _decide(store: dist.Store, key: str, outcome: str) -> str:
+    """What the first rank to decide said became of a refused call's all-gather."""
+    return store.compare_set(f"{key}/decision", "", outcome).decode()
+
+
+def _make_up(group: dist.ProcessGroup, state: _GroupState, message: str, device: torch.device) -> None:
+    """Take part in an all-gather that this rank left out."""
+    state.keep.append(_gather(group, _encode({"refused": message}, device)))
 
 
 def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.device) -> None:
@@ -75,7 +120,7 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
     state.calls += 1
     _read_late(state)
     for message in state.owed:
-        state.keep.append(_gather(group, _encode({"refused": message}, device)))
+        _make_up(group, state, message, device)
     state.owed.clear()
     payload = json.dumps(facts).encode()
     header = state.headers.get((payload, device))
@@ -129,16 +174,17 @@ def _gather(group: dist.ProcessGroup, header: Tensor) -> tuple[dist.Work, Tensor
 
 
 def _wait(group: dist.ProcessGroup, state: _GroupState, done: Callable[[], bool]) -> None:
-    """Wait until `done()`, and look for a refusal when it takes long."""
+    """Wait until `done()`; when it takes long, say so in the store, and look there for a refusal."""
     begin = time.monotonic()
     pause, notes = 2e-5, None
     try:
         while not done():
             time.sleep(pause)
             if notes is None and time.monotonic() - begin > _PATIENCE_S:
-                pause, notes = 0.05, _NoteReader(_store(group), _note(group, state.calls))
+                pause, notes = _POLL_S, _NoteReader(_store(group), _key(group, state.calls))
                 notes.start()
-            if notes is not None and notes.found is not None:
+            # A refusing rank that still looks for those who wait completes the all-gather soon, which tells as much.
+            if notes is not None and notes.found is not None and time.monotonic() - notes.found_at > _GRACE_S:
                 rank, _, message = notes.found.partition("|")
                 raise ValueError(f"rank {rank} refused its input: {message}")
     finally:
@@ -147,20 +193,25 @@ def _wait(group: dist.ProcessGroup, state: _GroupState, done: Callable[[], bool]
 
 
 class _NoteReader(threading.Thread):
-    """Looks for a note in the store, in a thread of its own: a store whose host stalls never answers."""
+    """Says in the store that this rank waits, and looks for a note there, in a thread of its own: a store whose host stalls
+    never answers."""
 
-    def __init__(self, store: dist.Store | None, note: str) -> None:
+    def __init__(self, store: dist.Store | None, key: str) -> None:
         super().__init__(daemon=True)
-        self.store, self.note, self.stop = store, note, False
+        self.store, self.key, self.stop = store, key, False
         self.found: str | None = None
+        self.found_at = 0.0
 
     def run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the host is gone; the all-gather will tell
+            if self.store is not None:
+                self.store.set(f"{self.key}/waiting", "yes")
             while self.store is not None and not self.stop:
-                if self.store.check([self.note]):
-                    self.found = self.store.get(self.note).decode()
+                if self.store.check([f"{self.key}/refused"]):
+                    self.found_at = time.monotonic()
+                    self.found = self.store.get(f"{self.key}/refused").decode()
                     return
-                time.sleep(0.05)
+                time.sleep(_POLL_S)
 
 
 def _encode(facts: dict[str, str], device: torch.device) -> Tensor:
@@ -205,8 +256,9 @@ def _store(group: dist.ProcessGroup) -> dist.Store | None:
         return None
 
 
-def _note(group: dist.ProcessGroup, call: int) -> str:
-    return f"moba_cp/{group.group_name}/{call}/refused"
+def _key(group: dist.ProcessGroup, call: int) -> str:
+    """Under which the ranks of a group speak of one call in its store."""
+    return f"moba_cp/{group.group_name}/{call}"
 
 
 def _waiting(group: dist.ProcessGroup, why: str) -> str:
