@@ -61,25 +61,52 @@ def refuse(group: dist.ProcessGroup | None, error: Exception, tensor: object) ->
     group = _group(group)
     state = _states.setdefault(group, _GroupState())
     state.calls += 1
-    message, store = f"{type(error).__name__}: {error}", _store(group)
-    if store is not None:
-        key = _key(group, state.calls)
-        store.set(f"{key}/refused", f"{dist.get_rank(group)}|{message}")
-        refusals, begin = store.add(f"{key}/refusals", 1), time.monotonic()
-        while time.monotonic() - begin < _GRACE_S:
-            # Of all that refused, one may have given up waiting for the others: then all owe the all-gather.
-            if refusals == dist.get_world_size(group) and _decide(store, key, "none started") == "none started":
-                return
-            if store.check([f"{key}/waiting"]):
-                _make_up(group, state, message, _device(group, tensor))
-                return
-            if refusals == dist.get_world_size(group):
-                break
-            time.sleep(_POLL_S)
-            refusals = store.add(f"{key}/refusals", 0)
-        if _decide(store, key, "owed") == "none started":
-            return
+    message = f"{type(error).__name__}: {error}"
     state.owed.append(message)
+    note = f"{dist.get_rank(group)}|{message}"
+    refusal = _Refusal(_store(group), _key(group, state.calls), dist.get_world_size(group), note)
+    refusal.start()
+    match refusal.outcome():
+        case "none started":
+            state.owed.pop()
+        case "waiting":
+            _make_up(group, state, _device(group, tensor))
+
+
+class _Refusal(threading.Thread):
+    """Tells the others of a refusal, and finds out what becomes of the call's all-gather; in a thread of its own: a store
+    whose host stalls never answers."""
+
+    def __init__(self, store: dist.Store | None, key: str, size: int, note: str) -> None:
+        super().__init__(daemon=True)
+        self.store, self.key, self.size, self.note = store, key, size, note
+        self.found, self.end = "owed", time.monotonic() + _GRACE_S
+
+    def outcome(self) -> str:
+        """ "none started": all ranks refused; "waiting": some wait in the all-gather; "owed": neither, in good time."""
+        self.join(_GRACE_S + 0.5)
+        return self.found
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the host is gone
+            if self.store is not None:
+                self.found = self._look(self.store)
+
+    def _look(self, store: dist.Store) -> str:
+        store.set(f"{self.key}/refused", self.note)
+        refusals = store.add(f"{self.key}/refusals", 1)
+        while time.monotonic() < self.end:
+            if refusals == self.size:  # but one of them may have given up before, and owes the all-gather: then all do
+                return self._decide(store, "none started")
+            if store.check([f"{self.key}/waiting"]):
+                return "waiting"
+            time.sleep(_POLL_S)
+            refusals = store.add(f"{self.key}/refusals", 0)
+        return self._decide(store, "owed")
+
+    def _decide(self, store: dist.Store, outcome: str) -> str:
+        """What the first to decide said."""
+        return store.compare_set(f"{self.key}/decision", "", outcome).decode()
 
 
 def _device(group: dist.ProcessGroup, tensor: object) -> torch.device:
@@ -93,14 +120,11 @@ def _device(group: dist.ProcessGroup, tensor: object) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if "cuda:nccl" in served else torch.device("cpu")
 
 
-def _decide(store: dist.Store, key: str, outcome: str) -> str:
-    """What the first rank to decide said became of a refused call's all-gather."""
-    return store.compare_set(f"{key}/decision", "", outcome).decode()
-
-
-def _make_up(group: dist.ProcessGroup, state: _GroupState, message: str, device: torch.device) -> None:
-    """Take part in an all-gather that this rank left out."""
-    state.keep.append(_gather(group, _encode({"refused": message}, device)))
+def _make_up(group: dist.ProcessGroup, state: _GroupState, device: torch.device) -> None:
+    """Take part in the all-gathers that this rank left out."""
+    for message in state.owed:
+        state.keep.append(_gather(group, _encode({"refused": message}, device)))
+    state.owed.clear()
 
 
 def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.device) -> None:
@@ -119,9 +143,7 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
     state = _states.setdefault(group, _GroupState())
     state.calls += 1
     _read_late(state)
-    for message in state.owed:
-        _make_up(group, state, message, device)
-    state.owed.clear()
+    _make_up(group, state, device)
     payload = json.dumps(facts).encode()
     header = state.headers.get((payload, device))
     if header is None:
