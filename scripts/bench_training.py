@@ -168,6 +168,7 @@ def setup(config: Path, settings: TrainConfig, overrides: list[str], side_by_sid
         "overrides": overrides,
         "model": vars(settings.model),
         "moba": {"block_size": settings.moba.block_size, "topk": settings.moba.topk},
+        "optimizer": vars(settings.optimizer),
         "precision": settings.run.precision,
         "recompute": settings.run.recompute,
         "seq_length": settings.data.seq_length,
