@@ -34,7 +34,6 @@ def dq_kernel(
     start_h, n_blocks, group, scale,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, ITEM: gl.constexpr,
     R: gl.constexpr, BN: gl.constexpr, AHEAD: gl.constexpr, NW: gl.constexpr, T: gl.constexpr,
-    LATE: gl.constexpr,
 ):  # fmt: skip
     """Partial dq of one work item's rows (ITEM <= R) for its block: the gathered rows stay, keys stream by BN.
 
@@ -102,13 +101,10 @@ def dq_kernel(
         barrier()
         # This stage was read by tile i - 2, whose products all warps waited for before the barrier above.
         ahead = (i + AHEAD) % STAGES
-        if not LATE:
-            _copy_keys(k_at, v_at, (i + AHEAD) * BN + n, length, k_n, v_n, k_s.index(ahead), v_s.index(ahead), cols)
+        _copy_keys(k_at, v_at, (i + AHEAD) * BN + n, length, k_n, v_n, k_s.index(ahead), v_s.index(ahead), cols)
         k_i = k_s.index(stage)
         s_run = warpgroup_mma(q_s, k_i.permute((1, 0)), zero, use_acc=False, is_async=True)
         dp_run = warpgroup_mma(do_s, v_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        if LATE:
-            _copy_keys(k_at, v_at, (i + AHEAD) * BN + n, length, k_n, v_n, k_s.index(ahead), v_s.index(ahead), cols)
         s, ds_left = warpgroup_mma_wait(1, deps=(s_run, ds_left))  # and the last tile's sum
         p = gl.exp2(s * factor - row_lse[:, None])
         dp = warpgroup_mma_wait(0, deps=(dp_run,))

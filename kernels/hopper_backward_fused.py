@@ -47,11 +47,9 @@ def dkdv_dq_kernel(
     dq_h, dq_t, dq_s, start_h, n_bins, n_blocks, group, scale,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, BK: gl.constexpr,
     R: gl.constexpr, NT: gl.constexpr, AHEAD: gl.constexpr, NW: gl.constexpr, T: gl.constexpr, PIECE: gl.constexpr,
-    ACCUMULATE: gl.constexpr, SKIP: gl.constexpr, LATE: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     """As `dkdv_kernel` for blocks of BK keys, and the rows' partial dq: dS goes through shared memory for dS^T K.
-
-    SKIP and LATE mean nothing here.
 
     Reads 2 BK D elements once and 2 D elements + 16 bytes a row; writes 2 BK D sums and D elements a row. A tile's dq
     is stored beside the next tile's S^T.

@@ -77,6 +77,28 @@ def _load_scalars(
 
 
 @gluon.jit
+def _copy_ahead(
+    q, dout, lse, delta, position, entry, i, count, length, line, cols, q_s, do_s, code_s, q_t, q_h, dout_t, dout_h, lse_h,
+    lse_t, delta_h, delta_t, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, R: gl.constexpr,
+    AHEAD: gl.constexpr, GATHER: gl.constexpr, LINE: gl.constexpr,
+):  # fmt: skip
+    """In tile i: start the copies of the rows of tile i + AHEAD, and load the scalars of tile i + 1 and the entries of tile
+    i + AHEAD + 1. The stage was read by tile i - 2, whose products all warps must have waited for before a barrier."""
+    STAGES: gl.constexpr = AHEAD + 2
+    stage = (i + AHEAD) % STAGES
+    _copy_rows(
+        q, dout, code_s.index(stage).load(gl.SliceLayout(1, GATHER)), q_s.index(stage), do_s.index(stage), cols, q_t, q_h,
+        dout_t, dout_h, HEAD_BITS, SLOT_BITS,
+    )  # fmt: skip
+    row_lse, row_delta, limit = _load_scalars(
+        lse, delta, position, code_s.index((i + 1) % STAGES).load(LINE), (i + 1) * R + line < count, length, lse_h, lse_t,
+        delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK,
+    )  # fmt: skip
+    line_code = gl.load(entry + gl.minimum((i + 1 + AHEAD) * R + line, gl.maximum(count - 1, 0)))
+    return row_lse, row_delta, limit, line_code
+
+
+@gluon.jit
 def _unseen_rows(
     entry, position, count, first_key, R: gl.constexpr, NW: gl.constexpr, HEAD_BITS: gl.constexpr,
     SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
@@ -165,7 +187,7 @@ def dkdv_kernel(
     dq_h, dq_t, dq_s, start_h, n_bins, n_blocks, group, scale,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, BK: gl.constexpr,
     R: gl.constexpr, NT: gl.constexpr, AHEAD: gl.constexpr, NW: gl.constexpr, T: gl.constexpr, PIECE: gl.constexpr,
-    ACCUMULATE: gl.constexpr, SKIP: gl.constexpr, LATE: gl.constexpr,
+    ACCUMULATE: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of BK keys of one block over the rows of its bin, or of one piece of it; programs as in the portable one.
 
@@ -216,10 +238,9 @@ def dkdv_kernel(
     zero = gl.zeros([BK, R], gl.float32, SCORE)
     r = gl.arange(0, R, layout=gl.SliceLayout(1, GATHER))
     line = gl.arange(0, R, layout=LINE)
-    if SKIP:
-        unseen = _unseen_rows(entry, position, count, tile * BK, R, NW, HEAD_BITS, SLOT_BITS, TOPK)
-        entry += unseen
-        count -= unseen
+    unseen = _unseen_rows(entry, position, count, tile * BK, R, NW, HEAD_BITS, SLOT_BITS, TOPK)
+    entry += unseen
+    count -= unseen
     q += head0 * q_h
     dout += head0 * dout_h
     lse += head0 * lse_h
@@ -258,16 +279,10 @@ def dkdv_kernel(
         fence_async_shared()
         barrier()
         if not LATE:
-            # This stage was read by tile i - 2, whose products all warps waited for before the barrier above.
-            _copy_rows(
-                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols, q_t,
-                q_h, dout_t, dout_h, HEAD_BITS, SLOT_BITS,
+            row_lse, row_delta, limit, line_code = _copy_ahead(
+                q, dout, lse, delta, position, entry, i, count, length, line, cols, q_s, do_s, code_s, q_t, q_h, dout_t,
+                dout_h, lse_h, lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK, R, AHEAD, GATHER, LINE,
             )  # fmt: skip
-            row_lse, row_delta, limit = _load_scalars(
-                lse, delta, position, code_s.index((i + 1) % STAGES).load(LINE), (i + 1) * R + line < count, length,
-                lse_h, lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK,
-            )  # fmt: skip
-            line_code = gl.load(entry + gl.minimum((i + 1 + AHEAD) * R + line, last))
         q_i = q_s.index(stage)
         do_i = do_s.index(stage)
         s_run = warpgroup_mma(k_s, q_i.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -275,16 +290,10 @@ def dkdv_kernel(
         p_left, ds_left = warpgroup_mma_wait(1, deps=(p_left, ds_left))
         dp_run = warpgroup_mma(v_s, do_i.permute((1, 0)), zero, use_acc=False, is_async=True)
         if LATE:
-            # This stage was read by tile i - 2, whose products all warps waited for before the barrier above.
-            _copy_rows(
-                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols, q_t,
-                q_h, dout_t, dout_h, HEAD_BITS, SLOT_BITS,
+            row_lse, row_delta, limit, line_code = _copy_ahead(
+                q, dout, lse, delta, position, entry, i, count, length, line, cols, q_s, do_s, code_s, q_t, q_h, dout_t,
+                dout_h, lse_h, lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK, R, AHEAD, GATHER, LINE,
             )  # fmt: skip
-            row_lse, row_delta, limit = _load_scalars(
-                lse, delta, position, code_s.index((i + 1) % STAGES).load(LINE), (i + 1) * R + line < count, length,
-                lse_h, lse_t, delta_h, delta_t, HEAD_BITS, SLOT_BITS, TOPK,
-            )  # fmt: skip
-            line_code = gl.load(entry + gl.minimum((i + 1 + AHEAD) * R + line, last))
         masked = gl.min(limit_s.index(i % 2).load(WARP), 0) < last_key
         s = warpgroup_mma_wait(1, deps=(s_run,))
         p = gl.exp2(s * factor - lse_s.index(i % 2).load(BY_ROW)[None, :])

@@ -31,10 +31,8 @@ def variants(block_size: int) -> Iterator[tuple[str, str, dict[str, int]]]:
     yield "dkdv", "LATE=0 AHEAD=2", {"LATE": False, "AHEAD": 2}
     yield "dkdv", "LATE=1 AHEAD=2", {"LATE": True, "AHEAD": 2}
     yield "dkdv", "LATE=1 AHEAD=1", {"LATE": True, "AHEAD": 1}
-    yield "dkdv", "LATE=0 AHEAD=2 SKIP=0", {"LATE": False, "AHEAD": 2, "SKIP": False}
-    for late in (False, True):
-        for ahead in (1, 2):
-            yield "dq", f"LATE={late:d} AHEAD={ahead}", {"LATE": late, "AHEAD": ahead}
+    for ahead in (1, 2):
+        yield "dq", f"AHEAD={ahead}", {"AHEAD": ahead}
 
 
 def make_call(block_size: int, topk: int, tokens: int):
