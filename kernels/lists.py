@@ -15,16 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import configs
 from .sizes import cdiv, next_power_of_2
-from .types import QueryRows
 
 ITEM_ROWS_SMALL = 2048
 """Most entries of a work item where a program keeps a small block's keys and streams rows past them."""
 ITEM_ROWS_LARGE = 128
 """Most entries of a work item where a program keeps its rows and streams a large block's keys past them."""
-SMALL_BLOCK = 128
-"""Up to this block size a program of forward keeps a block's keys."""
-
 REGISTER_BINS = 512
 """Most blocks whose counts one program keeps in registers."""
 ENTRIES, WARPS = 512, 1
@@ -339,17 +336,16 @@ def _items(begin: Tensor, bins: int, pieces: int, capacity: int, rows_per_item: 
     return pointer, item_bin, item_start
 
 
-def route(selected: Tensor, n_blocks: int, kv_heads: int, rows: QueryRows, block_size: int) -> RoutingLists:
+def route(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) -> RoutingLists:
     """Routing lists of `selected` for block attention and its backward; own blocks are entries like any other.
 
     Args:
         selected: int32 `[Hq, T, topk]` of `select_blocks`, any strides; the q heads of `kv_heads` kv heads.
         n_blocks: blocks in all.
         kv_heads: kv heads at work.
-        rows: where the `T` rows stand. Not needed here.
         block_size: keys a block.
     """
-    rows_per_item = ITEM_ROWS_SMALL if block_size <= SMALL_BLOCK else ITEM_ROWS_LARGE
+    rows_per_item = ITEM_ROWS_SMALL if block_size <= configs.SMALL_BLOCK else ITEM_ROWS_LARGE
     q_heads, tokens, slots = selected.shape
     group = q_heads // kv_heads
     capacity = selected.numel()

@@ -166,7 +166,7 @@ def wanted_pairs(selected: Tensor, n_blocks: int, kv_heads: int) -> Tensor:
     return mask[:, 1:].contiguous()
 
 
-def route(selected: Tensor, n_blocks: int, kv_heads: int, rows: QueryRows, block_size: int) -> RoutingLists:
+def route(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) -> RoutingLists:
     """Routing lists of `selected` `[Hq, T, topk]` (the q heads of `kv_heads` kv heads), for `attend` and its backward."""
     q_heads = selected.shape[0]
     head, token, slot = torch.nonzero(selected >= 0, as_tuple=True)

@@ -121,7 +121,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     transport = open_transport(call, home, selected)
     saved = Saved(selected, q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q), {})
     ranges = head_ranges(call, q, k, v)
-    lists = routed_ahead(call, ranges, saved, rows, backward=False)
+    lists = routed_ahead(call, ranges, saved, backward=False)
     for index, (heads, chunks) in enumerate(ranges):
         _prefetch(transport, ranges, index)
         replayed = Replayed(transport.forward(heads)) if transport.resident else None
@@ -158,7 +158,7 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
     ranges = head_ranges(call, q, k, v)
-    lists = routed_ahead(call, ranges, saved, rows, backward=True)
+    lists = routed_ahead(call, ranges, saved, backward=True)
     finish: Callable[[], None] = lambda: None  # noqa: E731
     for number, (heads, chunks) in enumerate(ranges):
         _prefetch(transport, ranges, number)
@@ -233,7 +233,7 @@ def _backward_chunk(
         call.backend.merge_dq(partials, selected, chunk.of_rows(dq))
 
 
-def routed_ahead(call: Call, ranges: Ranges, saved: Saved, rows: QueryRows, backward: bool) -> Iterator[Any]:
+def routed_ahead(call: Call, ranges: Ranges, saved: Saved, backward: bool) -> Iterator[Any]:
     """Routing lists of each chunk in turn; on CUDA those of the next chunk are made beside the work of the last.
 
     Backward takes the lists of forward where they were kept.
@@ -242,15 +242,15 @@ def routed_ahead(call: Call, ranges: Ranges, saved: Saved, rows: QueryRows, back
     if len(chunks) == 1 or (backward and saved.lists):
         for chunk in chunks:
             kept = saved.lists.pop((chunk.heads.start, chunk.rows.start), None) if backward else None
-            yield kept or _route(call, chunk, saved, rows)
+            yield kept or _route(call, chunk, saved)
         return
-    side = SideStream(rows.block.device, "routing lists")
+    side = SideStream(saved.selected.device, "routing lists")
     side.mark()
     ahead: deque[tuple[Any, torch.cuda.Event | None]] = deque()
     for index in range(len(chunks) + 1):
         if index < len(chunks):
             with side.use():
-                ahead.append((_route(call, chunks[index], saved, rows), side.done()))
+                ahead.append((_route(call, chunks[index], saved), side.done()))
         if index > 0:
             lists, done = ahead.popleft()
             side.join(done, *(x for x in vars(lists).values() if isinstance(x, Tensor)))
@@ -258,13 +258,12 @@ def routed_ahead(call: Call, ranges: Ranges, saved: Saved, rows: QueryRows, back
             del lists
 
 
-def _route(call: Call, chunk: Chunk, saved: Saved, rows: QueryRows) -> Any:
+def _route(call: Call, chunk: Chunk, saved: Saved) -> Any:
     selected = chunk.of_heads(saved.selected)
     kv_heads = chunk.heads.stop - chunk.heads.start
     n_blocks, block_size = len(call.plan.plan.blocks), call.config.block_size
     with call.stage("lists"):
-        here = rows.slice(chunk.rows.start, chunk.rows.stop)
-        return call.backend.route(selected, n_blocks, kv_heads, here, block_size)
+        return call.backend.route(selected, n_blocks, kv_heads, block_size)
 
 
 def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> Tensor:

@@ -41,7 +41,7 @@ def sweep(
     length = torch.tensor(blocks.length, dtype=torch.int32, device="cuda")
     selected = backend.select_blocks(q, backend.centroids(k, start, block_size), rows, topk)
     part = KVPart(k, v, start.expand(heads, -1), length)
-    lists = backend.route(selected, len(blocks), heads, rows, block_size)
+    lists = backend.route(selected, len(blocks), heads, block_size)
     partials = backend.new_partials(selected, HEAD_DIM, q.dtype)
     shared = (q, part, lists, rows, selected, HEAD_DIM**-0.5, partials)
     device = configs.capability(q.device)

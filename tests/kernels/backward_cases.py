@@ -123,7 +123,7 @@ def make_case(
     k, v = tensor(tokens, kv_heads, dim), tensor(tokens, kv_heads, value_dim)
     whole = KVPart(k, v, start.expand(kv_heads, n_blocks), length)
     scale = scale or dim**-0.5
-    lists = torch_backend.route(selected, n_blocks, kv_heads, rows, block_size)
+    lists = torch_backend.route(selected, n_blocks, kv_heads, block_size)
     partials = torch_backend.new_partials(selected, value_dim, dtype)
     torch_backend.attend(q, whole, lists, rows, selected, scale, partials)
     out, lse = torch.empty_like(dout), torch_backend.new_lse(q)
@@ -182,7 +182,7 @@ def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 dk, dv and partial dq of plain torch."""
     dk, dv = (torch.empty(x.shape, device=x.device) for x in (case.part.k, case.part.v))
     dq = torch.full((*case.selected.shape, case.q.shape[2]), float("nan"), device=dk.device)
-    lists = torch_backend.route(case.selected, case.lists.n_blocks, case.kv_heads, case.rows, case.block_size)
+    lists = torch_backend.route(case.selected, case.lists.n_blocks, case.kv_heads, case.block_size)
     torch_backend.attend_backward(
         case.q, case.dout, case.lse / math.log2(math.e), case.delta, case.part, lists, case.rows, case.selected,
         case.scale, dk, dv, Partials(dq, torch.empty(0)), False,

@@ -44,7 +44,7 @@ class Case:
         partials.out.fill_(NAN)
         partials.lse.fill_(NAN)
         blocks = self.part.length.numel()
-        lists = torch_backend.route(self.selected, blocks, self.kv_heads, self.rows, self.block_size)
+        lists = torch_backend.route(self.selected, blocks, self.kv_heads, self.block_size)
         torch_backend.attend(self.q, part or self.part, lists, self.rows, self.selected, self.scale, partials)
         partials.lse.mul_(math.log2(math.e))
         return partials

@@ -136,7 +136,7 @@ def test_dq_does_not_depend_on_the_other_rows():
     rows = case.rows.slice(chunk.start, chunk.stop)
     selected = case.selected[:, chunk]
     dq = torch.full((*selected.shape, 64), float("nan"))
-    route = lists.route(selected, case.lists.n_blocks, 1, rows, 160)
+    route = lists.route(selected, case.lists.n_blocks, 1, 160)
     dk, dv = (torch.empty_like(x) for x in (case.part.k, case.part.v))
     backward.attend_backward(
         case.q[chunk], case.dout[chunk], case.lse[:, chunk], case.delta[:, chunk], case.part, route, rows, selected,
@@ -150,7 +150,7 @@ def test_no_rows():
     case = make_case([40], 16, 2)
     none = slice(0, 0)
     selected, rows = case.selected[:, none], case.rows.slice(0, 0)
-    route = lists.route(selected, case.lists.n_blocks, 1, rows, 16)
+    route = lists.route(selected, case.lists.n_blocks, 1, 16)
     dk, dv = (torch.full_like(x, float("nan")) for x in (case.part.k, case.part.v))
     dq = Partials(torch.empty(*selected.shape, 64), torch.empty(0))
     backward.attend_backward(

@@ -67,7 +67,7 @@ def test_dq_does_not_depend_on_the_other_rows(block_size):
     whole = run(case, path="hopper")[2]
     chunk = slice(701, 2345)
     rows, selected = case.rows.slice(chunk.start, chunk.stop), case.selected[:, chunk]
-    route = lists.route(selected, case.lists.n_blocks, 2, rows, block_size)
+    route = lists.route(selected, case.lists.n_blocks, 2, block_size)
     dk, dv = (torch.empty(x.shape, device="cuda") for x in (case.part.k, case.part.v))
     dq = torch.full((*selected.shape, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
     backward.attend_backward(
@@ -84,7 +84,7 @@ def test_no_rows_give_zeros(block_size, topk, path):
     """A rank with fewer rows than others has chunks without any: nothing may be read, and what others sent gets zeros."""
     case = make_case([1000], block_size, topk, q_heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, device="cuda")
     rows, selected = case.rows.slice(300, 300), case.selected[:, 300:300]
-    route = lists.route(selected, case.lists.n_blocks, 2, rows, block_size)
+    route = lists.route(selected, case.lists.n_blocks, 2, block_size)
     dk, dv = (torch.full(x.shape, float("nan"), device="cuda") for x in (case.part.k, case.part.v))
     dq = torch.empty(*selected.shape, 128, device="cuda", dtype=torch.bfloat16)
     backward.attend_backward(
@@ -135,7 +135,7 @@ def test_timing(block_size, topk, dim):
     selected = torch.stack(selected)
     q, k, v, dout = (torch.randn(tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     part = KVPart(k, v, start.expand(heads, n_blocks), length)
-    route = lists.route(selected, n_blocks, heads, rows, block_size)
+    route = lists.route(selected, n_blocks, heads, block_size)
     lse, delta = torch.full((heads, tokens), 12.0, device="cuda"), torch.zeros(heads, tokens, device="cuda")
     dk, dv = (torch.empty(x.shape, device="cuda") for x in (k, v))
     dq = Partials(torch.empty(*selected.shape, dim, device="cuda", dtype=torch.bfloat16), torch.empty(0))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from tests.kernels import interpreter
 
 lists = pytest.importorskip("moba_cp.kernels.lists")
-from moba_cp.kernels import query_rows, torch_backend  # noqa: E402
+from moba_cp.kernels import torch_backend  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
 
@@ -29,7 +28,7 @@ def few_entries(monkeypatch, request):
 
 
 def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
-    """Sorted distinct blocks with some -1 first and the own block last, as `select_blocks` gives them; and the rows."""
+    """Sorted distinct blocks with some -1 first and the own block last, as `select_blocks` gives them."""
     generator = torch.Generator().manual_seed(seed)
     own = torch.sort(torch.randint(n_blocks, (tokens,), generator=generator)).values
     scores = torch.rand(q_heads, tokens, n_blocks, generator=generator)
@@ -41,14 +40,13 @@ def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
     kept = min(topk, n_blocks)
     best = torch.topk(scores, kept, dim=2)
     selected = torch.where(best.values > -2, best.indices, -1).sort(2).values
-    selected = torch.nn.functional.pad(selected, (topk - kept, 0), value=-1).to(DEVICE, torch.int32)
-    return selected, query_rows(own.numpy(), np.zeros(tokens), np.zeros(tokens), DEVICE)
+    return torch.nn.functional.pad(selected, (topk - kept, 0), value=-1).to(DEVICE, torch.int32)
 
 
-def check(selected, rows, n_blocks, kv_heads, block_size):
-    actual = lists.route(selected, n_blocks, kv_heads, rows, block_size)
+def check(selected, n_blocks, kv_heads, block_size):
+    actual = lists.route(selected, n_blocks, kv_heads, block_size)
     q_heads = selected.shape[0]
-    expected = torch_backend.route(selected.cpu(), n_blocks, kv_heads, rows, block_size)
+    expected = torch_backend.route(selected.cpu(), n_blocks, kv_heads, block_size)
     assert actual.pointer.dtype == torch.int32
     pointer = actual.pointer.tolist()
     assert pointer == expected.pointer
@@ -93,8 +91,8 @@ def test_small(name, block_size, monkeypatch):
     for rows_name in ("ITEM_ROWS_SMALL", "ITEM_ROWS_LARGE"):
         monkeypatch.setattr(lists, rows_name, 8)
     q_heads, kv_heads, tokens, topk, n_blocks = CASES[name]
-    selected, rows = random_selection(q_heads, tokens, topk, n_blocks)
-    check(selected, rows, n_blocks, kv_heads, block_size)
+    selected = random_selection(q_heads, tokens, topk, n_blocks)
+    check(selected, n_blocks, kv_heads, block_size)
 
 
 @interpreter.interpreted
@@ -102,38 +100,38 @@ def test_small(name, block_size, monkeypatch):
 @pytest.mark.parametrize("programs", [1, 1 << 20])
 def test_several_parts_a_piece(programs, monkeypatch):
     monkeypatch.setattr(lists, "PROGRAMS", programs)
-    selected, rows = random_selection(4, 30, 4, 12, hot=True)
-    check(selected, rows, 12, 2, 128)
+    selected = random_selection(4, 30, 4, 12, hot=True)
+    check(selected, 12, 2, 128)
 
 
 @interpreter.interpreted
 @pytest.mark.usefixtures("few_entries")
 def test_strided_view_and_wide_entries(monkeypatch):
-    selected, rows = random_selection(6, 60, 4, 9)
-    check(selected[2:4, 7:40], rows.slice(7, 40), 9, 2, 128)
+    selected = random_selection(6, 60, 4, 9)
+    check(selected[2:4, 7:40], 9, 2, 128)
     monkeypatch.setattr(lists, "ENTRY_BITS", 3)
-    check(selected[2:4, 7:20], rows.slice(7, 20), 9, 2, 128)
+    check(selected[2:4, 7:20], 9, 2, 128)
 
 
 @interpreter.interpreted
 def test_more_blocks_than_registers(monkeypatch):
-    selected, rows = random_selection(4, 9, 4, 9)
+    selected = random_selection(4, 9, 4, 9)
     monkeypatch.setattr(lists, "REGISTER_BINS", 2)
-    check(selected, rows, 9, 2, 512)
-    check(selected[2:4, 3:8], rows.slice(3, 8), 9, 2, 128)
+    check(selected, 9, 2, 512)
+    check(selected[2:4, 3:8], 9, 2, 128)
 
 
 @interpreter.interpreted
 @pytest.mark.usefixtures("few_entries")
 def test_more_slots_than_a_part(monkeypatch):
     monkeypatch.setattr(lists, "ENTRIES", 4)
-    selected, rows = random_selection(2, 9, 7, 9)
-    check(selected, rows, 9, 2, 128)
+    selected = random_selection(2, 9, 7, 9)
+    check(selected, 9, 2, 128)
 
 
 def test_nothing_listed():
-    selected, rows = random_selection(2, 6, 1, 3)
-    empty = lists.route(selected[:, :0], 3, 1, rows.slice(0, 0), 128)
+    selected = random_selection(2, 6, 1, 3)
+    empty = lists.route(selected[:, :0], 3, 1, 128)
     assert empty.pointer.tolist() == [0] * 4
     assert empty.item_bin.numel() == empty.entry.numel() == 0
 
@@ -158,18 +156,18 @@ class TestGPU:
     )
     @pytest.mark.parametrize("hot", [False, True])
     def test_equals_torch(self, q_heads, kv_heads, tokens, topk, n_blocks, block_size, hot):
-        selected, rows = random_selection(q_heads, tokens, topk, n_blocks, hot=hot)
-        check(selected, rows, n_blocks, kv_heads, block_size)
+        selected = random_selection(q_heads, tokens, topk, n_blocks, hot=hot)
+        check(selected, n_blocks, kv_heads, block_size)
 
     def test_view_of_a_chunk(self):
-        selected, rows = random_selection(8, 3000, 8, 100)
-        check(selected[2:6, 100:2999], rows.slice(100, 2999), 100, 2, 128)
+        selected = random_selection(8, 3000, 8, 100)
+        check(selected[2:6, 100:2999], 100, 2, 128)
 
     def test_same_every_time(self):
-        selected, rows = random_selection(4, 20000, 8, 500)
-        first = lists.route(selected, 500, 2, rows, 128)
+        selected = random_selection(4, 20000, 8, 500)
+        first = lists.route(selected, 500, 2, 128)
         for _ in range(20):
-            again = lists.route(selected, 500, 2, rows, 128)
+            again = lists.route(selected, 500, 2, 128)
             for name in ("pointer", "entry", "item_bin", "item_start"):
                 valid = int(first.pointer[-1]) if name == "entry" else None
                 assert torch.equal(getattr(again, name)[:valid], getattr(first, name)[:valid]), name
@@ -178,19 +176,18 @@ class TestGPU:
         """21 bits of token, 5 of head, 6 of slot."""
         tokens = (1 << 20) + 1
         own = torch.tensor([-1] * 32 + [1], dtype=torch.int32, device=DEVICE)
-        rows = query_rows(np.ones(tokens), np.zeros(tokens), np.zeros(tokens), DEVICE)
-        actual = lists.route(own.expand(17, tokens, 33), 2, 1, rows, 128)
+        actual = lists.route(own.expand(17, tokens, 33), 2, 1, 128)
         assert actual.pointer.tolist() == [0, 0, 17 * tokens]
         head = torch.arange(17, device=DEVICE)[:, None]
         expected = (torch.arange(tokens, device=DEVICE) << 11) | (head << 6) | 32
         assert torch.equal(actual.entry[: 17 * tokens], expected.flatten())
 
     def test_reads_nothing_on_the_host(self):
-        selected, rows = random_selection(4, 5000, 8, 500)
-        lists.route(selected, 500, 2, rows, 128)
+        selected = random_selection(4, 5000, 8, 500)
+        lists.route(selected, 500, 2, 128)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            lists.route(selected, 500, 2, rows, 128)
-            lists.route(selected, 500, 2, rows, 512)
+            lists.route(selected, 500, 2, 128)
+            lists.route(selected, 500, 2, 512)
         finally:
             torch.cuda.set_sync_debug_mode("default")

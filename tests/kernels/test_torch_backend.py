@@ -80,7 +80,7 @@ def test_lists_hold_every_selected_slot_once(lengths: list[int], block_size: int
     rows, block_lengths = rows_of(lengths, block_size)
     n_blocks, tokens = len(block_lengths), len(rows)
     selected = torch_backend.select_blocks(torch.randn(tokens, 4, 3), torch.randn(n_blocks, 2, 3), rows, topk)
-    lists = torch_backend.route(selected, n_blocks, 2, rows, block_size)
+    lists = torch_backend.route(selected, n_blocks, 2, block_size)
     seen = set()
     for kv_head, block, entries in lists.bins():
         columns = (lists.head[entries], lists.token[entries], lists.slot[entries])
@@ -96,7 +96,7 @@ def attended(q, k, v, rows, block_lengths, selected, parts: list[list[int]]) -> 
     """Output and log-sum-exp with the blocks given out over parts."""
     n_blocks = len(block_lengths)
     first_key = torch.cumsum(block_lengths, 0) - block_lengths
-    lists = torch_backend.route(selected, n_blocks, k.shape[1], rows, 4)
+    lists = torch_backend.route(selected, n_blocks, k.shape[1], 4)
     partials = torch_backend.new_partials(selected, v.shape[-1], q.dtype)
     for blocks in parts:
         start = torch.full((k.shape[1], n_blocks), -1, dtype=torch.int32)

@@ -1,10 +1,9 @@
-"""Own-block attention and routing lists under other launch configurations: times, and whether the result stays the same.
+"""Routing lists under other launch configurations: times, and whether the lists stay the same.
 
-    PYTHONPATH=. python3 scripts/bench_pieces.py --out pieces.json
+    PYTHONPATH=. python3 scripts/bench_lists.py --out lists.json
 
-One chunk of `--heads-at-once` kv heads is timed and scaled to all heads. Every variant must give what the shipped one gives:
-the same bits where it cuts the keys alike, else within rounding (own blocks), the same lists (routing). A variant that fails
-is noted and the rest goes on.
+One chunk of `--heads-at-once` kv heads is timed and scaled to all heads. A variant that fails is noted and the rest goes on.
+Other kernels of the forward: `bench_kernels.py --sweep`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import torch
 from bench_about import about
 
 from moba_cp import SequenceLayout
-from moba_cp.kernels import KVPart, backend_for, configs, forward, lists
+from moba_cp.kernels import backend_for, lists
 from moba_cp.parallel.blocks import home_plan, rank_plan
 from moba_cp.pipeline import device_rows
 
@@ -65,11 +63,10 @@ def main() -> None:
     for config in options.configs.split(","):
         block_size, topk = (int(n) for n in config.split(":"))
         bench = Bench(options, block_size, topk)
-        for piece in (bench.own, bench.lists):
-            try:
-                piece()
-            except Exception as error:
-                bench.found.append({"piece": piece.__name__, "error": f"{type(error).__name__}: {error}"[:500]})
+        try:
+            bench.lists()
+        except Exception as error:
+            bench.found.append({"error": f"{type(error).__name__}: {error}"[:500]})
         results["results"] += bench.found
         options.out.write_text(json.dumps(results, indent=1))
         bench.print()
@@ -85,41 +82,13 @@ class Bench:
         self.factor, self.budget, self.end = options.heads / heads, options.budget, 0.0
         self.found: list[dict[str, Any]] = []
         generator = torch.Generator(device="cuda").manual_seed(0)
-        q, k, v = torch.randn(3, tokens, heads, HEAD_DIM, device="cuda", generator=generator).bfloat16()
+        q, k = torch.randn(2, tokens, heads, HEAD_DIM, device="cuda", generator=generator).bfloat16()
         backend = backend_for(q.device, q.dtype)
         plan = rank_plan(home_plan(SequenceLayout.contiguous([0, tokens], 1), block_size), 0)
         rows, blocks = device_rows(plan, q.device), plan.plan.blocks
         start = torch.tensor(blocks.start, dtype=torch.int32, device="cuda")
-        length = torch.tensor(blocks.length, dtype=torch.int32, device="cuda")
         selected = backend.select_blocks(q, backend.centroids(k, start, block_size), rows, topk)
-        routed = backend.route(selected, len(blocks), heads, rows, block_size)
-        self.routing = (selected, len(blocks), heads, rows, block_size)
-        self.partials = backend.new_partials(selected, HEAD_DIM, q.dtype)
-        part = KVPart(k, v, start.expand(heads, -1), length)
-        self.attending = (q, part, routed, rows, selected, HEAD_DIM**-0.5, self.partials)
-        self.keys = int((torch.arange(tokens) % block_size + 1).sum()) * options.heads
-
-    def own(self) -> None:
-        """`attend_own`: rows, keys, warps, stages, with and without descriptors."""
-        if self.attending[2].block_size <= configs.SMALL_BLOCK:
-            return
-        self.end = time.perf_counter() + self.budget
-        shipped = configs.own_blocks(HEAD_DIM, HEAD_DIM, configs.capability(self.attending[0].device))
-        shapes = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3)]
-        variants = [replace(shipped, rows=r, keys=k, num_warps=w, num_stages=s) for r, k, w, s in shapes]
-        expected = None
-        for launch, tma in itertools.product([shipped, *(x for x in variants if x != shipped)], [True, False]):
-            self.partials.out.fill_(float("nan"))
-            entry = {"piece": "own", **asdict(launch), "tma": tma}
-            if self.timed(entry, lambda: forward.attend_own(*self.attending, launch, tma=tma)):  # noqa: B023
-                out = self.partials.out[:, :, -1].clone()
-                expected = out if expected is None else expected
-                same, wrong = (
-                    torch.equal(out, expected),
-                    (out.float() - expected.float()).norm() / expected.float().norm(),
-                )
-                entry |= {"same": same, "difference": float(wrong)}
-                entry["tflops"] = round(self.keys * 4 * HEAD_DIM / entry["ms"] / 1e9)
+        self.routing = (selected, len(blocks), heads, block_size)
 
     def lists(self) -> None:
         """`route`: all its passes together, under other module constants."""
@@ -128,7 +97,7 @@ class Bench:
         valid = int(expected.pointer[-1])
         few = [x for x in FEW if self.routing[1] * x["FEW_TOKENS"] <= 8192]  # larger tables would not fit the registers
         for constants in [{}, *COUNTED, *few, *SORTED]:
-            entry = {"piece": "lists", **constants}
+            entry = dict(constants)
             with patched(constants):
                 if self.timed(entry, lambda: lists.route(*self.routing)):
                     found = lists.route(*self.routing)
@@ -164,7 +133,7 @@ class Bench:
 
     def print(self) -> None:
         print(f"\n{self.case}")
-        for entry in sorted(self.found, key=lambda e: (e["piece"], e.get("ms", 1e9))):
+        for entry in sorted(self.found, key=lambda e: e.get("ms", 1e9)):
             print("  ", {k: v for k, v in entry.items() if k not in ("block_size", "topk", "store")})
 
 
