@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import configs
 from .backward_kernels import delta_kernel, dkdv_kernel, dq_kernel, find_pieces_kernel, sum_pieces_kernel
 from .sizes import cdiv, next_power_of_2
 
@@ -56,7 +57,7 @@ def choose_tiles(dim: int, value_dim: int, block_size: int, shared_memory: int =
     """Tiles for `[., dim]` queries and keys, `[., value_dim]` values and `shared_memory` bytes a program."""
     # Larger tiles of rows spill; tests compile all of these.
     wide = max(next_power_of_2(dim), next_power_of_2(value_dim))
-    block = max(16, next_power_of_2(block_size))
+    block = configs.padded(block_size)
     if shared_memory < 160 << 10:  # consumer parts: sm_86, sm_89, sm_120
         keys = min(block, 64 if wide <= 128 else 32)
         return Tiles(keys, 32, 4, 1, block <= keys, 64 if wide <= 128 else 32, min(block, 32), 4, 1)
@@ -211,8 +212,7 @@ class Call:
     def sizes(self) -> dict[str, int]:
         """Head sizes, and the same padded for the dots."""
         dim, value_dim = self.part.k.shape[2], self.part.v.shape[2]
-        padded = max(16, next_power_of_2(dim)), max(16, next_power_of_2(value_dim))
-        return {"D": dim, "DV": value_dim, "DP": padded[0], "DVP": padded[1]}
+        return {"D": dim, "DV": value_dim, "DP": configs.padded(dim), "DVP": configs.padded(value_dim)}
 
     def bits(self) -> dict[str, int]:
         """How an entry is put together."""

@@ -214,7 +214,7 @@ def shapes(dim: int, n_blocks: int, topk: int, hopper: bool) -> tuple[dict[str, 
 
     They depend on the device, D, topk and the number of blocks in all, which no layout changes; never on the rows at hand.
     """
-    padded = max(next_power_of_2(dim), 16)
+    padded = configs.padded(dim)
     narrow = n_blocks <= 1024 or padded > 128 or not hopper
     tile = {"D": dim, "PADDED_D": padded, "BM": ROW_TILE, "BN": 32 if narrow else 64}
     slots = {"TOPK": topk, "SLOTS": next_power_of_2(topk)}

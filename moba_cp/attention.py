@@ -19,7 +19,7 @@ from .parallel.comm import CommGroup
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport, make_report
 from .stages import Stages
-from .validation import check_call, check_tensors, group_size
+from .validation import call_facts, check_call, check_tensors, group_size
 
 DEFAULT_WORKSPACE_BYTES = 1280 << 20
 """Default of `workspace_bytes`: 1.25 GiB, which holds 128K tokens of a group of four q heads at topk 8 and D 128."""
@@ -105,15 +105,11 @@ def moba_attention(
     if comm_group.size > 1:
         agreement.check(
             group,
-            {
-                "layout": f"{layout.digest.hex()} {layout!r}",
+            call_facts(q, k, v, layout, comm, gradients)
+            | {
                 "config": repr(config),
-                "dtype": f"{q.dtype} on {q.device.type}",
-                "heads and head sizes": f"Hq {q.shape[1]}, Hkv {k.shape[1]}, D {q.shape[2]}, Dv {v.shape[2]}",
-                "comm": comm,
                 "return_report": str(bool(return_report)),
                 "workspace_bytes": str(workspace_bytes),
-                "gradients": "wanted" if gradients else "not wanted",
             },
             q.device,
         )

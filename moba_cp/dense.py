@@ -26,8 +26,9 @@ from .parallel import agreement
 from .parallel.comm import CommGroup, Traffic
 from .parallel.dense import COMMS, DenseTransport, Shard, equal_documents, transport, visible_pairs
 from .parallel.layout import SequenceLayout
+from .pipeline import unit_stride
 from .stages import Stages
-from .validation import check_comm, check_layout, check_placement, check_tensors, group_size
+from .validation import call_facts, check_comm, check_layout, check_placement, check_tensors, group_size
 
 
 def causal_attention(
@@ -76,19 +77,8 @@ def causal_attention(
     comm_group = CommGroup(group, layout.cp_size, traffic)
     if comm_group.size > 1:
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        agreement.check(
-            group,
-            {
-                "attention": "full",
-                "layout": f"{layout.digest.hex()} {layout!r}",
-                "softmax_scale": str(scale),
-                "dtype": f"{q.dtype} on {q.device.type}",
-                "heads and head sizes": f"Hq {q.shape[1]}, Hkv {k.shape[1]}, D {q.shape[2]}, Dv {v.shape[2]}",
-                "comm": comm,
-                "gradients": "wanted" if gradients else "not wanted",
-            },
-            q.device,
-        )
+        facts = call_facts(q, k, v, layout, comm, gradients) | {"attention": "full", "softmax_scale": str(scale)}
+        agreement.check(group, facts, q.device)
     call = _Call(layout, comm_group, comm, scale, equal_documents(layout), Stages(q.device))
     return _CausalAttention.apply(q, k, v, call)
 
@@ -113,7 +103,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (unit_stride(x) for x in (q, k, v))
         dtype = accumulate_dtype(q.dtype)
         total = q.new_zeros(*q.shape[:2], v.shape[2], dtype=dtype)
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype)

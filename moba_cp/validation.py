@@ -138,6 +138,17 @@ def _check_backend(group: dist.ProcessGroup | None, device: torch.device) -> Non
         raise ValueError(f"q, k and v are on {device}, but the group's backend serves {served}")
 
 
+def call_facts(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, comm: str, gradients: bool) -> dict[str, str]:
+    """What all ranks must have in common in any call of attention, by name; `gradients`: whether there will be a backward."""
+    return {
+        "layout": f"{layout.digest.hex()} {layout!r}",
+        "dtype": f"{q.dtype} on {q.device.type}",
+        "heads and head sizes": f"Hq {q.shape[1]}, Hkv {k.shape[1]}, D {q.shape[2]}, Dv {v.shape[2]}",
+        "comm": comm,
+        "gradients": "wanted" if gradients else "not wanted",
+    }
+
+
 def group_size(layout: object, group: object) -> int:
     """Ranks that a call would involve, as far as its arguments can be trusted; 1 when in doubt."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -112,10 +112,11 @@ def main(
     parts = [int(n) for n in noise.split(",")]
     phases = plan(comm.split(","), parts, side_by_side=not alone, only=runs.split(",") if runs else None)
     megatron_version = megatron.core.__version__.split("+")[0]  # behind a plus: the commit of the checkout around it
+    described = setup(config, settings, overrides or [], side_by_side=not alone)
     content: dict[str, Any] = {
         "about": about(commit) | {"megatron_core": megatron_version, "backend": backend(device)},
-        "setup": setup(config, settings, overrides or [], side_by_side=not alone),
-        "runs": kept(out, setup(config, settings, overrides or [], side_by_side=not alone)) if runs else {},
+        "setup": described,
+        "runs": kept(out, described) if runs else {},
         "comparison": {},
     }
     write(out, content)

@@ -18,11 +18,9 @@ from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.dense import causal_attention
 
 from .layout import host_integers, packed_layout, sbhd_layout
-from .settings import FULL_ATTENTION_COMMS, MoBASettings
+from .settings import COMM_PREFIX, FULL_ATTENTION_COMMS, MoBASettings
 from .te import build_te_attention
 from .unsupported import refuse_extra, refuse_unsupported
-
-_COMM_PREFIX = "moba_"
 
 
 class MoBACoreAttention(MegatronModule):
@@ -260,8 +258,8 @@ def _with_scale(moba: MoBAConfig, softmax_scale: float | None) -> MoBAConfig:
 def _resolve_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
     if cp_comm_type is None or cp_comm_type == "p2p":  # "p2p" is what Megatron says when nobody chose
         return settings.comm
-    if cp_comm_type.startswith(_COMM_PREFIX):
-        return cp_comm_type.removeprefix(_COMM_PREFIX)
+    if cp_comm_type.startswith(COMM_PREFIX):
+        return cp_comm_type.removeprefix(COMM_PREFIX)
     raise ValueError(
         f"cp_comm_type={cp_comm_type!r} belongs to Transformer Engine's attention; for MoBA write "
         "moba_<comm>, for example moba_fetch or moba_all_gather"
@@ -270,7 +268,7 @@ def _resolve_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
 
 def _resolve_full_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
     """Of a full layer, or of one that is switched."""
-    named = (cp_comm_type or "").removeprefix(_COMM_PREFIX)
+    named = (cp_comm_type or "").removeprefix(COMM_PREFIX)
     if settings.full_attention_comm == "auto" and named in FULL_ATTENTION_COMMS:
         return named
     return settings.full_attention_comm

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from moba_cp import MoBAConfig
 from moba_cp.parallel.dense import COMMS as FULL_ATTENTION_COMMS
 
+COMM_PREFIX = "moba_"
+"""What a ``cp_comm_type`` that names one of our transports begins with."""
 PARTITIONS = ("zigzag", "contiguous")
 BACKENDS = ("torch", "te")
 """What may compute full attention: our own over torch's kernels, or Transformer Engine."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from .settings import COMM_PREFIX
+
 
 def build_te_attention(
     config: TransformerConfig, layer_number: int, partition: str, cp_comm_type: str | None, **arguments: Any
@@ -37,7 +39,7 @@ def build_te_attention(
             f"{where} takes every context-parallel shard as zigzag, but partition={partition!r}; set "
             "full_attention_backend='torch'"
         )
-    if cp_comm_type is None or cp_comm_type.startswith("moba_"):
+    if cp_comm_type is None or cp_comm_type.startswith(COMM_PREFIX):
         cp_comm_type = "p2p"
     return extension.TEDotProductAttention(
         config=config, layer_number=layer_number, cp_comm_type=cp_comm_type, **arguments
