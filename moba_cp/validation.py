@@ -23,6 +23,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     for name, x in named.items():
+        if x.layout != torch.strided or x.is_nested:
+            kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+            raise TypeError(f"{name} must be an ordinary dense tensor, got {kind}")
         if x.dim() != 3:
             raise ValueError(f"{name} must have shape [tokens, heads, head size], got {tuple(x.shape)}")
         if x.dtype not in _DTYPES:

@@ -33,6 +33,12 @@ BAD_CALLS: dict[str, tuple[dict, type[Exception], str]] = {
     "q is a list": ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
     "k is None": ({"k": None}, TypeError, "k must be a tensor, got NoneType"),
     "integers": ({"q": zeros(8, 4, 8, dtype=torch.int32)}, TypeError, "q must be .* got torch.int32"),
+    "sparse": ({"q": zeros(8, 4, 8).to_sparse()}, TypeError, "q must be .* dense tensor, got layout torch.sparse_coo"),
+    "nested": (
+        {"v": torch.nested.nested_tensor([zeros(8, 2, 4)])},
+        TypeError,
+        "v must be .* dense tensor, got a nested",
+    ),
     "dtypes differ": ({"k": zeros(8, 2, 8, dtype=torch.float32)}, TypeError, "q torch.float64, k torch.float32"),
     "devices differ": ({"v": zeros(8, 2, 4, device="meta")}, ValueError, "q cpu, k cpu, v meta"),
     "token counts differ": ({"k": zeros(7, 2, 8)}, ValueError, r"q \(8, 4, 8\), k \(7, 2, 8\)"),
