@@ -23,8 +23,7 @@ import numpy as np
 import torch
 
 SEPARATOR = 256
-VOCAB_SIZE = 257
-PADDED_VOCAB_SIZE = 384  # divides by every usual tensor-parallel size, so losses do not depend on that size
+PADDED_VOCAB_SIZE = 384  # of 257; divides by every usual tensor-parallel size, so losses do not depend on that size
 
 
 @dataclass(frozen=True)
