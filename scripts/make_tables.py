@@ -229,7 +229,7 @@ def training_table(content: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Difference of the loss from CP 1, over steps:", ""]
-    for name, found in content["comparison"].items():
+    for name, found in sorted(content["comparison"].items()):
         verdict = ""
         if "within_noise" in found:
             times = f"{setup['factor']:g} times the noise"
@@ -257,13 +257,14 @@ def training_plot(content: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (losses, differences) = plt.subplots(2, 1, figsize=(7, 6), dpi=130, sharex=True, layout="constrained")
-    for (name, run), style in zip(content["runs"].items(), ("-", "--", ":", "-.", "-")):
+    for index, (name, run) in enumerate(sorted(content["runs"].items())):
+        look = {"label": training_label(name), "color": f"C{index}"}
         if run["steps"]:
-            losses.plot(range(1, run["steps"] + 1), run["loss"], style, label=training_label(name))
-    for name, found in content["comparison"].items():
-        # What is equal to the last bit has no place on a log scale.
-        values = [value or float("nan") for value in found["by_step"]]
-        differences.plot(range(1, len(values) + 1), values, "o-", markersize=3, label=training_label(name))
+            losses.plot(range(1, run["steps"] + 1), run["loss"], ("-", "--", ":", "-.")[index % 4], **look)
+        if name in content["comparison"]:
+            # What is equal to the last bit has no place on a log scale.
+            values = [value or float("nan") for value in content["comparison"][name]["by_step"]]
+            differences.plot(range(1, len(values) + 1), values, "o-", markersize=3, **look)
     losses.set(ylabel="loss, nats per byte", title=f"{content['about']['device']}, {content['setup']['precision']}")
     differences.set(yscale="log", xlabel="step", ylabel="|loss - loss of CP 1|")
     for axis in (losses, differences):
