@@ -19,7 +19,7 @@ from torch import Tensor
 from . import configs
 from .gate_exact import _gate_exact_kernel, _load_tile, _store_selection, select_sorted
 from .sizes import cdiv, next_power_of_2
-from .types import QueryRows
+from .types import QueryRows, selection_dtype
 
 ROW_TILE = 64
 """Query rows a program: the smallest tile of Hopper's matrix instruction."""
@@ -105,7 +105,7 @@ def _gate_kernel(
     """One program: the selection of BM rows of one q head.
 
     Reads BM x D of q once and the kv head's centroids from the rows' first to their last candidate (from L2: all programs
-    share them), BN at a time; writes BM x TOPK int32, and the numbers of the rows to be done again.
+    share them), BN at a time; writes BM x TOPK block numbers, and the numbers of the rows to be done again.
 
     A block's lane is its place in its tile of BN. Each (row, lane) keeps its DEPTH best keys in order; an insertion is
     minima and maxima of whole tiles. A key is the score with its low bits replaced by the tile's number from 1 (with PACKED,
@@ -231,10 +231,10 @@ def shapes(dim: int, n_blocks: int, topk: int, hopper: bool) -> tuple[dict[str, 
     return tile, slots, variant
 
 
-def _select_whole(rows: QueryRows, q_heads: int, topk: int) -> Tensor:
+def _select_whole(rows: QueryRows, q_heads: int, topk: int, dtype: torch.dtype) -> Tensor:
     """The selection where every row's candidates are all selected."""
     number = rows.block[:, None] + torch.arange(1 - topk, 1, dtype=torch.int32, device=rows.block.device)
-    number = torch.where(number >= rows.first_block[:, None], number, -1)
+    number = torch.where(number >= rows.first_block[:, None], number, -1).to(dtype)
     return number.expand(q_heads, -1, -1).contiguous()
 
 
@@ -250,13 +250,14 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
         topk: blocks a row attends to at most, own block counted.
 
     Returns:
-        int32 `[Hq, T, topk]`: block numbers ascending, so the own block is last; -1 first where there are fewer.
+        int16 `[Hq, T, topk]`, or int32 where int16 cannot count the blocks: block numbers ascending, so the own block is
+        last; -1 first where there are fewer.
     """
     tokens, q_heads, dim = q.shape
     n_blocks, kv_heads, _ = centroids.shape
     if tokens * q_heads == 0 or topk == 1 or topk >= n_blocks:
-        return _select_whole(rows, q_heads, topk)
-    out = torch.empty(q_heads, tokens, topk, dtype=torch.int32, device=q.device)
+        return _select_whole(rows, q_heads, topk, selection_dtype(n_blocks))
+    out = torch.empty(q_heads, tokens, topk, dtype=selection_dtype(n_blocks), device=q.device)
     tile, slots, variant = shapes(dim, n_blocks, topk, configs.capability(q.device) >= (9, 0))
     if topk > LIST_TOPK:
         select_sorted(q, centroids, rows, topk, tile, out)

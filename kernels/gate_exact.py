@@ -41,7 +41,7 @@ def _load_tile(base, row, stride, inside, D: tl.constexpr, PADDED_D: tl.constexp
 
 @triton.jit
 def _store_selection(out_ptr, selection, row, head, tokens, valid, TOPK: tl.constexpr, SLOTS: tl.constexpr):
-    """The last TOPK of SLOTS columns into `[head, row, :]` of the contiguous int32 `[heads, tokens, TOPK]`."""
+    """The last TOPK of SLOTS columns into `[head, row, :]` of the contiguous `[heads, tokens, TOPK]`."""
     column = tl.arange(0, SLOTS) - (SLOTS - TOPK)
     pointer = out_ptr + (head.to(tl.int64) * tokens + row)[:, None] * TOPK + column[None, :]
     tl.store(pointer, selection, mask=valid[:, None] & (column >= 0)[None, :])

@@ -32,6 +32,8 @@ FEW_BLOCKS, FEW_TOKENS, FEW_WARPS = 64, 32, 4
 """Up to so many blocks a program keeps a place for each in registers and sorts nothing; its tokens at once, and its warps."""
 FEW_SLOTS = 32
 """Most slots a row for that."""
+ITEM_KERNEL_BINS, ITEM_KERNEL_ITEMS = 32, 32
+"""Bins a program makes the items of, and items of each that it writes at once."""
 ENTRY_BITS = 31
 """Entries of more bits are int64."""
 PROGRAMS = 1024
@@ -50,7 +52,8 @@ class RoutingLists:
         head_bits, slot_bits: widths of these fields.
         n_blocks, kv_heads, group_size: blocks a head, kv heads at work, q heads a kv head.
         item_bin, item_start: int32 `[items]`: item i covers the entries
-            `[item_start, min(item_start + rows_per_item, pointer[item_bin + 1]))`. Unused items come last, with bin -1.
+            `[item_start, min(item_start + rows_per_item, pointer[item_bin + 1]))`, or is unused, with bin -1. In order of
+            bins.
         rows_per_item: most entries of an item.
         block_size: keys a block, as given to `route`.
     """
@@ -84,12 +87,13 @@ def _part(
     place = tl.arange(0, ENTRIES)
     token, slot = _token_and_slot(row, place, WIDTH, CHUNKS)
     inside = (place < ENTRIES // WIDTH * WIDTH) & (row + place // WIDTH < end) & (token < tokens) & (slot < SLOTS)
-    return tl.load(head_ptr + token.to(tl.int64) * stride_t + slot * stride_s, mask=inside, other=-1)
+    block = tl.load(head_ptr + token.to(tl.int64) * stride_t + slot * stride_s, mask=inside, other=-1)
+    return block.to(tl.int32)
 
 
 @triton.jit(
     do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "piece_rows", "stride_h", "stride_t"],
-    do_not_specialize_on_alignment=["selected_ptr", "count_ptr", "begin_ptr"],
+    do_not_specialize_on_alignment=["selected_ptr"],
 )
 def _count_kernel(
     selected_ptr,
@@ -110,11 +114,15 @@ def _count_kernel(
 ):
     """One program: how often each block occurs in one piece (`piece_rows` rows of one q head) of a kv head's selection.
 
-    Reads the piece once; writes one int32 for each block into `count[kv head, block, piece]`, which is zero before. With
-    BINS = 0 the blocks are too many for registers, and each entry is added where it belongs; sums of integers have no order.
+    Reads the piece once; writes one int32 for each block into `count[1 + (kv head, block, piece)]`; `count[0]` is 0. With
+    BINS = 0 the blocks are too many for registers, and each entry is added where it belongs, to zeros; sums of integers have
+    no order.
     """
     piece = tl.program_id(0)
     kv_head = tl.program_id(1)
+    if BINS > 0 and piece + kv_head == 0:
+        tl.store(count_ptr, 0)
+    count_ptr += 1
     first = kv_head.to(tl.int64) * n_blocks
     total = tl.zeros([BINS if BINS > 0 else 1], tl.int32)
     head_ptr = selected_ptr + (kv_head * group + piece // pieces_per_head).to(tl.int64) * stride_h
@@ -140,7 +148,7 @@ def _greater(a, b):
 
 @triton.jit(
     do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "piece_rows", "stride_h", "stride_t"],
-    do_not_specialize_on_alignment=["selected_ptr", "count_ptr", "begin_ptr"],
+    do_not_specialize_on_alignment=["selected_ptr"],
 )
 def _scatter_kernel(
     selected_ptr,
@@ -202,7 +210,7 @@ def _scatter_kernel(
 
 @triton.jit(
     do_not_specialize=["tokens", "n_blocks", "group", "pieces_per_head", "piece_rows", "stride_h", "stride_t"],
-    do_not_specialize_on_alignment=["selected_ptr", "begin_ptr"],
+    do_not_specialize_on_alignment=["selected_ptr"],
 )
 def _scatter_few_kernel(
     selected_ptr,
@@ -239,7 +247,7 @@ def _scatter_few_kernel(
         row_ptr = head_ptr + token.to(tl.int64) * stride_t
         named = tl.zeros([BINS, TOKENS], tl.int32)  # slot + 1
         for slot in tl.static_range(SLOTS):
-            block = tl.load(row_ptr + slot * stride_s, mask=token < end, other=-1)
+            block = tl.load(row_ptr + slot * stride_s, mask=token < end, other=-1).to(tl.int32)
             named = tl.where(bin_[:, None] == block[None, :], slot + 1, named)
         listed = (named > 0).to(tl.int32)
         target = cursor[:, None] + tl.cumsum(listed, 1) - 1
@@ -251,35 +259,43 @@ def _scatter_few_kernel(
         cursor += tl.sum(listed, 1)
 
 
-@triton.jit(do_not_specialize=["bins", "pieces", "per_item"])
-def _pointer_kernel(begin_ptr, pointer_ptr, items_ptr, bins, pieces, per_item, TILE: tl.constexpr):
-    """One program: where TILE bins begin, and how many items each has. `begin[bins, pieces]` and one number more."""
-    bin_ = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    pointer = begin_ptr + bin_.to(tl.int64) * pieces
-    begin = tl.load(pointer, mask=bin_ <= bins, other=0)
-    end = tl.load(pointer + pieces, mask=bin_ < bins, other=0)
+@triton.jit(do_not_specialize=["bins", "pieces", "items", "per_item"])
+def _item_kernel(
+    begin_ptr,
+    pointer_ptr,
+    item_bin_ptr,
+    item_start_ptr,
+    bins,
+    pieces,
+    items,
+    per_item,
+    BINS: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    """One program: where BINS bins begin, and their items. `begin[bins, pieces]` and one number more.
+
+    The items of bin b begin at item `pointer[b] // per_item + b`. That is no more than the items before it in number, since
+    a bin has at most one item that is not full, and leaves at most one item unused between two bins; what is left after
+    the last bin is shared by all programs.
+    """
+    bin_ = tl.program_id(0) * BINS + tl.arange(0, BINS)
+    begin_of = begin_ptr + bin_.to(tl.int64) * pieces
+    begin = tl.load(begin_of, mask=bin_ <= bins, other=0)
+    end = tl.load(begin_of + pieces, mask=bin_ < bins, other=0)
     tl.store(pointer_ptr + bin_, begin, mask=bin_ <= bins)
-    tl.store(items_ptr + bin_, (end - begin + per_item - 1) // per_item, mask=bin_ < bins)
-
-
-@triton.jit(do_not_specialize=["bins", "items", "per_item"])
-def _item_kernel(pointer_ptr, items_end_ptr, item_bin_ptr, item_start_ptr, bins, items, per_item, TILE: tl.constexpr):
-    """One program: bin and first entry of TILE items, by binary search in the cumulative number of items of the bins."""
-    item = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    low = tl.zeros([TILE], tl.int32)
-    high = tl.zeros([TILE], tl.int32) + bins
-    width = bins
-    while width > 0:
-        middle = (low + high) // 2
-        passed = (low < high) & (tl.load(items_end_ptr + middle, mask=low < high, other=0) <= item)
-        high = tl.where(passed, high, middle)
-        low = tl.where(passed, middle + 1, low)
-        width = width // 2
-    used = low < bins
-    before = tl.load(items_end_ptr + low - 1, mask=used & (low > 0), other=0)
-    start = tl.load(pointer_ptr + low, mask=used, other=0) + (item - before) * per_item
-    tl.store(item_bin_ptr + item, tl.where(used, low, -1), mask=item < items)
-    tl.store(item_start_ptr + item, tl.where(used, start, 0), mask=item < items)
+    first = begin // per_item + bin_
+    behind = tl.where(bin_ < bins, end // per_item + bin_ + 1, first)
+    of_bin = (end - begin) // per_item + ((end - begin) % per_item > 0).to(tl.int32)
+    for at in range(0, tl.max(behind - first, 0), ITEMS):
+        number = at + tl.arange(0, ITEMS)
+        item = first[:, None] + number[None, :]
+        used = number[None, :] < of_bin[:, None]
+        tl.store(item_bin_ptr + item, tl.where(used, bin_[:, None], -1), mask=item < behind[:, None])
+        tl.store(item_start_ptr + item, begin[:, None] + number[None, :] * per_item, mask=used)
+    behind_all = tl.load(begin_ptr + bins.to(tl.int64) * pieces) // per_item + bins
+    place = tl.arange(0, BINS * ITEMS)
+    for at in range(behind_all + tl.program_id(0) * BINS * ITEMS, items, tl.num_programs(0) * BINS * ITEMS):
+        tl.store(item_bin_ptr + at + place, tl.full([BINS * ITEMS], -1, tl.int32), mask=at + place < items)
 
 
 def counting_shape(n_blocks: int, slots: int) -> dict[str, int]:
@@ -304,11 +320,12 @@ def _counting_sort(
     pieces_per_head = cdiv(parts_per_head, parts)
     grid = (pieces_per_head * group, kv_heads)
     sizes = (tokens, n_blocks, group, pieces_per_head, parts * part_rows, *selected.stride())
-    # A zero before the counts makes their inclusive sum the exclusive one, with the total at its end.
-    count = torch.zeros(1 + kv_heads * n_blocks * grid[0], dtype=torch.int32, device=selected.device)
     bins = shape.pop("BINS")
+    # A zero before the counts makes their inclusive sum the exclusive one, with the total at its end.
+    room = torch.empty if bins else torch.zeros
+    count = room(1 + kv_heads * n_blocks * grid[0], dtype=torch.int32, device=selected.device)
     counted = shape | {"ENTRIES": COUNT_ENTRIES, "BINS": bins}
-    _count_kernel[grid](selected, count[1:], *sizes, **counted, num_warps=COUNT_WARPS)
+    _count_kernel[grid](selected, count, *sizes, **counted, num_warps=COUNT_WARPS)
     begin = torch.cumsum(count, 0, dtype=torch.int32)
     result = _items(begin, kv_heads * n_blocks, grid[0], entry.numel(), rows_per_item)
     if n_blocks <= FEW_BLOCKS and slots <= FEW_SLOTS and shape["CHUNKS"] == 1:
@@ -322,17 +339,13 @@ def _counting_sort(
 
 def _items(begin: Tensor, bins: int, pieces: int, capacity: int, rows_per_item: int) -> tuple[Tensor, Tensor, Tensor]:
     """`pointer`, `item_bin` and `item_start` from where the bins' pieces begin, `[bins * pieces + 1]`."""
-    device = begin.device
-    pointer = torch.empty(bins + 1, dtype=torch.int32, device=device)
-    items_of_bin = torch.empty(bins, dtype=torch.int32, device=device)
-    tile = 256
-    _pointer_kernel[(cdiv(bins + 1, tile),)](begin, pointer, items_of_bin, bins, pieces, rows_per_item, TILE=tile)
-    items_end = torch.cumsum(items_of_bin, 0, dtype=torch.int32)
-    items = capacity // rows_per_item + min(bins, capacity)
-    item_bin = torch.empty(items, dtype=torch.int32, device=device)
-    item_start = torch.empty(items, dtype=torch.int32, device=device)
-    arguments = (pointer, items_end, item_bin, item_start, bins, items, rows_per_item)
-    _item_kernel[(cdiv(items, tile),)](*arguments, TILE=tile)
+    items = capacity // rows_per_item + bins
+    pointer, item_bin, item_start = (
+        torch.empty(size, dtype=torch.int32, device=begin.device) for size in (bins + 1, items, items)
+    )
+    tables = (begin, pointer, item_bin, item_start)
+    shape = {"BINS": ITEM_KERNEL_BINS, "ITEMS": ITEM_KERNEL_ITEMS}
+    _item_kernel[(cdiv(bins + 1, ITEM_KERNEL_BINS),)](*tables, bins, pieces, items, rows_per_item, **shape)
     return pointer, item_bin, item_start
 
 
@@ -340,7 +353,7 @@ def route(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) -> Ro
     """Routing lists of `selected` for block attention and its backward; own blocks are entries like any other.
 
     Args:
-        selected: int32 `[Hq, T, topk]` of `select_blocks`, any strides; the q heads of `kv_heads` kv heads.
+        selected: `[Hq, T, topk]` of `select_blocks`, any strides; the q heads of `kv_heads` kv heads.
         n_blocks: blocks in all.
         kv_heads: kv heads at work.
         block_size: keys a block.

@@ -40,7 +40,7 @@ def _merge(
 ):  # fmt: skip
     """One program: ROWS rows of one q head; a running softmax over their slots.
 
-    Reads TOPK * (2 * DV + 8) bytes a row (less for empty slots), writes 2 * DV + 4. The loop over slots stays a loop:
+    Reads TOPK * (2 * DV + 6) bytes a row (less for empty slots), writes 2 * DV + 4. The loop over slots stays a loop:
     unrolled, it spills.
     """
     head, token, valid, chosen, first = _slot_rows(selected, tokens, selected_head, selected_token, ROWS, TOPK)
@@ -71,7 +71,7 @@ def _merge_dq(
     partial, selected, merged, tokens, selected_head, selected_token, selected_slot, merged_token, merged_head,
     TOPK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of one q head, fp32 sums of slots. Reads TOPK * (2 * D + 4) bytes a row, writes 2 * D."""
+    """One program: ROWS rows of one q head, fp32 sums of slots. Reads TOPK * (2 * D + 2) bytes a row, writes 2 * D."""
     head, token, valid, chosen, first = _slot_rows(selected, tokens, selected_head, selected_token, ROWS, TOPK)
     d = tl.arange(0, D_PADDED)
     column = (d < D)[None, :]

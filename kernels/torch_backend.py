@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .types import KVPart, QueryRows
+from .types import KVPart, QueryRows, selection_dtype
 
 NAME = "torch"
 _GATE_ROWS = 1024
@@ -125,12 +125,13 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
         topk: blocks a row attends to at most, own block counted.
 
     Returns:
-        int32 `[Hq, T, topk]`: block numbers ascending, so the own block is last; -1 first where there are fewer.
+        int16 `[Hq, T, topk]`, or int32 where int16 cannot count the blocks: block numbers ascending, so the own block is
+        last; -1 first where there are fewer.
     """
     tokens, q_heads, _ = q.shape
-    kv_heads = centroids.shape[1]
+    n_blocks, kv_heads, _ = centroids.shape
     acc = accumulate_dtype(q.dtype)
-    selected = torch.full((q_heads, tokens, topk), -1, dtype=torch.int32, device=q.device)
+    selected = torch.full((q_heads, tokens, topk), -1, dtype=selection_dtype(n_blocks), device=q.device)
     selected[:, :, -1] = rows.block
     if topk == 1 or tokens == 0:
         return selected
@@ -154,7 +155,7 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
         allowed, by_candidate = torch.sort(allowed.to(torch.uint8), dim=2, descending=True, stable=True)
         best = low + order.gather(2, by_candidate)[:, :, :wanted]
         best = best.masked_fill(allowed[:, :, :wanted] == 0, -1).sort(2).values
-        selected[:, begin:end, topk - 1 - wanted : topk - 1] = best.to(torch.int32)
+        selected[:, begin:end, topk - 1 - wanted : topk - 1] = best.to(selected.dtype)
     return selected
 
 
@@ -200,7 +201,7 @@ def attend(
         part: keys and values; pairs it does not hold are left for another part.
         lists: `route(selected, ...)`.
         rows: where the rows stand.
-        selected: int32 `[Hq, T, topk]`.
+        selected: `[Hq, T, topk]` of `select_blocks`.
         scale: factor on the scores.
         partials: `new_partials(selected, Dv, q.dtype)`; written at the slots of this part's blocks.
     """
@@ -225,7 +226,7 @@ def merge(partials: Partials, selected: Tensor, out: Tensor, lse: Tensor) -> Non
 
     Args:
         partials: of `attend`, every slot with `selected >= 0` written.
-        selected: int32 `[Hq, T, topk]`.
+        selected: `[Hq, T, topk]` of `select_blocks`.
         out: `[T, Hq, Dv]`, written.
         lse: `[Hq, T]`, written: log-sum-exp over all keys of the row.
     """

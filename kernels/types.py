@@ -16,6 +16,11 @@ OWN_TILE = 128
 """Most query rows in one entry of `QueryRows.own_tiles`."""
 
 
+def selection_dtype(n_blocks: int) -> torch.dtype:
+    """Dtype of selected blocks: int16 where every block number fits, else int32."""
+    return torch.int16 if n_blocks <= torch.iinfo(torch.int16).max else torch.int32
+
+
 @dataclass(frozen=True)
 class QueryRows:
     """Where each of `T` query rows stands among the blocks.

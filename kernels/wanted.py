@@ -16,7 +16,7 @@ ENTRIES = 1024
 def _wanted_kernel(
     selected, wanted, tokens, n_blocks, group, stride_h, stride_t, stride_s, TOPK: tl.constexpr, ENTRIES: tl.constexpr
 ):
-    """One program: ENTRIES (row, slot) of one q head. Reads 4 bytes an entry and stores a one for each block it finds;
+    """One program: ENTRIES (row, slot) of one q head. Reads each entry once and stores a one for each block it finds;
     programs that find the same block store the same byte."""
     head = tl.program_id(1)
     place = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)

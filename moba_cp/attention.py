@@ -179,7 +179,7 @@ class _MoBAFunction(torch.autograd.Function):
         with torch.cuda.device_of(q):  # kernels are launched on the current device
             saved = pipeline.forward(call, q, k, v)
         ctx.call, ctx.lists = call, saved.lists
-        ctx.save_for_backward(q, k, v, saved.out, saved.lse, pipeline.compact(saved.selected, call))
+        ctx.save_for_backward(q, k, v, saved.out, saved.lse, saved.selected)
         ctx.mark_non_differentiable(saved.selected)
         return saved.out, saved.selected
 
@@ -187,5 +187,5 @@ class _MoBAFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, selected = ctx.saved_tensors
-        saved = pipeline.Saved(selected.to(torch.int32), out, lse, ctx.lists)
+        saved = pipeline.Saved(selected, out, lse, ctx.lists)
         return *pipeline.backward(ctx.call, q, k, v, saved, dout), None

@@ -100,7 +100,7 @@ class Saved:
     """What backward needs of a forward pass, besides its inputs.
 
     Attributes:
-        selected: int32 `[Hq, T, topk]`.
+        selected: `[Hq, T, topk]`, of the gate.
         out: `[T, Hq, Dv]`.
         lse: `[Hq, T]`.
         lists: routing lists by chunk (first kv head, first row), if they are kept.
@@ -267,7 +267,7 @@ def _route(call: Call, chunk: Chunk, saved: Saved) -> Any:
 
 
 def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> Tensor:
-    """Centroids of home blocks, all-gathered; then the gate. int32 `[Hq, T, topk]`."""
+    """Centroids of home blocks, all-gathered; then the gate: `[Hq, T, topk]`."""
     n_blocks = len(call.plan.plan.blocks)
     if call.topk > 1:
         start = centroid_start(call.plan, q.device)
@@ -278,11 +278,6 @@ def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> T
         centroids = q.new_zeros(n_blocks, home.k.shape[1], q.shape[-1])
     with call.stage("gate"):
         return call.backend.select_blocks(q, centroids, rows, call.topk)
-
-
-def compact(selected: Tensor, call: Call) -> Tensor:
-    """Selected blocks in int16 where every block number fits, for keeping."""
-    return selected.to(torch.int16) if len(call.plan.plan.blocks) <= torch.iinfo(torch.int16).max else selected
 
 
 def open_transport(call: Call, home: HomeBlocks, selected: Tensor) -> Transport:

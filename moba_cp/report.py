@@ -66,10 +66,10 @@ def make_report(call: Call, selected: Tensor, pair_bytes: int) -> MoBAReport:
 
     Args:
         call: the call.
-        selected: int32 `[Hq, T, topk]`, what the gate chose.
+        selected: `[Hq, T, topk]`, what the gate chose.
         pair_bytes: bytes of one key and its value.
     """
-    plan, blocks = call.plan.plan, call.plan.plan.blocks
+    plan, blocks, selected = call.plan.plan, call.plan.plan.blocks, selected.to(torch.int32)
     quiet = CommGroup(call.comm.group, call.comm.size)  # its traffic is not the call's
     wanted = call.wanted
     if wanted is None:

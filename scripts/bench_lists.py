@@ -94,7 +94,7 @@ class Bench:
         """`route`: all its passes together, under other module constants."""
         self.end = time.perf_counter() + self.budget
         expected = lists.route(*self.routing)
-        valid = int(expected.pointer[-1])
+        valid, used = int(expected.pointer[-1]), expected.item_bin >= 0
         few = [x for x in FEW if self.routing[1] * x["FEW_TOKENS"] <= 8192]  # larger tables would not fit the registers
         for constants in [{}, *COUNTED, *few, *SORTED]:
             entry = dict(constants)
@@ -105,7 +105,7 @@ class Bench:
                         torch.equal(found.pointer, expected.pointer)
                         and torch.equal(found.entry[:valid], expected.entry[:valid])
                         and torch.equal(found.item_bin, expected.item_bin)
-                        and torch.equal(found.item_start, expected.item_start)
+                        and torch.equal(found.item_start[used], expected.item_start[used])
                     )
 
     def timed(self, entry: dict[str, Any], call: Callable[[], Any], count: int = 7) -> bool:

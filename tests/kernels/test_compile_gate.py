@@ -60,8 +60,7 @@ def kernels(capability: int):
             yield f"scatter few {name}", lists._scatter_few_kernel, element, few
         shape["PLACE_BITS"] = shape["ENTRIES"].bit_length() - 1
         yield f"scatter {name}", lists._scatter_kernel, element, shape | {"num_warps": lists.WARPS}
-    yield "pointer", lists._pointer_kernel, "i32", {"TILE": 256}
-    yield "item", lists._item_kernel, "i32", {"TILE": 256}
+    yield "item", lists._item_kernel, "i32", {"BINS": lists.ITEM_KERNEL_BINS, "ITEMS": lists.ITEM_KERNEL_ITEMS}
 
 
 def usage(kernel, element: str, constants: dict, capability: int) -> dict[str, int]:
@@ -73,7 +72,8 @@ def usage(kernel, element: str, constants: dict, capability: int) -> dict[str, i
     options = {key: constants[key] for key in ("num_warps", "maxnreg") if key in constants}
     constants = {key: value for key, value in constants.items() if key not in options}
     elements = dict.fromkeys(("q_ptr", "c_ptr", "k_ptr", "entry_ptr"), element)
-    elements["out_ptr"] = {"_centroids_kernel": element, "_scores_kernel": "i64"}.get(kernel.__name__, "i32")
+    elements["out_ptr"] = {"_centroids_kernel": element, "_scores_kernel": "i64"}.get(kernel.__name__, "i16")
+    elements["selected_ptr"] = "i16"
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name

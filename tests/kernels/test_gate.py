@@ -13,6 +13,7 @@ from tests.kernels import interpreter
 
 gate = pytest.importorskip("moba_cp.kernels.gate")
 from moba_cp.kernels import gate_exact, query_rows, torch_backend  # noqa: E402
+from moba_cp.kernels.types import selection_dtype  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
 NAN, INF = float("nan"), float("inf")
@@ -53,7 +54,7 @@ def inputs(tokens, q_heads, kv_heads, n_blocks, dim, seed=0, dtype=torch.bfloat1
 def assert_equal(q, c, rows, topk):
     expected = torch_backend.select_blocks(q, c, rows, topk)
     actual = gate.select_blocks(q, c, rows, topk)
-    assert actual.dtype == torch.int32
+    assert actual.dtype == selection_dtype(len(c))
     assert actual.shape == expected.shape
     wrong = (actual != expected).any(2).nonzero()
     assert wrong.numel() == 0, (wrong[:5], expected[tuple(wrong[0])], actual[tuple(wrong[0])])

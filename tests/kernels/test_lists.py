@@ -9,6 +9,7 @@ from tests.kernels import interpreter
 
 lists = pytest.importorskip("moba_cp.kernels.lists")
 from moba_cp.kernels import torch_backend  # noqa: E402
+from moba_cp.kernels.types import selection_dtype  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
 
@@ -40,7 +41,7 @@ def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
     kept = min(topk, n_blocks)
     best = torch.topk(scores, kept, dim=2)
     selected = torch.where(best.values > -2, best.indices, -1).sort(2).values
-    return torch.nn.functional.pad(selected, (topk - kept, 0), value=-1).to(DEVICE, torch.int32)
+    return torch.nn.functional.pad(selected, (topk - kept, 0), value=-1).to(DEVICE, selection_dtype(n_blocks))
 
 
 def check(selected, n_blocks, kv_heads, block_size):
@@ -59,16 +60,15 @@ def check(selected, n_blocks, kv_heads, block_size):
     assert torch.equal(token, expected.token)
     assert torch.equal(slot, expected.slot)
     assert torch.equal(in_group, expected.head % group)
-    # Items: every bin in stretches of rows_per_item from its start, in order; then nothing but -1.
+    # Items: every bin in stretches of rows_per_item from its start, in order; the others are unused.
     per_item = actual.rows_per_item
     wanted = [
         (bin_, start)
         for bin_ in range(kv_heads * n_blocks)
         for start in range(pointer[bin_], pointer[bin_ + 1], per_item)
     ]
-    items = list(zip(actual.item_bin.tolist(), actual.item_start.tolist()))
-    assert items[: len(wanted)] == wanted
-    assert all(bin_ == -1 for bin_, _ in items[len(wanted) :])
+    items = list(zip(actual.item_bin.tolist(), actual.item_start.tolist(), strict=True))
+    assert [item for item in items if item[0] != -1] == wanted
     return actual
 
 
@@ -129,6 +129,17 @@ def test_more_slots_than_a_part(monkeypatch):
     check(selected, 9, 2, 128)
 
 
+@interpreter.interpreted
+def test_many_items_and_many_unused(monkeypatch):
+    """A bin of more items than are written at once; most of the room for items left over."""
+    monkeypatch.setattr(lists, "ITEM_ROWS_SMALL", 1)
+    selected = random_selection(1, 70, 6, 9, hot=True)
+    selected[:, :, 1:-1] = -1
+    check(selected.sort(2).values, 9, 1, 128)
+    monkeypatch.setattr(lists, "ITEM_KERNEL_ITEMS", 4)
+    check(selected.sort(2).values, 9, 1, 128)
+
+
 def test_nothing_listed():
     selected = random_selection(2, 6, 1, 3)
     empty = lists.route(selected[:, :0], 3, 1, 128)
@@ -169,8 +180,9 @@ class TestGPU:
         for _ in range(20):
             again = lists.route(selected, 500, 2, 128)
             for name in ("pointer", "entry", "item_bin", "item_start"):
-                valid = int(first.pointer[-1]) if name == "entry" else None
-                assert torch.equal(getattr(again, name)[:valid], getattr(first, name)[:valid]), name
+                valid = slice(int(first.pointer[-1])) if name == "entry" else slice(None)
+                valid = first.item_bin >= 0 if name == "item_start" else valid
+                assert torch.equal(getattr(again, name)[valid], getattr(first, name)[valid]), name
 
     def test_wide_entries(self):
         """21 bits of token, 5 of head, 6 of slot."""

@@ -22,14 +22,14 @@ def test_in_interpreter():
     interpreter.run_module(__file__)
 
 
-def make_partials(tokens, q_heads, topk, dim, dtype, seed=0):
+def make_partials(tokens, q_heads, topk, dim, dtype, selected_dtype=torch.int16, seed=0):
     """Partials with NaN in unselected slots; log-sum-exps far apart, as different blocks' are; `selected` of a chunk."""
     generator = torch.Generator(device=DEVICE).manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, device=DEVICE, generator=generator)  # noqa: E731
     out, lse = draw(q_heads, tokens, topk, dim).to(dtype), 20 * draw(q_heads, tokens, topk)
     number = torch.arange(topk, device=DEVICE)
     missing = torch.randint(0, topk, (q_heads + 1, tokens + 5, 1), device=DEVICE, generator=generator)
-    selected = torch.where(number < missing, -1, number).to(torch.int32)[1:, 2 : tokens + 2]
+    selected = torch.where(number < missing, -1, number).to(selected_dtype)[1:, 2 : tokens + 2]
     out[selected < 0] = NAN
     lse[selected < 0] = NAN
     return Partials(out, lse), selected
@@ -41,8 +41,8 @@ def strided(tokens, heads, dim, dtype):
     return whole[1 : tokens + 1, :heads, :dim], whole
 
 
-def check_merge(tokens, q_heads, topk, dim, dtype, tolerance):
-    partials, selected = make_partials(tokens, q_heads, topk, dim, dtype)
+def check_merge(tokens, q_heads, topk, dim, dtype, tolerance, selected_dtype=torch.int16):
+    partials, selected = make_partials(tokens, q_heads, topk, dim, dtype, selected_dtype)
     out, whole = strided(tokens, q_heads, dim, dtype)
     lse = torch.full((q_heads, tokens + 7), NAN, device=DEVICE)
     merge.merge(partials, selected, out, lse[:, 3 : tokens + 3])
@@ -58,8 +58,8 @@ def check_merge(tokens, q_heads, topk, dim, dtype, tolerance):
     assert int(lse.isnan().sum()) == 7 * q_heads
 
 
-def check_merge_dq(tokens, q_heads, topk, dim, dtype, tolerance):
-    partials, selected = make_partials(tokens, q_heads, topk, dim, dtype)
+def check_merge_dq(tokens, q_heads, topk, dim, dtype, tolerance, selected_dtype=torch.int16):
+    partials, selected = make_partials(tokens, q_heads, topk, dim, dtype, selected_dtype)
     dq, whole = strided(tokens, q_heads, dim, dtype)
     merge.merge_dq(partials, selected, dq)
     expected = torch.empty(tokens, q_heads, dim, device=DEVICE)
@@ -72,10 +72,11 @@ SHAPES = {"one row": (1, 1, 1, 16), "several tiles": (150, 2, 5, 24), "wide": (9
 
 
 @interpreter.interpreted
+@pytest.mark.parametrize("selected_dtype", [torch.int16, torch.int32], ids=str)
 @pytest.mark.parametrize("check", [check_merge, check_merge_dq])
 @pytest.mark.parametrize("name", SHAPES)
-def test_small(check, name):
-    check(*SHAPES[name], torch.float32, 1e-6)
+def test_small(check, name, selected_dtype):
+    check(*SHAPES[name], torch.float32, 1e-6, selected_dtype)
 
 
 @interpreter.interpreted

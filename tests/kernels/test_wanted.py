@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moba_cp.kernels import torch_backend, wanted
+from moba_cp.kernels.types import selection_dtype
 from tests.kernels import interpreter
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
@@ -17,7 +18,9 @@ def test_in_interpreter():
 
 def check(q_heads, kv_heads, tokens, topk, n_blocks):
     generator = torch.Generator().manual_seed(tokens)
-    selected = torch.randint(-1, n_blocks, (q_heads, tokens + 3, topk), generator=generator, dtype=torch.int32)
+    selected = torch.randint(
+        -1, n_blocks, (q_heads, tokens + 3, topk), generator=generator, dtype=selection_dtype(n_blocks)
+    )
     selected = selected.to(DEVICE)[:, 2 : tokens + 2]
     actual = wanted.wanted_pairs(selected, n_blocks, kv_heads)
     assert torch.equal(actual, torch_backend.wanted_pairs(selected, n_blocks, kv_heads))
@@ -27,7 +30,9 @@ def check(q_heads, kv_heads, tokens, topk, n_blocks):
 
 
 @interpreter.interpreted
-@pytest.mark.parametrize("sizes", [(4, 2, 9, 3, 40), (1, 1, 1, 1, 1), (2, 2, 700, 2, 5000), (3, 1, 0, 4, 7)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(4, 2, 9, 3, 40), (1, 1, 1, 1, 1), (2, 2, 700, 2, 5000), (3, 1, 0, 4, 7), (2, 1, 5, 3, 40000)], ids=str
+)
 def test_small(sizes):
     check(*sizes)
 
