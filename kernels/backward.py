@@ -269,9 +269,9 @@ def launch_dq(call: Call, tiles: Tiles) -> None:
     if not lists.item_bin.numel():
         return
     dq_kernel[(lists.item_bin.numel(),)](
-        call.q, call.dout, part.k, part.v, call.lse, call.delta, call.rows.position, lists.pointer, lists.entry,
-        lists.item_bin, lists.item_start, part.start, part.length, call.dq,
+        call.q, call.dout, part.k, part.v, call.lse, call.delta, call.rows.position, lists.entry, lists.item_bin,
+        lists.item_start, lists.item_end, part.start, part.length, call.dq,
         *call.row_strides(), *call.key_strides(part.k, part.v), *call.score_strides(), *call.dq_strides(),
         part.start.stride(0), lists.n_blocks, lists.group_size, call.scale, **call.sizes(), **call.bits(),
-        ITEM=lists.rows_per_item, R=tiles.dq_rows, BN=tiles.dq_keys, STAGES=tiles.dq_stages, num_warps=tiles.dq_warps,
+        R=tiles.dq_rows, BN=tiles.dq_keys, STAGES=tiles.dq_stages, num_warps=tiles.dq_warps,
     )  # fmt: skip

@@ -10,7 +10,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 VARYING = ["lse_h", "delta_h", "dq_h", "n_bins", "n_blocks", "start_h", "scale"]
 UNALIGNED = [
-    "lse", "delta", "position", "pointer", "entry", "part_start", "part_length", "piece_bin", "item_bin", "item_start",
+    "lse", "delta", "position", "pointer", "entry", "part_start", "part_length", "piece_bin", "item_bin",
+    "item_start", "item_end",
 ]  # fmt: skip
 
 
@@ -212,12 +213,11 @@ def sum_pieces_kernel(
 
 @triton.jit(do_not_specialize=["lse_h", "delta_h", "dq_h", "n_blocks", "start_h"])
 def dq_kernel(
-    q, dout, k, v, lse, delta, position, pointer, entry, item_bin, item_start, part_start, part_length, dq,
+    q, dout, k, v, lse, delta, position, entry, item_bin, item_start, item_end, part_start, part_length, dq,
     q_t, q_h, dout_t, dout_h, k_n, k_h, v_n, v_h, lse_h, lse_t, delta_h, delta_t, dq_h, dq_t, dq_s,
     start_h, n_blocks, group, scale,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, HEAD_BITS: tl.constexpr,
-    SLOT_BITS: tl.constexpr, TOPK: tl.constexpr, ITEM: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    SLOT_BITS: tl.constexpr, TOPK: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial dq of one work item's rows for its block: R gathered rows stay while the block's keys stream by BN.
 
@@ -233,7 +233,7 @@ def dq_kernel(
     if start < 0:
         return
     first = tl.load(item_start + tl.program_id(0))
-    end = tl.minimum(first + ITEM, tl.load(pointer + bin_ + 1))
+    end = tl.load(item_end + tl.program_id(0))
     d = tl.arange(0, DP)
     e = tl.arange(0, DVP)
     r = tl.arange(0, R)

@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
+from . import configs, hopper_forward
 from .types import OWN_TILE, KVPart, QueryRows
 
 LOG2E = 1.4426950408889634
 
 # Counts and strides that change from chunk to chunk, int32 views that start anywhere: one compiled kernel serves all.
 _VARYING = ["tokens", "n_tiles", "n_blocks", "q_heads", "offset", "start_head"]
-_UNALIGNED = ["start", "length", "position", "entry", "pointer", "item_bin", "item_start", "own_tiles"]
+_UNALIGNED = ["start", "length", "position", "entry", "item_bin", "item_start", "item_end", "own_tiles"]
 
 
 @triton.jit
@@ -85,13 +85,13 @@ def _store_partial(out, lse, row, valid, o, row_lse, DV: tl.constexpr, DV_PADDED
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _stream_rows(
-    q, k, v, start, length, position, entry, pointer, item_bin, item_start, out, lse,
+    q, k, v, start, length, position, entry, item_bin, item_start, item_end, out, lse,
     tokens, n_blocks, scale, start_head, q_token, q_head, k_row, k_head, v_row, v_head,
-    GROUP: tl.constexpr, TOPK: tl.constexpr, HEAD_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, ITEM: tl.constexpr,
-    BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
-    NEGATIVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
+    GROUP: tl.constexpr, TOPK: tl.constexpr, HEAD_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one work item, at most ITEM entries of one (kv head, block), past and own rows alike.
+    """One program: one work item, entries of one (kv head, block), past and own rows alike.
 
     Reads the block's K and V once (2 * BLOCK * (D + DV) bytes), then for each entry 4-8 bytes of list and a row of q
     (2 * D, mostly from L2: a bin's rows are one kv head's); writes 2 * DV + 4 bytes an entry.
@@ -107,7 +107,7 @@ def _stream_rows(
         return
     held = tl.load(length + block)
     begin = tl.load(item_start + item)
-    end = tl.minimum(begin + ITEM, tl.load(pointer + bin_ + 1))
+    end = tl.load(item_end + item)
 
     key = tl.arange(0, KEYS)
     r = tl.arange(0, ROWS)
@@ -149,7 +149,7 @@ def _stream_rows(
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _hold_rows(
-    q, k, v, start, length, position, entry, pointer, item_bin, item_start, out, lse,
+    q, k, v, start, length, position, entry, item_bin, item_start, item_end, out, lse,
     tokens, n_blocks, scale, start_head, q_token, q_head, k_row, k_head, v_row, v_head,
     GROUP: tl.constexpr, TOPK: tl.constexpr, HEAD_BITS: tl.constexpr, SLOT_BITS: tl.constexpr, ITEM: tl.constexpr,
     BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
@@ -165,29 +165,28 @@ def _hold_rows(
     """
     SUB: tl.constexpr = ITEM // ROWS
     MASKED: tl.constexpr = WITH_OWN or BLOCK % KEYS != 0
+    # A program is short (few tiles of keys), so what it looks up before its first product is asked for as early as can be.
     item = tl.program_id(0) // SUB
     bin_ = tl.load(item_bin + item)
-    if bin_ < 0:
+    begin = tl.load(item_start + item) + tl.program_id(0) % SUB * ROWS
+    end = tl.load(item_end + item)
+    if bin_ < 0 or begin >= end:
         return
+    r = begin + tl.arange(0, ROWS)
+    d = tl.arange(0, D_PADDED)
+    valid = r < end
+    e = tl.load(entry + r, mask=valid, other=0)
     kv_head = bin_ // n_blocks
     block = bin_ - kv_head * n_blocks
     first_key = tl.load(start + kv_head * start_head + block)
     if first_key < 0:  # another part's
-        return
-    begin = tl.load(item_start + item)
-    end = tl.minimum(begin + ITEM, tl.load(pointer + bin_ + 1))
-    begin += tl.program_id(0) % SUB * ROWS
-    if begin >= end:
         return
     if WITH_OWN:
         held = tl.load(length + block)
     else:
         held = BLOCK
 
-    r = begin + tl.arange(0, ROWS)
-    d = tl.arange(0, D_PADDED)
-    valid = r < end
-    token, head, slot = _decode(tl.load(entry + r, mask=valid, other=0), HEAD_BITS, SLOT_BITS)
+    token, head, slot = _decode(e, HEAD_BITS, SLOT_BITS)
     if not WITH_OWN:
         if tl.max((valid & (slot != TOPK - 1)).to(tl.int32), 0) == 0:
             return
@@ -388,13 +387,13 @@ def attend_listed(
                 int(v_head > 0),
             )
         kernel, programs = _hold_rows, n_items * (lists.rows_per_item // launch.rows)
-        options = {"WITH_OWN": with_own, "TMA": tma}
+        options = {"ITEM": lists.rows_per_item, "WITH_OWN": with_own, "TMA": tma}
     kernel[(programs,)](
-        q, k, v, part.start, part.length, rows.position, lists.entry, lists.pointer, lists.item_bin, lists.item_start,
+        q, k, v, part.start, part.length, rows.position, lists.entry, lists.item_bin, lists.item_start, lists.item_end,
         partials.out, partials.lse, tokens, lists.n_blocks, scale, part.start.stride(0),
         q.stride(0), q.stride(1), part.k.stride(0), k_head, part.v.stride(0), v_head,
         GROUP=lists.group_size, TOPK=selected.shape[2], HEAD_BITS=lists.head_bits, SLOT_BITS=lists.slot_bits,
-        ITEM=lists.rows_per_item, BLOCK=block_size, D=dim, D_PADDED=configs.padded(dim), DV=dim_v,
+        BLOCK=block_size, D=dim, D_PADDED=configs.padded(dim), DV=dim_v,
         DV_PADDED=configs.padded(dim_v), NEGATIVE=negative, ROWS=launch.rows, KEYS=launch.keys,
         STAGES=launch.num_stages, STORE=launch.store, num_warps=launch.num_warps, **options,
     )  # fmt: skip
@@ -422,10 +421,30 @@ def attend_own(
     )  # fmt: skip
 
 
-def attend(q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials) -> None:
-    """Attention of every routed row to every block of the part; see `torch_backend.attend`."""
+def attend(
+    q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials, *,
+    path: str | None = None,
+) -> None:  # fmt: skip
+    """Attention of every routed row to every block of the part; see `torch_backend.attend`.
+
+    Args:
+        path: "portable", or "hopper" where `hopper_forward.supported`; by default "hopper" where it is. The bits are the
+            same.
+    """
     if q.shape[0] == 0 or lists.n_blocks == 0 or part.k.shape[0] == 0:
         return
+    if path is None:
+        path = "hopper" if hopper_forward.supported(q, part, lists) else "portable"
+    if path == "hopper":
+        hopper_forward.attend(q, part, lists, rows, selected.shape[2], *_scores_scale(scale), partials)
+    elif path == "portable":
+        attend_portable(q, part, lists, rows, selected, scale, partials)
+    else:
+        raise ValueError(f"path must be 'portable', 'hopper' or None, got {path!r}")
+
+
+def attend_portable(q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials) -> None:
+    """The kernels of this file."""
     device = configs.capability(q.device)
     dim, dim_v = q.shape[2], part.v.shape[2]
     hold = configs.stationary(dim, dim_v, lists.block_size, device)

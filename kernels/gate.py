@@ -27,9 +27,11 @@ FAST_TOPK = 16
 """Largest topk of the kernel with lists in lanes; its rounds are unrolled."""
 LIST_TOPK = 64
 """Largest topk of the kernel that streams past a list in registers; beyond it scores are sorted in bounded pieces."""
-PACKED_BLOCKS = 512
+PACKED_BLOCKS = 1024
 """Up to so many blocks a key holds the whole block number; beyond, only the tile, which leaves more bits to the score."""
-REDONE_ROWS = 0.015
+WIDE_BLOCKS = 4096
+"""Beyond so many blocks tiles of 64 of them pay, where the list of the best is short."""
+REDONE_ROWS = 0.035
 """Share of the rows that the depth of the lists may leave to be done again."""
 EXACT_PROGRAMS_PER_SM = 4
 
@@ -171,6 +173,8 @@ def _gate_kernel(
     GONE: tl.constexpr = float("-inf")
     chosen = tl.where((slot == SLOTS - 1)[None, :], own[:, None], -1)
     last = tl.max(m1, 1)
+    COUNTED: tl.constexpr = 1 << 16
+    doubled = scored & False
     for taken in tl.static_range(TOPK - 1):
         best = tl.max(m1, 1)
         found = best.to(tl.int32, bitcast=True) & label_mask
@@ -178,9 +182,11 @@ def _gate_kernel(
             hit = m1 == best[:, None]
             number = low - BN + found
         else:
-            place = tl.max(tl.where(m1 == best[:, None], lane[None, :], -1), 1)
-            hit = lane[None, :] == place[:, None]
-            number = low + (found - 1) * BN + place
+            hit = m1 == best[:, None]
+            # Two lanes may have the same best key: then they stand in the sum twice.
+            place = tl.sum(tl.where(hit, lane[None, :] + COUNTED, 0), 1)
+            doubled |= place >= 2 * COUNTED
+            number = low + (found - 1) * BN + (place & (COUNTED - 1))
         chosen = tl.where((slot == SLOTS - 2 - taken)[None, :], number[:, None], chosen)
         last = best
         # A lane's next keys move up, no further than the rounds to come can see.
@@ -197,7 +203,7 @@ def _gate_kernel(
         tl.float32, bitcast=True
     )
     exhausted = (tl.min(m1, 1) == GONE) & (own - first > DEPTH * BN)
-    again = scored & (unordered | tied | exhausted)
+    again = scored & (unordered | tied | doubled | exhausted)
     selection = tl.where(scored[:, None], tl.sort(chosen), whole)
     _store_selection(out_ptr, selection, row, head, tokens, valid, TOPK, SLOTS)
     # The order of the listed rows varies from run to run; their results do not depend on it.
@@ -215,7 +221,7 @@ def shapes(dim: int, n_blocks: int, topk: int, hopper: bool) -> tuple[dict[str, 
     They depend on the device, D, topk and the number of blocks in all, which no layout changes; never on the rows at hand.
     """
     padded = configs.padded(dim)
-    narrow = n_blocks <= 1024 or padded > 128 or not hopper
+    narrow = n_blocks <= WIDE_BLOCKS or topk > 8 or padded > 128 or not hopper
     tile = {"D": dim, "PADDED_D": padded, "BM": ROW_TILE, "BN": 32 if narrow else 64}
     slots = {"TOPK": topk, "SLOTS": next_power_of_2(topk)}
     # Lanes that give away all of `depth` keys, in a row of independent scores: comb(topk - 1, depth) / BN^(depth - 1).
@@ -227,7 +233,7 @@ def shapes(dim: int, n_blocks: int, topk: int, hopper: bool) -> tuple[dict[str, 
     variant = {"DEPTH": depth, "PACKED": n_blocks <= PACKED_BLOCKS, "ASM": True, "STAGES": 3 if padded <= 128 else 2}
     variant["num_warps"] = 4
     if hopper and narrow and padded <= 128:
-        variant["maxnreg"] = 128  # four programs an SM, without a spill
+        variant["maxnreg"] = 128 if topk <= 8 else 168  # four programs an SM, or three, without a spill
     return tile, slots, variant
 
 

@@ -112,10 +112,9 @@ def launch_dq(call: backward.Call, constants: dict[str, int]) -> None:
     if not lists.item_bin.numel():
         return
     hopper_backward_dq.dq_kernel[(lists.item_bin.numel(),)](
-        call.q, call.dout, part.k, part.v, call.lse, call.delta, call.rows.position, lists.pointer, lists.entry,
-        lists.item_bin, lists.item_start, part.start, part.length, call.dq,
+        call.q, call.dout, part.k, part.v, call.lse, call.delta, call.rows.position, lists.entry, lists.item_bin,
+        lists.item_start, lists.item_end, part.start, part.length, call.dq,
         *call.row_strides(), *call.key_strides(part.k, part.v), *call.score_strides(), *call.dq_strides(),
         part.start.stride(0), lists.n_blocks, lists.group_size, call.scale,
-        **call.bits(), **constants, T=hopper_backward_kernels.element(call.q.dtype), ITEM=lists.rows_per_item,
-        num_warps=constants["NW"],
+        **call.bits(), **constants, T=hopper_backward_kernels.element(call.q.dtype), num_warps=constants["NW"],
     )  # fmt: skip

@@ -29,24 +29,23 @@ def _copy_keys(k_at, v_at, key, length, k_n, v_n, k_s, v_s, cols):
 
 @gluon.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def dq_kernel(
-    q, dout, k, v, lse, delta, position, pointer, entry, item_bin, item_start, part_start, part_length, dq,
+    q, dout, k, v, lse, delta, position, entry, item_bin, item_start, item_end, part_start, part_length, dq,
     q_t, q_h, dout_t, dout_h, k_n, k_h, v_n, v_h, lse_h, lse_t, delta_h, delta_t, dq_h, dq_t, dq_s,
     start_h, n_blocks, group, scale,
-    D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, ITEM: gl.constexpr,
-    R: gl.constexpr, BN: gl.constexpr, AHEAD: gl.constexpr, NW: gl.constexpr, T: gl.constexpr,
+    D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, R: gl.constexpr,
+    BN: gl.constexpr, AHEAD: gl.constexpr, NW: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """Partial dq of one work item's rows (ITEM <= R) for its block: the gathered rows stay, keys stream by BN.
+    """Partial dq of one work item's rows (at most R) for its block: the gathered rows stay, keys stream by BN.
 
     Reads 2 D elements and writes D for each row, and reads 2 D elements a key. A tile's sum into dq runs on beside the
     next tile's scores, so a stage is free two tiles later: AHEAD + 2 stages.
     """
     STAGES: gl.constexpr = AHEAD + 2
-    # A program is short (few tiles of keys), and three loads in a row come before its first product: no fourth.
     bin_ = gl.load(item_bin + gl.program_id(0))
     first = gl.load(item_start + gl.program_id(0))
     safe = gl.maximum(bin_, 0)
     kv_head = (safe // n_blocks).to(gl.int64)
-    end = gl.minimum(first + ITEM, gl.load(pointer + safe + 1))
+    end = gl.load(item_end + gl.program_id(0))
     start = gl.load(part_start + kv_head * start_h + safe % n_blocks)
     length = gl.load(part_length + safe % n_blocks)
     if (start < 0) | (bin_ < 0):

@@ -51,9 +51,8 @@ class RoutingLists:
             (head, token).
         head_bits, slot_bits: widths of these fields.
         n_blocks, kv_heads, group_size: blocks a head, kv heads at work, q heads a kv head.
-        item_bin, item_start: int32 `[items]`: item i covers the entries
-            `[item_start, min(item_start + rows_per_item, pointer[item_bin + 1]))`, or is unused, with bin -1. In order of
-            bins.
+        item_bin, item_start, item_end: int32 `[items]`: item i covers the entries `[item_start, item_end)` of the bin, in
+            order of bins; -1 is the bin of an unused item.
         rows_per_item: most entries of an item.
         block_size: keys a block, as given to `route`.
     """
@@ -67,6 +66,7 @@ class RoutingLists:
     group_size: int
     item_bin: Tensor
     item_start: Tensor
+    item_end: Tensor
     rows_per_item: int
     block_size: int
 
@@ -259,12 +259,16 @@ def _scatter_few_kernel(
         cursor += tl.sum(listed, 1)
 
 
-@triton.jit(do_not_specialize=["bins", "pieces", "items", "per_item"])
+@triton.jit(
+    do_not_specialize=["bins", "pieces", "items", "per_item"],
+    do_not_specialize_on_alignment=["item_start_ptr", "item_end_ptr"],
+)
 def _item_kernel(
     begin_ptr,
     pointer_ptr,
     item_bin_ptr,
     item_start_ptr,
+    item_end_ptr,
     bins,
     pieces,
     items,
@@ -291,7 +295,9 @@ def _item_kernel(
         item = first[:, None] + number[None, :]
         used = number[None, :] < of_bin[:, None]
         tl.store(item_bin_ptr + item, tl.where(used, bin_[:, None], -1), mask=item < behind[:, None])
-        tl.store(item_start_ptr + item, begin[:, None] + number[None, :] * per_item, mask=used)
+        start = begin[:, None] + number[None, :] * per_item
+        tl.store(item_start_ptr + item, start, mask=used)
+        tl.store(item_end_ptr + item, start + tl.minimum(end[:, None] - start, per_item), mask=used)
     behind_all = tl.load(begin_ptr + bins.to(tl.int64) * pieces) // per_item + bins
     place = tl.arange(0, BINS * ITEMS)
     for at in range(behind_all + tl.program_id(0) * BINS * ITEMS, items, tl.num_programs(0) * BINS * ITEMS):
@@ -309,8 +315,8 @@ def counting_shape(n_blocks: int, slots: int) -> dict[str, int]:
 
 def _counting_sort(
     selected: Tensor, n_blocks: int, kv_heads: int, bits: tuple[int, int], entry: Tensor, rows_per_item: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill `entry`; `pointer`, `item_bin`, `item_start`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill `entry`; `pointer`, `item_bin`, `item_start`, `item_end`."""
     q_heads, tokens, slots = selected.shape
     group = q_heads // kv_heads
     shape = counting_shape(n_blocks, slots)
@@ -337,16 +343,17 @@ def _counting_sort(
     return result
 
 
-def _items(begin: Tensor, bins: int, pieces: int, capacity: int, rows_per_item: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`pointer`, `item_bin` and `item_start` from where the bins' pieces begin, `[bins * pieces + 1]`."""
+def _items(
+    begin: Tensor, bins: int, pieces: int, capacity: int, rows_per_item: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`pointer` and the items from where the bins' pieces begin, `[bins * pieces + 1]`."""
     items = capacity // rows_per_item + bins
-    pointer, item_bin, item_start = (
-        torch.empty(size, dtype=torch.int32, device=begin.device) for size in (bins + 1, items, items)
-    )
-    tables = (begin, pointer, item_bin, item_start)
+    pointer = torch.empty(bins + 1, dtype=torch.int32, device=begin.device)
+    item_bin, item_start, item_end = torch.empty(3, items, dtype=torch.int32, device=begin.device)
+    tables = (begin, pointer, item_bin, item_start, item_end)
     shape = {"BINS": ITEM_KERNEL_BINS, "ITEMS": ITEM_KERNEL_ITEMS}
     _item_kernel[(cdiv(bins + 1, ITEM_KERNEL_BINS),)](*tables, bins, pieces, items, rows_per_item, **shape)
-    return pointer, item_bin, item_start
+    return pointer, item_bin, item_start, item_end
 
 
 def route(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) -> RoutingLists:
@@ -370,12 +377,12 @@ def route(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) -> Ro
     entry = torch.empty(capacity, dtype=torch.int32 if narrow else torch.int64, device=device)
     if capacity == 0:
         pointer = torch.zeros(kv_heads * n_blocks + 1, dtype=torch.int32, device=device)
-        item_bin, item_start = torch.empty(2, 0, dtype=torch.int32, device=device)
+        item_bin, item_start, item_end = torch.empty(3, 0, dtype=torch.int32, device=device)
     else:
-        pointer, item_bin, item_start = _counting_sort(
+        pointer, item_bin, item_start, item_end = _counting_sort(
             selected, n_blocks, kv_heads, (head_bits, slot_bits), entry, rows_per_item
         )
     return RoutingLists(
-        pointer, entry, head_bits, slot_bits, n_blocks, kv_heads, group, item_bin, item_start, rows_per_item,
+        pointer, entry, head_bits, slot_bits, n_blocks, kv_heads, group, item_bin, item_start, item_end, rows_per_item,
         block_size,
     )  # fmt: skip

@@ -106,6 +106,7 @@ class Bench:
                         and torch.equal(found.entry[:valid], expected.entry[:valid])
                         and torch.equal(found.item_bin, expected.item_bin)
                         and torch.equal(found.item_start[used], expected.item_start[used])
+                        and torch.equal(found.item_end[used], expected.item_end[used])
                     )
 
     def timed(self, entry: dict[str, Any], call: Callable[[], Any], count: int = 7) -> bool:

@@ -85,15 +85,15 @@ def make_lists(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int, 
     entry = torch.full((selected.numel(),), -1, dtype=torch.int32, device=key.device)
     entry[: order.numel()] = code[order].to(torch.int32)
     items = [
-        (bin_, at)
+        (bin_, at, min(at + rows_per_item, b))
         for bin_, (a, b) in enumerate(zip(pointer.tolist(), pointer.tolist()[1:]))
         for at in range(a, b, rows_per_item)
     ]
-    items += [(-1, 0)] * 3
-    item = torch.tensor(items, dtype=torch.int32, device=key.device)
+    items += [(-1, 0, 0)] * 3
+    bins, starts, stops = torch.tensor(items, dtype=torch.int32, device=key.device).T.contiguous()
     return SimpleNamespace(
         pointer=pointer, entry=entry, head_bits=head_bits, slot_bits=slot_bits, n_blocks=n_blocks, kv_heads=kv_heads,
-        group_size=group, item_bin=item[:, 0].contiguous(), item_start=item[:, 1].contiguous(),
+        group_size=group, item_bin=bins, item_start=starts, item_end=stops,
         rows_per_item=rows_per_item, block_size=block_size,
     )  # fmt: skip
 

@@ -22,7 +22,8 @@ from moba_cp.kernels import backward, backward_kernels
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CUOBJDUMP = TOOLS / "cuobjdump"
 INT32 = {
-    "position", "pointer", "entry", "part_start", "part_length", "piece_bin", "item_bin", "item_start",
+    "position", "pointer", "entry", "part_start", "part_length", "piece_bin", "item_bin", "item_start", "item_end",
+    "start", "length",
 }  # fmt: skip
 FP32 = {"lse", "delta", "pieces"}
 HALF = {"q", "dout", "out", "k", "v", "dq"}
@@ -112,7 +113,6 @@ def build_portable(dim, value_dim, block_size, dtype, capability, accumulate=Fal
     }
     if not tiles.fused:
         constants = common | {"R": tiles.dq_rows, "BN": tiles.dq_keys, "STAGES": tiles.dq_stages}
-        constants["ITEM"] = 128 if block_size > 128 else 2048
         built["dq"] = build(backward_kernels.dq_kernel, constants, dtype, capability, tiles.dq_warps)
     return built
 
@@ -135,7 +135,7 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
     )
 
     element = hopper_backward_kernels.element({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
-    common = constants_of(dim, dim, block_size) | {"T": element, "ACCUMULATE": accumulate, "ITEM": 128}
+    common = constants_of(dim, dim, block_size) | {"T": element, "ACCUMULATE": accumulate}
     constants = hopper_backward.dkdv_constants(dim, block_size)
     warps = constants["NW"]
     if constants["NT"] == 1:

@@ -12,16 +12,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moba_cp.kernels import configs, forward, merge
+from tests.kernels import compile_backward
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTEGERS = {"tokens", "n_tiles", "n_blocks", "q_heads", "offset", "start_head"}
 INT32_POINTERS = {
-    "start", "length", "position", "entry", "pointer", "item_bin", "item_start", "own_tiles", "selected",
+    "start", "length", "position", "entry", "pointer", "item_bin", "item_start", "item_end", "own_tiles", "selected",
 }  # fmt: skip
 FP32_POINTERS = {"lse", "merged_lse"}
 
@@ -82,7 +84,10 @@ def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
     stream = configs.streaming(dim, dim_v, block_size, capability) if with_own else None
     if stream:
         constants = forward_constants(dim, dim_v, block_size, stream)
-        return {"stream": build(forward._stream_rows, constants, dtype, capability, stream.num_warps)}
+        built = {"stream": build(forward._stream_rows, constants, dtype, capability, stream.num_warps)}
+        if capability == (9, 0) and dim in (64, 128) and block_size % 64 == 0 and block_size >= dim:
+            built["hopper"] = build_hopper(dim, block_size, dtype)
+        return built
     tma = capability == (9, 0) and not with_own and block_size % hold.keys == 0
     constants = forward_constants(dim, dim_v, block_size, hold, WITH_OWN=with_own, TMA=tma)
     built = {"hold": build(forward._hold_rows, constants, dtype, capability, hold.num_warps, ("k", "v") if tma else ())}
@@ -93,6 +98,22 @@ def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
         constants = {p.name: constants[p.name] for p in forward._own_blocks.params if p.name in constants}
         tiles = ("k_tiles", "v_tiles") if tma else ()
         built["own"] = build(forward._own_blocks, constants, dtype, capability, own.num_warps, tiles)
+    return built
+
+
+def build_hopper(dim, block_size, dtype) -> dict:
+    """What `hopper_forward.attend` launches."""
+    from moba_cp.kernels import hopper_forward, hopper_forward_kernels
+    from moba_cp.kernels.hopper_backward_kernels import element
+
+    constants = {
+        "D": dim, "HEAD_BITS": 2, "SLOT_BITS": 3, "TOPK": 8, "BK": block_size, "R": hopper_forward.ROWS,
+        "NW": hopper_forward.WARPS, "T": element({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]),
+        "NEGATIVE": False,
+    }  # fmt: skip
+    kernel = hopper_forward_kernels.stream_rows_kernel
+    built = compile_backward.build(kernel, constants, dtype, (9, 0), hopper_forward.WARPS)
+    built.pop("asm")
     return built
 
 

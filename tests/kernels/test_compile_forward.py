@@ -40,6 +40,13 @@ def test_hopper_attend():
     check(cases, 8, most_spilled_own=80)
 
 
+def test_hopper_stream():
+    """Asynchronous products that ptxas runs one after another ("serialised") would overlap with nothing."""
+    cases = [["attend", dim, dim, block, "fp16", [9, 0]] for dim, block in ((128, 128), (64, 128), (64, 64))]
+    check(cases, 0)
+    assert not any(kernels["hopper"]["serialised"] for kernels in build(cases))
+
+
 def test_hopper_merge():
     check([["merge", dim, 8, "bf16", [9, 0]] for dim in (64, 96, 128, 192, 256)], 0)
 

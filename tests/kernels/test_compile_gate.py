@@ -33,6 +33,9 @@ def kernels(capability: int):
         (192, 256, 8, "bf16"),
         (256, 4096, 16, "bf16"),
         (128, 4096, 16, "bf16"),
+        (128, 1024, 16, "bf16"),
+        (128, 8192, 8, "bf16"),
+        (128, 8192, 16, "fp16"),
     ):
         tile, slots, variant = gate.shapes(dim, n_blocks, topk, capability >= 90)
         name = f"D={dim} n_blocks={n_blocks} topk={topk}"

@@ -11,7 +11,7 @@ import torch
 from tests.kernels import interpreter
 
 forward = pytest.importorskip("moba_cp.kernels.forward")
-from moba_cp.kernels import configs  # noqa: E402
+from moba_cp.kernels import configs, hopper_forward  # noqa: E402
 from moba_cp.kernels.types import KVPart  # noqa: E402
 from tests.kernels.forward_cases import Case, fetched, make_case, relative, without  # noqa: E402
 
@@ -22,9 +22,9 @@ def test_in_interpreter():
     interpreter.run_module(__file__)
 
 
-def attend(case: Case, part: KVPart | None = None, partials=None):
-    partials = partials or case.poisoned_partials()
-    forward.attend(case.q, part or case.part, case.lists(), case.rows, case.selected, case.scale, partials)
+def attend(case: Case, part: KVPart | None = None, partials=None, path: str | None = None):
+    partials, part = partials or case.poisoned_partials(), part or case.part
+    forward.attend(case.q, part, case.lists(), case.rows, case.selected, case.scale, partials, path=path)
     return partials
 
 
@@ -119,6 +119,20 @@ REAL = {
     "one token": dict(lengths=[1], block_size=128, topk=8),
     "one token, large": dict(lengths=[1], block_size=512, topk=8),
 }  # fmt: skip
+HOPPER = {
+    "(128, 8)": dict(lengths=[9000], block_size=128, topk=8),
+    "(128, 3) GQA": dict(lengths=[3001, 1, 999], block_size=128, topk=3, q_heads=8, kv_heads=2),
+    "(128, 1)": dict(lengths=[300, 200], block_size=128, topk=1),
+    "(128, 5), D 64": dict(lengths=[5000], block_size=128, topk=5, dim=64),
+    "(64, 5), D 64, MQA": dict(lengths=[2000], block_size=64, topk=5, q_heads=6, kv_heads=1, dim=64),
+    "hot block": dict(lengths=[9000], block_size=128, topk=3, hot=True),
+    "cold block": dict(lengths=[3000], block_size=128, topk=3, cold=True),
+    "shuffled": dict(lengths=[3000], block_size=128, topk=4, order="shuffled"),
+    "strided": dict(lengths=[3000], block_size=128, topk=3, kv_heads=2, strided=True),
+    "negative scale": dict(lengths=[2000], block_size=128, topk=3, scale=-0.1),
+    "scale 0": dict(lengths=[700], block_size=128, topk=3, scale=0.0),
+    "one token": dict(lengths=[1], block_size=128, topk=8),
+}  # fmt: skip
 SIZES = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 128), (72, 40)]
 
 
@@ -132,6 +146,21 @@ class TestOnGpu:
     @pytest.mark.parametrize("name", REAL)
     def test_real(self, name):
         assert_matches(gpu_case(**REAL[name]), tolerance=5e-3)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("name", HOPPER)
+    def test_hopper_has_the_bits_of_the_portable_kernels(self, name, dtype):
+        if configs.capability(torch.device(DEVICE)) != (9, 0):
+            pytest.skip("needs compute capability 9.0")
+        case = gpu_case(**HOPPER[name], dtype=dtype)
+        assert hopper_forward.supported(case.q, case.part, case.lists())
+        assert_matches(case, tolerance=5e-3)
+        whole, parts = attend(case, path="portable"), fetched(case.part)
+        for _ in range(20):
+            assert_same_bits(attend(case, path="hopper"), whole)
+        by_parts = attend(case, without(parts, slice(1, None, 2)), path="hopper")
+        attend(case, without(parts, slice(0, None, 2)), by_parts, path="hopper")
+        assert_same_bits(by_parts, whole)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("block_size", [64, 128, 512, 520])

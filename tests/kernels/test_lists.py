@@ -63,11 +63,11 @@ def check(selected, n_blocks, kv_heads, block_size):
     # Items: every bin in stretches of rows_per_item from its start, in order; the others are unused.
     per_item = actual.rows_per_item
     wanted = [
-        (bin_, start)
+        (bin_, start, min(start + per_item, pointer[bin_ + 1]))
         for bin_ in range(kv_heads * n_blocks)
         for start in range(pointer[bin_], pointer[bin_ + 1], per_item)
     ]
-    items = list(zip(actual.item_bin.tolist(), actual.item_start.tolist(), strict=True))
+    items = list(zip(*(x.tolist() for x in (actual.item_bin, actual.item_start, actual.item_end)), strict=True))
     assert [item for item in items if item[0] != -1] == wanted
     return actual
 
@@ -179,9 +179,9 @@ class TestGPU:
         first = lists.route(selected, 500, 2, 128)
         for _ in range(20):
             again = lists.route(selected, 500, 2, 128)
-            for name in ("pointer", "entry", "item_bin", "item_start"):
+            for name in ("pointer", "entry", "item_bin", "item_start", "item_end"):
                 valid = slice(int(first.pointer[-1])) if name == "entry" else slice(None)
-                valid = first.item_bin >= 0 if name == "item_start" else valid
+                valid = first.item_bin >= 0 if name in ("item_start", "item_end") else valid
                 assert torch.equal(getattr(again, name)[valid], getattr(first, name)[valid]), name
 
     def test_wide_entries(self):
