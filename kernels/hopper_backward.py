@@ -10,6 +10,7 @@ Results equal the portable kernels' to the rounding of the inputs' dtype: the sa
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,23 +33,28 @@ def supported(q: Tensor, part: KVPart, block_size: int) -> bool:
 
     Depends on nothing that changes with the number of rows, so that one model always takes one path.
     """
-    dim = q.shape[2]
+    serves = _serves(q.device, q.dtype, q.shape[2], part.v.shape[2], block_size)
+    return serves and aligned(q) and aligned(part.k) and aligned(part.v)
+
+
+@lru_cache(maxsize=64)
+def _serves(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int, block_size: int) -> bool:
     return (
-        q.device.type == "cuda"
-        and configs.capability(q.device) == (9, 0)
+        device.type == "cuda"
+        and configs.capability(device) == (9, 0)
         and triton.__version__.startswith(TRITON_VERSIONS)
-        and q.dtype in (torch.bfloat16, torch.float16)
+        and dtype in (torch.bfloat16, torch.float16)
         and dim in _DIMS
-        and part.v.shape[2] == dim
+        and value_dim == dim
         and block_size % 64 == 0
         and block_size >= dim  # one warpgroup holds too little for blocks of 64 keys at D = 128
-        and all(aligned(x) for x in (q, part.k, part.v))
     )
 
 
 def aligned(x: Tensor) -> bool:
     """Whether rows of `x` start at multiples of 16 bytes, as asynchronous copies want."""
-    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0 and x.stride(1) * size % 16 == 0
 
 
 def dkdv_constants(dim: int, block_size: int) -> dict[str, int]:
