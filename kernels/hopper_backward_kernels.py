@@ -30,6 +30,20 @@ def element(dtype: torch.dtype) -> gl.dtype:
     return {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
 
 
+@gluon.constexpr_function
+def store_layout(rows: int, dim: int, warps: int) -> gl.DistributedLinearLayout:
+    """For stores of a product `[64, dim]` of one or two warpgroups: its layout, but each thread's columns come in eights.
+
+    A quad of lanes trades columns, no barrier and no other warp comes in, and stores are of 16 bytes.
+    """
+    assert rows == 64
+    columns = [[0, 1 << bit] for bit in range((dim * 4 // warps).bit_length() - 1)]
+    registers = [*columns[:3], [8, 0], *columns[5:]]
+    lanes = [*columns[3:5], [1, 0], [2, 0], [4, 0]]
+    groups = [[0, dim // 2]] if warps == 8 else []
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0], *groups], [], [rows, dim])
+
+
 @gluon.jit
 def _decode(code, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
     """Token and head in the group of entries; 32 bits each, so that a product with a stride is one wide multiplication."""

@@ -12,18 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_backward_kernels import _decode, _offset, barrier
-
-
-@gluon.constexpr_function
-def _store_layout(dim: int) -> gl.DistributedLinearLayout:
-    """The products' layout of `[64, dim]`, but each thread's columns come in eights: a quad of lanes trades them, nothing
-    goes through shared memory, and stores are of 16 bytes."""
-    columns = [[0, 1 << bit] for bit in range(dim.bit_length() - 1)]
-    registers = [*columns[:3], [8, 0], *columns[5:]]
-    return gl.DistributedLinearLayout(
-        registers, [*columns[3:5], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, dim]
-    )
+from .hopper_backward_kernels import _decode, _offset, barrier, store_layout
 
 
 @gluon.jit
@@ -72,7 +61,7 @@ def stream_rows_kernel(
     SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, BK, 16])
     SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
-    STORE: gl.constexpr = _store_layout(D)
+    STORE: gl.constexpr = store_layout(R, D, NW)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [NW], [0])
     WARP: gl.constexpr = gl.BlockedLayout([R // 32], [32], [NW], [0])  # every warp holds all rows of a tile
