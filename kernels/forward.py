@@ -6,6 +6,8 @@ Three kernels write the same thing, one normalised partial output and log-sum-ex
 - `_hold_rows`, larger blocks: one program holds 128 rows and streams the block's K and V by; it leaves own blocks to
 - `_own_blocks`: as `_hold_rows`, but for consecutive rows, causally.
 
+On Hopper `hopper_forward` serves blocks of at most 128 keys, with the bits of `_stream_rows`.
+
 Tiles of keys are aligned to the block's start and tile sizes are fixed (`configs`), so a row's partial does not depend
 on which other rows share its tile.
 """
