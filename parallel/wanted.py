@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import RankPlan
+from .blocks import HomePlan, RankPlan
 from .comm import CommGroup, to_host
 
 
@@ -38,10 +39,14 @@ def exchange_wanted(mine: Tensor, plan: RankPlan, comm: CommGroup) -> Wanted:
         plan: this rank's plan.
         comm: the group.
     """
-    blocks, size, kv_heads = plan.plan.blocks, comm.size, mine.shape[0]
     masks = comm.all_gather(mine.view(torch.uint8), "wanted pairs").wait()
-    home = torch.from_numpy(plan.plan.home).to(masks.device)
-    length = torch.from_numpy(blocks.length).to(masks.device)
-    tokens = torch.zeros(size, kv_heads, size, dtype=torch.int64, device=masks.device)
+    home, length = _homes(plan.plan, masks.device)
+    tokens = torch.zeros(comm.size, mine.shape[0], comm.size, dtype=torch.int64, device=masks.device)
     tokens.index_add_(2, home, masks.long() * length)
     return Wanted(masks.view(torch.bool), to_host(tokens.transpose(1, 2).contiguous()))
+
+
+@lru_cache(maxsize=64)
+def _homes(plan: HomePlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 `[n_blocks]` twice: each block's home rank and its keys."""
+    return torch.from_numpy(plan.home).to(device), torch.from_numpy(plan.blocks.length).to(device)
