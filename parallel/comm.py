@@ -63,11 +63,9 @@ class Pending:
         Raises:
             RuntimeError: a peer did not take part within the group's timeout, or is gone.
         """
-        for work in self._works:
-            try:
+        with named_error(self._describe):
+            for work in self._works:
                 work.wait()
-            except RuntimeError as error:
-                raise RuntimeError(f"{self._describe}: it did not come ({error})") from error
         self._works, self._keep = (), None
         return self._result
 
@@ -94,9 +92,10 @@ class CommGroup:
         result = x.new_empty(self.size, *x.shape)
         n = _bytes(x).numel()
         self.traffic.add(stage, n * (self.size - 1), n * (self.size - 1))
-        with named_range(x.device, stage, n * (self.size - 1)):
+        describe = self._waited_for("all-gather", stage)
+        with named_range(x.device, stage, n * (self.size - 1)), named_error(describe):
             work = start_all_gather(_bytes(result), _bytes(x), self.group)
-        return self._pending([work], result, x, "all-gather", stage)
+        return Pending([work], result, x, describe)
 
     def all_to_all(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], stage: str) -> Pending:
         """Rows of `x` `[sum(send_rows), ...]` to each rank in turn; the rows received, in order of source rank."""
@@ -105,9 +104,10 @@ class CommGroup:
         row = x.itemsize * x[0:0].new_empty(x.shape[1:]).numel()
         send, receive = [n * row for n in send_rows], [n * row for n in receive_rows]
         self.traffic.add(stage, sum(send) - send[self.rank], sum(receive) - receive[self.rank])
-        with named_range(x.device, stage, sum(receive) - receive[self.rank]):
+        describe = self._waited_for("all-to-all", stage)
+        with named_range(x.device, stage, sum(receive) - receive[self.rank]), named_error(describe):
             work = dist.all_to_all_single(_bytes(result), _bytes(x), receive, send, group=self.group, async_op=True)
-        return self._pending([work], result, x, "all-to-all", stage)
+        return Pending([work], result, x, describe)
 
     def shift(self, x: Tensor | None, result: Tensor | None, stage: str) -> Pending:
         """Send `x` to the next rank of the ring and receive `result` from the one before; None or empty: nothing."""
@@ -121,16 +121,26 @@ class CommGroup:
             received = _bytes(result).numel()
         self.traffic.add(stage, sent, received)
         empty = torch.empty(0) if result is None else result
-        with named_range(empty.device, stage, received):
+        describe = self._waited_for("ring send and receive", stage)
+        with named_range(empty.device, stage, received), named_error(describe):
             works = dist.batch_isend_irecv(operations) if operations else []
-        return self._pending(works, empty, x, "ring send and receive", stage)
+        return Pending(works, empty, x, describe)
 
     def _global(self, rank: int) -> int:
         rank %= self.size
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
-    def _pending(self, works: Sequence[dist.Work], result: Tensor, keep: object, name: str, stage: str) -> Pending:
-        return Pending(works, result, keep, f"rank {self.rank} of {self.size} waited for the {name} of {stage}")
+    def _waited_for(self, name: str, stage: str) -> str:
+        return f"rank {self.rank} of {self.size} waited for the {name} of {stage}"
+
+
+@contextlib.contextmanager
+def named_error(describe: str) -> Iterator[None]:
+    """A RuntimeError of a collective says what was waited for, also where a peer is found gone when it starts."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{describe}: it did not come ({error})") from error
 
 
 class SideStream:

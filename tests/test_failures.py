@@ -108,6 +108,20 @@ def test_a_rank_fails_on_the_way(how: str, comm: str, stage: str, waited_for: st
     check(outcomes, 1, how, waited_for)
 
 
+def finds_a_peer_gone(rank: int, size: int) -> None:
+    with mock.patch.object(dist, "batch_isend_irecv", side_effect=RuntimeError("Connection closed by peer")):
+        call(rank, size, "ring")
+
+
+def test_a_peer_is_found_gone_when_a_collective_starts() -> None:
+    """What gloo says at once where the other end's socket is closed already."""
+    for outcome in run_fresh_ranks(2, finds_a_peer_gone, group_timeout=GROUP_TIMEOUT, timeout=LIMIT):
+        expected = (
+            f"rank {outcome.rank} of 2 waited for the ring send and receive of ring keys and values: it did not come"
+        )
+        assert f"{expected} (Connection closed by peer)" in str(outcome.exception), outcome
+
+
 def store_host_stops(rank: int, size: int, port_file: str) -> None:
     """Over a TCP store that lives in rank 0, as under torchrun without an agent; rank 0 is then stopped, sockets open."""
     dist.destroy_process_group()
