@@ -232,7 +232,7 @@ def shapes(dim: int, n_blocks: int, topk: int, hopper: bool) -> tuple[dict[str, 
     depth = min(depth, cdiv(n_blocks - 1, tile["BN"]))
     variant = {"DEPTH": depth, "PACKED": n_blocks <= PACKED_BLOCKS, "ASM": True, "STAGES": 3 if padded <= 128 else 2}
     variant["num_warps"] = 4
-    if hopper and narrow and padded <= 128 and (topk <= 8 or variant["PACKED"]):
+    if hopper and narrow and padded <= 128 and topk <= (12 if variant["PACKED"] else 8):
         variant["maxnreg"] = 128  # four programs an SM, without a spill
     return tile, slots, variant
 

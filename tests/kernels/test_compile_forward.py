@@ -48,7 +48,7 @@ def test_hopper_stream():
 
 
 def test_hopper_merge():
-    check([["merge", dim, 8, "bf16", [9, 0]] for dim in (64, 96, 128, 192, 256)], 0)
+    check([["merge", dim, 8, "bf16", [9, 0]] for dim in (64, 96, 128, 192, 256)], 8)  # Triton 3.7: two registers at 96
 
 
 def test_two_programs_a_multiprocessor():
