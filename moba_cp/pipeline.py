@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from itertools import chain
 from types import ModuleType
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -119,12 +118,10 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     selected = select_blocks(call, q, home, rows)
-    ask_for_wanted(call, selected)
+    transport = open_transport(call, home, selected)
     saved = Saved(selected, q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q), {})
     ranges = head_ranges(call, q, k, v)
     lists = routed_ahead(call, ranges, saved, backward=False)
-    lists = chain([next(lists)], lists)  # under way while the host waits to know what is wanted
-    transport = open_transport(call, home)
     for index, (heads, chunks) in enumerate(ranges):
         _prefetch(transport, ranges, index)
         replayed = Replayed(transport.forward(heads)) if transport.resident else None
@@ -154,7 +151,7 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     q, k, v, dout = (unit_stride(x) for x in (q, k, v, dout))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
-    transport = open_transport(call, home)
+    transport = open_transport(call, home, saved.selected)
     with call.stage("delta"):
         delta = call.backend.delta(saved.out, dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -283,18 +280,14 @@ def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> T
         return call.backend.select_blocks(q, centroids, rows, call.topk)
 
 
-def ask_for_wanted(call: Call, selected: Tensor) -> None:
-    """Tell every rank which pairs this one wants, where the transport needs that; the host waits for nothing yet."""
-    if call.comm.size > 1 and call.requested in ("auto", Fetch.name):
-        mine = call.backend.wanted_pairs(selected, len(call.plan.plan.blocks), call.kv_heads)
-        call.wanted = exchange_wanted(mine, call.plan, call.comm)
-
-
-def open_transport(call: Call, home: HomeBlocks) -> Transport:
+def open_transport(call: Call, home: HomeBlocks, selected: Tensor) -> Transport:
     """The transport asked for, or the one that the rule of `parallel.cost` takes; the same on every rank."""
     if call.comm.size == 1:
         call.transport = LocalOnly.name
         return LocalOnly(home, call.comm)
+    if call.requested in ("auto", Fetch.name) and call.wanted is None:
+        mine = call.backend.wanted_pairs(selected, len(call.plan.plan.blocks), call.kv_heads)
+        call.wanted = exchange_wanted(mine, call.plan, call.comm)
     if not call.transport:
         call.transport = call.requested
         if call.requested == "auto":
