@@ -40,13 +40,13 @@ def exchange_wanted(mine: Tensor, plan: RankPlan, comm: CommGroup) -> Wanted:
         comm: the group.
     """
     masks = comm.all_gather(mine.view(torch.uint8), "wanted pairs").wait()
-    home, length = _homes(plan.plan, masks.device)
+    home, length = home_and_length(plan.plan, masks.device)
     tokens = torch.zeros(comm.size, mine.shape[0], comm.size, dtype=torch.int64, device=masks.device)
     tokens.index_add_(2, home, masks.long() * length)
     return Wanted(masks.view(torch.bool), to_host(tokens.transpose(1, 2).contiguous()))
 
 
 @lru_cache(maxsize=64)
-def _homes(plan: HomePlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """int64 `[n_blocks]` twice: each block's home rank and its keys."""
+def home_and_length(plan: HomePlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Home rank and length of every block: int64 `[n_blocks]` twice, on the device."""
     return torch.from_numpy(plan.home).to(device), torch.from_numpy(plan.blocks.length).to(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..blocks import HomePlan
 from ..comm import CommGroup, Pending, SideStream
 from ..home import HomeBlocks
-from ..wanted import Wanted
+from ..wanted import Wanted, home_and_length
 from .base import Part, PartGradient, Transport, gradient_of, pack, unpack
 
 
@@ -111,7 +111,7 @@ class Fetch(Transport):
         plan = self.home.plan.plan
         wanted = self.wanted.masks[rank, heads]
         n_heads, n_blocks = wanted.shape
-        source, length = _source_length(plan, device)
+        source, length = home_and_length(plan, device)
         remote = wanted & (source != rank)
         # By (source, kv head, block), as each source sends them.
         by_source = torch.zeros(size, n_heads, n_blocks, dtype=torch.int64, device=device)
@@ -130,13 +130,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _source_length(plan: HomePlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Home rank and length of every block: int64 `[n_blocks]` twice, on the device."""
-    return torch.from_numpy(plan.home).to(device), torch.from_numpy(plan.blocks.length).to(device)
-
-
-@lru_cache(maxsize=64)
 def _home_length(plan: HomePlan, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which blocks are at home on `rank` (bool `[n_blocks]`) and the lengths of all (int64 `[n_blocks]`)."""
-    home, length = _source_length(plan, device)
+    home, length = home_and_length(plan, device)
     return home == rank, length
