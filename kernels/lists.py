@@ -259,10 +259,7 @@ def _scatter_few_kernel(
         cursor += tl.sum(listed, 1)
 
 
-@triton.jit(
-    do_not_specialize=["bins", "pieces", "items", "per_item"],
-    do_not_specialize_on_alignment=["item_start_ptr", "item_end_ptr"],
-)
+@triton.jit(do_not_specialize=["bins", "pieces", "items", "per_item"])
 def _item_kernel(
     begin_ptr,
     pointer_ptr,
@@ -348,8 +345,9 @@ def _items(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pointer` and the items from where the bins' pieces begin, `[bins * pieces + 1]`."""
     items = capacity // rows_per_item + bins
-    pointer = torch.empty(bins + 1, dtype=torch.int32, device=begin.device)
-    item_bin, item_start, item_end = torch.empty(3, items, dtype=torch.int32, device=begin.device)
+    pointer, item_bin, item_start, item_end = (
+        torch.empty(size, dtype=torch.int32, device=begin.device) for size in (bins + 1, items, items, items)
+    )
     tables = (begin, pointer, item_bin, item_start, item_end)
     shape = {"BINS": ITEM_KERNEL_BINS, "ITEMS": ITEM_KERNEL_ITEMS}
     _item_kernel[(cdiv(bins + 1, ITEM_KERNEL_BINS),)](*tables, bins, pieces, items, rows_per_item, **shape)
