@@ -53,11 +53,10 @@ def make_call(block_size: int, topk: int, tokens: int):
     part = KVPart(k, v, start.expand(HEADS, n_blocks), length)
     selected = triton_backend.select_blocks(q, triton_backend.centroids(k, start, block_size), rows, topk)
     partials = triton_backend.new_partials(selected, DIM, q.dtype)
-    forward_lists = triton_backend.route(selected, n_blocks, HEADS, block_size)
-    triton_backend.attend(q, part, forward_lists, rows, selected, DIM**-0.5, partials)
+    lists = triton_backend.route(selected, n_blocks, HEADS, block_size)
+    triton_backend.attend(q, part, lists, rows, selected, DIM**-0.5, partials)
     out, lse = torch.empty_like(dout), triton_backend.new_lse(q)
     triton_backend.merge(partials, selected, out, lse)
-    lists = triton_backend.route(selected, n_blocks, HEADS, block_size)
     n_pieces = backward.piece_count(tokens, HEADS, HEADS, topk, block_size)
     piece_bin = backward.find_pieces(lists.pointer, n_pieces, block_size) if n_pieces else lists.pointer
     whole = lambda: torch.zeros(tokens, ALL_HEADS, DIM, device="cuda", dtype=q.dtype)[:, :HEADS]  # noqa: E731

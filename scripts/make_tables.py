@@ -94,7 +94,7 @@ def table(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict]) 
     checked = [r["checks"] for r in results if "checks" in r]
     if checked:
         rows, wrong = (sum(c[key] for c in checked) for key in ("rows", "wrong_rows"))
-        seeds = sorted({c.get("seeds", 1) for c in checked})
+        seeds = sorted({c["seeds"] for c in checked})
         drawn = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         lines += ["", f"Rows whose blocks were checked against fp32 scores, {drawn} seeds: {rows:,}; wrong: {wrong}."]
     return "\n".join(lines)
@@ -242,9 +242,9 @@ def training_table(content: dict[str, Any]) -> str:
 
 
 def training_label(name: str) -> str:
-    """`cp1`, `cp2`, `cp2_ring`, `noise`, `noise4` for readers."""
+    """`cp1`, `cp2`, `cp2_ring`, `noise4` for readers."""
     if name.startswith("noise"):
-        return f"CP 1, sums rounded in {name.removeprefix('noise') or 2} parts"
+        return f"CP 1, sums rounded in {name.removeprefix('noise')} parts"
     ranks, _, comm = name.removeprefix("cp").partition("_")
     return f"CP {ranks}" + f" ({comm})" * bool(comm)
 

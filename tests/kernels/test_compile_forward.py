@@ -9,7 +9,7 @@ import pytest
 
 from tests.kernels import interpreter
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 HELPER = str(Path(__file__).with_name("compile_forward.py"))
 KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227}
 
@@ -48,7 +48,8 @@ def test_hopper_stream():
 
 
 def test_hopper_merge():
-    check([["merge", dim, 8, "bf16", [9, 0]] for dim in (64, 96, 128, 192, 256)], 8)  # Triton 3.7: two registers at 96
+    most = 0 if triton.__version__.startswith("3.6.") else 8  # Triton 3.7 keeps two registers at 96
+    check([["merge", dim, 8, "bf16", [9, 0]] for dim in (64, 96, 128, 192, 256)], most)
 
 
 def test_two_programs_a_multiprocessor():
