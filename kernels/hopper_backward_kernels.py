@@ -30,20 +30,6 @@ def element(dtype: torch.dtype) -> gl.dtype:
     return {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
 
 
-@gluon.constexpr_function
-def store_layout(rows: int, dim: int, warps: int) -> gl.DistributedLinearLayout:
-    """For stores of a product `[64, dim]` of one or two warpgroups: its layout, but each thread's columns come in eights.
-
-    A quad of lanes trades columns, no barrier and no other warp comes in, and stores are of 16 bytes.
-    """
-    assert rows == 64
-    columns = [[0, 1 << bit] for bit in range((dim * 4 // warps).bit_length() - 1)]
-    registers = [*columns[:3], [8, 0], *columns[5:]]
-    lanes = [*columns[3:5], [1, 0], [2, 0], [4, 0]]
-    groups = [[0, dim // 2]] if warps == 8 else []
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0], *groups], [], [rows, dim])
-
-
 @gluon.jit
 def _decode(code, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
     """Token and head in the group of entries; 32 bits each, so that a product with a stride is one wide multiplication."""
@@ -60,15 +46,19 @@ def _offset(token, head, stride_t, stride_h, HEAD_BITS: gl.constexpr):
 
 
 @gluon.jit
+def _gather(x, code, x_s, cols, x_t, x_h, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
+    """Start the copy of the rows of the entries `code`; left to the next commit."""
+    token, head = _decode(code, HEAD_BITS, SLOT_BITS)
+    async_copy.async_copy_global_to_shared(x_s, x + _offset(token, head, x_t, x_h, HEAD_BITS)[:, None] + cols[None, :])
+
+
+@gluon.jit
 def _copy_rows(
     q, dout, code, q_s, do_s, cols, q_t, q_h, dout_t, dout_h, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr
 ):
     """Start the copies of one tile of gathered rows, those of the entries `code`."""
-    token, head = _decode(code, HEAD_BITS, SLOT_BITS)
-    async_copy.async_copy_global_to_shared(q_s, q + _offset(token, head, q_t, q_h, HEAD_BITS)[:, None] + cols[None, :])
-    async_copy.async_copy_global_to_shared(
-        do_s, dout + _offset(token, head, dout_t, dout_h, HEAD_BITS)[:, None] + cols[None, :]
-    )
+    _gather(q, code, q_s, cols, q_t, q_h, HEAD_BITS, SLOT_BITS)
+    _gather(dout, code, do_s, cols, dout_t, dout_h, HEAD_BITS, SLOT_BITS)
     async_copy.commit_group()
 
 

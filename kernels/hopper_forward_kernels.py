@@ -12,15 +12,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_backward_kernels import _decode, _offset, barrier, store_layout
+from .hopper_backward_kernels import _decode, _gather, _offset, barrier
 
 
-@gluon.jit
-def _copy_q(q, code, q_s, cols, q_t, q_h, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
-    """Start the copies of one tile of gathered rows, those of the entries `code`."""
-    token, head = _decode(code, HEAD_BITS, SLOT_BITS)
-    async_copy.async_copy_global_to_shared(q_s, q + _offset(token, head, q_t, q_h, HEAD_BITS)[:, None] + cols[None, :])
-    async_copy.commit_group()
+@gluon.constexpr_function
+def _store_layout(dim: int) -> gl.DistributedLinearLayout:
+    """For stores of a warpgroup's product `[64, dim]`: its layout, but each thread's columns come in eights.
+
+    A quad of lanes trades columns, no barrier and no other warp comes in, and stores are of 16 bytes.
+    """
+    columns = [[0, 1 << bit] for bit in range(dim.bit_length() - 1)]
+    registers, lanes = [*columns[:3], [8, 0], *columns[5:]], [*columns[3:5], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, dim])
 
 
 @gluon.jit
@@ -40,7 +43,7 @@ def stream_rows_kernel(
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, BK: gl.constexpr,
     R: gl.constexpr, NW: gl.constexpr, T: gl.constexpr, NEGATIVE: gl.constexpr,
 ):  # fmt: skip
-    """As `forward._stream_rows`: one work item, its rows past the block's K and V. Reads and writes the same.
+    """As `forward_kernels.stream_rows_kernel`: one work item, its rows past the block's K and V. Reads and writes the same.
 
     Per tile: S = q K^T was started a tile ahead; its rows make room for those of the tile after next; weights; O = P V, and
     beside it the next tile's S; O is stored while that runs.
@@ -61,7 +64,7 @@ def stream_rows_kernel(
     SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, BK, 16])
     SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
-    STORE: gl.constexpr = store_layout(R, D, NW)
+    STORE: gl.constexpr = _store_layout(D)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [NW], [0])
     WARP: gl.constexpr = gl.BlockedLayout([R // 32], [32], [NW], [0])  # every warp holds all rows of a tile
@@ -93,7 +96,8 @@ def stream_rows_kernel(
     zero_out = gl.zeros([R, D], gl.float32, SUM)
     for j in gl.static_range(2):
         code = gl.load(entry + gl.minimum(j * R + r, last))
-        _copy_q(q, code, q_s.index(j), cols, q_t, q_h, HEAD_BITS, SLOT_BITS)
+        _gather(q, code, q_s.index(j), cols, q_t, q_h, HEAD_BITS, SLOT_BITS)
+        async_copy.commit_group()
         code_s.index(j).store(gl.load(entry + gl.minimum(j * R + line, last)))
     limit = _limits(position, gl.load(entry + gl.minimum(by_row, last)), HEAD_BITS, SLOT_BITS, TOPK, BK)
     line_code = gl.load(entry + gl.minimum(2 * R + line, last))
@@ -105,10 +109,9 @@ def stream_rows_kernel(
         code_s.index((i + 2) % CODES).store(line_code)
         s = warpgroup_mma_wait(0, deps=(s_run,))
         barrier()
-        _copy_q(
-            q, code_s.index((i + 2) % CODES).load(gl.SliceLayout(1, GATHER)), q_s.index(i % 2), cols, q_t, q_h, HEAD_BITS,
-            SLOT_BITS,
-        )  # fmt: skip
+        code = code_s.index((i + 2) % CODES).load(gl.SliceLayout(1, GATHER))
+        _gather(q, code, q_s.index(i % 2), cols, q_t, q_h, HEAD_BITS, SLOT_BITS)
+        async_copy.commit_group()
         line_code = gl.load(entry + gl.minimum((i + 3) * R + line, last))
         if NEGATIVE:
             s = -s
