@@ -21,6 +21,7 @@ from torch import Tensor
 from . import configs
 from .backward_kernels import delta_kernel, dkdv_kernel, dq_kernel, find_pieces_kernel, sum_pieces_kernel
 from .sizes import cdiv, next_power_of_2
+from .types import heads_stride
 
 if TYPE_CHECKING:
     from .lists import RoutingLists
@@ -188,7 +189,7 @@ class Call:
 
     def key_strides(self, *tensors: Tensor) -> tuple[int, ...]:
         """(row, kv head) strides of `[N, H, .]` tensors; head stride 0 where every pair has rows of its own."""
-        return tuple(s for x in tensors for s in (x.stride(0), x.stride(1) if x.shape[1] > 1 else 0))
+        return tuple(s for x in tensors for s in (x.stride(0), heads_stride(x)))
 
     def score_strides(self) -> tuple[int, ...]:
         """(head, token) strides of lse and delta."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import configs, hopper_backward
+from .types import heads_stride
 
 if TYPE_CHECKING:
     from .lists import RoutingLists
@@ -42,11 +43,11 @@ def attend(
     (tokens, _, dim), items = q.shape, lists.item_bin.numel()
     if not items:
         return
-    k_head, v_head = (x.stride(1) if x.shape[1] > 1 else 0 for x in (part.k, part.v))
     hopper_forward_kernels.stream_rows_kernel[(items,)](
         q, part.k, part.v, part.start, part.length, rows.position, lists.entry, lists.item_bin, lists.item_start,
         lists.item_end, partials.out, partials.lse, tokens, lists.n_blocks, lists.group_size, factor,
-        part.start.stride(0), q.stride(0), q.stride(1), part.k.stride(0), k_head, part.v.stride(0), v_head,
+        part.start.stride(0), q.stride(0), q.stride(1), part.k.stride(0), heads_stride(part.k), part.v.stride(0),
+        heads_stride(part.v),
         D=dim, HEAD_BITS=lists.head_bits, SLOT_BITS=lists.slot_bits, TOPK=topk, BK=lists.block_size, R=ROWS, NW=WARPS,
         T=hopper_backward_kernels.element(q.dtype), NEGATIVE=negative, num_warps=WARPS,
     )  # fmt: skip

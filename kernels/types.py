@@ -21,6 +21,11 @@ def selection_dtype(n_blocks: int) -> torch.dtype:
     return torch.int16 if n_blocks <= torch.iinfo(torch.int16).max else torch.int32
 
 
+def heads_stride(x: Tensor) -> int:
+    """Stride between the heads' rows of `[N, H, D]`; 0 where there is one, or all pairs have rows of their own."""
+    return x.stride(1) if x.shape[1] > 1 else 0
+
+
 @dataclass(frozen=True)
 class QueryRows:
     """Where each of `T` query rows stands among the blocks.

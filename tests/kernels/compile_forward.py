@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moba_cp.kernels import configs, forward, merge
+from moba_cp.kernels import configs, forward_kernels, merge
 from tests.kernels import compile_backward
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -84,20 +84,24 @@ def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
     stream = configs.streaming(dim, dim_v, block_size, capability) if with_own else None
     if stream:
         constants = forward_constants(dim, dim_v, block_size, stream)
-        built = {"stream": build(forward._stream_rows, constants, dtype, capability, stream.num_warps)}
+        built = {"stream": build(forward_kernels.stream_rows_kernel, constants, dtype, capability, stream.num_warps)}
         if capability == (9, 0) and dim in (64, 128) and block_size % 64 == 0 and block_size >= dim:
             built["hopper"] = build_hopper(dim, block_size, dtype)
         return built
     tma = capability == (9, 0) and not with_own and block_size % hold.keys == 0
     constants = forward_constants(dim, dim_v, block_size, hold, WITH_OWN=with_own, TMA=tma)
-    built = {"hold": build(forward._hold_rows, constants, dtype, capability, hold.num_warps, ("k", "v") if tma else ())}
+    built = {
+        "hold": build(
+            forward_kernels.hold_rows_kernel, constants, dtype, capability, hold.num_warps, ("k", "v") if tma else ()
+        )
+    }
     if not with_own:
         own = configs.own_blocks(dim, dim_v, capability)
         tma = capability == (9, 0)
         constants = forward_constants(dim, dim_v, block_size, own, TILE=128, TMA=tma)
-        constants = {p.name: constants[p.name] for p in forward._own_blocks.params if p.name in constants}
+        constants = {p.name: constants[p.name] for p in forward_kernels.own_blocks_kernel.params if p.name in constants}
         tiles = ("k_tiles", "v_tiles") if tma else ()
-        built["own"] = build(forward._own_blocks, constants, dtype, capability, own.num_warps, tiles)
+        built["own"] = build(forward_kernels.own_blocks_kernel, constants, dtype, capability, own.num_warps, tiles)
     return built
 
 

@@ -28,9 +28,9 @@ def check(cases, most_spilled, most_spilled_own=0):
 
 
 def test_hopper_attend():
-    """8 bytes are one register kept across the loop of `_hold_rows`, written and read once a program.
+    """8 bytes are one register kept across the loop of `hold_rows_kernel`, written and read once a program.
 
-    `_own_blocks` keeps up to 20 registers across its loop over whole tiles of keys; some are read again on the diagonal.
+    `own_blocks_kernel` keeps up to 20 registers across its loop over whole tiles of keys; some are read again on the diagonal.
     """
     cases = [["attend", 128, 128, block, "bf16", [9, 0]] for block in (16, 64, 100, 128, 512, 520, 4096)]
     cases += [
