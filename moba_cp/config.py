@@ -32,15 +32,23 @@ class MoBAConfig:
                 raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        scale = self.softmax_scale
-        if scale is None:
-            return
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"softmax_scale must be a float or None, got {scale!r} ({type(scale).__name__})")
-        if not math.isfinite(scale):
-            raise ValueError(f"softmax_scale must be finite, got {scale}")
-        object.__setattr__(self, "softmax_scale", float(scale))
+        object.__setattr__(self, "softmax_scale", checked_scale(self.softmax_scale))
 
     def scale(self, head_dim: int) -> float:
         """Factor on attention scores for heads of size `head_dim`."""
         return head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+
+def checked_scale(scale: object) -> float | None:
+    """`scale` as a float, or None.
+
+    Raises:
+        TypeError, ValueError: it is not a number, or not finite.
+    """
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"softmax_scale must be a float or None, got {scale!r} ({type(scale).__name__})")
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be finite, got {scale}")
+    return float(scale)

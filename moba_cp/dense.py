@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .config import checked_scale
 from .kernels import dense
 from .kernels.torch_backend import accumulate_dtype
 from .parallel import agreement
@@ -69,6 +70,7 @@ def causal_attention(
         check_comm(comm, COMMS)
         check_tensors(q, k, v)
         check_placement(q, layout, group)
+        softmax_scale = checked_scale(softmax_scale)
     except (TypeError, ValueError) as error:
         if group_size(layout, group) > 1:
             agreement.refuse(group, error, q)

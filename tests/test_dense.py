@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from moba_cp import SequenceLayout, dense
+from moba_cp import MoBAConfig, SequenceLayout, dense
 from moba_cp.parallel.comm import Traffic
 from moba_cp.parallel.cost import GATHER_BYTES
 from moba_cp.parallel.dense import choose_transport
@@ -178,6 +178,33 @@ def disagreeing_on_rank(rank: int, world_size: int, what: str) -> None:
 def test_ranks_that_differ_raise_on_every_rank(what: str, message: str) -> None:
     errors = run_ranks(2, disagreeing_on_rank, what, expect_errors=True)
     assert all(isinstance(e, ValueError) and message in str(e) for e in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (float("inf"), ValueError, "softmax_scale must be finite, got inf"),
+        (float("nan"), ValueError, "softmax_scale must be finite, got nan"),
+        ("0.1", TypeError, "softmax_scale must be a float or None, got '0.1' \\(str\\)"),
+    ],
+)
+def test_scales_are_refused_as_moba_refuses_them(scale: object, error: type[Exception], message: str) -> None:
+    qkv, layout = CASE.inputs()[:3], SequenceLayout.contiguous(CASE.cu_seqlens, 1)
+    with pytest.raises(error, match=message):
+        dense.causal_attention(*qkv, scale, layout=layout)
+    with pytest.raises(error, match=message):
+        MoBAConfig(8, 2, softmax_scale=scale)
+
+
+def bad_scale_on_rank(rank: int, world_size: int) -> None:
+    layout = SequenceLayout.zigzag(CASE.cu_seqlens, world_size)
+    qkv = [layout.shard(x, rank) for x in CASE.inputs()[:3]]
+    dense.causal_attention(*qkv, float("inf") if rank == 0 else None, layout=layout)
+
+
+def test_a_bad_scale_on_one_rank_is_told_to_the_other() -> None:
+    errors = run_ranks(2, bad_scale_on_rank, expect_errors=True)
+    assert all("softmax_scale must be finite, got inf" in str(error) for error in errors), errors
 
 
 def test_unknown_transports_are_refused() -> None:
