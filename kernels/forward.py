@@ -1,31 +1,18 @@
 """Block attention, forward: gathered query rows times one block of keys and values.
 
-On Hopper `hopper_forward` serves blocks of at most 128 keys, with the bits of the kernels of `forward_kernels`.
+On Hopper `hopper_forward` serves the listed entries, with the bits of the kernels of `forward_kernels`.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, hopper_forward
+from .descriptors import heads_step, tile_descriptor, tma_can_read
 from .forward_kernels import hold_rows_kernel, own_blocks_kernel, stream_rows_kernel
 from .types import OWN_TILE, KVPart, QueryRows, heads_stride
 
 LOG2E = 1.4426950408889634
-
-
-def _descriptor(x: Tensor, keys: int) -> TensorDescriptor:
-    """TMA descriptor over `[heads, rows, D]` of `[rows, heads, D]`, one tile of `keys` rows at a time."""
-    rows, heads, dim = x.shape
-    one = heads_stride(x) == 0  # one head, or the same rows for every head: TMA knows no stride of 0
-    shape, strides = [1 if one else heads, rows, dim], [x.stride(0) if one else x.stride(1), x.stride(0), 1]
-    return TensorDescriptor(x, shape, strides, [1, keys, configs.padded(dim)])
-
-
-def _tma_can_read(x: Tensor) -> bool:
-    strides = (x.stride(0), heads_stride(x))
-    return x.data_ptr() % 16 == 0 and x.stride(0) > 0 and all(s * x.element_size() % 16 == 0 for s in strides)
 
 
 def _scores_scale(scale: float) -> tuple[float, bool]:
@@ -50,14 +37,10 @@ def attend_listed(
     if not stream:
         # TMA reads whole tiles: a block's ragged tail would bring in another block's rows.
         with_own = block_size <= configs.SMALL_BLOCK
-        tma = tma and not with_own and block_size % launch.keys == 0 and _tma_can_read(k) and _tma_can_read(v)
+        tma = tma and not with_own and block_size % launch.keys == 0 and tma_can_read(k) and tma_can_read(v)
         if tma:
-            k, v, k_head, v_head = (
-                _descriptor(k, launch.keys),
-                _descriptor(v, launch.keys),
-                int(k_head > 0),
-                int(v_head > 0),
-            )
+            k_head, v_head = heads_step(k), heads_step(v)
+            k, v = tile_descriptor(k, launch.keys), tile_descriptor(v, launch.keys)
         kernel, programs = hold_rows_kernel, n_items * (lists.rows_per_item // launch.rows)
         options = {"ITEM": lists.rows_per_item, "WITH_OWN": with_own, "TMA": tma}
     kernel[(programs,)](
@@ -81,8 +64,8 @@ def attend_own(
         return
     (tokens, q_heads, dim), dim_v = q.shape, part.v.shape[2]
     scale, negative = _scores_scale(scale)
-    tma = tma and _tma_can_read(part.k) and _tma_can_read(part.v)
-    k_tiles, v_tiles = (_descriptor(x, launch.keys) if tma else x for x in (part.k, part.v))
+    tma = tma and tma_can_read(part.k) and tma_can_read(part.v)
+    k_tiles, v_tiles = (tile_descriptor(x, launch.keys) if tma else x for x in (part.k, part.v))
     own_blocks_kernel[(tiles * (OWN_TILE // launch.rows) * q_heads,)](
         q, part.k, part.v, k_tiles, v_tiles, part.start, part.length, rows.own_tiles, partials.out, partials.lse,
         rows.offset, tokens, tiles, q_heads, scale, part.start.stride(0), q.stride(0), q.stride(1),
@@ -100,29 +83,24 @@ def attend(
     """Attention of every routed row to every block of the part; see `torch_backend.attend`.
 
     Args:
-        path: "portable", or "hopper" where `hopper_forward.supported`; by default "hopper" where it is. The bits are the
-            same.
+        path: of the listed entries, "portable", or "hopper" where `hopper_forward.supported`; by default "hopper" where
+            it is. The bits are the same.
     """
     if q.shape[0] == 0 or lists.n_blocks == 0 or part.k.shape[0] == 0:
         return
     if path is None:
         path = "hopper" if hopper_forward.supported(q, part, lists) else "portable"
+    shared, device = (q, part, lists, rows, selected, scale, partials), configs.capability(q.device)
+    dim, dim_v, block_size = q.shape[2], part.v.shape[2], lists.block_size
+    # TMA pays on Hopper, where two programs share a multiprocessor; Blackwell's consumer chips have it too, untested.
+    tma = device == (9, 0)
     if path == "hopper":
-        hopper_forward.attend(q, part, lists, rows, selected.shape[2], *_scores_scale(scale), partials)
+        hopper_forward.attend_listed(q, part, lists, rows, selected.shape[2], *_scores_scale(scale), partials)
     elif path == "portable":
-        attend_portable(q, part, lists, rows, selected, scale, partials)
+        stream = configs.streaming(dim, dim_v, block_size, device)
+        launch = stream or configs.stationary(dim, dim_v, block_size, device)
+        attend_listed(*shared, launch, stream=stream is not None, tma=tma)
     else:
         raise ValueError(f"path must be 'portable', 'hopper' or None, got {path!r}")
-
-
-def attend_portable(q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials) -> None:
-    """The kernels of `forward_kernels`."""
-    device = configs.capability(q.device)
-    dim, dim_v = q.shape[2], part.v.shape[2]
-    hold = configs.stationary(dim, dim_v, lists.block_size, device)
-    stream = configs.streaming(dim, dim_v, lists.block_size, device)
-    # TMA pays on Hopper, where two programs share a multiprocessor; Blackwell's consumer chips have it too, untested.
-    shared, tma = (q, part, lists, rows, selected, scale, partials), device == (9, 0)
-    attend_listed(*shared, stream or hold, stream=stream is not None, tma=tma)
-    if lists.block_size > configs.SMALL_BLOCK:
+    if block_size > configs.SMALL_BLOCK:
         attend_own(*shared, configs.own_blocks(dim, dim_v, device), tma=tma)

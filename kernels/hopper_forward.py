@@ -1,8 +1,8 @@
-"""Forward block attention for Hopper (compute capability 9.0) in Gluon, blocks of at most 128 keys; `forward.py` has the rest.
+"""Forward block attention for Hopper (compute capability 9.0) in Gluon, but for large own blocks; `forward.py` has the rest.
 
-Triton asks for the next tile of rows when the last one's products are done, and then waits for it. Here a tile's rows are
-asked for two tiles ahead, and the next tile's scores run beside the stores of this one. The bits are the portable kernel's:
-the same products in the same order.
+Triton asks for the next tile when the last one's products are done, and then waits for it. Here it is asked for two tiles
+ahead: rows where K and V of the block stay (at most 128 keys), and the next tile's scores run beside the stores of this one;
+keys where rows stay. The bits are the portable kernels': the same products in the same order.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import configs, hopper_backward
+from .descriptors import gluon_tile_descriptor, heads_step, tma_can_read
 from .types import heads_stride
 
 if TYPE_CHECKING:
@@ -20,34 +21,52 @@ if TYPE_CHECKING:
     from .torch_backend import Partials
     from .types import KVPart, QueryRows
 
-ROWS, WARPS = 64, 4
-"""Rows a tile, and warps: one warpgroup, so that a multiprocessor holds two programs."""
+WARPS = 4
+"""One warpgroup, so that a multiprocessor holds two programs."""
+STREAMED_ROWS = 64
+"""Rows a tile that streams past a block of at most 128 keys."""
+HELD_ROWS, KEYS = 128, 64
+"""Rows that stay, and keys a tile that streams past them."""
 
 
 def supported(q: Tensor, part: KVPart, lists: RoutingLists) -> bool:
-    """Whether this kernel serves: where the Hopper backward does, blocks of at most 128 keys, lists of int32 entries."""
+    """Whether these kernels serve: where the Hopper backward does, lists of int32 entries, keys that TMA can read."""
     return (
-        lists.block_size <= configs.SMALL_BLOCK
-        and lists.entry.dtype == torch.int32
+        lists.entry.dtype == torch.int32
         and hopper_backward.supported(q, part, lists.block_size)
+        and (lists.block_size <= configs.SMALL_BLOCK or (tma_can_read(part.k) and tma_can_read(part.v)))
     )
 
 
-def attend(
+def attend_listed(
     q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, topk: int, factor: float, negative: bool,
     partials: Partials,
 ) -> None:  # fmt: skip
-    """Every listed entry of the part; `factor` is the scale in base 2, positive, and `negative` its sign."""
+    """Every listed entry of the part, own rows of blocks of more than 128 keys apart; see `forward.attend_listed`.
+
+    Args:
+        factor, negative: the scale in base 2, positive, and whether its sign is changed.
+    """
     from . import hopper_backward_kernels, hopper_forward_kernels
 
     (tokens, _, dim), items = q.shape, lists.item_bin.numel()
     if not items:
         return
-    hopper_forward_kernels.stream_rows_kernel[(items,)](
-        q, part.k, part.v, part.start, part.length, rows.position, lists.entry, lists.item_bin, lists.item_start,
-        lists.item_end, partials.out, partials.lse, tokens, lists.n_blocks, lists.group_size, factor,
-        part.start.stride(0), q.stride(0), q.stride(1), part.k.stride(0), heads_stride(part.k), part.v.stride(0),
-        heads_stride(part.v),
-        D=dim, HEAD_BITS=lists.head_bits, SLOT_BITS=lists.slot_bits, TOPK=topk, BK=lists.block_size, R=ROWS, NW=WARPS,
-        T=hopper_backward_kernels.element(q.dtype), NEGATIVE=negative, num_warps=WARPS,
+    options = {
+        "D": dim, "HEAD_BITS": lists.head_bits, "SLOT_BITS": lists.slot_bits, "TOPK": topk, "NW": WARPS,
+        "T": hopper_backward_kernels.element(q.dtype), "NEGATIVE": negative, "num_warps": WARPS,
+    }  # fmt: skip
+    sizes = (tokens, lists.n_blocks, lists.group_size, factor, part.start.stride(0), q.stride(0), q.stride(1))
+    items_of = (lists.entry, lists.item_bin, lists.item_start, lists.item_end, partials.out, partials.lse)
+    if lists.block_size <= configs.SMALL_BLOCK:
+        hopper_forward_kernels.stream_rows_kernel[(items,)](
+            q, part.k, part.v, part.start, part.length, rows.position, *items_of, *sizes, part.k.stride(0),
+            heads_stride(part.k), part.v.stride(0), heads_stride(part.v), BK=lists.block_size, R=STREAMED_ROWS, **options,
+        )  # fmt: skip
+        return
+    if lists.rows_per_item > HELD_ROWS:
+        raise ValueError(f"items of at most {HELD_ROWS} rows are needed, got {lists.rows_per_item}")
+    hopper_forward_kernels.hold_rows_kernel[(items,)](
+        q, gluon_tile_descriptor(part.k, KEYS), gluon_tile_descriptor(part.v, KEYS), part.start, *items_of, *sizes,
+        heads_step(part.k), heads_step(part.v), TILES=lists.block_size // KEYS, R=HELD_ROWS, BN=KEYS, **options,
     )  # fmt: skip

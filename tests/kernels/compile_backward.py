@@ -51,12 +51,22 @@ def serialised(ptx: str) -> bool:
     return "serialized" in done.stderr + done.stdout
 
 
+def descriptor(constants: dict, dtype: str) -> str:
+    """Type of a Gluon kernel's descriptor of tiles of keys or values."""
+    from moba_cp.kernels.hopper_forward_kernels import tile_layout
+
+    layout = tile_layout(constants["BN"], constants["D"], {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    return f"tensordesc<{dtype}[1, {constants['BN']}, {constants['D']}],{layout!r}>"
+
+
 def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[dict, dict, dict]:
     """Types, constants and alignments of a call with contiguous tensors."""
     types, aligned = {}, []
     for p in kernel.params:
         if p.name in constants:
             types[p.name] = "constexpr"
+        elif p.name.endswith("_tiles"):
+            types[p.name] = descriptor(constants, dtype)
         elif p.name in INT32:
             types[p.name] = "*i32"
         elif p.name in FP32 or (p.name == "delta" and "out" in types):
@@ -68,7 +78,7 @@ def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[di
         else:
             types[p.name] = "fp32" if p.name == "scale" else "i32"
         specialised = not (p.do_not_specialize or p.do_not_specialize_on_alignment)
-        if specialised and p.name not in ("scale", "group", "lse_t", "delta_t") and types[p.name] != "constexpr":
+        if specialised and p.name not in ("group", "lse_t", "delta_t") and types[p.name].startswith(("*", "i32")):
             aligned.append(p.num)
     values = {(p.num,): constants[p.name] for p in kernel.params if p.name in constants}
     return types, values, {(i,): [["tt.divisibility", 16]] for i in aligned}

@@ -82,15 +82,16 @@ def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
     with_own = block_size <= configs.SMALL_BLOCK
     hold = configs.stationary(dim, dim_v, block_size, capability)
     stream = configs.streaming(dim, dim_v, block_size, capability) if with_own else None
+    hopper = {}
+    if capability == (9, 0) and dim == dim_v and dim in (64, 128) and block_size % 64 == 0 and block_size >= dim:
+        hopper = {"hopper": build_hopper(dim, block_size, dtype)}
     if stream:
         constants = forward_constants(dim, dim_v, block_size, stream)
         built = {"stream": build(forward_kernels.stream_rows_kernel, constants, dtype, capability, stream.num_warps)}
-        if capability == (9, 0) and dim in (64, 128) and block_size % 64 == 0 and block_size >= dim:
-            built["hopper"] = build_hopper(dim, block_size, dtype)
-        return built
+        return built | hopper
     tma = capability == (9, 0) and not with_own and block_size % hold.keys == 0
     constants = forward_constants(dim, dim_v, block_size, hold, WITH_OWN=with_own, TMA=tma)
-    built = {
+    built = hopper | {
         "hold": build(
             forward_kernels.hold_rows_kernel, constants, dtype, capability, hold.num_warps, ("k", "v") if tma else ()
         )
@@ -106,16 +107,20 @@ def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
 
 
 def build_hopper(dim, block_size, dtype) -> dict:
-    """What `hopper_forward.attend` launches."""
+    """What `hopper_forward.attend_listed` launches."""
     from moba_cp.kernels import hopper_forward, hopper_forward_kernels
     from moba_cp.kernels.hopper_backward_kernels import element
 
     constants = {
-        "D": dim, "HEAD_BITS": 2, "SLOT_BITS": 3, "TOPK": 8, "BK": block_size, "R": hopper_forward.ROWS,
-        "NW": hopper_forward.WARPS, "T": element({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]),
-        "NEGATIVE": False,
+        "D": dim, "HEAD_BITS": 2, "SLOT_BITS": 3, "TOPK": 8, "NW": hopper_forward.WARPS,
+        "T": element({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]), "NEGATIVE": False,
     }  # fmt: skip
-    kernel = hopper_forward_kernels.stream_rows_kernel
+    if block_size <= configs.SMALL_BLOCK:
+        kernel = hopper_forward_kernels.stream_rows_kernel
+        constants |= {"BK": block_size, "R": hopper_forward.STREAMED_ROWS}
+    else:
+        kernel, keys = hopper_forward_kernels.hold_rows_kernel, hopper_forward.KEYS
+        constants |= {"BN": keys, "TILES": block_size // keys, "R": hopper_forward.HELD_ROWS}
     built = compile_backward.build(kernel, constants, dtype, (9, 0), hopper_forward.WARPS)
     built.pop("asm")
     return built

@@ -132,6 +132,18 @@ HOPPER = {
     "negative scale": dict(lengths=[2000], block_size=128, topk=3, scale=-0.1),
     "scale 0": dict(lengths=[700], block_size=128, topk=3, scale=0.0),
     "one token": dict(lengths=[1], block_size=128, topk=8),
+    "(512, 8)": dict(lengths=[9000], block_size=512, topk=8),
+    "(512, 3) GQA, odd documents": dict(lengths=[513, 2, 1024, 3333], block_size=512, topk=3, q_heads=8, kv_heads=2),
+    "(512, 1)": dict(lengths=[1300, 600], block_size=512, topk=1),
+    "(256, 5), D 64, MQA": dict(lengths=[5000], block_size=256, topk=5, q_heads=6, kv_heads=1, dim=64),
+    "(192, 4)": dict(lengths=[3000], block_size=192, topk=4),
+    "(4096, 3)": dict(lengths=[16000], block_size=4096, topk=3, q_heads=1),
+    "hot block of 512": dict(lengths=[9000], block_size=512, topk=3, hot=True),
+    "shuffled, blocks of 512": dict(lengths=[3000], block_size=512, topk=4, order="shuffled"),
+    "strided, blocks of 512": dict(lengths=[3000], block_size=512, topk=3, kv_heads=2, strided=True),
+    "negative scale, blocks of 512": dict(lengths=[2000], block_size=512, topk=3, scale=-0.1),
+    "scale 0, blocks of 512": dict(lengths=[2000], block_size=512, topk=3, scale=0.0),
+    "one token, block of 512": dict(lengths=[1], block_size=512, topk=8),
 }  # fmt: skip
 SIZES = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 128), (72, 40)]
 
