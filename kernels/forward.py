@@ -1,6 +1,6 @@
 """Block attention, forward: gathered query rows times one block of keys and values.
 
-On Hopper `hopper_forward` serves the listed entries, with the bits of the kernels of `forward_kernels`.
+On Hopper `hopper_forward` serves where it can, with the bits of the kernels of `forward_kernels`.
 """
 
 from __future__ import annotations
@@ -83,24 +83,29 @@ def attend(
     """Attention of every routed row to every block of the part; see `torch_backend.attend`.
 
     Args:
-        path: of the listed entries, "portable", or "hopper" where `hopper_forward.supported`; by default "hopper" where
-            it is. The bits are the same.
+        path: "portable", or "hopper" where `hopper_forward.supported`; by default "hopper" where it is. The bits are the
+            same.
     """
     if q.shape[0] == 0 or lists.n_blocks == 0 or part.k.shape[0] == 0:
         return
     if path is None:
         path = "hopper" if hopper_forward.supported(q, part, lists) else "portable"
-    shared, device = (q, part, lists, rows, selected, scale, partials), configs.capability(q.device)
-    dim, dim_v, block_size = q.shape[2], part.v.shape[2], lists.block_size
-    # TMA pays on Hopper, where two programs share a multiprocessor; Blackwell's consumer chips have it too, untested.
-    tma = device == (9, 0)
     if path == "hopper":
-        hopper_forward.attend_listed(q, part, lists, rows, selected.shape[2], *_scores_scale(scale), partials)
+        hopper_forward.attend(q, part, lists, rows, selected.shape[2], *_scores_scale(scale), partials)
     elif path == "portable":
-        stream = configs.streaming(dim, dim_v, block_size, device)
-        launch = stream or configs.stationary(dim, dim_v, block_size, device)
-        attend_listed(*shared, launch, stream=stream is not None, tma=tma)
+        attend_portable(q, part, lists, rows, selected, scale, partials)
     else:
         raise ValueError(f"path must be 'portable', 'hopper' or None, got {path!r}")
-    if block_size > configs.SMALL_BLOCK:
+
+
+def attend_portable(q: Tensor, part: KVPart, lists, rows: QueryRows, selected: Tensor, scale: float, partials) -> None:
+    """The kernels of `forward_kernels`."""
+    device = configs.capability(q.device)
+    dim, dim_v = q.shape[2], part.v.shape[2]
+    hold = configs.stationary(dim, dim_v, lists.block_size, device)
+    stream = configs.streaming(dim, dim_v, lists.block_size, device)
+    # TMA pays on Hopper, where two programs share a multiprocessor; Blackwell's consumer chips have it too, untested.
+    shared, tma = (q, part, lists, rows, selected, scale, partials), device == (9, 0)
+    attend_listed(*shared, stream or hold, stream=stream is not None, tma=tma)
+    if lists.block_size > configs.SMALL_BLOCK:
         attend_own(*shared, configs.own_blocks(dim, dim_v, device), tma=tma)

@@ -1,4 +1,4 @@
-"""Forward block attention for Hopper (compute capability 9.0) in Gluon, but for large own blocks; `forward.py` has the rest.
+"""Forward block attention for Hopper (compute capability 9.0) in Gluon, where it pays; `forward.py` has the rest.
 
 Triton asks for the next tile when the last one's products are done, and then waits for it. Here it is asked for two tiles
 ahead: rows where K and V of the block stay (at most 128 keys), and the next tile's scores run beside the stores of this one;
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import configs, hopper_backward
 from .descriptors import gluon_tile_descriptor, heads_step, tma_can_read
-from .types import heads_stride
+from .types import OWN_TILE, heads_stride
 
 if TYPE_CHECKING:
     from .lists import RoutingLists
@@ -38,35 +38,39 @@ def supported(q: Tensor, part: KVPart, lists: RoutingLists) -> bool:
     )
 
 
-def attend_listed(
+def attend(
     q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, topk: int, factor: float, negative: bool,
     partials: Partials,
 ) -> None:  # fmt: skip
-    """Every listed entry of the part, own rows of blocks of more than 128 keys apart; see `forward.attend_listed`.
+    """See `forward.attend`; `factor` is the scale in base 2, positive, and `negative` whether its sign is changed."""
+    from . import hopper_backward_kernels, hopper_forward_kernels, hopper_forward_large
 
-    Args:
-        factor, negative: the scale in base 2, positive, and whether its sign is changed.
-    """
-    from . import hopper_backward_kernels, hopper_forward_kernels
-
-    (tokens, _, dim), items = q.shape, lists.item_bin.numel()
-    if not items:
-        return
-    options = {
-        "D": dim, "HEAD_BITS": lists.head_bits, "SLOT_BITS": lists.slot_bits, "TOPK": topk, "NW": WARPS,
-        "T": hopper_backward_kernels.element(q.dtype), "NEGATIVE": negative, "num_warps": WARPS,
+    (tokens, q_heads, dim), items, own_tiles = q.shape, lists.item_bin.numel(), rows.own_tiles.shape[0]
+    constants = {
+        "D": dim, "TOPK": topk, "NW": WARPS, "T": hopper_backward_kernels.element(q.dtype), "NEGATIVE": negative,
+        "num_warps": WARPS,
     }  # fmt: skip
-    sizes = (tokens, lists.n_blocks, lists.group_size, factor, part.start.stride(0), q.stride(0), q.stride(1))
-    items_of = (lists.entry, lists.item_bin, lists.item_start, lists.item_end, partials.out, partials.lse)
+    bits = {"HEAD_BITS": lists.head_bits, "SLOT_BITS": lists.slot_bits}
+    listed = (lists.entry, lists.item_bin, lists.item_start, lists.item_end, partials.out, partials.lse)
+    sizes = (lists.group_size, factor, part.start.stride(0), q.stride(0), q.stride(1))
+    strides = (part.k.stride(0), heads_stride(part.k), part.v.stride(0), heads_stride(part.v))
     if lists.block_size <= configs.SMALL_BLOCK:
-        hopper_forward_kernels.stream_rows_kernel[(items,)](
-            q, part.k, part.v, part.start, part.length, rows.position, *items_of, *sizes, part.k.stride(0),
-            heads_stride(part.k), part.v.stride(0), heads_stride(part.v), BK=lists.block_size, R=STREAMED_ROWS, **options,
-        )  # fmt: skip
+        if items:
+            hopper_forward_kernels.stream_rows_kernel[(items,)](
+                q, part.k, part.v, part.start, part.length, rows.position, *listed, tokens, lists.n_blocks, *sizes,
+                *strides, BK=lists.block_size, R=STREAMED_ROWS, **bits, **constants,
+            )  # fmt: skip
         return
     if lists.rows_per_item > HELD_ROWS:
         raise ValueError(f"items of at most {HELD_ROWS} rows are needed, got {lists.rows_per_item}")
-    hopper_forward_kernels.hold_rows_kernel[(items,)](
-        q, gluon_tile_descriptor(part.k, KEYS), gluon_tile_descriptor(part.v, KEYS), part.start, *items_of, *sizes,
-        heads_step(part.k), heads_step(part.v), TILES=lists.block_size // KEYS, R=HELD_ROWS, BN=KEYS, **options,
-    )  # fmt: skip
+    tiles = gluon_tile_descriptor(part.k, KEYS), gluon_tile_descriptor(part.v, KEYS)
+    if items:
+        hopper_forward_large.hold_rows_kernel[(items,)](
+            q, *tiles, part.start, *listed, tokens, lists.n_blocks, *sizes, heads_step(part.k), heads_step(part.v),
+            TILES=lists.block_size // KEYS, R=HELD_ROWS, BN=KEYS, **bits, **constants,
+        )  # fmt: skip
+    if own_tiles:
+        hopper_forward_large.own_blocks_kernel[(own_tiles * q_heads,)](
+            q, part.k, part.v, *tiles, part.start, part.length, rows.own_tiles, partials.out, partials.lse, rows.offset,
+            tokens, own_tiles, q_heads, *sizes, *strides, R=OWN_TILE, BN=KEYS, **constants,
+        )  # fmt: skip

@@ -1,7 +1,6 @@
-"""Gluon kernels for block attention on Hopper; `hopper_forward.py` says when they serve and launches them.
+"""Gluon kernel for block attention on Hopper where one tile of keys holds a block; `hopper_forward.py` launches it.
 
-The rules of ordering are those of `hopper_backward_kernels`. Tiles that TMA brings are waited for by their barrier alone: it
-writes shared memory through the path by which products read it.
+The rules of ordering are those of `hopper_backward_kernels`.
 """
 
 from functools import lru_cache
@@ -12,10 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
-    mbarrier,
-    tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -155,116 +151,3 @@ def stream_rows_kernel(
         )  # fmt: skip
     warpgroup_mma_wait(0, deps=(s_run,))
     async_copy.wait_group(0)
-
-
-@gluon.jit
-def _fetch(tiles, head, row, full, tile_s, there, D: gl.constexpr, BN: gl.constexpr):
-    """Start the copy of one tile of keys or values, if it is `there`."""
-    mbarrier.expect(full, BN * D * 2, pred=there)
-    tma.async_copy_global_to_shared(tiles, [head, row, 0], full, tile_s, pred=there)
-
-
-@gluon.jit(
-    do_not_specialize=["tokens", "n_blocks", "start_head"],
-    do_not_specialize_on_alignment=["start", "entry", "item_bin", "item_start", "item_end"],
-)
-def hold_rows_kernel(
-    q, k_tiles, v_tiles, start, entry, item_bin, item_start, item_end, out, lse,
-    tokens, n_blocks, group, scale, start_head, q_t, q_h, k_head, v_head,
-    D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, TILES: gl.constexpr,
-    R: gl.constexpr, BN: gl.constexpr, NW: gl.constexpr, T: gl.constexpr, NEGATIVE: gl.constexpr,
-):  # fmt: skip
-    """As `forward_kernels.hold_rows_kernel` without own rows: one work item, R rows; reads and writes the same.
-
-    The block is at least two whole tiles of BN keys. A tile of keys is asked for two tiles ahead, as soon as the scores of
-    the tile whose place it takes are done; values one tile ahead.
-    """
-    item = gl.program_id(0)
-    bin_ = gl.load(item_bin + item)
-    begin = gl.load(item_start + item)
-    end = gl.load(item_end + item)
-    if bin_ < 0:
-        return
-    kv_head = bin_ // n_blocks
-    WARP: gl.constexpr = gl.BlockedLayout([R // 32], [32], [NW], [0])  # every warp holds all rows
-    slots = gl.load(entry + gl.minimum(begin + gl.arange(0, R, layout=WARP), end - 1)) & ((1 << SLOT_BITS) - 1)
-    GATHER: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [NW, 1], [1, 0])
-    code = gl.load(entry + gl.minimum(begin + gl.arange(0, R, layout=gl.SliceLayout(1, GATHER)), end - 1))
-    first_key = gl.load(start + kv_head.to(gl.int64) * start_head + bin_ % n_blocks)
-    if (first_key < 0) | (gl.min(slots, 0) == TOPK - 1):
-        return
-
-    SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, BN, 16])
-    SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, D, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
-    STORE: gl.constexpr = _store_layout(R, D)
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
-    ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, D], T)
-    k_s = gl.allocate_shared_memory(T, [2, 1, BN, D], k_tiles.layout)
-    v_s = gl.allocate_shared_memory(T, [2, 1, BN, D], v_tiles.layout)
-    q_s = gl.allocate_shared_memory(T, [R, D], ROWS)
-    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for j in gl.static_range(2):
-        mbarrier.init(k_full.index(j), count=1)
-        mbarrier.init(v_full.index(j), count=1)
-    fence_async_shared()
-    barrier()
-    k_at = kv_head * k_head
-    v_at = kv_head * v_head
-    _fetch(k_tiles, k_at, first_key, k_full.index(0), k_s.index(0), True, D, BN)
-    _fetch(v_tiles, v_at, first_key, v_full.index(0), v_s.index(0), True, D, BN)
-    _fetch(k_tiles, k_at, first_key + BN, k_full.index(1), k_s.index(1), True, D, BN)
-    cols = gl.arange(0, D, layout=gl.SliceLayout(0, GATHER))
-    token, head = _decode(code, HEAD_BITS, SLOT_BITS)
-    q += kv_head.to(gl.int64) * group * q_h
-    async_copy.async_copy_global_to_shared(q_s, q + _offset(token, head, q_t, q_h, HEAD_BITS)[:, None] + cols[None, :])
-    async_copy.commit_group()
-
-    m = gl.full([R], float("-inf"), gl.float32, BY_ROW)
-    norm = gl.zeros([R], gl.float32, BY_ROW)
-    zero = gl.zeros([R, BN], gl.float32, SCORE)
-    acc = warpgroup_mma_init(gl.zeros([R, D], gl.float32, SUM))
-    p_left = gl.zeros([R, BN], T, LEFT)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    barrier()
-    for i in range(TILES):
-        stage = i % 2
-        phase = i // 2 % 2
-        mbarrier.wait(k_full.index(stage), phase)
-        s_run = warpgroup_mma(
-            q_s, k_s.index(stage).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True
-        )  # fmt: skip
-        s, total, p_left = warpgroup_mma_wait(0, deps=(s_run, acc, p_left))
-        barrier()
-        key = first_key + i * BN
-        _fetch(v_tiles, v_at, key + BN, v_full.index(1 - stage), v_s.index(1 - stage), i + 1 < TILES, D, BN)
-        _fetch(k_tiles, k_at, key + 2 * BN, k_full.index(stage), k_s.index(stage), i + 2 < TILES, D, BN)
-        if NEGATIVE:
-            s = -s
-        m_new = gl.maximum(m, gl.max(s, 1) * scale)
-        p = gl.exp2(s * scale - m_new[:, None])
-        rescale = gl.exp2(m - m_new)
-        norm = norm * rescale + gl.sum(p, 1)
-        m = m_new
-        total = total * gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None]
-        p_left = gl.convert_layout(p.to(T), LEFT)
-        mbarrier.wait(v_full.index(stage), phase)
-        acc = warpgroup_mma(p_left, v_s.index(stage).reshape([BN, D]), total, is_async=True)
-    row = begin + gl.arange(0, R, layout=BY_ROW)
-    code = gl.load(entry + gl.minimum(row, end - 1), cache_modifier=".cg")  # read again: the loop needs every register
-    token, head = _decode(code, HEAD_BITS, SLOT_BITS)
-    slot = code & ((1 << SLOT_BITS) - 1)
-    at = ((kv_head * group).to(gl.int64) * tokens + _offset(token, head, 1, tokens, HEAD_BITS)) * TOPK + slot
-    stored = (row < end) & (slot != TOPK - 1)
-    gl.store(lse + at, m + gl.log2(norm), mask=stored)
-    total, p_left = warpgroup_mma_wait(0, deps=(acc, p_left))
-    o = total * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, SUM))[:, None]
-    at = gl.convert_layout(at, gl.SliceLayout(1, STORE))
-    stored = gl.convert_layout(stored, gl.SliceLayout(1, STORE))
-    out_cols = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
-    gl.store(out + (at * D)[:, None] + out_cols[None, :], gl.convert_layout(o.to(T), STORE), mask=stored[:, None])
-    for j in gl.static_range(2):
-        mbarrier.invalidate(k_full.index(j))
-        mbarrier.invalidate(v_full.index(j))

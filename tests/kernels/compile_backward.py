@@ -23,7 +23,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CUOBJDUMP = TOOLS / "cuobjdump"
 INT32 = {
     "position", "pointer", "entry", "part_start", "part_length", "piece_bin", "item_bin", "item_start", "item_end",
-    "start", "length",
+    "start", "length", "own_tiles",
 }  # fmt: skip
 FP32 = {"lse", "delta", "pieces"}
 HALF = {"q", "dout", "out", "k", "v", "dq"}
@@ -65,7 +65,7 @@ def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[di
     for p in kernel.params:
         if p.name in constants:
             types[p.name] = "constexpr"
-        elif p.name.endswith("_tiles"):
+        elif p.name in ("k_tiles", "v_tiles"):
             types[p.name] = descriptor(constants, dtype)
         elif p.name in INT32:
             types[p.name] = "*i32"

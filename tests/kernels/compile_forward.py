@@ -84,7 +84,7 @@ def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
     stream = configs.streaming(dim, dim_v, block_size, capability) if with_own else None
     hopper = {}
     if capability == (9, 0) and dim == dim_v and dim in (64, 128) and block_size % 64 == 0 and block_size >= dim:
-        hopper = {"hopper": build_hopper(dim, block_size, dtype)}
+        hopper = build_hopper(dim, block_size, dtype)
     if stream:
         constants = forward_constants(dim, dim_v, block_size, stream)
         built = {"stream": build(forward_kernels.stream_rows_kernel, constants, dtype, capability, stream.num_warps)}
@@ -106,9 +106,9 @@ def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
     return built
 
 
-def build_hopper(dim, block_size, dtype) -> dict:
-    """What `hopper_forward.attend_listed` launches."""
-    from moba_cp.kernels import hopper_forward, hopper_forward_kernels
+def build_hopper(dim, block_size, dtype) -> dict[str, dict]:
+    """What `hopper_forward` launches."""
+    from moba_cp.kernels import hopper_forward, hopper_forward_kernels, hopper_forward_large
     from moba_cp.kernels.hopper_backward_kernels import element
 
     constants = {
@@ -116,13 +116,19 @@ def build_hopper(dim, block_size, dtype) -> dict:
         "T": element({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]), "NEGATIVE": False,
     }  # fmt: skip
     if block_size <= configs.SMALL_BLOCK:
-        kernel = hopper_forward_kernels.stream_rows_kernel
+        kernels = {"hopper stream": hopper_forward_kernels.stream_rows_kernel}
         constants |= {"BK": block_size, "R": hopper_forward.STREAMED_ROWS}
     else:
-        kernel, keys = hopper_forward_kernels.hold_rows_kernel, hopper_forward.KEYS
+        large = hopper_forward_large
+        kernels = {"hopper hold": large.hold_rows_kernel, "hopper own": large.own_blocks_kernel}
+        keys = hopper_forward.KEYS
         constants |= {"BN": keys, "TILES": block_size // keys, "R": hopper_forward.HELD_ROWS}
-    built = compile_backward.build(kernel, constants, dtype, (9, 0), hopper_forward.WARPS)
-    built.pop("asm")
+    built = {
+        name: compile_backward.build(kernel, constants, dtype, (9, 0), hopper_forward.WARPS)
+        for name, kernel in kernels.items()
+    }
+    for kernel in built.values():
+        kernel.pop("asm")
     return built
 
 

@@ -174,6 +174,16 @@ class TestOnGpu:
         attend(case, without(parts, slice(0, None, 2)), by_parts, path="hopper")
         assert_same_bits(by_parts, whole)
 
+    @pytest.mark.parametrize("block_size", [128, 512])
+    def test_strides_that_hold_no_whole_copies(self, block_size):
+        """Rows 8 elements further apart than multiples of 16: the compiler knows of no 16 bytes to copy at once."""
+        case = gpu_case(lengths=[3000], block_size=block_size, topk=3, q_heads=1)
+        q, k, v = (torch.nn.functional.pad(x, (0, 8))[..., : x.shape[2]] for x in (case.q, case.part.k, case.part.v))
+        odd = replace(case, q=q, part=replace(case.part, k=k, v=v))
+        assert not hopper_forward.supported(odd.q, odd.part, odd.lists())
+        assert_matches(odd, tolerance=5e-3)
+        assert_same_bits(attend(odd), attend(case))
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("block_size", [64, 128, 512, 520])
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
