@@ -76,8 +76,12 @@ def dkdv_dq_kernel(
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_at = k + (row * k_n + kv_head * k_h)[:, None] + cols[None, :]
     v_at = v + (row * v_n + kv_head * v_h)[:, None] + cols[None, :]
-    k_s = gl.allocate_shared_memory(T, [BK, D], TILE, gl.load(k_at, mask=inside, other=0.0))
-    v_s = gl.allocate_shared_memory(T, [BK, D], TILE, gl.load(v_at, mask=inside, other=0.0))
+    k_s = gl.allocate_shared_memory(T, [BK, D], TILE)
+    v_s = gl.allocate_shared_memory(T, [BK, D], TILE)
+    # Waited for with the first tile of rows.
+    async_copy.async_copy_global_to_shared(k_s, k_at, mask=inside)
+    async_copy.async_copy_global_to_shared(v_s, v_at, mask=inside)
+    async_copy.commit_group()
     q_s = gl.allocate_shared_memory(T, [STAGES, R, D], ROWS)
     do_s = gl.allocate_shared_memory(T, [STAGES, R, D], ROWS)
     ds_s = gl.allocate_shared_memory(T, [2, BK, R], DS)
