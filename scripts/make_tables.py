@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from layer_tables import layer_tables, thousands
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 DENSE = "dense cuDNN"
@@ -23,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
     text = table(about, results, dense)
-    layer = layer_table(sorted(RESULTS.glob("layer*.json")))
+    layer = layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))])
     training = json.loads((RESULTS / "training.json").read_text())
     equality = equality_table(json.loads((RESULTS / "parallel_equality.json").read_text()))
     pretrain = pretrain_table(json.loads((RESULTS / "pretrain_gpt.json").read_text()))
@@ -98,56 +100,6 @@ def table(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict]) 
         drawn = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         lines += ["", f"Rows whose blocks were checked against fp32 scores, {drawn} seeds: {rows:,}; wrong: {wrong}."]
     return "\n".join(lines)
-
-
-def layer_table(files: list[Path]) -> str:
-    """Markdown of `bench_layer.py`: one row a (ranks, heads, block size, top-k, tokens, routing), a column a transport."""
-    lines = []
-    for content in (json.loads(f.read_text()) for f in files):
-        done = [r for r in content["results"] if "forward_ms" in r]
-        transports = list(dict.fromkeys(r["comm"] for r in done if r["ranks"] > 1))
-        rows: dict[tuple, dict[str, dict]] = {}
-        for r in done:
-            key = (r["ranks"], r["q_heads"], r["kv_heads"], r["block_size"], r["topk"], r["tokens"], r["routing"])
-            rows.setdefault(key, {})[r["comm"]] = r
-        lines += [
-            "",
-            f"{content['world_size']} x {content['device']}, NCCL {content['nccl']}, bf16, D = 128, "
-            f"{done[0]['layout']} layout; torch {content['torch']}, commit {content['commit'][:10]}. Milliseconds of the "
-            "slowest rank, forward / forward+backward; *alone*: one GPU with the tokens that each of the ranks holds.",
-            "",
-            f"| ranks | heads | (B, k) | tokens | routing | wanted | {' | '.join(transports)} | alone | output error |",
-            "|" + "---|" * (8 + len(transports)),
-        ]
-        for key, of_comm in sorted(rows.items()):
-            ranks, q_heads, kv_heads, block_size, topk, tokens, routing = key
-            if ranks == 1:
-                continue
-            any_of = next(iter(of_comm.values()))
-            alone = rows.get((1, q_heads, kv_heads, block_size, topk, tokens // ranks, routing), {}).get("auto")
-            errors = max(r["output_error"] for r in of_comm.values())
-            cells = [
-                str(ranks),
-                f"{q_heads}/{kv_heads}",
-                f"({block_size}, {topk})",
-                thousands(tokens),
-                routing,
-                f"{any_of['wanted_share']:.0%}",
-                *(layer_times(of_comm.get(t)) for t in transports),
-                layer_times(alone),
-                f"{errors:.1e}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        equal = all(r["bitwise_equal_to_first"] for r in done)
-        lines += ["", f"Output and dq of all transports {'are' if equal else 'are NOT'} the same bits, as timed."]
-    return "\n".join(lines).strip()
-
-
-def layer_times(result: dict | None) -> str:
-    if result is None:
-        return "-"
-    times = f"{result['forward_ms']:.1f} / {result['forward_backward_ms']:.1f}"
-    return f"{times} ({result['transport']})" if result["comm"] == "auto" and result["ranks"] > 1 else times
 
 
 def equality_table(content: dict[str, Any]) -> str:
@@ -305,10 +257,6 @@ def milliseconds(time: dict | None) -> str:
         return "-"
     value = time["median"]
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
 def replace_between(path: Path, name: str, text: str) -> None:

@@ -107,7 +107,10 @@ def test_runs_of_the_same_settings_are_kept(bench: dict[str, Any], tmp_path: Pat
         bench["kept"](out, {"steps": 4})
 
 
-def test_results_become_a_table_and_a_plot(bench: dict[str, Any], tmp_path: Path) -> None:
+def test_results_become_a_table_and_a_plot(
+    bench: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
     tables = runpy.run_path(str(SCRIPTS / "make_tables.py"))
     runs = {
         "cp2": run(bench, 2, [6.0, 5.0, 4.02], speed=190.0),
