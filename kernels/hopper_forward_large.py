@@ -51,6 +51,26 @@ def _fetch_two(tiles, head, row, full, tile_s, there, tiles2, head2, row2, full2
     tma.async_copy_global_to_shared(tiles2, [head2, row2, 0], full2, tile2_s, pred=there2)
 
 
+@gluon.jit
+def _softmax_step(s, m, norm, total, scale, T: gl.constexpr, SUM: gl.constexpr, LEFT: gl.constexpr):
+    """As `forward_kernels._softmax_step`; the weights come as the left side of the product to follow."""
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    p = gl.exp2(s * scale - m_new[:, None])
+    rescale = gl.exp2(m - m_new)
+    norm = norm * rescale + gl.sum(p, 1)
+    total = total * gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None]
+    return gl.convert_layout(p.to(T), LEFT), m_new, norm, total
+
+
+@gluon.jit
+def _store_rows(out, at, stored, total, norm, R: gl.constexpr, D: gl.constexpr, T: gl.constexpr, SUM: gl.constexpr):
+    """Store normalised rows at rows `at` of `out` where `stored`, both as `_store_layout` has the rows."""
+    STORE: gl.constexpr = _store_layout(R, D)
+    o = total * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, SUM))[:, None]
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
+    gl.store(out + (at * D)[:, None] + cols[None, :], gl.convert_layout(o.to(T), STORE), mask=stored[:, None])
+
+
 @gluon.jit(
     do_not_specialize=["tokens", "n_blocks", "start_head"],
     do_not_specialize_on_alignment=["start", "entry", "item_bin", "item_start", "item_end"],
@@ -84,7 +104,6 @@ def hold_rows_kernel(
     SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, BN, 16])
     SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
-    STORE: gl.constexpr = _store_layout(R, D)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
     ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, D], T)
     k_s = gl.allocate_shared_memory(T, [2, 1, BN, D], k_tiles.layout)
@@ -127,13 +146,7 @@ def hold_rows_kernel(
         )  # fmt: skip
         if NEGATIVE:
             s = -s
-        m_new = gl.maximum(m, gl.max(s, 1) * scale)
-        p = gl.exp2(s * scale - m_new[:, None])
-        rescale = gl.exp2(m - m_new)
-        norm = norm * rescale + gl.sum(p, 1)
-        m = m_new
-        total = total * gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None]
-        p_left = gl.convert_layout(p.to(T), LEFT)
+        p_left, m, norm, total = _softmax_step(s, m, norm, total, scale, T, SUM, LEFT)
         mbarrier.wait(v_full.index(stage), phase)
         acc = warpgroup_mma(p_left, v_s.index(stage).reshape([BN, D]), total, is_async=True)
     row = begin + gl.arange(0, R, layout=BY_ROW)
@@ -144,11 +157,8 @@ def hold_rows_kernel(
     stored = (row < end) & (slot != TOPK - 1)
     gl.store(lse + at, m + gl.log2(norm), mask=stored)
     total, p_left = warpgroup_mma_wait(0, deps=(acc, p_left))
-    o = total * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, SUM))[:, None]
-    at = gl.convert_layout(at, gl.SliceLayout(1, STORE))
-    stored = gl.convert_layout(stored, gl.SliceLayout(1, STORE))
-    out_cols = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
-    gl.store(out + (at * D)[:, None] + out_cols[None, :], gl.convert_layout(o.to(T), STORE), mask=stored[:, None])
+    STORED: gl.constexpr = gl.SliceLayout(1, _store_layout(R, D))
+    _store_rows(out, gl.convert_layout(at, STORED), gl.convert_layout(stored, STORED), total, norm, R, D, T, SUM)
     for j in gl.static_range(2):
         mbarrier.invalidate(k_full.index(j))
         mbarrier.invalidate(v_full.index(j))
@@ -187,7 +197,6 @@ def own_blocks_kernel(
     SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, BN, 16])
     SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
-    STORE: gl.constexpr = _store_layout(R, D)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
     ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, D], T)
     k_s = gl.allocate_shared_memory(T, [2, 1, BN, D], k_tiles.layout)
@@ -254,22 +263,14 @@ def own_blocks_kernel(
         if i + BN - 1 > position_first:
             # The left side holds what a thread's registers differ in (`SCORE`), all constant; the right side is one number.
             s = gl.where((col & ~6) - (row & 72) <= (row & ~72) - (col & 6) + position_first - i, s, float("-inf"))
-        m_new = gl.maximum(m, gl.max(s, 1) * scale)
-        p = gl.exp2(s * scale - m_new[:, None])
-        rescale = gl.exp2(m - m_new)
-        norm = norm * rescale + gl.sum(p, 1)
-        m = m_new
-        total = total * gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None]
-        p_left = gl.convert_layout(p.to(T), LEFT)
+        p_left, m, norm, total = _softmax_step(s, m, norm, total, scale, T, SUM, LEFT)
         mbarrier.wait(v_full.index(stage), phase, pred=i + BN <= end)
         acc = warpgroup_mma(p_left, v_tile, total, is_async=True)
     at = at_s.load(BY_ROW)
     gl.store(lse + at, m + gl.log2(norm), mask=at >= 0)
     total, p_left = warpgroup_mma_wait(0, deps=(acc, p_left))
-    o = total * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, SUM))[:, None]
-    at = at_s.load(gl.SliceLayout(1, STORE))
-    out_cols = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
-    gl.store(out + (at * D)[:, None] + out_cols[None, :], gl.convert_layout(o.to(T), STORE), mask=(at >= 0)[:, None])
+    at = at_s.load(gl.SliceLayout(1, _store_layout(R, D)))
+    _store_rows(out, at, at >= 0, total, norm, R, D, T, SUM)
     for j in gl.static_range(2):
         mbarrier.invalidate(k_full.index(j))
         mbarrier.invalidate(v_full.index(j))
