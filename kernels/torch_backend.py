@@ -215,10 +215,12 @@ def attend(
         keys, values = part.k[index].to(acc), part.v[index].to(acc)
         scores = (q[token, head].to(acc) @ keys.T) * scale
         scores = scores.masked_fill(~_visible(rows, token, block, lengths[block]), float("-inf"))
-        lse = torch.logsumexp(scores, dim=1)
         # A block that only scores -inf weighs nothing: its partial is 0 and not exp(-inf + inf).
-        partials.out[head, token, slot] = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0)[:, None]) @ values
-        partials.lse[head, token, slot] = lse
+        most = scores.amax(1)
+        weight = torch.exp(scores - most.masked_fill(most.isneginf(), 0)[:, None])
+        norm = weight.sum(1)
+        partials.out[head, token, slot] = (weight @ values) / norm.masked_fill(most.isneginf(), 1)[:, None]
+        partials.lse[head, token, slot] = most + torch.log(norm)
 
 
 def merge(partials: Partials, selected: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -231,8 +233,12 @@ def merge(partials: Partials, selected: Tensor, out: Tensor, lse: Tensor) -> Non
         lse: `[Hq, T]`, written: log-sum-exp over all keys of the row.
     """
     slot_lse = partials.lse.masked_fill(selected < 0, float("-inf"))
-    lse.copy_(torch.logsumexp(slot_lse, dim=2))
-    weight = torch.exp(slot_lse - lse[:, :, None])
+    most = slot_lse.amax(2)
+    # Divided by their sum: exp(slot_lse - lse) sums to 1 only to the rounding of lse, which is that of large scores.
+    weight = torch.exp(slot_lse - most[:, :, None])
+    norm = weight.sum(2)
+    lse.copy_(most + torch.log(norm))
+    weight /= norm[:, :, None]
     merged = torch.zeros_like(partials.out[:, :, 0])
     for slot in range(selected.shape[2]):
         used = (selected[:, :, slot] >= 0)[:, :, None]

@@ -17,6 +17,7 @@ from .parallel import agreement
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import CommGroup
 from .parallel.layout import SequenceLayout
+from .precision import as_given
 from .report import MoBAReport, make_report
 from .stages import Stages
 from .validation import call_facts, check_call, check_tensors, group_size
@@ -91,7 +92,8 @@ def moba_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
-            any tensor is sent; or the ranks disagree on layout, config, dtype, shapes or comm.
+            any tensor is sent; or the ranks disagree on layout, config, dtype, shapes, comm, whether gradients are wanted,
+            `return_report` or `workspace_bytes`.
         RuntimeError: a rank did not take part within the group's timeout.
     """
     try:
@@ -176,7 +178,7 @@ class _MoBAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call) -> tuple[Tensor, Tensor]:
-        with torch.cuda.device_of(q):  # kernels are launched on the current device
+        with torch.cuda.device_of(q), as_given(q):  # kernels are launched on the current device
             saved = pipeline.forward(call, q, k, v)
         ctx.call, ctx.lists = call, saved.lists
         ctx.save_for_backward(q, k, v, saved.out, saved.lse, saved.selected)
@@ -188,4 +190,5 @@ class _MoBAFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, selected = ctx.saved_tensors
         saved = pipeline.Saved(selected, out, lse, ctx.lists)
-        return *pipeline.backward(ctx.call, q, k, v, saved, dout), None
+        with as_given(q):
+            return *pipeline.backward(ctx.call, q, k, v, saved, dout), None

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+LARGEST_BLOCK = 2**62
+"""Token numbers and their sums are int64."""
+
 
 @dataclass(frozen=True)
 class MoBAConfig:
     """Mixture of Block Attention (arXiv 2502.13189), section 2.2.
 
     Attributes:
-        block_size: tokens a block, at least 1.
+        block_size: tokens a block, from 1 to 2^62.
         topk: blocks a query attends to at most, its own block counted, at least 1. With `topk=1` a query attends to its
             own block only; with `topk * block_size` covering a document it is full causal attention.
         softmax_scale: factor on the attention scores (not on the routing scores); None stands for `D ** -0.5`.
@@ -32,6 +35,8 @@ class MoBAConfig:
                 raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.block_size > LARGEST_BLOCK:
+            raise ValueError(f"block_size must be at most {LARGEST_BLOCK}, got {self.block_size}")
         object.__setattr__(self, "softmax_scale", checked_scale(self.softmax_scale))
 
     def scale(self, head_dim: int) -> float:
@@ -49,6 +54,10 @@ def checked_scale(scale: object) -> float | None:
         return None
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"softmax_scale must be a float or None, got {scale!r} ({type(scale).__name__})")
-    if not math.isfinite(scale):
+    try:
+        value = float(scale)
+    except OverflowError:  # an int beyond every float
+        value = math.inf
+    if not math.isfinite(value):
         raise ValueError(f"softmax_scale must be finite, got {scale}")
-    return float(scale)
+    return value

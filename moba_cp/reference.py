@@ -10,6 +10,7 @@ from torch import Tensor
 from .config import MoBAConfig
 from .kernels.torch_backend import accumulate_dtype, ordered_matmul, ordered_mean
 from .parallel.layout import SequenceLayout
+from .precision import as_given
 from .validation import check_config, check_tensors, check_tokens
 
 
@@ -23,7 +24,8 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Iterable[int] | 
         config: block size, top-k, scale.
 
     Returns:
-        `[T, Hq, Dv]` in the dtype of `q`; computed in fp64 for fp64 inputs, in fp32 otherwise.
+        `[T, Hq, Dv]` in the dtype of `q`; computed in fp64 for fp64 inputs, in fp32 otherwise. A NaN or infinity in `v`
+        shows in every row of its document here, for a weight of 0 times NaN is NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as said.
@@ -32,7 +34,11 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Iterable[int] | 
     check_config(config)
     check_tensors(q, k, v)
     check_tokens(q, layout, 0)
-    boundaries = layout.cu_seqlens
+    with as_given(q):
+        return _attention(q, k, v, layout.cu_seqlens, config)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], config: MoBAConfig) -> Tensor:
     acc = accumulate_dtype(q.dtype)
     group = q.shape[1] // k.shape[1]
     documents = []

@@ -153,11 +153,11 @@ def call_facts(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, comm: st
 
 
 def group_size(layout: object, group: object) -> int:
-    """Ranks that a call would involve, as far as its arguments can be trusted; 1 when in doubt."""
+    """Ranks that a call would involve, as far as its arguments can be trusted: all, where not even the layout can be, and
+    1 where the group cannot."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     if isinstance(group, dist.ProcessGroup):
         return group.size() if dist.get_rank(group) >= 0 else 1
-    if group is None and isinstance(layout, SequenceLayout) and layout.cp_size > 1:
-        return dist.get_world_size()
-    return 1
+    alone = isinstance(layout, SequenceLayout) and layout.cp_size == 1
+    return dist.get_world_size() if group is None and not alone else 1

@@ -40,7 +40,7 @@ class SequenceLayout:
 
     def __init__(self, cu_seqlens: Iterable[int] | Tensor, runs: Sequence[np.ndarray]) -> None:
         self._cu_seqlens = _host_cu_seqlens(cu_seqlens)
-        self.runs = tuple(_merge_adjacent(r) for r in runs)
+        self._runs = tuple(_merge_adjacent(r) for r in runs)
         _check_cover(self.runs, self.total_tokens)
         for r in self.runs:
             r.flags.writeable = False
@@ -102,6 +102,10 @@ class SequenceLayout:
         return cls(cu_seqlens, [_host_runs(rank, r) for rank, r in enumerate(runs)])
 
     @property
+    def runs(self) -> tuple[np.ndarray, ...]:
+        return self._runs
+
+    @property
     def cp_size(self) -> int:
         return len(self.runs)
 
@@ -143,6 +147,7 @@ class SequenceLayout:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        dim = _check_dim(dim)
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.total_tokens:
             raise ValueError(f"x must have {self.total_tokens} tokens along dim {dim}, got shape {tuple(x.shape)}")
         return x.index_select(dim, self.local_indices(rank).to(x.device))
@@ -153,6 +158,9 @@ class SequenceLayout:
         Raises:
             ValueError: there is not one part for each rank, or a part has another number of tokens than its rank holds.
         """
+        if not isinstance(parts, Sequence) or not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(f"parts must be a list with the tensor of each rank, got {parts!r}")
+        dim = _check_dim(dim)
         if len(parts) != self.cp_size:
             raise ValueError(f"parts must have one tensor for each of {self.cp_size} ranks, got {len(parts)}")
         for rank, part in enumerate(parts):
@@ -198,6 +206,12 @@ def expand_runs(runs: np.ndarray) -> np.ndarray:
     return np.repeat(runs[:, 0] - (np.cumsum(length) - length), length) + np.arange(total)
 
 
+def _check_dim(dim: int) -> int:
+    if not hasattr(dim, "__index__"):
+        raise TypeError(f"dim must be an int, got {dim!r}")
+    return operator.index(dim)
+
+
 def _check_cp_size(cp_size: int) -> int:
     if isinstance(cp_size, bool) or not isinstance(cp_size, int):
         raise TypeError(f"cp_size must be an int, got {cp_size!r} ({type(cp_size).__name__})")
@@ -210,6 +224,8 @@ def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndar
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.device.type != "cpu":
             raise TypeError(f"cu_seqlens must be on the host (a list, tuple or CPU tensor), got {cu_seqlens.device}")
+        if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool:
+            raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
         cu_seqlens = cu_seqlens.numpy()
     if isinstance(cu_seqlens, np.ndarray):
         if cu_seqlens.dtype.kind not in "iu":
@@ -218,6 +234,8 @@ def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndar
     else:
         try:
             array = np.array([operator.index(x) for x in cu_seqlens], dtype=np.int64)
+        except OverflowError as error:
+            raise ValueError(f"cu_seqlens must fit 64 bits, got {cu_seqlens!r}") from error
         except TypeError as error:
             raise TypeError(f"cu_seqlens must be a list, tuple or CPU tensor of ints, got {cu_seqlens!r}") from error
     if array.ndim != 1 or array.size < 1:
@@ -234,6 +252,8 @@ def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndar
 def _host_runs(rank: int, runs: Sequence[tuple[int, int]]) -> np.ndarray:
     try:
         array = np.array([[operator.index(a), operator.index(b)] for a, b in runs], dtype=np.int64).reshape(-1, 2)
+    except OverflowError as error:
+        raise ValueError(f"runs of rank {rank} must fit 64 bits, got {runs!r}") from error
     except (TypeError, ValueError) as error:
         raise TypeError(f"runs of rank {rank} must be (start, end) pairs of ints, got {runs!r}") from error
     return array

@@ -304,3 +304,31 @@ def test_tokens_in_reverse_order_on_every_rank() -> None:
     layout = interleaved(MIXED.cu_seqlens, 3, backward=True)
     assert layout.local_indices(0).tolist() == sorted(layout.local_indices(0).tolist(), reverse=True)
     assert_close(run(3, MIXED, layout), reference(MIXED), TO_DEFINITION)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    """Sums stay in fp32, in backward too, and whether or not autocast was on in forward."""
+    case = Case((29, 3), 5, 3, 4, 2, 8, 4)
+    *inputs, dout = (x.float() for x in case.inputs())
+    inputs = [x.requires_grad_() for x in inputs]
+    layout = SequenceLayout.contiguous(case.cu_seqlens, 1)
+    attend = lambda: moba_cp.moba_attention(*inputs, case.config, layout=layout)  # noqa: E731
+    plain, defined = attend(), moba_cp.reference.moba_attention(*inputs, case.cu_seqlens, case.config)
+    expected = torch.autograd.grad(plain, inputs, dout, retain_graph=True)
+    with torch.autocast("cpu", dtype=dtype):
+        out = attend()
+        assert torch.equal(out, plain)
+        assert torch.equal(moba_cp.reference.moba_attention(*inputs, case.cu_seqlens, case.config), defined)
+        for made in (out, plain):
+            for got, wanted in zip(torch.autograd.grad(made, inputs, dout), expected, strict=True):
+                assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("logit", [1e2, 1e4, 1e8])
+def test_weights_sum_to_one_at_any_size_of_scores(logit: float) -> None:
+    """fp32: exp(score - log-sum-exp) is off by the rounding of the log-sum-exp, 8 for scores of 1e8; quotients are not."""
+    x, ones = torch.full((24, 1, 4), (logit / 2) ** 0.5), torch.ones(24, 1, 4)
+    layout = SequenceLayout.contiguous([0, 24], 1)
+    out = moba_cp.moba_attention(x, x, ones, moba_cp.MoBAConfig(4, 3), layout=layout)
+    torch.testing.assert_close(out, ones, rtol=0, atol=1e-6)  # ten sums and quotients of fp32

@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from moba_cp import MoBAConfig
+from moba_cp.validation import COMMS
 
 from .norm import TorchNorm
 from .settings import BACKENDS, FULL_ATTENTION_COMMS, PARTITIONS
@@ -23,7 +24,8 @@ def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         "--moba-comm",
         default="auto",
-        help="how keys and values travel between context-parallel ranks: auto, fetch, ...",
+        choices=COMMS,
+        help="how keys and values travel between context-parallel ranks",
     )
     group.add_argument(
         "--moba-partition", default="zigzag", choices=PARTITIONS, help="which tokens of a sequence a rank holds"
@@ -61,11 +63,11 @@ def layer_pattern(text: str) -> int | tuple[int, ...]:
     """
     if text.isdecimal() and int(text) > 0:
         return int(text)
-    if not text or set(text) - set("0123456789[]()+*, "):
+    if not text or set(text) - set("0123456789[]()+*, ") or "**" in text:
         raise argparse.ArgumentTypeError(f"expected N or a list like ([1]*3+[0])*4, got {text!r}")
     try:
         pattern = eval(text, {"__builtins__": {}})  # digits, brackets, + and * only
-    except (SyntaxError, TypeError) as error:
+    except (SyntaxError, TypeError, OverflowError, MemoryError) as error:
         raise argparse.ArgumentTypeError(f"expected N or a list like ([1]*3+[0])*4, got {text!r}") from error
     if not isinstance(pattern, list) or set(pattern) - {0, 1}:
         raise argparse.ArgumentTypeError(f"expected a list of 0 and 1, got {text!r}")

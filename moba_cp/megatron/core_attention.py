@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.dense import causal_attention
+from moba_cp.validation import COMMS
 
 from .layout import host_integers, packed_layout, sbhd_layout
 from .settings import COMM_PREFIX, FULL_ATTENTION_COMMS, MoBASettings
@@ -258,8 +259,12 @@ def _with_scale(moba: MoBAConfig, softmax_scale: float | None) -> MoBAConfig:
 def _resolve_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
     if cp_comm_type is None or cp_comm_type == "p2p":  # "p2p" is what Megatron says when nobody chose
         return settings.comm
-    if cp_comm_type.startswith(COMM_PREFIX):
-        return cp_comm_type.removeprefix(COMM_PREFIX)
+    comm = cp_comm_type.removeprefix(COMM_PREFIX)
+    if comm != cp_comm_type and comm in COMMS:
+        return comm
+    if comm != cp_comm_type:
+        known = ", ".join(COMM_PREFIX + name for name in COMMS)
+        raise ValueError(f"cp_comm_type={cp_comm_type!r} names no transport; there are {known}")
     raise ValueError(
         f"cp_comm_type={cp_comm_type!r} belongs to Transformer Engine's attention; for MoBA write "
         "moba_<comm>, for example moba_fetch or moba_all_gather"

@@ -114,7 +114,10 @@ _host_values = WeakIdKeyDictionary()
 
 def host_integers(values: torch.Tensor) -> tuple[int, ...]:
     """Values of a small integer tensor on the host. Every layer of a micro-batch asks for the same tensor, so the copy
-    (which waits for the GPU) is made once for as long as the tensor lives unchanged."""
+    (which waits for the GPU) is made once for as long as the tensor lives unchanged. Whether tensors of inference mode
+    changed cannot be told: they are copied each time."""
+    if values.is_inference():
+        return tuple(values.tolist())
     version, integers = _host_values.get(values, (None, ()))
     if version != values._version:
         integers = tuple(values.tolist())

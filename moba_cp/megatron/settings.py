@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moba_cp import MoBAConfig
 from moba_cp.parallel.dense import COMMS as FULL_ATTENTION_COMMS
+from moba_cp.validation import COMMS, check_config
 
 COMM_PREFIX = "moba_"
 """What a ``cp_comm_type`` that names one of our transports begins with."""
@@ -33,7 +34,8 @@ class MoBASettings:
             pipeline stages.
 
     Raises:
-        ValueError: unknown ``partition``, or a choice of layers that makes no sense.
+        TypeError: ``moba`` is no ``MoBAConfig``.
+        ValueError: an unknown name, or a choice of layers that makes no sense.
     """
 
     moba: MoBAConfig
@@ -45,6 +47,7 @@ class MoBASettings:
     full_attention_backend: str = "torch"
 
     def __post_init__(self) -> None:
+        check_config(self.moba)
         if self.full_attention_last_n_layers < 0:
             raise ValueError(f"full_attention_last_n_layers must not be negative: {self.full_attention_last_n_layers}")
         if self.layer_pattern is not None:
@@ -54,6 +57,7 @@ class MoBASettings:
             if set(self.layer_pattern) - {0, 1}:
                 raise ValueError(f"layer_pattern must hold 1 (MoBA) and 0 (full), got {list(self.layer_pattern)}")
         for name, known in (
+            ("comm", COMMS),
             ("partition", PARTITIONS),
             ("full_attention_comm", FULL_ATTENTION_COMMS),
             ("full_attention_backend", BACKENDS),

@@ -155,6 +155,8 @@ def test_transport_can_be_chosen_for_a_layer() -> None:
     assert build(cp_comm_type="moba_ring").comm == "ring"
     with pytest.raises(ValueError, match="'a2a'.*moba_<comm>"):
         build(cp_comm_type="a2a")
+    with pytest.raises(ValueError, match="'moba_smoke' names no transport.*moba_ring"):
+        build(cp_comm_type="moba_smoke")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def test_layers_are_chosen_by_their_number_over_the_whole_model() -> None:
         ({"full_attention_last_n_layers": -1}, "-1"),
         ({"full_attention_last_n_layers": 1, "layer_pattern": (1, 0)}, "not both"),
         ({"layer_pattern": (1, 2)}, r"got \[1, 2\]"),
+        ({"comm": "smoke"}, "comm must be one of.*'ring'.*got 'smoke'"),
         ({"full_attention_comm": "fetch"}, "full_attention_comm must be one of.*'ring'.*got 'fetch'"),
         ({"full_attention_backend": "flash"}, "full_attention_backend must be one of.*got 'flash'"),
         ({"full_attention_backend": "te", "full_attention_comm": "ring"}, "'ring' is for.*'torch'.*cp_comm_type"),
@@ -43,6 +44,11 @@ def test_layers_are_chosen_by_their_number_over_the_whole_model() -> None:
 def test_choices_that_make_no_sense_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoBASettings(MOBA, **settings)
+
+
+def test_settings_of_no_config_are_refused() -> None:
+    with pytest.raises(TypeError, match="config must be a MoBAConfig, got dict"):
+        MoBASettings({"block_size": 4})  # type: ignore[arg-type]
 
 
 def test_choices_that_do_not_fit_the_model_are_refused_when_the_layer_is_built() -> None:

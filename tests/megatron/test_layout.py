@@ -70,3 +70,11 @@ def test_host_integers_follow_changes_of_the_tensor() -> None:
     assert host_integers(lengths) == (0, 4, 8)
     lengths[2] = 12
     assert host_integers(lengths) == (0, 4, 12)
+
+
+def test_host_integers_in_inference_mode() -> None:
+    with torch.inference_mode():
+        lengths = torch.tensor([0, 4, 8])
+        assert host_integers(lengths) == (0, 4, 8)
+        lengths[2] = 12
+        assert host_integers(lengths) == (0, 4, 12)

@@ -176,6 +176,10 @@ def test_bad_shards() -> None:
         layout.local_indices(-1)
     with pytest.raises(TypeError, match="list"):
         layout.shard([0] * 8, 0)
+    with pytest.raises(TypeError, match="dim must be an int, got 'a'"):
+        layout.shard(torch.zeros(8), 0, dim="a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"tensor of each rank, got \[None, None\]"):
+        layout.unshard([None, None])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="2 ranks, got 1"):
         layout.unshard([torch.zeros(8)])
     with pytest.raises(ValueError, match=r"rank 1 must have 4 tokens along dim 0, got shape \(3,\)"):
@@ -189,6 +193,16 @@ def test_many_documents_are_laid_out_quickly() -> None:
     layout = SequenceLayout.zigzag(cu, 8)
     assert layout.digest
     assert time.perf_counter() - begin < 2  # about 0.1 s; the rest is for a busy machine
+
+
+def test_numbers_beyond_64_bits_and_other_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"cu_seqlens must fit 64 bits, got \[0, 1180591620717411303424\]"):
+        SequenceLayout.contiguous([0, 2**70], 1)
+    with pytest.raises(ValueError, match="runs of rank 0 must fit 64 bits"):
+        SequenceLayout.from_runs([[(0, 2**70)]], [0, 4])
+    for bad in (torch.tensor([0, 5.0], requires_grad=True), torch.tensor([0, 5.0], dtype=torch.bfloat16)):
+        with pytest.raises(TypeError, match=f"cu_seqlens must be integers, got {bad.dtype}"):
+            SequenceLayout.contiguous(bad, 1)
 
 
 def test_types_of_rank_and_per_document_are_checked() -> None:
