@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ def gather_selection(report: MoBAReport, layout: SequenceLayout, group: dist.Pro
     Raises:
         TypeError, ValueError: the report is not of this layout, or the ranks disagree; on every rank.
     """
+    _check_report(report)
     _begin(report, layout, group, "gather_selection")
     if layout.cp_size == 1:
         return layout.unshard([report.selected], dim=1)
@@ -68,6 +69,7 @@ def gather_traffic(report: MoBAReport, group: dist.ProcessGroup | None = None) -
         report: this rank's report.
         group: the context-parallel group; None for the default group, or for none at all if the report is of one rank.
     """
+    _check_report(report)
     size = report.attended_keys.size
     if size == 1:
         return [report.traffic]
@@ -79,6 +81,7 @@ def gather_traffic(report: MoBAReport, group: dist.ProcessGroup | None = None) -
 
 def format_report(report: MoBAReport) -> str:
     """The report as a plain-text table of about 30 lines, without a newline at its end."""
+    _check_report(report)
     ranks = report.attended_keys.size
     wanted = ", ".join(f"{block} ({times:,}x)" for block, times in report.most_wanted[:5]) or "none"
     facts = [
@@ -145,9 +148,10 @@ def plot_block_selection(
         ImportError: matplotlib is not installed.
         TypeError, ValueError: the report is not of this layout, there is no such head, or the ranks disagree.
     """
+    _check_report(report)
     drawing.matplotlib()
     path, q_heads = Path(path), report.selected.shape[0]
-    chosen = list(range(q_heads)) if heads is None else [heads] if isinstance(heads, int) else list(heads)
+    chosen = list(range(q_heads)) if heads is None else [heads] if isinstance(heads, SupportsIndex) else list(heads)
     wrong = [h for h in chosen if not 0 <= h < q_heads]
     error = ValueError(f"heads must be in [0, {q_heads}), got {heads!r}") if wrong or not chosen else None
     if layout is not None:
@@ -195,6 +199,7 @@ def plot_distance_histogram(
         ImportError: matplotlib is not installed.
         ValueError: the layout is not the report's.
     """
+    _check_report(report)
     drawing.matplotlib()
     labels, counts = _distances(report)
     uniform = None
@@ -348,6 +353,11 @@ def _begin(
     if layout.cp_size > 1:
         facts = {"diagnostics": what, "layout": f"{layout.digest.hex()} {layout!r}", "blocks": str(report.block_size)}
         agreement.check(group, facts, report.selected.device)
+
+
+def _check_report(report: MoBAReport) -> None:
+    if not isinstance(report, MoBAReport):
+        raise TypeError(f"report must be a MoBAReport, got {type(report).__name__}")
 
 
 def _check_layout(report: MoBAReport, layout: SequenceLayout) -> None:

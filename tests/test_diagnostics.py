@@ -236,6 +236,25 @@ def disagree(rank: int, world_size: int) -> list[str]:
     return messages
 
 
+def test_what_is_no_report_is_refused(tmp_path):
+    layout = SequenceLayout.contiguous([0, 8], 1)
+    for show in (
+        diagnostics.format_report,
+        diagnostics.gather_traffic,
+        lambda report: diagnostics.gather_selection(report, layout),
+        lambda report: diagnostics.plot_block_selection(report, tmp_path / "a.png"),
+        lambda report: diagnostics.plot_distance_histogram(report, tmp_path / "b.png"),
+        lambda report: diagnostics.plot_traffic(report, tmp_path / "c.png"),
+    ):
+        with pytest.raises(TypeError, match="report must be a MoBAReport, got NoneType"):
+            show(None)
+
+
+def test_a_head_may_be_any_integer(tmp_path):
+    report, _ = one_rank()
+    assert diagnostics.plot_block_selection(report, tmp_path / "head.png", heads=np.int64(1)).exists()
+
+
 def test_ranks_that_disagree_all_raise_and_the_group_stays_usable():
     first, second = run_ranks(2, disagree)
     assert "rank 1 refused its input" in first[0]
