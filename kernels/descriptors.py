@@ -6,6 +6,9 @@ or the same rows for every head, is a descriptor of one head: TMA knows no strid
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -28,9 +31,17 @@ def gluon_tile_descriptor(x: Tensor, keys: int):
     """Gluon's, of tiles `[1, keys, D]` in the layout that products read."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    from .hopper_forward_kernels import tile_layout
-
     return GluonDescriptor(x, *_view(x), [1, keys, x.shape[2]], tile_layout(keys, x.shape[2], x.dtype))
+
+
+@lru_cache(maxsize=64)
+def tile_layout(keys: int, dim: int, dtype: torch.dtype):
+    """Gluon's layout in shared memory of a tile `[1, keys, dim]` that TMA writes and products read."""
+    from triton.experimental.gluon import language as gl
+
+    from .hopper_backward_kernels import element
+
+    return gl.NVMMASharedLayout.get_default_for([1, keys, dim], element(dtype))
 
 
 def heads_step(x: Tensor) -> int:

@@ -3,9 +3,6 @@
 The rules of ordering are those of `hopper_backward_kernels`.
 """
 
-from functools import lru_cache
-
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -15,13 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_backward_kernels import _decode, _gather, _offset, barrier, element
-
-
-@lru_cache(maxsize=64)
-def tile_layout(keys: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Shared memory of a tile `[1, keys, dim]` that TMA writes and products read."""
-    return gl.NVMMASharedLayout.get_default_for([1, keys, dim], element(dtype))
+from .hopper_backward_kernels import _decode, _gather, _offset, barrier
 
 
 @gluon.constexpr_function

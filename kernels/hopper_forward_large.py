@@ -52,6 +52,24 @@ def _fetch_two(tiles, head, row, full, tile_s, there, tiles2, head2, row2, full2
 
 
 @gluon.jit
+def _begin(
+    R: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, T: gl.constexpr, SCORE: gl.constexpr, SUM: gl.constexpr,
+    LEFT: gl.constexpr,
+):  # fmt: skip
+    """Maximum, sum, zeros for scores, output and weights before the first tile; the rows' copies are waited for."""
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
+    m = gl.full([R], float("-inf"), gl.float32, BY_ROW)
+    norm = gl.zeros([R], gl.float32, BY_ROW)
+    zero = gl.zeros([R, BN], gl.float32, SCORE)
+    acc = warpgroup_mma_init(gl.zeros([R, D], gl.float32, SUM))
+    p_left = gl.zeros([R, BN], T, LEFT)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    barrier()
+    return m, norm, zero, acc, p_left
+
+
+@gluon.jit
 def _softmax_step(s, m, norm, total, scale, T: gl.constexpr, SUM: gl.constexpr, LEFT: gl.constexpr):
     """As `forward_kernels._softmax_step`; the weights come as the left side of the product to follow."""
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
@@ -122,14 +140,7 @@ def hold_rows_kernel(
     async_copy.async_copy_global_to_shared(q_s, q + _offset(token, head, q_t, q_h, HEAD_BITS)[:, None] + cols[None, :])
     async_copy.commit_group()
 
-    m = gl.full([R], float("-inf"), gl.float32, BY_ROW)
-    norm = gl.zeros([R], gl.float32, BY_ROW)
-    zero = gl.zeros([R, BN], gl.float32, SCORE)
-    acc = warpgroup_mma_init(gl.zeros([R, D], gl.float32, SUM))
-    p_left = gl.zeros([R, BN], T, LEFT)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    barrier()
+    m, norm, zero, acc, p_left = _begin(R, BN, D, T, SCORE, SUM, LEFT)
     for i in range(TILES):
         stage = i % 2
         phase = i // 2 % 2
@@ -225,14 +236,7 @@ def own_blocks_kernel(
 
     row = gl.arange(0, R, layout=BY_ROW)[:, None]
     col = gl.arange(0, BN, layout=gl.SliceLayout(0, SCORE))[None, :]
-    m = gl.full([R], float("-inf"), gl.float32, BY_ROW)
-    norm = gl.zeros([R], gl.float32, BY_ROW)
-    zero = gl.zeros([R, BN], gl.float32, SCORE)
-    acc = warpgroup_mma_init(gl.zeros([R, D], gl.float32, SUM))
-    p_left = gl.zeros([R, BN], T, LEFT)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    barrier()
+    m, norm, zero, acc, p_left = _begin(R, BN, D, T, SCORE, SUM, LEFT)
     for i in range(0, end, BN):
         stage = i // BN % 2
         phase = i // BN // 2 % 2

@@ -53,7 +53,7 @@ def serialised(ptx: str) -> bool:
 
 def descriptor(constants: dict, dtype: str) -> str:
     """Type of a Gluon kernel's descriptor of tiles of keys or values."""
-    from moba_cp.kernels.hopper_forward_kernels import tile_layout
+    from moba_cp.kernels.descriptors import tile_layout
 
     layout = tile_layout(constants["BN"], constants["D"], {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
     return f"tensordesc<{dtype}[1, {constants['BN']}, {constants['D']}],{layout!r}>"
