@@ -217,9 +217,10 @@ def attend(
         scores = scores.masked_fill(~_visible(rows, token, block, lengths[block]), float("-inf"))
         # A block that only scores -inf weighs nothing: its partial is 0 and not exp(-inf + inf).
         most = scores.amax(1)
-        weight = torch.exp(scores - most.masked_fill(most.isneginf(), 0)[:, None])
+        weightless = most.isneginf()
+        weight = torch.exp(scores - most.masked_fill(weightless, 0)[:, None])
         norm = weight.sum(1)
-        partials.out[head, token, slot] = (weight @ values) / norm.masked_fill(most.isneginf(), 1)[:, None]
+        partials.out[head, token, slot] = (weight @ values) / norm.masked_fill(weightless, 1)[:, None]
         partials.lse[head, token, slot] = most + torch.log(norm)
 
 

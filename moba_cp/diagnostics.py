@@ -31,6 +31,7 @@ from .parallel.blocks import BlockTable, block_table
 from .parallel.comm import CommGroup, StageTraffic, Traffic
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
+from .validation import check_layout
 
 MAX_CELLS = 256
 """Most rows, and most columns, of a heatmap; longer axes are drawn in bins."""
@@ -361,8 +362,7 @@ def _check_report(report: MoBAReport) -> None:
 
 
 def _check_layout(report: MoBAReport, layout: SequenceLayout) -> None:
-    if not isinstance(layout, SequenceLayout):
-        raise TypeError(f"layout must be a SequenceLayout, got {type(layout).__name__}")
+    check_layout(layout)
     ranks = report.attended_keys.size
     if layout.cp_size != ranks:
         raise ValueError(f"layout is for {layout.cp_size} ranks, but the report is of {ranks}")

@@ -147,7 +147,7 @@ class SequenceLayout:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        dim = _check_dim(dim)
+        dim = _integer("dim", dim)
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.total_tokens:
             raise ValueError(f"x must have {self.total_tokens} tokens along dim {dim}, got shape {tuple(x.shape)}")
         return x.index_select(dim, self.local_indices(rank).to(x.device))
@@ -160,7 +160,7 @@ class SequenceLayout:
         """
         if not isinstance(parts, Sequence) or not all(isinstance(part, Tensor) for part in parts):
             raise TypeError(f"parts must be a list with the tensor of each rank, got {parts!r}")
-        dim = _check_dim(dim)
+        dim = _integer("dim", dim)
         if len(parts) != self.cp_size:
             raise ValueError(f"parts must have one tensor for each of {self.cp_size} ranks, got {len(parts)}")
         for rank, part in enumerate(parts):
@@ -174,8 +174,7 @@ class SequenceLayout:
         return whole.index_select(dim, torch.argsort(order).to(whole.device))
 
     def _check_rank(self, rank: int) -> int:
-        if not hasattr(rank, "__index__"):
-            raise TypeError(f"rank must be an int, got {rank!r}")
+        rank = _integer("rank", rank)
         if not 0 <= rank < self.cp_size:
             raise ValueError(f"rank must be in [0, {self.cp_size}), got {rank}")
         return rank
@@ -206,10 +205,10 @@ def expand_runs(runs: np.ndarray) -> np.ndarray:
     return np.repeat(runs[:, 0] - (np.cumsum(length) - length), length) + np.arange(total)
 
 
-def _check_dim(dim: int) -> int:
-    if not hasattr(dim, "__index__"):
-        raise TypeError(f"dim must be an int, got {dim!r}")
-    return operator.index(dim)
+def _integer(name: str, value: int) -> int:
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return operator.index(value)
 
 
 def _check_cp_size(cp_size: int) -> int:
@@ -224,7 +223,7 @@ def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndar
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.device.type != "cpu":
             raise TypeError(f"cu_seqlens must be on the host (a list, tuple or CPU tensor), got {cu_seqlens.device}")
-        if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool:
+        if cu_seqlens.is_floating_point() or cu_seqlens.is_complex():  # numpy takes not all of them
             raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
         cu_seqlens = cu_seqlens.numpy()
     if isinstance(cu_seqlens, np.ndarray):

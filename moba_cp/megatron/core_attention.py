@@ -259,16 +259,16 @@ def _with_scale(moba: MoBAConfig, softmax_scale: float | None) -> MoBAConfig:
 def _resolve_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
     if cp_comm_type is None or cp_comm_type == "p2p":  # "p2p" is what Megatron says when nobody chose
         return settings.comm
+    if not cp_comm_type.startswith(COMM_PREFIX):
+        raise ValueError(
+            f"cp_comm_type={cp_comm_type!r} belongs to Transformer Engine's attention; for MoBA write "
+            "moba_<comm>, for example moba_fetch or moba_all_gather"
+        )
     comm = cp_comm_type.removeprefix(COMM_PREFIX)
-    if comm != cp_comm_type and comm in COMMS:
-        return comm
-    if comm != cp_comm_type:
+    if comm not in COMMS:
         known = ", ".join(COMM_PREFIX + name for name in COMMS)
         raise ValueError(f"cp_comm_type={cp_comm_type!r} names no transport; there are {known}")
-    raise ValueError(
-        f"cp_comm_type={cp_comm_type!r} belongs to Transformer Engine's attention; for MoBA write "
-        "moba_<comm>, for example moba_fetch or moba_all_gather"
-    )
+    return comm
 
 
 def _resolve_full_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
