@@ -305,6 +305,22 @@ def attend_backward(
         dq_partials.out[head, token, slot] = dscore @ keys
 
 
+def add_gradients(own_dk: Tensor, own_dv: Tensor, arrived: list[Tensor], dk: Tensor, dv: Tensor) -> None:
+    """dK and dV of this rank's blocks: its own share and those of other ranks, added in order and rounded once.
+
+    Args:
+        own_dk, own_dv: `[N, H, D]`, `[N, H, Dv]` in the accumulation dtype; their contents are lost.
+        arrived: `[N, H, D + Dv]` each, of the same dtype.
+        dk, dv: where the sums go, in the dtype of the keys and values; any strides of the first two dimensions.
+    """
+    dim = own_dk.shape[2]
+    for packed in arrived:
+        own_dk += packed[..., :dim]
+        own_dv += packed[..., dim:]
+    dk.copy_(own_dk)
+    dv.copy_(own_dv)
+
+
 def merge_dq(dq_partials: Partials, selected: Tensor, dq: Tensor) -> None:
     """Sum of the partial dq in block order into `dq` `[T, Hq, D]`."""
     total = torch.zeros_like(dq_partials.out[:, :, 0])

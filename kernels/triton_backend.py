@@ -13,6 +13,7 @@ from .backward import attend_backward, delta
 from .centroids import centroids
 from .forward import attend
 from .gate import select_blocks
+from .gradients import add_gradients
 from .lists import RoutingLists, route
 from .merge import merge, merge_dq
 from .torch_backend import Partials
@@ -22,6 +23,7 @@ __all__ = [
     "NAME",
     "Partials",
     "RoutingLists",
+    "add_gradients",
     "attend",
     "attend_backward",
     "bytes_per_slot",
