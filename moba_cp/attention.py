@@ -17,6 +17,7 @@ from .parallel import agreement
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import CommGroup
 from .parallel.layout import SequenceLayout
+from .parallel.peer_memory import host
 from .precision import as_given
 from .report import MoBAReport, make_report
 from .stages import Stages
@@ -81,8 +82,9 @@ def moba_attention(
         config: block size, top-k and scale.
         layout: which rank holds which tokens.
         group: the context-parallel group; None for the default group, or for none at all when `layout.cp_size == 1`.
-        comm: how keys and values travel: "all_gather", "ring", "fetch" (selected blocks only), or "auto", which takes one
-            of these by the rule in `moba_cp.parallel.cost`.
+        comm: how keys and values travel: "all_gather", "ring", "fetch" (selected blocks only, by all-to-all), "pull"
+            (selected blocks, read out of the other ranks' memory; for ranks of one host), or "auto": pull where GPUs can
+            access each other's memory, else one of the others by the rule in `moba_cp.parallel.cost`.
         return_report: also return a `MoBAReport` of routing and traffic; costs a few small collectives.
         workspace_bytes: most bytes of partial results in memory at once; kv heads, then query rows, are processed in
             groups to stay under it. At least one kv head and 128 rows are processed together.
@@ -94,7 +96,8 @@ def moba_attention(
         TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
             any tensor is sent; or the ranks disagree on layout, config, dtype, shapes, comm, whether gradients are wanted,
             `return_report` or `workspace_bytes`.
-        RuntimeError: a rank did not take part within the group's timeout.
+        RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
+            share memory.
     """
     try:
         check_call(q, k, v, config, layout, group, comm, workspace_bytes)
@@ -112,7 +115,8 @@ def moba_attention(
                 "config": repr(config),
                 "return_report": str(bool(return_report)),
                 "workspace_bytes": str(workspace_bytes),
-            },
+            }
+            | ({"host (pull is for ranks of one)": host()} if comm == "pull" else {}),
             q.device,
         )
     plan = rank_plan(home_plan(layout, config.block_size), comm_group.rank)

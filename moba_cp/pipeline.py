@@ -23,7 +23,8 @@ from .parallel.blocks import HomePlan, RankPlan
 from .parallel.comm import CommGroup, SideStream
 from .parallel.cost import choose_transport
 from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, send_back
-from .parallel.transports import AllGather, Fetch, LocalOnly, Part, PartGradient, Ring, Transport, of_heads
+from .parallel.peer_memory import can_share
+from .parallel.transports import AllGather, Fetch, LocalOnly, Part, PartGradient, Pull, Ring, Transport, of_heads
 from .parallel.wanted import Wanted, exchange_wanted
 from .stages import Stages
 
@@ -117,10 +118,11 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     q, k, v = (unit_stride(x) for x in (q, k, v))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
-    selected = select_blocks(call, q, home, rows)
-    transport = open_transport(call, home, selected)
-    saved = Saved(selected, q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q), {})
     ranges = head_ranges(call, q, k, v)
+    shared = share(call, home, ranges)
+    selected = select_blocks(call, q, home, rows)
+    transport = open_transport(call, home, selected, shared)
+    saved = Saved(selected, q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q), {})
     lists = routed_ahead(call, ranges, saved, backward=False)
     for index, (heads, chunks) in enumerate(ranges):
         _prefetch(transport, ranges, index)
@@ -151,13 +153,13 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     q, k, v, dout = (unit_stride(x) for x in (q, k, v, dout))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
-    transport = open_transport(call, home, saved.selected)
+    ranges = head_ranges(call, q, k, v)
+    transport = open_transport(call, home, saved.selected, share(call, home, ranges))
     with call.stage("delta"):
         delta = call.backend.delta(saved.out, dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
-    ranges = head_ranges(call, q, k, v)
     lists = routed_ahead(call, ranges, saved, backward=True)
     finish: Callable[[], None] = lambda: None  # noqa: E731
     for number, (heads, chunks) in enumerate(ranges):
@@ -186,14 +188,13 @@ def _prefetch(transport: Transport, ranges: Ranges, index: int) -> None:
 
 
 def _finish_range(
-    call: Call, arrive: Callable[[], None], room_dk: Tensor, room_dv: Tensor, dk: Tensor, dv: Tensor
+    call: Call, arrive: Callable[[], list[Tensor]], room_dk: Tensor, room_dv: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
     """Add what other ranks return, and round once into `dk`, `dv`."""
     with call.stage("return gradients"):
-        arrive()
+        arrived = arrive()
         if room_dk.dtype != dk.dtype or room_dk.data_ptr() != dk.data_ptr():
-            dk.copy_(room_dk)
-            dv.copy_(room_dv)
+            call.backend.add_gradients(room_dk, room_dv, arrived, dk, dv)
 
 
 def _backward_chunk(
@@ -280,14 +281,30 @@ def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> T
         return call.backend.select_blocks(q, centroids, rows, call.topk)
 
 
-def open_transport(call: Call, home: HomeBlocks, selected: Tensor) -> Transport:
+def share(call: Call, home: HomeBlocks, ranges: Ranges) -> Pull | None:
+    """Where other ranks will read this one's keys and values, they go to shared memory beside the gate."""
+    if call.comm.size == 1:
+        return None
+    device = home.k.device
+    if not call.transport and call.requested == "auto" and device.type == "cuda" and can_share(call.comm, device):
+        call.transport = Pull.name
+    if (call.transport or call.requested) != Pull.name:
+        return None
+    return Pull(home, call.comm, [heads for heads, _ in ranges])
+
+
+def open_transport(call: Call, home: HomeBlocks, selected: Tensor, shared: Pull | None) -> Transport:
     """The transport asked for, or the one that the rule of `parallel.cost` takes; the same on every rank."""
     if call.comm.size == 1:
         call.transport = LocalOnly.name
         return LocalOnly(home, call.comm)
+    wanted = partial(call.backend.wanted_pairs, selected, len(call.plan.plan.blocks), call.kv_heads)
+    if shared is not None:
+        call.transport = Pull.name
+        shared.want(wanted())
+        return shared
     if call.requested in ("auto", Fetch.name) and call.wanted is None:
-        mine = call.backend.wanted_pairs(selected, len(call.plan.plan.blocks), call.kv_heads)
-        call.wanted = exchange_wanted(mine, call.plan, call.comm)
+        call.wanted = exchange_wanted(wanted(), call.plan, call.comm)
     if not call.transport:
         call.transport = call.requested
         if call.requested == "auto":

@@ -10,7 +10,7 @@ from .config import MoBAConfig
 from .kernels import backend_for
 from .parallel.layout import SequenceLayout
 
-COMMS = ("auto", "all_gather", "ring", "fetch")
+COMMS = ("auto", "all_gather", "ring", "fetch", "pull")
 """Values of `comm`."""
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 @dataclass
 class StageTraffic:
-    """What one rank sent and received in one stage, in payload bytes; its own share of a collective does not count."""
+    """What one rank sent and received in one stage, in payload bytes; its own share of a collective does not count, and
+    what other ranks read out of its memory is received there but not sent here."""
 
     collectives: int = 0
     sent_bytes: int = 0
@@ -29,14 +30,32 @@ class StageTraffic:
 class Traffic:
     """Traffic of one call by stage name, filled as collectives are started (also by the backward pass)."""
 
-    stages: dict[str, StageTraffic] = field(default_factory=dict)
+    _stages: dict[str, StageTraffic] = field(default_factory=dict)
+    _reads: list[tuple[str, Callable[[], int]]] = field(default_factory=list)
 
     def add(self, stage: str, sent: int, received: int) -> None:
         """Count one collective."""
-        entry = self.stages.setdefault(stage, StageTraffic())
+        entry = self._stages.setdefault(stage, StageTraffic())
         entry.collectives += 1
         entry.sent_bytes += sent
         entry.received_bytes += received
+
+    def add_read(self, stage: str, received: Callable[[], int]) -> None:
+        """Count what this rank reads out of other ranks' memory: `received` gives the bytes, and is called when somebody
+        asks. Nobody sends them."""
+        self._stages.setdefault(stage, StageTraffic())
+        self._reads.append((stage, received))
+
+    @property
+    def stages(self) -> dict[str, StageTraffic]:
+        """By stage; waits for the device where it alone knows what was read."""
+        for stage, received in self._reads:
+            self._stages[stage].received_bytes += received()
+        self._reads.clear()
+        return self._stages
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_stages": self.stages, "_reads": []}
 
     @property
     def received_bytes(self) -> int:

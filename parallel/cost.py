@@ -1,4 +1,6 @@
-"""The rule behind `comm="auto"`: bytes a rank would receive by each transport, and which one that makes the best."""
+"""The rule behind `comm="auto"` where ranks cannot read each other's memory (where GPUs can, `pull` is taken: it was faster
+than every other transport in every case measured): bytes a rank would receive by each transport, and which one that makes
+the best."""
 
 from __future__ import annotations
 

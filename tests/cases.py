@@ -14,7 +14,7 @@ import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
 from tests.ranks import run_ranks
 
-COMMS = ("auto", "all_gather", "ring", "fetch")
+COMMS = ("auto", "all_gather", "ring", "fetch", "pull")
 TRANSPORTS = COMMS[1:]
 NAMES = ("out", "dq", "dk", "dv")
 DEFAULT_WORKSPACE = 1 << 30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ BAD_CALLS: dict[str, tuple[dict, type[Exception], str]] = {
     "Hq no multiple of Hkv": ({"q": zeros(8, 3, 8)}, ValueError, r"q heads \(3\) .* kv heads \(2\)"),
     "no head": ({"q": zeros(8, 0, 8)}, ValueError, r"q must have at least one head .*\(8, 0, 8\)"),
     "head size 0": ({"v": zeros(8, 2, 0)}, ValueError, r"v must have at least one head .*\(8, 2, 0\)"),
-    "unknown comm": ({"comm": "smoke"}, ValueError, "one of auto, all_gather, ring, fetch; got 'smoke'"),
-    "comm of a later version": ({"comm": "pull"}, ValueError, "one of auto, all_gather, ring, fetch; got 'pull'"),
+    "unknown comm": ({"comm": "smoke"}, ValueError, "one of auto, all_gather, ring, fetch, pull; got 'smoke'"),
+    "comm of torch": ({"comm": "alltoall"}, ValueError, "one of auto, all_gather, ring, fetch, pull; got 'alltoall'"),
     "comm is None": ({"comm": None}, TypeError, "comm must be a string, got None"),
     "config is a dict": ({"config": {"topk": 3}}, TypeError, "config must be a MoBAConfig, got dict"),
     "workspace of 0": ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be at least 1, got 0"),
@@ -239,6 +240,18 @@ def test_ranks_that_disagree_all_say_on_what() -> None:
             assert seconds < 4, name
     assert str(per_rank[0][0][0][0]) == str(per_rank[1][0][0][0])
     assert_works([good for _, good in per_rank])
+
+
+def on_another_host(rank: int, size: int) -> tuple[Exception | None, int, float]:
+    with mock.patch("platform.node", return_value=f"node{rank}"):
+        return outcome(good_call(rank) | {"comm": "pull"})
+
+
+def test_pull_is_refused_across_hosts() -> None:
+    for error, started, _ in run_ranks(2, on_another_host):
+        assert isinstance(error, ValueError)
+        assert "disagree on host (pull is for ranks of one): rank 0 has node0, rank 1 has node1" in str(error)
+        assert started == 1
 
 
 def long_disagreement(rank: int, size: int) -> Exception | None:

@@ -54,20 +54,16 @@ class AllGather(Transport):
         gathered = self._under_way.pop(heads.start).wait().flatten(0, 1)
         yield gradient_of(self._remote(gathered, heads, local), gathered)
 
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], list[Tensor]]:
         size, rank = self.comm.size, self.comm.rank
         packed = gradients[1].packed
         assert packed is not None
         rows = [packed.shape[0] // size] * size
         pending = self.comm.all_to_all(packed, rows, rows, "all_gather gradients")
 
-        def finish() -> None:
+        def finish() -> list[Tensor]:
             received = pending.wait().unflatten(0, (size, -1))
-            width, tokens = dk.shape[-1], dk.shape[0]
-            for source in range(size):
-                if source != rank:
-                    dk.add_(received[source, :tokens, :, :width])
-                    dv.add_(received[source, :tokens, :, width:])
+            return [received[source, : dk.shape[0]] for source in range(size) if source != rank]
 
         return finish
 

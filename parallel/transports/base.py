@@ -83,9 +83,10 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], list[Tensor]]:
         """Start to send the gradients of remote parts home; the function returned waits for what arrives for this rank's
-        home blocks and adds it to `dk`, `dv`.
+        home blocks. It returns what is to be added to `dk` and `dv`, in this order: `[home tokens, H, D + Dv]` each; or it
+        adds what arrives itself, where that is not all rows.
 
         Args:
             gradients: what `backward` gave, of a resident transport.
@@ -104,8 +105,8 @@ class LocalOnly(Transport):
     def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
         yield PartGradient(self.local_part(heads), dk, dv)
 
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
-        return lambda: None
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], list[Tensor]]:
+        return list
 
 
 def of_heads(x: Tensor, heads: slice) -> Tensor:
@@ -123,8 +124,12 @@ def unpack(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return packed[..., :width], packed[..., width:]
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gradients of keys and values of `dtype` are summed in: fp64 for fp64, fp32 otherwise."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def gradient_of(part: Part, packed: Tensor) -> PartGradient:
-    """Uninitialised gradients of a part whose keys and values are `packed`: fp64 for fp64, fp32 otherwise."""
-    dtype = torch.float64 if packed.dtype == torch.float64 else torch.float32
-    room = torch.empty(packed.shape, dtype=dtype, device=packed.device)
+    """Uninitialised gradients of a part whose keys and values are `packed`."""
+    room = torch.empty(packed.shape, dtype=gradient_dtype(packed.dtype), device=packed.device)
     return PartGradient(part, *unpack(room, part.k.shape[-1]), room)

@@ -38,14 +38,14 @@ class Fetch(Transport):
     def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
         yield from self._parts(heads, dk, dv)
 
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], list[Tensor]]:
         heads, packed = self._heads, gradients[1].packed
         assert packed is not None
         sent, received = self._tokens(heads)
         pending = self.comm.all_to_all(packed.squeeze(1), received, sent, "fetch gradients")
         rows = self._rows  # what was sent is what comes back
 
-        def finish() -> None:
+        def finish() -> list[Tensor]:
             arrived = pending.wait()
             width, begin = dk.shape[-1], 0
             flat_dk, flat_dv = dk.view(-1, width), dv.view(-1, dv.shape[-1])
@@ -54,6 +54,7 @@ class Fetch(Transport):
                 flat_dk.index_add_(0, index, arrived[begin : begin + count, :width])
                 flat_dv.index_add_(0, index, arrived[begin : begin + count, width:])
                 begin += count
+            return []
 
         return finish
 

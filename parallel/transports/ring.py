@@ -67,16 +67,9 @@ class Ring(Transport):
         if travelling is not None:
             self._arriving.append(travelling)
 
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], None]:
+    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], list[Tensor]]:
         arriving, self._arriving = self._arriving, []
-
-        def finish() -> None:
-            for pending in arriving:
-                home, width = pending.wait(), dk.shape[-1]
-                dk.add_(home[..., :width])
-                dv.add_(home[..., width:])
-
-        return finish
+        return lambda: [pending.wait() for pending in arriving]
 
     def _travel(self, heads: slice) -> Iterator[Tensor]:
         """Start the first step; after that the packed part of each step, the next one under way."""

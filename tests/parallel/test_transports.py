@@ -7,13 +7,15 @@ Blocks 0 and 1 are at home on rank 0, blocks 2 and 3 on rank 1. A token of one k
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
 import moba_cp
 from moba_cp import SequenceLayout
-from tests.cases import COMMS, TRANSPORTS, Case, every_layout
+from moba_cp.parallel.transports import pull
+from tests.cases import COMMS, TRANSPORTS, Case, every_layout, on_rank
 from tests.ranks import run_ranks
 from tests.recorder import Started, recorded
 
@@ -21,6 +23,7 @@ CASE = Case((16,), block_size=4, topk=4, q_heads=4, kv_heads=2, dim=8, v_dim=4)
 TWO = SequenceLayout.contiguous([0, 16], 2)
 TOKEN = 96  # bytes of a token's key and value of one kv head
 HEADER = Started("all_gather", 1024, 1024)  # what two ranks exchange to find that they agree, once a call
+MEETING = Started("all_gather", 1, 1)  # how two ranks that pull tell each other that something is ready
 GIB = 1 << 30
 
 Stages = dict[str, tuple[int, int, int]]
@@ -141,13 +144,60 @@ def test_fetch_receives_the_lower_bound(name: str) -> None:
         assert backward.get("fetch gradients", (0, 0, 0))[1] == expected  # what came goes back, in fp64
 
 
+EIGHT = Case((32,), block_size=4, topk=2, q_heads=4, kv_heads=2, dim=8, v_dim=4)
+
+
+def test_pull_reads_each_wanted_pair_once_and_nobody_sends() -> None:
+    """Of the four blocks at home on rank 0, rank 1 wants (0, block 0) and (1, block 1): a quarter, so not whole parts."""
+    layout, pairs = SequenceLayout.contiguous([0, 32], 2), 2 * 4 * TOKEN
+    first, second = stages(EIGHT, layout, "pull", inputs=routed(EIGHT, [[0], [1]]))
+    for rank, (forward, backward, *_, figures) in enumerate((first, second)):
+        assert figures["bound"] == [0, pairs]
+        assert set(forward) == {"centroids", "pull meetings", "pull keys and values"}
+        # Ranks meet before the memory is written and before it is read; in backward also before gradients are.
+        assert forward["pull meetings"] == (2, 2, 2)
+        assert backward["pull meetings"] == (3, 3, 3)
+        assert forward["pull keys and values"] == (0, 0, figures["bound"][rank])
+        assert backward.get("pull keys and values", (0, 0, 0)) == (0, 0, figures["bound"][rank])
+        assert backward.get("pull gradients", (0, 0, 0)) == (0, 0, figures["bound"][1 - rank])
+
+
+def test_pull_reads_whole_what_is_mostly_wanted() -> None:
+    """topk covers everything: rank 1 wants all of rank 0 and reads it in one piece, rank 0 nothing of rank 1."""
+    whole = 8 * 2 * TOKEN
+    first, second = stages(CASE, TWO, "pull")
+    assert first[0]["pull keys and values"] == (0, 0, 0)
+    assert first[1] == {"pull meetings": (3, 3, 3), "pull gradients": (0, 0, whole)}
+    assert second[0]["pull keys and values"] == (0, 0, whole)
+    assert second[1] == {"pull meetings": (3, 3, 3), "pull keys and values": (0, 0, whole)}
+
+
+def whole_or_not(rank: int, size: int, case: Case, layout: SequenceLayout, workspace: int) -> list[tuple]:
+    """Results of this rank where it reads wanted pairs only, where it reads parts whole, and where the even ranks do so."""
+    results = []
+    for share in (2.0, 0.0, 2.0 * (rank % 2)):
+        with mock.patch.object(pull, "WHOLE_SHARE", share):
+            results += on_rank(rank, size, case, layout, "pull", workspace_bytes=workspace)
+    return results
+
+
+@pytest.mark.parametrize("workspace", [1, GIB])
+@pytest.mark.parametrize("name", every_layout([0, 1], 1))
+def test_what_pull_reads_changes_no_bit(name: str, workspace: int) -> None:
+    case = Case((29, 0, 3, 122), block_size=5, topk=2, q_heads=4, kv_heads=2, dim=8, v_dim=4)
+    for results in run_ranks(4, whole_or_not, case, every_layout(case.cu_seqlens, 4)[name], workspace):
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("comm", TRANSPORTS)
 def test_routing_exchanges_centroids_only(comm: str) -> None:
     """Of the keys and values nothing moves before the gate: one all-gather of one centroid for each block and kv head
     that can be chosen, and with topk = 1, where there is nothing to choose, none."""
     for result in stages(CASE, TWO, comm):
         assert result[0]["centroids"] == CENTROIDS
-        assert result[2][:2] == [HEADER, Started("all_gather", 256, 256)]
+        started = [event for event in result[2] if event != MEETING]
+        assert started[:2] == [HEADER, Started("all_gather", 256, 256)]
         assert "centroids" not in result[1]  # backward reuses the selection
     for result in stages(replace(CASE, topk=1), TWO, comm):
         assert "centroids" not in result[0]
@@ -166,7 +216,7 @@ def test_gqa_is_not_expanded_on_the_wire(comm: str) -> None:
     assert [r[:4] for r in few] == [r[:4] for r in many]
 
 
-@pytest.mark.parametrize("comm", TRANSPORTS)
+@pytest.mark.parametrize("comm", ["all_gather", "ring", "fetch"])
 def test_keys_and_values_travel_in_their_dtype_and_gradients_in_fp32(comm: str) -> None:
     for forward, backward, *_ in stages(CASE, TWO, comm, torch.bfloat16):
         for at in (1, 2):
@@ -174,6 +224,12 @@ def test_keys_and_values_travel_in_their_dtype_and_gradients_in_fp32(comm: str) 
             assert values in (0, 8 * 2 * 12 * 2)
             assert backward[f"{comm} keys and values"][at] == values
             assert backward[f"{comm} gradients"][3 - at if comm == "fetch" else at] == values * 2
+
+
+def test_pull_reads_keys_and_values_in_their_dtype_and_gradients_in_fp32() -> None:
+    first, second = stages(CASE, TWO, "pull", torch.bfloat16)
+    assert second[0]["pull keys and values"][2] == 8 * 2 * 12 * 2
+    assert first[1]["pull gradients"][2] == 8 * 2 * 12 * 4
 
 
 def test_fragments_of_straddling_blocks_go_home_once() -> None:
@@ -200,7 +256,10 @@ def test_counts_agree_with_what_torch_distributed_was_asked(comm: str, workspace
         for counted, recorded_ in ((forward, in_forward[1:]), (backward, in_backward)):
             assert sum(s[0] for s in counted.values()) == len(recorded_)
             assert sum(s[1] for s in counted.values()) == sum(r.sent for r in recorded_)
-            assert sum(s[2] for s in counted.values()) == sum(r.received for r in recorded_)
+            received = sum(
+                s[2] for s in counted.values() if s[0]
+            )  # what is read out of peers' memory is in no collective
+            assert received == sum(r.received for r in recorded_)
 
 
 def test_head_groups_move_the_same_bytes_in_more_collectives() -> None:
@@ -209,11 +268,15 @@ def test_head_groups_move_the_same_bytes_in_more_collectives() -> None:
         for whole, split in zip(stages(CASE, TWO, comm), stages(CASE, TWO, comm, workspace=1), strict=True):
             name = f"{comm} keys and values"
             assert split[0][name] == (2 * whole[0][name][0], *whole[0][name][1:])
-            assert split[1][f"{comm} gradients"][1:] == whole[1][f"{comm} gradients"][1:]
+            name, nothing = f"{comm} gradients", (0, 0, 0)  # rank 1 reads none: rank 0 has none for it
+            assert split[1].get(name, nothing)[1:] == whole[1].get(name, nothing)[1:]
 
 
 def steps_on_rank(rank: int, size: int, case: Case, layout: SequenceLayout, comm: str) -> tuple[list[str], list[str]]:
     q, k, v, _ = (layout.shard(x, rank).requires_grad_() for x in case.inputs())
+    moba_cp.moba_attention(
+        q, k, v, case.config, layout=layout, comm=comm
+    ).sum().backward()  # pull sets up its memory once
     with recorded(steps=True) as forward:
         out = moba_cp.moba_attention(q, k, v, case.config, layout=layout, comm=comm)
     with recorded(steps=True) as backward:
@@ -246,6 +309,13 @@ def test_fetch_waits_after_the_local_part() -> None:
     for forward, backward in run_ranks(2, steps_on_rank, CASE, TWO, "fetch"):
         assert forward[3:] == ["all_gather", "wait", "compute", "all_to_all", "wait", "compute"]
         assert backward == ["compute", "all_to_all", "wait", "compute", "all_to_all", "wait"]
+
+
+def test_pull_waits_for_nobody_but_at_meetings() -> None:
+    meeting, gate = ["all_gather", "wait"], ["all_gather", "wait"]
+    for forward, backward in run_ranks(2, steps_on_rank, CASE, TWO, "pull"):
+        assert forward == ["all_gather", *meeting, *gate, *meeting, "compute", "compute"]
+        assert backward == [*meeting, *meeting, "compute", "compute", *meeting]
 
 
 def test_a_group_of_one_starts_nothing() -> None:

@@ -1,0 +1,56 @@
+"""Rows of wanted blocks, copied or added from one rank's memory to another's: what `pull` does where its data has arrived.
+
+On CUDA one kernel does both; it reads which blocks are wanted on the device, so the host never waits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def copy_wanted(source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, length: Tensor, block_size: int) -> None:
+    """Copy the rows of wanted blocks; other rows of `target` stay as they are.
+
+    Args:
+        source, target: `[N, H, W]`, any strides of the first two dimensions, unit stride in the last.
+        wanted: uint8 `[H, n_blocks]`, unit stride in the last dimension: 1 for the pairs to copy.
+        start: int32 `[n_blocks]`, row of each block's first key in both; -1 for blocks that are not there.
+        length: int64 `[n_blocks]`, rows of each block.
+        block_size: rows of a block at most.
+    """
+    if source.is_cuda:
+        from .rows_kernel import launch
+
+        launch(source, target, wanted, start, length, block_size, adds=False, first=False)
+        return
+    taken = _taken(source, wanted, start, length)
+    target[taken] = source[taken]
+
+
+def add_wanted(
+    source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, length: Tensor, block_size: int, first: bool
+) -> None:
+    """Add the rows of wanted blocks to `target`; with `first`, `target` holds nothing yet: its other rows become 0.
+
+    Args:
+        source, target, wanted, start, length, block_size: as for `copy_wanted`; every row of `target` is in a block.
+        first: see above.
+    """
+    if source.is_cuda:
+        from .rows_kernel import launch
+
+        launch(source, target, wanted, start, length, block_size, adds=True, first=first)
+        return
+    taken = _taken(source, wanted, start, length)
+    if first:
+        target.zero_()
+    target[taken] += source[taken]
+
+
+def _taken(source: Tensor, wanted: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """bool `[N, H]`: rows of wanted blocks. Blocks at home on a rank lie in order of their numbers, without gaps."""
+    here = (start >= 0).nonzero()[:, 0]
+    block = torch.repeat_interleave(here, length[here])
+    assert block.numel() == source.shape[0], "every row is in a block"
+    return wanted[:, block].T != 0

@@ -1,0 +1,99 @@
+"""Copying and adding rows of wanted blocks: torch and the Triton kernel against a loop over blocks, targets poisoned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moba_cp.parallel import rows
+from tests.kernels import interpreter
+
+CASES = [
+    # lengths of all blocks, which of them are here, kv heads, width, block size
+    ([5, 5, 5, 3], [0, 2, 3], 2, 12, 5),
+    ([7, 7, 2], [1], 1, 24, 7),
+    ([4, 4], [], 3, 16, 4),
+    ([300, 300, 17], [0, 2], 1, 256, 300),  # several tiles a block
+]
+
+
+def make(case: tuple, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """source (heads cut out of a wider tensor), wanted, start, length; unwanted rows of the source are NaN."""
+    lengths, here, heads, width, _ = case
+    generator = torch.Generator().manual_seed(len(lengths))
+    start = torch.full((len(lengths),), -1, dtype=torch.int32)
+    tokens = 0
+    for block in here:
+        start[block] = tokens
+        tokens += lengths[block]
+    wanted = (torch.rand(heads + 1, len(lengths), generator=generator) < 0.6).to(torch.uint8)[1:]
+    source = torch.randn(tokens, heads + 2, width, generator=generator).to(dtype)[:, 1 : heads + 1]
+    for head in range(heads):
+        for block in here:
+            if not wanted[head, block]:
+                source[start[block] : start[block] + lengths[block], head] = float("nan")
+    return tuple(x.to(device) for x in (source, wanted, start, torch.tensor(lengths)))
+
+
+def expected(case: tuple, source: Tensor, wanted: Tensor, start: Tensor, before: Tensor, adds: bool) -> Tensor:
+    result = before.clone()
+    for head in range(wanted.shape[0]):
+        for block in case[1]:
+            if wanted[head, block]:
+                at = slice(int(start[block]), int(start[block]) + case[0][block])
+                result[at, head] = source[at, head] + (before[at, head] if adds else 0)
+    return result
+
+
+def check(case: tuple, dtype: torch.dtype, device: str, kernel: bool) -> None:
+    source, wanted, start, length = make(case, dtype, device)
+    block_size = case[4]
+
+    def run(target: Tensor, adds: bool, first: bool) -> None:
+        if kernel:
+            from moba_cp.parallel import rows_kernel
+
+            rows_kernel.launch(source, target, wanted, start, length, block_size, adds, first)
+        elif adds:
+            rows.add_wanted(source, target, wanted, start, length, block_size, first)
+        else:
+            rows.copy_wanted(source, target, wanted, start, length, block_size)
+
+    poisoned = torch.full(source.shape, float("nan"), dtype=dtype, device=device)
+    copied = poisoned.clone()
+    run(copied, adds=False, first=False)
+    torch.testing.assert_close(
+        copied, expected(case, source, wanted, start, poisoned, False), rtol=0, atol=0, equal_nan=True
+    )
+    total = poisoned.clone()
+    run(total, adds=True, first=True)
+    once = expected(case, source, wanted, start, torch.zeros_like(poisoned), True)
+    assert torch.equal(total, once)
+    run(total, adds=True, first=False)
+    assert torch.equal(total, expected(case, source, wanted, start, once, True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_torch(case: tuple) -> None:
+    check(case, torch.float64, "cpu", kernel=False)
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_interpreted(case: tuple, dtype: torch.dtype) -> None:
+    check(case, dtype, "cpu", kernel=True)
+
+
+def test_in_interpreter() -> None:
+    interpreter.run_module(__file__)
+
+
+class TestOnGPU:
+    pytestmark = interpreter.gpu
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_kernel(self, case: tuple, dtype: torch.dtype) -> None:
+        check(case, dtype, "cuda", kernel=True)
