@@ -21,7 +21,7 @@ from .kernels import KVPart, QueryRows, query_rows
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import HomePlan, RankPlan
 from .parallel.comm import CommGroup, SideStream
-from .parallel.cost import choose_transport
+from .parallel.cost import choose_transport, choose_with_shared_memory
 from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, send_back
 from .parallel.peer_memory import can_share
 from .parallel.transports import AllGather, Fetch, LocalOnly, Part, PartGradient, Pull, Ring, Transport, of_heads
@@ -45,7 +45,7 @@ class Call:
         workspace_bytes: most bytes of partial results at once.
         stage: names the steps in profiles.
         keep_lists: keep routing lists for backward: `4 * topk` bytes a (q head, row).
-        transport: the transport in use; `requested` unless that is "auto".
+        transport: the transport in use, once it is known; `requested` unless that is "auto".
         wanted: every rank's wanted pairs, where the transport needs them.
     """
 
@@ -282,35 +282,36 @@ def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> T
 
 
 def share(call: Call, home: HomeBlocks, ranges: Ranges) -> Pull | None:
-    """Where other ranks will read this one's keys and values, they go to shared memory beside the gate."""
+    """Where other ranks will read this one's keys and values: what will put them into shared memory. Knows no selection."""
+    plan, device = call.plan.plan, home.k.device
     if call.comm.size == 1:
         return None
-    device = home.k.device
-    if not call.transport and call.requested == "auto" and device.type == "cuda" and can_share(call.comm, device):
-        call.transport = Pull.name
-    if (call.transport or call.requested) != Pull.name:
-        return None
-    return Pull(home, call.comm, [heads for heads, _ in ranges])
+    if not call.transport and call.requested != "auto":
+        call.transport = call.requested
+    if not call.transport and device.type == "cuda" and can_share(call.comm, device):
+        call.transport = choose_with_shared_memory(plan, call.kv_heads, _pair_bytes(home))
+    return Pull(home, call.comm, [heads for heads, _ in ranges]) if call.transport == Pull.name else None
+
+
+def _pair_bytes(home: HomeBlocks) -> int:
+    """Of one key and its value."""
+    return (home.k.shape[-1] + home.v.shape[-1]) * home.k.itemsize
 
 
 def open_transport(call: Call, home: HomeBlocks, selected: Tensor, shared: Pull | None) -> Transport:
-    """The transport asked for, or the one that the rule of `parallel.cost` takes; the same on every rank."""
+    """The transport asked for, or the one that a rule of `parallel.cost` takes; the same on every rank."""
     if call.comm.size == 1:
         call.transport = LocalOnly.name
         return LocalOnly(home, call.comm)
     wanted = partial(call.backend.wanted_pairs, selected, len(call.plan.plan.blocks), call.kv_heads)
     if shared is not None:
-        call.transport = Pull.name
         shared.want(wanted())
         return shared
-    if call.requested in ("auto", Fetch.name) and call.wanted is None:
+    if call.transport in ("", Fetch.name) and call.wanted is None:
         call.wanted = exchange_wanted(wanted(), call.plan, call.comm)
     if not call.transport:
-        call.transport = call.requested
-        if call.requested == "auto":
-            assert call.wanted is not None
-            pair_bytes = (home.k.shape[-1] + home.v.shape[-1]) * home.k.itemsize
-            call.transport = choose_transport(call.plan.plan, call.wanted.tokens(), call.kv_heads, pair_bytes)
+        assert call.wanted is not None
+        call.transport = choose_transport(call.plan.plan, call.wanted.tokens(), call.kv_heads, _pair_bytes(home))
     match call.transport:
         case AllGather.name:
             return AllGather(home, call.comm)

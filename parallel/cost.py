@@ -1,6 +1,4 @@
-"""The rule behind `comm="auto"` where ranks cannot read each other's memory (where GPUs can, `pull` is taken: it was faster
-than every other transport in every case measured): bytes a rank would receive by each transport, and which one that makes
-the best."""
+"""The rules behind `comm="auto"`: bytes a rank would receive by each transport, and which one that makes the best."""
 
 from __future__ import annotations
 
@@ -19,6 +17,11 @@ and whole parts in a ring are the better way to move everything.
 GATHER_BYTES = 32 << 20
 """`all_gather` is taken when all remote keys and values of a rank are at most this many bytes: one collective instead of
 `P - 1` steps, each of which costs about 0.1 ms of latency, as long as 32 MiB take on a 300 GB/s link."""
+
+PULL_BYTES = 256 << 20
+"""Where GPUs can read each other's memory, `pull` is taken when all remote keys and values of a rank are more than this, and
+`all_gather` otherwise. `pull` costs the host about 1 ms more a call, which longer work hides, and was faster than `ring` and
+`fetch` whenever that was hidden (docs/results/layer.json)."""
 
 
 def visible_tokens(plan: HomePlan) -> np.ndarray:
@@ -41,8 +44,20 @@ def remote_tokens(tokens: np.ndarray) -> np.ndarray:
     return tokens.sum(1) - np.diagonal(tokens)
 
 
+def choose_with_shared_memory(plan: HomePlan, kv_heads: int, pair_bytes: int) -> str:
+    """`auto` where GPUs can read each other's memory: by the plan alone, so the host waits for nothing.
+
+    Args:
+        plan, kv_heads, pair_bytes: as for `choose_transport`.
+
+    Returns:
+        `"pull"`, or `"all_gather"` where the others hold at most `PULL_BYTES`.
+    """
+    return "pull" if _remote_bytes(plan, kv_heads, pair_bytes) > PULL_BYTES else "all_gather"
+
+
 def choose_transport(plan: HomePlan, wanted: np.ndarray, kv_heads: int, pair_bytes: int) -> str:
-    """`auto`, decided alike by every rank.
+    """`auto` where ranks cannot read each other's memory, decided alike by every rank.
 
     Args:
         plan: where the blocks are.
@@ -55,7 +70,12 @@ def choose_transport(plan: HomePlan, wanted: np.ndarray, kv_heads: int, pair_byt
         where that is at most `GATHER_BYTES`; else `"ring"`.
     """
     remote = remote_tokens(wanted.sum(2)).max(initial=0)
-    everything = (plan.home_tokens.sum() - plan.home_tokens.min()) * kv_heads
-    if remote <= FETCH_SHARE * everything:
+    everything = _remote_bytes(plan, kv_heads, pair_bytes)
+    if remote * pair_bytes <= FETCH_SHARE * everything:
         return "fetch"
-    return "all_gather" if everything * pair_bytes <= GATHER_BYTES else "ring"
+    return "all_gather" if everything <= GATHER_BYTES else "ring"
+
+
+def _remote_bytes(plan: HomePlan, kv_heads: int, pair_bytes: int) -> int:
+    """Keys and values that the others hold, for the rank that holds least."""
+    return int(plan.home_tokens.sum() - plan.home_tokens.min()) * kv_heads * pair_bytes

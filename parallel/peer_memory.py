@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,17 +36,32 @@ class PeerMemory:
 
     Attributes:
         buffers: uint8 `[bytes]` of every rank, readable from here; this rank's own among them.
-        keep: what must live as long.
+        handle: torch's handle of the symmetric memory, None on the CPU.
+        own: what it is the handle of.
+        timeout_ms: of the group.
         turns: how often a half of the buffer was given out to be written, for those who take its halves in turn.
         free: after this event every rank has read what was written in the turn before the last.
         counts: int64 `[2, P]` on the host, for the users: what the device last wrote there; large at first.
     """
 
     buffers: list[Tensor]
-    keep: object
     counts: Tensor
+    handle: Any = None
+    own: Tensor | None = None
+    timeout_ms: int = 0
     turns: int = 0
     free: torch.cuda.Event | None = None
+
+    def meet(self, comm: CommGroup, stage: str) -> None:
+        """What follows on the current stream comes after what every rank has enqueued before it met.
+
+        A kernel of symmetric memory, which ends the process's work on the GPU with an error where a rank does not come
+        within the group's timeout; on the CPU an all-gather of one byte, counted as `stage`.
+        """
+        if self.handle is not None:
+            self.handle.barrier(channel=0, timeout_ms=self.timeout_ms)
+        else:
+            comm.all_gather(torch.zeros(1, dtype=torch.uint8), stage).wait()
 
     @property
     def half(self) -> int:
@@ -179,7 +195,8 @@ def _symmetric(group: dist.ProcessGroup, ranks: int, device: torch.device, size:
     handle = symmetric_memory.rendezvous(own, group.group_name)
     buffers = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(ranks)]
     counts = torch.full((2, ranks), _MANY, pin_memory=True)
-    return PeerMemory(buffers, (own, handle), counts)
+    timeout = group._get_backend(device).options._timeout
+    return PeerMemory(buffers, counts, handle, own, int(timeout.total_seconds() * 1000))
 
 
 def _shared_file(comm: CommGroup, size: int) -> PeerMemory:
@@ -192,4 +209,4 @@ def _shared_file(comm: CommGroup, size: int) -> PeerMemory:
         _meet(comm, buffers[0].device)
     finally:
         os.close(own)
-    return PeerMemory(buffers, None, torch.full((2, comm.size), _MANY))
+    return PeerMemory(buffers, torch.full((2, comm.size), _MANY))

@@ -137,7 +137,7 @@ def _rank(rank: int, size: int, port: int) -> None:
     for case in CASES:
         alone = run(case, SequenceLayout.contiguous(case[0], 1), 0, "auto")
         for layout in layouts(case[0], size):
-            for comm in ("all_gather", "ring", "fetch", "auto"):
+            for comm in ("all_gather", "ring", "fetch", "pull", "auto"):
                 for workspace in (1 << 30, 1 << 18):
                     got = run(case, layout, rank, comm, workspace)
                     again = run(case, layout, rank, comm, workspace)

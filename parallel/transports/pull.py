@@ -3,7 +3,7 @@
 For ranks of one host. Keys and values are copied once to memory that all ranks can read, beside the gate; after that nobody
 sends: each rank reads the wanted (block, kv head) pairs of one rank after another, the next while one is computed. Which pairs
 those are stays on the device, so the host never waits, and no addresses or counts travel. Ranks tell each other only that
-something is ready, by all-gathers of one byte. Four ranks, whose part each one works on at each step::
+something is ready: they meet. Four ranks, whose part each one works on at each step::
 
     step       0     1     2     3
     rank 0     0     3     2     1
@@ -40,7 +40,7 @@ wanted pairs (366 against about 300 GB/s over NVLink) and costs attention beside
 
 
 class Pull(Transport):
-    """See the module. When it is made, keys and values are on their way into shared memory; `want` comes next.
+    """See the module. It is made when keys and values are there; `want` starts what the other ranks need.
 
     Args:
         home, comm: as for every transport.
@@ -52,11 +52,9 @@ class Pull(Transport):
 
     def __init__(self, home: HomeBlocks, comm: CommGroup, ranges: list[slice]) -> None:
         super().__init__(home, comm)
-        self._plan = home.plan.plan
+        self._ranges, self._plan = ranges, home.plan.plan
         self._kv_heads, self._width = home.k.shape[1], home.k.shape[2] + home.v.shape[2]
         self._most = int(self._plan.home_tokens.max())
-        self._side = SideStream(home.k.device, "pull")
-        self._byte = torch.zeros(1, dtype=torch.uint8, device=home.k.device)
         self._masks_at = aligned(self._most * self._kv_heads * self._width * home.k.itemsize)
         size = self._masks_at + self._kv_heads * len(self._plan.blocks)
         self._memory = peer_memory(comm, home.k.device, "keys", size)
@@ -64,26 +62,29 @@ class Pull(Transport):
         self._peers_want: list[Tensor] = []
         self._arrived: Tensor | None = None
         self._begun = False
+        self._side = SideStream(home.k.device, "pull")
         self._side.mark()
-        with self._side.use():
-            self._meet()  # every rank has read what the last call left in the memory
-            for heads in ranges:
-                local = self.local_part(heads)
-                torch.cat([local.k, local.v], dim=-1, out=self._keys(comm.rank, heads))
-        self._side.uses(home.k, home.v)
 
     def want(self, wanted: Tensor) -> None:
-        """Say which pairs the local queries selected: bool `[Hkv, n_blocks]`. From here on every rank may read."""
-        self._wanted = wanted.view(torch.uint8)
+        """Put keys and values into shared memory, and which pairs the local queries selected: bool `[Hkv, n_blocks]`.
+
+        The former goes on beside what was enqueued since this object was made.
+        """
+        self._wanted, rank = wanted.view(torch.uint8), self.comm.rank
+        with self._side.use():
+            self._meet()  # every rank has read what the last call left there
+            for heads in self._ranges:
+                local = self.local_part(heads)
+                torch.cat([local.k, local.v], dim=-1, out=self._keys(rank, heads))
         self._side.mark()
         with self._side.use():
-            self._mask(self.comm.rank).copy_(self._wanted)
+            self._mask(rank).copy_(self._wanted)
             self._meet()
             home, length = home_and_length(self._plan, wanted.device)
             tokens = torch.zeros(self.comm.size, dtype=torch.int64, device=wanted.device)
             tokens.index_add_(0, home, length * self._wanted.sum(0))
             self._memory.counts[0].copy_(tokens, non_blocking=True)
-        self._side.uses(self._wanted)
+        self._side.uses(self.home.k, self.home.v, self._wanted)
 
     def prefetch(self, heads: slice) -> None:
         if heads.start not in self._under_way:
@@ -128,7 +129,7 @@ class Pull(Transport):
 
     def _meet(self) -> None:
         """What follows on the side stream comes after what every rank has enqueued on its own so far."""
-        self.comm.all_gather(self._byte, "pull meetings").wait()
+        self._memory.meet(self.comm, "pull meetings")
 
     def _keys(self, rank: int, heads: slice) -> Tensor:
         """Keys and values at home on `rank`: `[home tokens, H, D + Dv]`, each range of heads dense."""
@@ -210,7 +211,7 @@ class Pull(Transport):
     def _learn_what_peers_want(self) -> None:
         """Copy their masks: a look at one of them there takes microseconds."""
         self._peers_want = [self._mask(r).clone() for r in range(self.comm.size)]
-        home, length = home_and_length(self._plan, self._byte.device)
+        home, length = home_and_length(self._plan, self.home.k.device)
         mine = torch.where(home == self.comm.rank, length, 0)
         tokens = (torch.stack(self._peers_want).sum(1) * mine).sum(1)
         self._memory.counts[1].copy_(tokens, non_blocking=True)
