@@ -52,10 +52,23 @@ def _label_score(score, score_mask, label, ASM: tl.constexpr):
 
 
 @triton.jit
-def _load_centroids(base, number, stride, D: tl.constexpr, PADDED_D: tl.constexpr):
-    """As `_load_tile`, every row inside: without a mask where D is a power of two."""
+def _turn(tile, BN: tl.constexpr):
+    """The block at place p of a tile is in lane p ^ turn, a hash of the tile's number.
+
+    Blocks at any one distance should meet in a lane as rarely as random ones. Multiples of the tile's number fail at some
+    distances (the golden ratio's at 31 and 33), multiples of its square at hardly any. This factor did well among 4500.
+    """
+    return (tl.mul(tile * tile, 0x063DB153, sanitize_overflow=False) >> 26) & (BN - 1)
+
+
+@triton.jit
+def _load_centroids(base, number, place, stride, D: tl.constexpr, PADDED_D: tl.constexpr):
+    """As `_load_tile`, rows `number + place`, every row inside: without a mask where D is a power of two.
+
+    `place * stride` stays in 32 bits, see `select_blocks`.
+    """
     column = tl.arange(0, PADDED_D)
-    pointer = base + number.to(tl.int64)[:, None] * stride + column[None, :]
+    pointer = base + number.to(tl.int64) * stride + (place[:, None] * stride + column[None, :])
     if PADDED_D == D:
         return tl.load(pointer)
     else:
@@ -109,11 +122,12 @@ def _gate_kernel(
     Reads BM x D of q once and the kv head's centroids from the rows' first to their last candidate (from L2: all programs
     share them), BN at a time; writes BM x TOPK block numbers, and the numbers of the rows to be done again.
 
-    A block's lane is its place in its tile of BN. Each (row, lane) keeps its DEPTH best keys in order; an insertion is
-    minima and maxima of whole tiles. A key is the score with its low bits replaced by the tile's number from 1 (with PACKED,
-    by the block's), no more bits than this program needs. At the end the best key of a row is taken TOPK - 1 times. That is
-    the selection unless
-    - a lane gave all its keys away and may have dropped others,
+    A block's lane is its place in its tile of BN, turned from tile to tile: else blocks at regular distances, where a query
+    likes those best, would share few lanes. Each (row, lane) keeps its DEPTH best keys in order; an insertion is minima and
+    maxima of whole tiles. A key is the score with its low bits replaced by the tile's number from 1 (with PACKED, followed by
+    the lane's), no more bits than this program needs. At the end the best key of a row is taken TOPK - 1 times. That is the
+    selection unless
+    - a lane gave all its keys away and may have dropped others: it may where the candidates lie in more than DEPTH tiles,
     - the last key taken and the best key left differ only in the low bits, or
     - a score is infinite or NaN: with low bits that are never 0 it is a NaN key, which stays.
     The key of a finite score is greater than _EMPTY: its low bits are never all ones.
@@ -148,6 +162,7 @@ def _gate_kernel(
     score_mask = -1 - label_mask
     lane = tl.arange(0, BN)
     label = lane if PACKED else lane * 0
+    origin = low - BN  # tiles count from 1
 
     q = _load_tile(q_ptr + head.to(tl.int64) * stride_qh, row, stride_qt, valid, D, PADDED_D)
     c_base = c_ptr + (head // group).to(tl.int64) * stride_ch
@@ -155,39 +170,36 @@ def _gate_kernel(
     m2 = tl.full([BM, BN], _EMPTY, tl.float32)
     m3 = tl.full([BM, BN], _EMPTY, tl.float32)
     m4 = tl.full([BM, BN], _EMPTY, tl.float32)
-    for j in tl.range(0, full, num_stages=STAGES):
-        c = _load_centroids(c_base, low + j * BN + lane, stride_cn, D, PADDED_D)
+    for j in tl.range(1, full + 1, num_stages=STAGES):
+        c = _load_centroids(c_base, origin + j * BN, lane ^ _turn(j, BN), stride_cn, D, PADDED_D)
         score = tl.dot(q, tl.trans(c))
-        key = _label_score(score, score_mask, ((j + 1) * UNIT + label)[None, :], ASM)
+        key = _label_score(score, score_mask, (j * UNIT + label)[None, :], ASM)
         m1, m2, m3, m4 = _insert(m1, m2, m3, m4, key, DEPTH)
-    for j in tl.range(full, tiles, num_stages=1):
-        number = low + j * BN + lane
+    for j in tl.range(full + 1, tiles + 1, num_stages=1):
+        number = origin + j * BN + (lane ^ _turn(j, BN))
         c = _load_tile(c_base, number, stride_cn, number < high, D, PADDED_D)
         score = tl.dot(q, tl.trans(c))
-        key = _label_score(score, score_mask, ((j + 1) * UNIT + label)[None, :], ASM)
+        key = _label_score(score, score_mask, (j * UNIT + label)[None, :], ASM)
         candidate = (number[None, :] >= first[:, None]) & (number[None, :] < own[:, None])
         key = tl.where(candidate, key, _EMPTY)
         m1, m2, m3, m4 = _insert(m1, m2, m3, m4, key, DEPTH)
 
     unordered = tl.max((m1 != m1).to(tl.int32), 1) > 0
     GONE: tl.constexpr = float("-inf")
-    chosen = tl.where((slot == SLOTS - 1)[None, :], own[:, None], -1)
+    chosen = tl.zeros([BM, SLOTS], tl.int32)
     last = tl.max(m1, 1)
     COUNTED: tl.constexpr = 1 << 16
     doubled = scored & False
     for taken in tl.static_range(TOPK - 1):
         best = tl.max(m1, 1)
         found = best.to(tl.int32, bitcast=True) & label_mask
-        if PACKED:
-            hit = m1 == best[:, None]
-            number = low - BN + found
-        else:
-            hit = m1 == best[:, None]
+        hit = m1 == best[:, None]
+        if not PACKED:
             # Two lanes may have the same best key: then they stand in the sum twice.
-            place = tl.sum(tl.where(hit, lane[None, :] + COUNTED, 0), 1)
-            doubled |= place >= 2 * COUNTED
-            number = low + (found - 1) * BN + (place & (COUNTED - 1))
-        chosen = tl.where((slot == SLOTS - 2 - taken)[None, :], number[:, None], chosen)
+            found_lane = tl.sum(tl.where(hit, lane[None, :] + COUNTED, 0), 1)
+            doubled |= found_lane >= 2 * COUNTED
+            found = found * BN + (found_lane & (COUNTED - 1))
+        chosen = tl.where((slot == SLOTS - 2 - taken)[None, :], found[:, None], chosen)
         last = best
         # A lane's next keys move up, no further than the rounds to come can see.
         m1 = tl.where(hit, m2 if DEPTH > 1 else GONE, m1)
@@ -202,8 +214,13 @@ def _gate_kernel(
     tied = left.to(tl.float32, bitcast=True) == (last.to(tl.int32, bitcast=True) & score_mask).to(
         tl.float32, bitcast=True
     )
-    exhausted = (tl.min(m1, 1) == GONE) & (own - first > DEPTH * BN)
+    # Not their number: as tiles turn, DEPTH * BN candidates that begin inside a tile may have DEPTH + 1 in a lane.
+    deep = (own - 1 - low) // BN - (first - low) // BN >= DEPTH
+    exhausted = (tl.min(m1, 1) == GONE) & deep
     again = scored & (unordered | tied | doubled | exhausted)
+    chosen = origin + (chosen ^ _turn(chosen // BN, BN))  # from tile and lane to the block's number
+    chosen = tl.where((slot >= SLOTS - TOPK)[None, :], chosen, -1)
+    chosen = tl.where((slot == SLOTS - 1)[None, :], own[:, None], chosen)
     selection = tl.where(scored[:, None], tl.sort(chosen), whole)
     _store_selection(out_ptr, selection, row, head, tokens, valid, TOPK, SLOTS)
     # The order of the listed rows varies from run to run; their results do not depend on it.
@@ -224,8 +241,9 @@ def shapes(dim: int, n_blocks: int, topk: int, hopper: bool) -> tuple[dict[str, 
     narrow = n_blocks <= WIDE_BLOCKS or topk > 8 or padded > 128 or not hopper
     tile = {"D": dim, "PADDED_D": padded, "BM": ROW_TILE, "BN": 32 if narrow else 64}
     slots = {"TOPK": topk, "SLOTS": next_power_of_2(topk)}
-    # Lanes that give away all of `depth` keys, in a row of independent scores: comb(topk - 1, depth) / BN^(depth - 1).
-    # Such rows are done again, at about three times the cost. With as many keys as there are tiles no lane runs out.
+    # Lanes that give away all of `depth` keys, in a row: comb(topk - 1, depth) / BN^(depth - 1) where scores are independent
+    # and, as tiles are turned, about as many where favourites lie at a regular distance. Such rows are done again, at about
+    # three times the cost. With as many keys as there are tiles no lane runs out.
     depth = 1
     while depth < 4 and comb(topk - 1, depth) > REDONE_ROWS * tile["BN"] ** (depth - 1):
         depth += 1
@@ -265,6 +283,8 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
         return _select_whole(rows, q_heads, topk, selection_dtype(n_blocks))
     out = torch.empty(q_heads, tokens, topk, dtype=selection_dtype(n_blocks), device=q.device)
     tile, slots, variant = shapes(dim, n_blocks, topk, configs.capability(q.device) >= (9, 0))
+    if centroids.stride(0) * tile["BN"] >= 1 << 31:
+        centroids = centroids.contiguous()  # offsets inside a tile have 32 bits
     if topk > LIST_TOPK:
         select_sorted(q, centroids, rows, topk, tile, out)
         return out

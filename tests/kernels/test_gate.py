@@ -115,6 +115,30 @@ def test_sorted_path(monkeypatch):
 
 
 @interpreter.interpreted
+@pytest.mark.parametrize("stride", [16, 32])
+@pytest.mark.parametrize("packed", [True, False])
+def test_favourites_at_regular_distances_are_exact(stride, packed, monkeypatch):
+    monkeypatch.setattr(gate, "PACKED_BLOCKS", 1024 if packed else 0)
+    assert_equal(*regular_favourites(128, 640, stride), 8)
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize("stride", [16, 32])
+@pytest.mark.parametrize("packed", [True, False])
+def test_favourites_at_regular_distances_are_proved(stride, packed, monkeypatch):
+    monkeypatch.setattr(gate, "PACKED_BLOCKS", 1024 if packed else 0)
+    assert listed(*regular_favourites(128, 640, stride), 8) <= 128 * REGULAR_LISTED
+
+
+@interpreter.interpreted
+def test_documents_that_begin_inside_a_tile(monkeypatch):
+    """As many candidates as lanes, but in two tiles, which turn differently: lists of one key may have dropped some."""
+    monkeypatch.setattr(gate, "REDONE_ROWS", INF)
+    first = np.arange(128) % 32
+    assert_equal(*inputs(128, 2, 1, 64, 16, spread=60), rows_of(first + 32, first), 8)
+
+
+@interpreter.interpreted
 def test_special_scores():
     check_special(100, 50)
 
@@ -128,6 +152,21 @@ def test_proof_redoes_few_rows():
     c = torch.randn(blocks, 1, 16, generator=generator).to(DEVICE, torch.bfloat16)
     assert listed(q, c, rows, 3) <= 10
     assert listed(q * 0, c, rows, 3) == int((rows.block >= 3).sum())
+
+
+REGULAR_LISTED = 0.1
+"""Bound on the share of `regular_favourites` listed again with topk 8: three times that of blocks in random lanes, which is
+comb(7, 3) / 32^2. With lanes that do not turn, 7 favourites meet in two lanes of 3 keys, or in one: every row."""
+
+
+def regular_favourites(tokens, n_blocks, stride):
+    """q, centroids and rows late in one document; each likes some of the blocks `stride` apart. Exact scores, few ties."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-60, 61, (tokens, 1, 16), generator=generator)
+    c = torch.randint(-60, 61, (n_blocks, 1, 16), generator=generator)
+    q[..., 0], c[..., 0], c[::stride, :, 0] = 240, -240, 0
+    rows = rows_of(n_blocks - 1 - np.arange(tokens), np.zeros(tokens))
+    return q.to(DEVICE, torch.bfloat16), c.to(DEVICE, torch.bfloat16), rows
 
 
 def listed(q, c, rows, topk):
@@ -223,6 +262,13 @@ class TestGPUOther:
     def test_any_row_order(self, block_size):
         order = np.random.default_rng(0).permutation(20000)
         check_small([7000, 12000, 1000], block_size, 8, dim=128, order=order)
+
+    @pytest.mark.parametrize("n_blocks", [1024, 4096, 8192])
+    @pytest.mark.parametrize("stride", [8, 16, 31, 32, 33, 48, 64, 128])
+    def test_favourites_at_regular_distances(self, n_blocks, stride):
+        q, c, rows = regular_favourites(n_blocks // 2, n_blocks, stride)
+        assert_equal(q, c, rows, 8)
+        assert listed(q, c, rows, 8) <= len(rows) * REGULAR_LISTED
 
     @pytest.mark.parametrize("topk", [3, 8, 20, 70, 400])
     def test_reads_nothing_on_the_host(self, topk):
