@@ -161,6 +161,7 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
     lists = routed_ahead(call, ranges, saved, backward=True)
+    side = SideStream(q.device, "gradients")
     finish: Callable[[], None] = lambda: None  # noqa: E731
     for number, (heads, chunks) in enumerate(ranges):
         _prefetch(transport, ranges, number)
@@ -173,11 +174,14 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
             added_to = {id(x) for x in written} if index else set()
             parts = replayed or transport.backward(heads, room_dk, room_dv)
             _backward_chunk(call, chunk, next(lists), q, dout, delta, rows, saved, parts, added_to, dq)
-        # Gradients of one range travel while the next is computed.
+        # Gradients of one range travel, and are added, while the next is computed.
         finish()
+        side.mark()
         arrive = transport.return_gradients(replayed.kept if replayed else [], room_dk, room_dv)
-        finish = partial(_finish_range, call, arrive, room_dk, room_dv, home_dk, home_dv)
+        finish = partial(_finish_range, call, side, arrive, room_dk, room_dv, home_dk, home_dv)
     finish()
+    with call.stage("return gradients"):
+        side.join(side.done())
     return dq, *send_back(call.plan, dk, dv, call.comm)
 
 
@@ -188,13 +192,21 @@ def _prefetch(transport: Transport, ranges: Ranges, index: int) -> None:
 
 
 def _finish_range(
-    call: Call, arrive: Callable[[], list[Tensor]], room_dk: Tensor, room_dv: Tensor, dk: Tensor, dv: Tensor
+    call: Call,
+    side: SideStream,
+    arrive: Callable[[], list[Tensor]],
+    room_dk: Tensor,
+    room_dv: Tensor,
+    dk: Tensor,
+    dv: Tensor,
 ) -> None:
-    """Add what other ranks return, and round once into `dk`, `dv`."""
-    with call.stage("return gradients"):
+    """Add what other ranks return, and round once into `dk`, `dv`: beside the next range, which is enqueued already."""
+    if room_dk is dk:  # nothing comes, nothing to round
+        return
+    with side.use():
         arrived = arrive()
-        if room_dk.dtype != dk.dtype or room_dk.data_ptr() != dk.data_ptr():
-            call.backend.add_gradients(room_dk, room_dv, arrived, dk, dv)
+        call.backend.add_gradients(room_dk, room_dv, arrived, dk, dv)
+    side.uses(room_dk, room_dv, *arrived)
 
 
 def _backward_chunk(

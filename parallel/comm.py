@@ -197,11 +197,12 @@ class SideStream:
         return None if self._stream is None else self._stream.record_event()
 
     def join(self, done: torch.cuda.Event | None, *made: Tensor) -> None:
-        """The caller's stream waits for `done`; it will use `made`, which the side stream allocated."""
+        """The current stream waits for `done`; it will use `made`, which the side stream allocated."""
         if done is not None:
-            self._main.wait_event(done)
+            current = torch.cuda.current_stream()
+            current.wait_event(done)
             for tensor in made:
-                tensor.record_stream(self._main)
+                tensor.record_stream(current)
 
     def uses(self, *tensors: Tensor) -> None:
         """The side stream reads `tensors`, which the caller's stream allocated."""

@@ -1,12 +1,30 @@
-"""Rows of wanted blocks, copied or added from one rank's memory to another's: what `pull` does where its data has arrived.
+"""Rows of keys and values put side by side, and rows of wanted blocks copied or added, from another rank's memory too.
 
-On CUDA one kernel does both; it reads which blocks are wanted on the device, so the host never waits.
+On CUDA by kernels; which blocks are wanted is read on the device, so the host never waits.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def pack(k: Tensor, v: Tensor, packed: Tensor | None = None) -> Tensor:
+    """`[N, H, D]` and `[N, H, Dv]` side by side, so that both travel in one message.
+
+    Args:
+        k, v: unit stride in the last dimension.
+        packed: where to, `[N, H, D + Dv]`; by default a new tensor.
+    """
+    if packed is None:
+        packed = k.new_empty(*k.shape[:2], k.shape[2] + v.shape[2])
+    if k.is_cuda:
+        from . import rows_kernel
+
+        rows_kernel.pack(k, v, packed)
+    else:
+        torch.cat([k, v], dim=-1, out=packed)
+    return packed
 
 
 def copy_wanted(source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, length: Tensor, block_size: int) -> None:

@@ -1,4 +1,8 @@
-"""The Triton kernel of `parallel/rows.py`: bound by the link between two GPUs, so a few programs, each with much in flight."""
+"""The Triton kernels of `parallel/rows.py`.
+
+`_wanted_kernel` is bound by the link between two GPUs, so it takes a few programs, each with much under way; `_pack_kernel` is
+bound by memory.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,13 @@ from torch import Tensor
 PROGRAMS = 64
 """Programs of a launch: together they have 2 MiB under way. With half as many, NVLink (NV18) was not full beside attention."""
 _TILE_BYTES = 32 << 10
-"""What a program has under way."""
+"""What a program of `_wanted_kernel` has under way."""
+_PACK_TILE = 8192
+"""Elements of a tile of keys or values."""
 
 
 @triton.jit(do_not_specialize=["units", "n_blocks", "wanted_h"], do_not_specialize_on_alignment=["wanted", "start"])
-def _rows_kernel(
+def _wanted_kernel(
     source, target, wanted, start, length, units, n_blocks, wanted_h, source_n, source_h, target_n, target_h,
     W: tl.constexpr, W_PADDED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, ADDS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -43,6 +49,43 @@ def _rows_kernel(
             tl.store(at, x, mask=inside)
 
 
+@triton.jit
+def _copy_row(source_at, packed_at, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of WIDTH from where they begin to where they begin."""
+    column = tl.arange(0, PADDED)[None, :]
+    mask = inside[:, None] & (column < WIDTH)
+    tl.store(packed_at[:, None] + column, tl.load(source_at[:, None] + column, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _pack_kernel(
+    k, v, packed, rows, heads, k_n, k_h, v_n, v_h, packed_n, packed_h,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS (token, head) pairs; reads each key and value once and writes them side by side."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = row // heads
+    head = row - token * heads
+    inside = row < rows
+    at = packed + packed_n * token + packed_h * head
+    _copy_row(k + k_n * token + k_h * head, at, inside, D, D_PADDED)
+    _copy_row(v + v_n * token + v_h * head, at + D, inside, DV, DV_PADDED)
+
+
+def pack(k: Tensor, v: Tensor, packed: Tensor) -> None:
+    """As `rows.pack`."""
+    tokens, heads, dim = k.shape
+    rows, dim_v = tokens * heads, v.shape[2]
+    if rows == 0:
+        return
+    padded, padded_v = triton.next_power_of_2(dim), triton.next_power_of_2(dim_v)
+    tile = max(1, _PACK_TILE // max(padded, padded_v))
+    _pack_kernel[(triton.cdiv(rows, tile),)](
+        k, v, packed, rows, heads, *k.stride()[:2], *v.stride()[:2], *packed.stride()[:2], D=dim, DV=dim_v,
+        D_PADDED=padded, DV_PADDED=padded_v, ROWS=tile, num_warps=4,
+    )  # fmt: skip
+
+
 def launch(
     source: Tensor,
     target: Tensor,
@@ -62,7 +105,7 @@ def launch(
     units = heads * n_blocks * tiles
     if not units or not target.numel():
         return
-    _rows_kernel[(min(PROGRAMS, units),)](
+    _wanted_kernel[(min(PROGRAMS, units),)](
         source, target, wanted, start, length, units, n_blocks, wanted.stride(0), source.stride(0), source.stride(1),
         target.stride(0), target.stride(1), W=width, W_PADDED=padded, ROWS=rows, TILES=tiles, ADDS=adds,
         FIRST=first, num_warps=8,

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..blocks import RankPlan
 from ..comm import CommGroup, Pending
 from ..home import HomeBlocks
-from .base import Part, PartGradient, Transport, gradient_of, pack, unpack
+from ..rows import pack
+from .base import Part, PartGradient, Transport, gradient_of, unpack
 
 
 class AllGather(Transport):
@@ -33,11 +34,10 @@ class AllGather(Transport):
             return
         local = self.local_part(heads)
         most = int(self.home.plan.plan.home_tokens.max())
-        packed = pack(local.k, local.v)
-        if packed.shape[0] < most:
-            padded = packed.new_zeros(most, *packed.shape[1:])
-            padded[: packed.shape[0]] = packed
-            packed = padded
+        tokens, n_heads, dim = local.k.shape
+        packed = local.k.new_empty(most, n_heads, dim + local.v.shape[2])
+        packed[tokens:] = 0
+        pack(local.k, local.v, packed[:tokens])
         self._under_way[heads.start] = self.comm.all_gather(packed, "all_gather keys and values")
 
     def forward(self, heads: slice) -> Iterator[Part]:

@@ -114,13 +114,8 @@ def of_heads(x: Tensor, heads: slice) -> Tensor:
     return x if heads.stop - heads.start == x.shape[1] else x[:, heads]
 
 
-def pack(k: Tensor, v: Tensor) -> Tensor:
-    """`[..., D]` and `[..., Dv]` side by side, so that both travel in one message."""
-    return torch.cat([k, v], dim=-1)
-
-
 def unpack(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Views of what `pack` put side by side; `width` is D."""
+    """Views of what `rows.pack` put side by side; `width` is D."""
     return packed[..., :width], packed[..., width:]
 
 

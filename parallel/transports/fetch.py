@@ -16,8 +16,9 @@ from torch import Tensor
 from ..blocks import HomePlan
 from ..comm import CommGroup, Pending, SideStream
 from ..home import HomeBlocks
+from ..rows import pack
 from ..wanted import Wanted, home_and_length
-from .base import Part, PartGradient, Transport, gradient_of, pack, unpack
+from .base import Part, PartGradient, Transport, gradient_of, unpack
 
 
 class Fetch(Transport):
@@ -47,6 +48,9 @@ class Fetch(Transport):
 
         def finish() -> list[Tensor]:
             arrived = pending.wait()
+            if arrived.is_cuda:  # whose stream this is need not be that of the rest
+                arrived.record_stream(torch.cuda.current_stream())
+                rows.record_stream(torch.cuda.current_stream())
             width, begin = dk.shape[-1], 0
             flat_dk, flat_dv = dk.view(-1, width), dv.view(-1, dv.shape[-1])
             for count in sent:  # a rank wants a pair once, so a row occurs once in what it returns
@@ -88,8 +92,8 @@ class Fetch(Transport):
         n_heads = heads.stop - heads.start
         if n_heads < self.home.k.shape[1]:
             rows = rows // n_heads * self.home.k.shape[1] + heads.start + rows % n_heads
-        packed = pack(take_rows(self.home.k, rows), take_rows(self.home.v, rows))
-        return self.comm.all_to_all(packed, sent, received, "fetch keys and values")
+        packed = pack(take_rows(self.home.k, rows)[:, None], take_rows(self.home.v, rows)[:, None])
+        return self.comm.all_to_all(packed[:, 0], sent, received, "fetch keys and values")
 
     def _rows_to_send(self, heads: slice, sent: list[int]) -> Tensor:
         """int64: home token x heads at work + head, of every key to send, by (destination, kv head, block)."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..comm import CommGroup, SideStream
 from ..home import HomeBlocks, home_start
 from ..peer_memory import aligned, peer_memory
-from ..rows import add_wanted, copy_wanted
+from ..rows import add_wanted, copy_wanted, pack
 from ..wanted import home_and_length
 from .base import Part, PartGradient, Transport, gradient_dtype, unpack
 
@@ -75,7 +75,7 @@ class Pull(Transport):
             self._meet()  # every rank has read what the last call left there
             for heads in self._ranges:
                 local = self.local_part(heads)
-                torch.cat([local.k, local.v], dim=-1, out=self._keys(rank, heads))
+                pack(local.k, local.v, self._keys(rank, heads))
         self._side.mark()
         with self._side.use():
             self._mask(rank).copy_(self._wanted)

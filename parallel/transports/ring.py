@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..comm import CommGroup, Pending
 from ..home import HomeBlocks, home_start
-from .base import Part, PartGradient, Transport, gradient_of, pack, unpack
+from ..rows import pack
+from .base import Part, PartGradient, Transport, gradient_of, unpack
 
 
 class Ring(Transport):

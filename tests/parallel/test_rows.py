@@ -74,6 +74,38 @@ def check(case: tuple, dtype: torch.dtype, device: str, kernel: bool) -> None:
     assert torch.equal(total, expected(case, source, wanted, start, once, True))
 
 
+PACKED = [(5, 2, 8, 12), (0, 2, 8, 8), (67, 3, 24, 40), (130, 1, 128, 128)]
+
+
+def check_pack(tokens: int, heads: int, dim: int, dim_v: int, device: str, kernel: bool) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    k, v = (
+        torch.randn(tokens, heads + 2, n, generator=generator).to(torch.float16).to(device)[:, 1 : heads + 1]
+        for n in (dim, dim_v)
+    )
+    packed = torch.full((tokens + 1, heads, dim + dim_v), float("nan"), dtype=k.dtype, device=device)
+    if kernel:
+        from moba_cp.parallel import rows_kernel
+
+        rows_kernel.pack(k, v, packed[:tokens])
+    else:
+        rows.pack(k, v, packed[:tokens])
+    assert torch.equal(packed[:tokens, :, :dim], k)
+    assert torch.equal(packed[:tokens, :, dim:], v)
+    assert packed[tokens:].isnan().all()
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_pack(case: tuple[int, ...]) -> None:
+    check_pack(*case, "cpu", kernel=False)
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_pack_interpreted(case: tuple[int, ...]) -> None:
+    check_pack(*case, "cpu", kernel=True)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_torch(case: tuple) -> None:
     check(case, torch.float64, "cpu", kernel=False)
@@ -97,3 +129,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_kernel(self, case: tuple, dtype: torch.dtype) -> None:
         check(case, dtype, "cuda", kernel=True)
+
+    @pytest.mark.parametrize("case", [*PACKED, (4000, 8, 128, 64)], ids=str)
+    def test_pack(self, case: tuple[int, ...]) -> None:
+        check_pack(*case, "cuda", kernel=True)
