@@ -36,7 +36,7 @@ def main(
     total_tokens: Annotated[int, typer.Option(help="strong scaling: tokens in all; 0 leaves it out")] = 0,
     heads: Annotated[str, typer.Option(help="q/kv heads, comma-separated")] = "16/16,32/8",
     configs: Annotated[str, typer.Option(help="block size:topk, comma-separated")] = "128:8,512:8,4096:12",
-    transports: Annotated[str, typer.Option(help="comma-separated")] = "all_gather,ring,fetch,auto",
+    transports: Annotated[str, typer.Option(help="comma-separated")] = "all_gather,ring,fetch,pull,auto",
     routing: Annotated[str, typer.Option(help="uniform, correlated, or both comma-separated")] = "uniform,correlated",
     layout_name: Annotated[str, typer.Option("--layout", help="contiguous or zigzag")] = "zigzag",
     iterations: Annotated[int, typer.Option(help="timed iterations of each configuration")] = 5,
@@ -171,6 +171,7 @@ def run(
         "visible_bytes": report.visible_bytes.tolist(),
         "wanted_share": report.wanted_share,
         "imbalance": report.imbalance,
+        "attended_keys": report.attended_keys.tolist(),
         "peak_gib_forward": forward_peak / 2**30,
         "peak_gib_forward_backward": peak / 2**30,
     }

@@ -33,7 +33,8 @@ def layer_tables(contents: list[dict[str, Any]]) -> str:
             "",
             "What is lost from *alone* to all ranks, with `auto`. Scoring grows with the sequence. *Not hidden*: time that rank "
             "0 waits for keys and values forward / for them and for gradients backward, with their sums, and with waiting for "
-            "a rank that has more to do. *Imbalance*: attended keys, busiest rank over mean.",
+            "a rank that has more to do. *Work*: keys that the busiest rank attends to, over those of *alone*: more where the "
+            "sequence is longer, and where the layout does not balance them. *Peak*: of `auto`, GiB a GPU.",
             "",
             *scaling_table(done),
         ]
@@ -61,10 +62,10 @@ def transports_table(done: list[dict]) -> list[str]:
 
 
 def scaling_table(done: list[dict]) -> list[str]:
-    """One row a case that was also run alone: weak-scaling efficiency, scoring, waits, imbalance."""
+    """One row a case that was also run alone: weak-scaling efficiency, scoring, waits, work and memory."""
     lines = [
-        "| heads | (B, k) | tokens | routing | efficiency | scoring, ms | not hidden, ms | imbalance |",
-        "|" + "---|" * 8,
+        "| heads | (B, k) | tokens | routing | efficiency | scoring, ms | not hidden, ms | work | peak |",
+        "|" + "---|" * 9,
     ]
     for of_comm, alone in cases(done):
         if alone is None or "auto" not in of_comm:
@@ -78,7 +79,8 @@ def scaling_table(done: list[dict]) -> list[str]:
             f"{efficiency[0]:.0%} / {efficiency[1]:.0%}",
             f"{alone['stages_ms_rank0']['gate']:.1f} to {stages['gate']:.1f}",
             f"{forward:.1f} / {backward:.1f}",
-            f"{together['imbalance']:.2f}",
+            f"{max(together['attended_keys']) / max(alone['attended_keys']):.2f}",
+            f"{together['peak_gib_forward']:.1f} / {together['peak_gib_forward_backward']:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -16,7 +16,8 @@ def result(ranks: int, comm: str, forward: float, both: float, **stages: float) 
     return CASE | {
         "ranks": ranks, "tokens": 1024 * ranks, "comm": comm, "transport": "ring" if ranks > 1 else "local",
         "forward_ms": forward, "forward_backward_ms": both, "stages_ms_rank0": {"gate": 0.5 * ranks} | stages,
-        "output_error": 1e-3 * ranks, "wanted_share": 0.25, "imbalance": 1.25, "bitwise_equal_to_first": True,
+        "output_error": 1e-3 * ranks, "wanted_share": 0.25, "attended_keys": [40, 50] if ranks > 1 else [40],
+        "peak_gib_forward": 1.0, "peak_gib_forward_backward": 2.0, "bitwise_equal_to_first": True,
     }  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def test_transports_stand_beside_each_other_and_what_is_lost_below() -> None:
         ]
     )
     assert "| 4/2 | (64, 3) | 2K | uniform | 25% | 4.0 / 9.0 | 5.0 / 10.0 (ring) | 2.5 / 8.0 | 2.0e-03 |" in text
-    assert "| 4/2 | (64, 3) | 2K | uniform | 50% / 80% | 0.5 to 1.0 | 0.2 / 1.5 | 1.25 |" in text
+    assert "| 4/2 | (64, 3) | 2K | uniform | 50% / 80% | 0.5 to 1.0 | 0.2 / 1.5 | 1.25 | 1.0 / 2.0 |" in text
     assert "are the same bits" in text
 
 

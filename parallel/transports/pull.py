@@ -156,7 +156,7 @@ class Pull(Transport):
             packed = torch.empty_like(shared)
             if self._whole(0, source, source):
                 packed.copy_(shared)
-                self.comm.traffic.add_read("pull keys and values", lambda: packed.numel() * packed.itemsize)
+                self._count_whole("pull keys and values", packed)
             else:
                 length = home_and_length(self._plan, wanted.device)[1]
                 copy_wanted(shared, packed, wanted, start, length, self._plan.block_size)
@@ -202,7 +202,7 @@ class Pull(Transport):
             if not self._peers_want:
                 self._learn_what_peers_want()
             if self._whole(1, peer, rank):
-                self.comm.traffic.add_read("pull gradients", lambda: there.numel() * there.itemsize)
+                self._count_whole("pull gradients", there)
                 came = torch.empty_like(there).copy_(there)
                 self._arrived = came if self._arrived is None else self._arrived.add_(came)
             else:
@@ -224,6 +224,11 @@ class Pull(Transport):
         add_wanted(there, arrived, wanted, start, length, self._plan.block_size, first)
         self._count("pull gradients", wanted, start, length, arrived)
         self._arrived = arrived
+
+    def _count_whole(self, stage: str, x: Tensor) -> None:
+        """Note the bytes of `x`. What is noted may outlive the tensor."""
+        size = x.numel() * x.itemsize
+        self.comm.traffic.add_read(stage, lambda: size)
 
     def _count(self, stage: str, wanted: Tensor, start: Tensor, length: Tensor, x: Tensor) -> None:
         """Note the bytes of wanted rows; on the device until somebody asks."""

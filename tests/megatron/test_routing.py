@@ -49,7 +49,7 @@ def expected_sink_share(number: int) -> float:
     return sinks / earlier
 
 
-@pytest.mark.parametrize("comm", ["fetch", "ring", "all_gather"])
+@pytest.mark.parametrize("comm", ["fetch", "pull", "ring", "all_gather"])
 def test_statistics_are_those_of_every_query_and_the_same_on_all_ranks(comm: str) -> None:
     (ours, keys), (theirs, _) = run_ranks(2, statistics_on_rank, comm)
     assert ours == theirs
