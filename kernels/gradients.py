@@ -11,6 +11,7 @@ from .sizes import cdiv
 
 _TILE = 4096
 """Elements of a tile of dK or dV."""
+WARPS = 4
 
 
 @triton.jit
@@ -39,6 +40,12 @@ def _add_gradients_kernel(
     _add_rows(own_dv + own_dv_n * token + own_dv_h * head, at + D, dv + dv_n * token + dv_h * head, inside, DV, DVP)
 
 
+def constants(dim: int, dim_v: int) -> dict[str, int]:
+    """Sizes of the kernel's tiles."""
+    padded, padded_v = configs.padded(dim), configs.padded(dim_v)
+    return {"D": dim, "DV": dim_v, "DP": padded, "DVP": padded_v, "ROWS": max(1, _TILE // max(padded, padded_v))}
+
+
 def add_gradients(own_dk: Tensor, own_dv: Tensor, arrived: list[Tensor], dk: Tensor, dv: Tensor) -> None:
     """dK and dV of home keys and values; see `torch_backend.add_gradients`."""
     if not arrived:
@@ -46,15 +53,13 @@ def add_gradients(own_dk: Tensor, own_dv: Tensor, arrived: list[Tensor], dk: Ten
         dv.copy_(own_dv)
         return
     tokens, heads, dim = dk.shape
-    dim_v = dv.shape[2]
-    padded, padded_v = configs.padded(dim), configs.padded(dim_v)
-    tile = max(1, _TILE // max(padded, padded_v))
+    sizes = constants(dim, dv.shape[2])
     for index, packed in enumerate(arrived):
         last = index == len(arrived) - 1
         total_dk, total_dv = (dk, dv) if last else (own_dk, own_dv)
         if tokens * heads:
-            _add_gradients_kernel[(cdiv(tokens * heads, tile),)](
+            _add_gradients_kernel[(cdiv(tokens * heads, sizes["ROWS"]),)](
                 own_dk, own_dv, packed, total_dk, total_dv, tokens * heads, heads,
                 *own_dk.stride()[:2], *own_dv.stride()[:2], *packed.stride()[:2], *total_dk.stride()[:2],
-                *total_dv.stride()[:2], D=dim, DV=dim_v, DP=padded, DVP=padded_v, ROWS=tile, num_warps=4,
+                *total_dv.stride()[:2], **sizes, num_warps=WARPS,
             )  # fmt: skip

@@ -23,7 +23,7 @@ class MoBAReport:
     """Routing and traffic of one call. Figures are of the whole group unless they say "this rank".
 
     Attributes:
-        transport: how keys and values travelled: "local", "all_gather", "ring" or "fetch".
+        transport: how keys and values travelled: "local", "all_gather", "ring", "fetch" or "pull".
         traffic: collectives and bytes of this rank by stage; the backward pass adds its own when it runs. The report's own
             collectives are not in it.
         lower_bound_bytes: int64 `[P]`, fewest bytes of keys and values each rank must receive in forward for this

@@ -90,6 +90,13 @@ def host() -> str:
     return platform.node()
 
 
+def kept_bytes(group: dist.ProcessGroup | None = None) -> int:
+    """Bytes of this rank's buffers for `group` (None: the default one), which live as long as the group. Torch's own count of
+    GPU memory does not have them."""
+    memories = _memories.get(distributed_c10d._get_default_group() if group is None else group, {})
+    return sum(memory.buffers[0].numel() for memory in memories.values())
+
+
 def peer_memory(comm: CommGroup, device: torch.device, purpose: str, size: int) -> PeerMemory:
     """The group's buffer of at least `size` bytes for `purpose`; set up together where there is none so large yet.
 

@@ -14,6 +14,7 @@ PROGRAMS = 64
 """Programs of a launch: together they have 2 MiB under way. With half as many, NVLink (NV18) was not full beside attention."""
 _TILE_BYTES = 32 << 10
 """What a program of `_wanted_kernel` has under way."""
+WANTED_WARPS, PACK_WARPS = 8, 4
 _PACK_TILE = 8192
 """Elements of a tile of keys or values."""
 
@@ -72,17 +73,30 @@ def _pack_kernel(
     _copy_row(v + v_n * token + v_h * head, at + D, inside, DV, DV_PADDED)
 
 
+def pack_constants(dim: int, dim_v: int) -> dict[str, int]:
+    """Sizes of `_pack_kernel`'s tiles."""
+    padded, padded_v = triton.next_power_of_2(dim), triton.next_power_of_2(dim_v)
+    tile = max(1, _PACK_TILE // max(padded, padded_v))
+    return {"D": dim, "DV": dim_v, "D_PADDED": padded, "DV_PADDED": padded_v, "ROWS": tile}
+
+
+def wanted_constants(width: int, itemsize: int, block_size: int) -> dict[str, int]:
+    """Sizes of `_wanted_kernel`'s tiles."""
+    padded = triton.next_power_of_2(width)
+    rows = max(_TILE_BYTES // (padded * itemsize), 1)
+    return {"W": width, "W_PADDED": padded, "ROWS": rows, "TILES": triton.cdiv(block_size, rows)}
+
+
 def pack(k: Tensor, v: Tensor, packed: Tensor) -> None:
     """As `rows.pack`."""
     tokens, heads, dim = k.shape
     rows, dim_v = tokens * heads, v.shape[2]
     if rows == 0:
         return
-    padded, padded_v = triton.next_power_of_2(dim), triton.next_power_of_2(dim_v)
-    tile = max(1, _PACK_TILE // max(padded, padded_v))
-    _pack_kernel[(triton.cdiv(rows, tile),)](
-        k, v, packed, rows, heads, *k.stride()[:2], *v.stride()[:2], *packed.stride()[:2], D=dim, DV=dim_v,
-        D_PADDED=padded, DV_PADDED=padded_v, ROWS=tile, num_warps=4,
+    constants = pack_constants(dim, dim_v)
+    _pack_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
+        k, v, packed, rows, heads, *k.stride()[:2], *v.stride()[:2], *packed.stride()[:2], **constants,
+        num_warps=PACK_WARPS,
     )  # fmt: skip
 
 
@@ -98,15 +112,11 @@ def launch(
 ) -> None:
     """As `rows.copy_wanted`, or with `adds` `rows.add_wanted`."""
     heads, n_blocks = wanted.shape
-    width = source.shape[2]
-    padded = triton.next_power_of_2(width)
-    rows = max(_TILE_BYTES // (padded * source.itemsize), 1)
-    tiles = triton.cdiv(block_size, rows)
-    units = heads * n_blocks * tiles
+    constants = wanted_constants(source.shape[2], source.itemsize, block_size)
+    units = heads * n_blocks * constants["TILES"]
     if not units or not target.numel():
         return
     _wanted_kernel[(min(PROGRAMS, units),)](
         source, target, wanted, start, length, units, n_blocks, wanted.stride(0), source.stride(0), source.stride(1),
-        target.stride(0), target.stride(1), W=width, W_PADDED=padded, ROWS=rows, TILES=tiles, ADDS=adds,
-        FIRST=first, num_warps=8,
+        target.stride(0), target.stride(1), **constants, ADDS=adds, FIRST=first, num_warps=WANTED_WARPS,
     )  # fmt: skip

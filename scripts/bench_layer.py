@@ -24,6 +24,7 @@ from bench_about import about
 from torch import Tensor
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
+from moba_cp.parallel.peer_memory import kept_bytes
 from moba_cp.stages import time_stages
 
 HEAD_DIM = 128
@@ -159,6 +160,7 @@ def run(
     dq = inputs[0].grad
     assert dq is not None
     traffic = {name: vars(stage) for name, stage in report.traffic.stages.items()}
+    shared = kept_bytes() if report.transport == "pull" else 0
     result = {
         "transport": report.transport,
         "forward_ms": median(forward),
@@ -172,8 +174,9 @@ def run(
         "wanted_share": report.wanted_share,
         "imbalance": report.imbalance,
         "attended_keys": report.attended_keys.tolist(),
-        "peak_gib_forward": forward_peak / 2**30,
-        "peak_gib_forward_backward": peak / 2**30,
+        "peak_gib_forward": (forward_peak + shared) / 2**30,
+        "peak_gib_forward_backward": (peak + shared) / 2**30,
+        "shared_gib": shared / 2**30,
     }
     return result, (out.detach(), dq)
 

@@ -25,8 +25,8 @@ INT32 = {
     "position", "pointer", "entry", "part_start", "part_length", "piece_bin", "item_bin", "item_start", "item_end",
     "start", "length", "own_tiles",
 }  # fmt: skip
-FP32 = {"lse", "delta", "pieces"}
-HALF = {"q", "dout", "out", "k", "v", "dq"}
+FP32 = {"lse", "delta", "pieces", "own_dk", "own_dv", "arrived"}
+HALF = {"q", "dout", "out", "k", "v", "dq", "packed", "source"}
 GRADIENTS = {"dk", "dv", "target"}
 SHARED = {(9, 0): 227 << 10, (8, 0): 163 << 10, (8, 6): 99 << 10}
 
@@ -69,6 +69,8 @@ def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[di
             types[p.name] = descriptor(constants, dtype)
         elif p.name in INT32:
             types[p.name] = "*i32"
+        elif p.name == "wanted":
+            types[p.name] = "*u8"
         elif p.name in FP32 or (p.name == "delta" and "out" in types):
             types[p.name] = "*fp32"
         elif p.name in GRADIENTS:
@@ -135,6 +137,25 @@ def build_small(dim, dtype, capability) -> dict[str, dict]:
     }
 
 
+def build_moving(dim, value_dim, dtype, capability) -> dict[str, dict]:
+    """What goes between ranks: packing, wanted rows of keys and values and of gradients, and the last sum of dK and dV."""
+    from moba_cp.kernels import gradients
+    from moba_cp.parallel import rows_kernel
+
+    wanted, width = rows_kernel._wanted_kernel, dim + value_dim
+    keys = rows_kernel.wanted_constants(width, 2, 128) | {"ADDS": False, "FIRST": False}
+    sums = rows_kernel.wanted_constants(width, 4, 128) | {"ADDS": True}
+    packing = rows_kernel.pack_constants(dim, value_dim)
+    last = gradients.constants(dim, value_dim)
+    return {
+        "pack": build(rows_kernel._pack_kernel, packing, dtype, capability, rows_kernel.PACK_WARPS),
+        "copy": build(wanted, keys, dtype, capability, rows_kernel.WANTED_WARPS, dtype),
+        "first": build(wanted, sums | {"FIRST": True}, "fp32", capability, rows_kernel.WANTED_WARPS),
+        "add": build(wanted, sums | {"FIRST": False}, "fp32", capability, rows_kernel.WANTED_WARPS),
+        "sum": build(gradients._add_gradients_kernel, last, dtype, capability, gradients.WARPS, dtype),
+    }
+
+
 def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[str, dict]:
     """What `hopper_backward.launch` runs for these sizes."""
     from moba_cp.kernels import (
@@ -158,7 +179,7 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
     }
 
 
-BUILDERS = {"portable": build_portable, "small": build_small, "hopper": build_hopper}
+BUILDERS = {"portable": build_portable, "small": build_small, "moving": build_moving, "hopper": build_hopper}
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from tests.kernels.interpreter import run_without_interpreter
 HOPPER, AMPERE, CONSUMER = (9, 0), (8, 0), (8, 6)
 CASES = [
     ["small", 128, "bf16", HOPPER],
+    *[["moving", dim, dim_v, "bf16", HOPPER] for dim, dim_v in ((128, 128), (64, 64), (192, 128), (256, 256))],
+    ["moving", 128, 128, "bf16", AMPERE],
     *[["hopper", dim, block, "bf16", HOPPER] for dim, block in ((128, 128), (128, 512), (64, 128), (64, 64), (128, 192))],
     ["hopper", 128, 4096, "fp16", HOPPER],
     *[["portable", 128, 128, block, "bf16", HOPPER] for block in (64, 128, 512)],

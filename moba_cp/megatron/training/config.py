@@ -31,7 +31,7 @@ class MoBASection:
 
     block_size: int = 48
     topk: int = 3  # the query's own block counts
-    comm: str = "auto"  # auto, all_gather, ring, fetch, ...
+    comm: str = "auto"  # auto, pull, fetch, ring, all_gather
     full_last_layers: int = 0  # this many layers at the end: full causal attention
     layer_pattern: list[int] = field(default_factory=list)  # or one entry a layer: 1 MoBA, 0 full
     fraction: float = 1.0  # of the steps with MoBA; the rest of the run computes full attention in every layer
