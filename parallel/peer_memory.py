@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,9 +88,13 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+@lru_cache(maxsize=1)
 def host() -> str:
-    """Name of the host that the memory is shared on, as far as ranks can tell hosts apart."""
-    return platform.node()
+    """What is the same for processes that can share memory, and different on other hosts of the same name and in other
+    containers: name, boot, and namespace of process numbers."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    return f"{platform.node()} ({boot}-{namespace})"
 
 
 def kept_bytes(group: dist.ProcessGroup | None = None) -> int:

@@ -178,26 +178,26 @@ class Pull(Transport):
         """Which half of the gradients' memory is written next; free from here on for work of the caller's stream."""
         n_heads, itemsize = heads.stop - heads.start, gradient_dtype(self.home.k.dtype).itemsize
         size = aligned(self._most * n_heads * self._width * itemsize)
-        memory = peer_memory(self.comm, self.home.k.device, "gradients", 2 * size)
-        half, memory.turns = memory.turns % 2, memory.turns + 1
-        self._side.join(memory.free)
+        self._sums = peer_memory(self.comm, self.home.k.device, "gradients", 2 * size)
+        half, self._sums.turns = self._sums.turns % 2, self._sums.turns + 1
+        self._side.join(self._sums.free)
         return half
 
     def _gradients(self, half: int, rank: int, source: int, heads: slice) -> Tensor:
         """What `rank` computes for the keys and values at home on `source`: `[home tokens there, H, D + Dv]`."""
-        memory = peer_memory(self.comm, self.home.k.device, "gradients", 0)
         shape = (int(self._plan.home_tokens[source]), heads.stop - heads.start, self._width)
-        return memory.view(rank, half * memory.half, shape, gradient_dtype(self.home.k.dtype))
+        return self._sums.view(rank, half * self._sums.half, shape, gradient_dtype(self.home.k.dtype))
 
     def _collect(self, heads: slice, step: int, half: int) -> None:
         """Once every rank has computed the step: add what one of them has for this rank's blocks."""
-        rank, device = self.comm.rank, self.home.k.device
+        rank = self.comm.rank
         peer = (rank + step) % self.comm.size
-        memory = peer_memory(self.comm, device, "gradients", 0)
         self._side.mark()
         with self._side.use():
             self._meet()
-            memory.free = self._side.done()  # whoever has come here has read all of the step before, in the other half
+            self._sums.free = (
+                self._side.done()
+            )  # whoever has come here has read all of the step before, in the other half
             there = self._gradients(half, peer, rank, heads)
             if not self._peers_want:
                 self._learn_what_peers_want()
