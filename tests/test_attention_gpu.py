@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, moba_attn_varlen, reference
+from moba_cp.parallel import cost
+from moba_cp.parallel.transports import pull
 
 pytestmark = pytest.mark.gpu
 
@@ -129,19 +131,24 @@ def test_varlen_on_the_published_shapes_and_tolerances(batch: int, tokens: int, 
                 assert difference.mean() < 4e-4
 
 
+# With the share of wanted bytes from which `pull` reads parts whole: always, and never.
+TRANSPORTS = [("all_gather", 0.5), ("ring", 0.5), ("fetch", 0.5), ("pull", 0.0), ("pull", 2.0), ("auto", 0.5)]
+
+
 def _rank(rank: int, size: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device("cuda", rank))
+    cost.PULL_BYTES = 0  # "auto" takes pull for the small cases too
     failures = []
     for case in CASES:
         alone = run(case, SequenceLayout.contiguous(case[0], 1), 0, "auto")
         for layout in layouts(case[0], size):
-            for comm in ("all_gather", "ring", "fetch", "pull", "auto"):
+            for comm, pull.WHOLE_SHARE in TRANSPORTS:
                 for workspace in (1 << 30, 1 << 18):
                     got = run(case, layout, rank, comm, workspace)
                     again = run(case, layout, rank, comm, workspace)
-                    where = f"{case} {layout} {comm} workspace {workspace} rank {rank}"
+                    where = f"{case} {layout} {comm} whole from {pull.WHOLE_SHARE} workspace {workspace} rank {rank}"
                     mine = [layout.shard(x, rank) for x in alone]
                     failures += [f"{where}: out"] * (not torch.equal(got[0], mine[0]))
                     failures += [f"{where}: dq"] * (not torch.equal(got[1], mine[1]))
