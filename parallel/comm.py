@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Traffic:
     """Traffic of one call by stage name, filled as collectives are started (also by the backward pass)."""
 
     _stages: dict[str, StageTraffic] = field(default_factory=dict)
-    _reads: list[tuple[str, Callable[[], int]]] = field(default_factory=list)
+    _reads: list[tuple[str, Callable[[], int]]] = field(default_factory=list, repr=False, compare=False)
 
     def add(self, stage: str, sent: int, received: int) -> None:
         """Count one collective."""
@@ -85,6 +86,9 @@ class Pending:
         with named_error(self._describe):
             for work in self._works:
                 work.wait()
+        for x in (self._result, self._keep):  # may have been made on another stream, which has not waited
+            if isinstance(x, Tensor) and x.is_cuda:
+                x.record_stream(torch.cuda.current_stream(x.device))
         self._works, self._keep = (), None
         return self._result
 
@@ -151,6 +155,11 @@ class CommGroup:
 
     def _waited_for(self, name: str, stage: str) -> str:
         return f"rank {self.rank} of {self.size} waited for the {name} of {stage}"
+
+
+def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """`group`, or the default one."""
+    return distributed_c10d._get_default_group() if group is None else group
 
 
 @contextlib.contextmanager

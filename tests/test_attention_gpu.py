@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -162,9 +163,32 @@ def _rank(rank: int, size: int, port: int) -> None:
     assert not failures, f"{len(failures)} failures, the first:\n" + "\n".join(failures[:20])
 
 
+def _late(rank: int, size: int, port: int) -> None:
+    """Rank 1 comes to its backward late: what rank 0 sent is still under way while it works on later heads."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device("cuda", rank))
+    case = ([0, 32768], 128, 4, 6, 6, 128, 128)
+    layout = SequenceLayout.zigzag(case[0], size)
+    q, k, v, dout = (layout.shard(x, rank) for x in make(case))
+    for comm, pull.WHOLE_SHARE in TRANSPORTS:
+        results = []
+        for cycles in (0, 200_000_000):  # about 0.1 s
+            local = [x.clone().requires_grad_() for x in (q, k, v)]
+            # One kv head at a time: six ranges, whose gradients have to be kept apart.
+            out = moba_attention(*local, MoBAConfig(128, 4), layout=layout, comm=comm, workspace_bytes=1 << 24)
+            if rank == 1:
+                torch.cuda._sleep(cycles)
+            out.backward(dout)
+            results.append([x.grad for x in local])
+        assert all(map(torch.equal, *results)), (comm, pull.WHOLE_SHARE)
+    dist.destroy_process_group()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_give_the_bits_of_one() -> None:
+@pytest.mark.parametrize("on_rank", [_rank, _late], ids=["bits", "late"])
+def test_two_gpus_give_the_bits_of_one(on_rank: Callable) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_rank, (2, port), nprocs=2)
+    mp.spawn(on_rank, (2, port), nprocs=2)

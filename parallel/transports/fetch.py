@@ -48,9 +48,8 @@ class Fetch(Transport):
 
         def finish() -> list[Tensor]:
             arrived = pending.wait()
-            if arrived.is_cuda:  # whose stream this is need not be that of the rest
-                arrived.record_stream(torch.cuda.current_stream())
-                rows.record_stream(torch.cuda.current_stream())
+            if rows.is_cuda:
+                rows.record_stream(torch.cuda.current_stream(rows.device))
             width, begin = dk.shape[-1], 0
             flat_dk, flat_dv = dk.view(-1, width), dv.view(-1, dv.shape[-1])
             for count in sent:  # a rank wants a pair once, so a row occurs once in what it returns
