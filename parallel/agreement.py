@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .comm import SideStream, start_all_gather
+from .comm import SideStream, process_group, start_all_gather
 
 _HEADER_BYTES = 1024
 _PATIENCE_S = 0.3
@@ -58,7 +58,7 @@ def refuse(group: dist.ProcessGroup | None, error: Exception, tensor: object) ->
         error: why.
         tensor: of this call; where it lies, the others' are as a rule.
     """
-    group = _group(group)
+    group = process_group(group)
     state = _states.setdefault(group, _GroupState())
     state.calls += 1
     message = f"{type(error).__name__}: {error}"
@@ -139,7 +139,7 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
         ValueError: the facts differ, with the values of two ranks; or another rank refused its input.
         RuntimeError: a rank did not come within the group's timeout.
     """
-    group = _group(group)
+    group = process_group(group)
     state = _states.setdefault(group, _GroupState())
     state.calls += 1
     _read_late(state)
@@ -264,10 +264,6 @@ def _compare(gathered: Tensor) -> None:
     names = [name for name in first if first[name] != second.get(name)]
     values = "; ".join(f"{n}: rank 0 has {first[n]}, rank {other} has {second.get(n)}" for n in names)
     raise ValueError(f"the ranks of the context-parallel group disagree on {values}")
-
-
-def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    return distributed_c10d._get_default_group() if group is None else group
 
 
 def _store(group: dist.ProcessGroup) -> dist.Store | None:

@@ -6,30 +6,31 @@ needs more, so that ranks set it up together only rarely.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
-from .comm import CommGroup
+from .comm import CommGroup, process_group
+
+T = TypeVar("T")
 
 ALIGNMENT = 256
 """Pieces of a buffer begin at multiples of so many bytes."""
 GROWTH = 1.25
 """A buffer that has to grow becomes at least so many times as large."""
 _TEXT_BYTES = 512
+_SET_UP = "pull set-up"
 _MANY = 1 << 62
 
 
@@ -39,24 +40,22 @@ class PeerMemory:
 
     Attributes:
         buffers: uint8 `[bytes]` of every rank, readable from here; this rank's own among them.
+        wanted_of, wanted_by: int64 `[P]` on the host, for `pull`: tokens that this rank wanted of each, and each of it,
+            as far as the device has written them there; large at first.
         handle: torch's handle of the symmetric memory, None on the CPU.
         own: what it is the handle of.
         timeout_ms: of the group.
-        turns: how often a half of the buffer was given out to be written, for those who take its halves in turn.
-        free: after this event every rank has read what was written in the turn before the last.
-        counts: int64 `[2, P]` on the host, for the users: what the device last wrote there; large at first.
     """
 
     buffers: list[Tensor]
-    counts: Tensor
+    wanted_of: Tensor
+    wanted_by: Tensor
     handle: Any = None
     own: Tensor | None = None
     timeout_ms: int = 0
-    turns: int = 0
-    free: torch.cuda.Event | None = None
 
-    def meet(self, comm: CommGroup, stage: str) -> None:
-        """What follows on the current stream comes after what every rank has enqueued before it met.
+    def barrier(self, comm: CommGroup, stage: str) -> None:
+        """What follows on the current stream comes after what every rank has enqueued before its barrier.
 
         A kernel of symmetric memory, which ends the process's work on the GPU with an error where a rank does not come
         within the group's timeout; on the CPU an all-gather of one byte, counted as `stage`.
@@ -91,17 +90,30 @@ def aligned(size: int) -> int:
 @lru_cache(maxsize=1)
 def host() -> str:
     """What is the same for processes that can share memory, and different on other hosts of the same name and in other
-    containers: name, boot, and namespace of process numbers."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-    namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    containers: name, boot, and namespace of process numbers. Where these cannot be read, different for every process."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        return f"{platform.node()} (process {os.getpid()} without /proc)"
     return f"{platform.node()} ({boot}-{namespace})"
 
 
 def kept_bytes(group: dist.ProcessGroup | None = None) -> int:
-    """Bytes of this rank's buffers for `group` (None: the default one), which live as long as the group. Torch's own count of
-    GPU memory does not have them."""
-    memories = _memories.get(distributed_c10d._get_default_group() if group is None else group, {})
+    """Bytes of this rank's buffers for `group` (None: the default one), which live until `release` or as long as the group.
+    Torch's own count of GPU memory does not have them."""
+    memories = _memories.get(process_group(group), {})
     return sum(memory.buffers[0].numel() for memory in memories.values())
+
+
+def release(group: dist.ProcessGroup | None = None) -> None:
+    """Give the buffers of `group` (None: the default one) back; all its ranks call alike. The next call that needs buffers
+    sets up new ones."""
+    comm = CommGroup(group, dist.get_world_size(group))
+    memories = _memories.get(process_group(group), {})
+    for device in {device for device, _ in memories}:
+        _synchronize(comm, device)
+    memories.clear()
 
 
 def peer_memory(comm: CommGroup, device: torch.device, purpose: str, size: int) -> PeerMemory:
@@ -114,32 +126,32 @@ def peer_memory(comm: CommGroup, device: torch.device, purpose: str, size: int) 
         size: bytes.
 
     Raises:
-        RuntimeError: the ranks cannot read each other's memory, or one did not take part.
+        RuntimeError: on every rank, one of them has no room; or the ranks cannot read each other's memory.
     """
-    group = _group(comm)
-    memories = _memories.setdefault(group, {})
+    memories = _memories.setdefault(process_group(comm.group), {})
     memory = memories.get((device, purpose))
     if memory is not None and memory.buffers[0].numel() >= size:
         return memory
     quiet = CommGroup(comm.group, comm.size)  # set-up is not traffic of the call that happens to need it
     if memory is not None:
-        _meet(quiet, device)  # nobody reads the old buffer any more
         size = max(size, int(memory.buffers[0].numel() * GROWTH))
+        _synchronize(quiet, device)  # nobody reads the old buffer any more
         del memory, memories[device, purpose]
-    size = aligned(max(size, 1))
+        _synchronize(quiet, device)  # and nobody has it mapped
     # Whether or not this call is in inference mode, others that are not will write to the memory.
-    with _explained(comm), torch.inference_mode(False):
-        memory = _symmetric(group, comm.size, device, size) if device.type == "cuda" else _shared_file(quiet, size)
-    memories[device, purpose] = memory
-    return memory
+    with torch.inference_mode(False):
+        set_up = _symmetric if device.type == "cuda" else _file_in_memory
+        memories[device, purpose] = set_up(quiet, device, aligned(max(size, 1)))
+    return memories[device, purpose]
 
 
 def can_share(comm: CommGroup, device: torch.device) -> bool:
     """Whether the ranks of a group can read each other's GPU memory; found out together at the first call and kept.
 
-    They can where all are on one host, each sees the GPUs of the others and may access them, and symmetric memory works.
+    They can where all are on one host, each sees the GPUs of the others and may access them, and symmetric memory works. A
+    rank that sees its own GPU alone (`CUDA_VISIBLE_DEVICES`) cannot tell.
     """
-    known = _can_share.setdefault(_group(comm), {})
+    known = _can_share.setdefault(process_group(comm.group), {})
     if device not in known:
         quiet = CommGroup(comm.group, comm.size)
         known[device] = _all(quiet, device, _reaches_all(quiet, device)) and _all(quiet, device, _tries(quiet, device))
@@ -159,68 +171,84 @@ def _reaches_all(comm: CommGroup, device: torch.device) -> bool:
 
 def _tries(comm: CommGroup, device: torch.device) -> bool:
     try:
-        _symmetric(_group(comm), comm.size, device, ALIGNMENT)
+        _symmetric(comm, device, ALIGNMENT)
     except RuntimeError:
         return False
     return True
 
 
+def _symmetric(comm: CommGroup, device: torch.device, size: int) -> PeerMemory:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    group = process_group(comm.group)
+
+    def allocate() -> Tensor:
+        torch.cuda.empty_cache()  # this memory comes from the driver, which does not know what torch keeps unused
+        return symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+
+    own = _together(comm, device, allocate)
+    handle = symmetric_memory.rendezvous(own, group.group_name)
+    buffers = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(comm.size)]
+    wanted_of, wanted_by = torch.full((2, comm.size), _MANY, pin_memory=True)
+    timeout = group._get_backend(device).options._timeout
+    return PeerMemory(buffers, wanted_of, wanted_by, handle, own, int(timeout.total_seconds() * 1000))
+
+
+def _file_in_memory(comm: CommGroup, device: torch.device, size: int) -> PeerMemory:
+    """A file without a name on every rank, which the others open through its process."""
+    files: list[int] = []
+
+    def make() -> None:
+        files.append(os.memfd_create("moba_cp"))
+        os.ftruncate(files[0], size)
+
+    def open_all() -> list[Tensor]:
+        return [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path in paths]
+
+    try:
+        _together(comm, device, make)
+        paths = _gather_text(comm, device, f"/proc/{os.getpid()}/fd/{files[0]}")
+        buffers = _together(comm, device, open_all)
+    finally:
+        for file in files:  # all have it open
+            os.close(file)
+    wanted_of, wanted_by = torch.full((2, comm.size), _MANY)
+    return PeerMemory(buffers, wanted_of, wanted_by)
+
+
+def _together(comm: CommGroup, device: torch.device, action: Callable[[], T]) -> T:
+    """What `action` returns, if it works on every rank.
+
+    Raises:
+        RuntimeError: on every rank, it failed on one.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except (RuntimeError, OSError) as error:
+        failure = error
+    if not _all(comm, device, failure is None):
+        raise RuntimeError(
+            f"rank {comm.rank} of {comm.size} could not share memory with the other ranks on {host()}, as comm='pull' "
+            f"needs; 'ring', 'fetch' and 'all_gather' do without ({failure or 'another rank failed'})"
+        ) from failure
+    return result
+
+
 def _all(comm: CommGroup, device: torch.device, fact: bool) -> bool:
-    """Whether it holds on every rank."""
+    """Whether it holds on every rank; knows when every rank has come here."""
     mine = torch.full((1,), fact, dtype=torch.uint8, device=device)
-    return bool(comm.all_gather(mine, "pull set-up").wait().all())
+    return bool(comm.all_gather(mine, _SET_UP).wait().all())
+
+
+def _synchronize(comm: CommGroup, device: torch.device) -> None:
+    """Return when all that every rank has enqueued so far is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    _all(comm, device, True)
 
 
 def _gather_text(comm: CommGroup, device: torch.device, mine: str) -> list[str]:
     """A short text of every rank."""
     text = torch.tensor(list(mine.encode().ljust(_TEXT_BYTES)), dtype=torch.uint8).to(device)
-    return [bytes(x).decode().rstrip() for x in comm.all_gather(text, "pull set-up").wait().tolist()]
-
-
-def _group(comm: CommGroup) -> dist.ProcessGroup:
-    return distributed_c10d._get_default_group() if comm.group is None else comm.group
-
-
-@contextlib.contextmanager
-def _explained(comm: CommGroup) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        raise RuntimeError(
-            f"rank {comm.rank} of {comm.size} could not share memory with the other ranks on {host()}, as comm='pull' "
-            f"needs; 'ring', 'fetch' and 'all_gather' do without ({error})"
-        ) from error
-
-
-def _meet(comm: CommGroup, device: torch.device) -> None:
-    """Return when all that every rank has enqueued so far is done."""
-    for _ in range(2):  # once for this rank's own work, and once for the meeting itself
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        comm.all_gather(torch.zeros(1, dtype=torch.uint8, device=device), "pull set-up").wait()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _symmetric(group: dist.ProcessGroup, ranks: int, device: torch.device, size: int) -> PeerMemory:
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    own = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-    handle = symmetric_memory.rendezvous(own, group.group_name)
-    buffers = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(ranks)]
-    counts = torch.full((2, ranks), _MANY, pin_memory=True)
-    timeout = group._get_backend(device).options._timeout
-    return PeerMemory(buffers, counts, handle, own, int(timeout.total_seconds() * 1000))
-
-
-def _shared_file(comm: CommGroup, size: int) -> PeerMemory:
-    """A file without a name on every rank, in memory, which the others open through its process."""
-    own = os.memfd_create("moba_cp")
-    try:
-        os.ftruncate(own, size)
-        paths = _gather_text(comm, torch.device("cpu"), f"/proc/{os.getpid()}/fd/{own}")
-        buffers = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path in paths]
-        _meet(comm, buffers[0].device)
-    finally:
-        os.close(own)
-    return PeerMemory(buffers, torch.full((2, comm.size), _MANY))
+    return [bytes(x).decode().rstrip() for x in comm.all_gather(text, _SET_UP).wait().tolist()]

@@ -99,7 +99,7 @@ def test_a_rank_does_not_come(how: str, bad_rank: int) -> None:
         ("dies", "all_gather", "all_gather keys and values", "the all-gather of all_gather keys and values"),
         ("stalls", "all_gather", "all_gather gradients", "the all-to-all of all_gather gradients"),
         ("dies", "pull", "pull set-up", "the all-gather of pull set-up"),
-        ("stalls", "pull", "pull meetings", "the all-gather of pull meetings"),
+        ("stalls", "pull", "pull barriers", "the all-gather of pull barriers"),
         ("dies", "ring", "ring keys and values", "the ring send and receive of ring keys and values"),
         ("stalls", "ring", "ring gradients", "the ring send and receive of ring gradients"),
         ("stalls", "ring", "home gradients", "the all-to-all of home gradients"),

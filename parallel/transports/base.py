@@ -65,6 +65,10 @@ class Transport(ABC):
         start = self.home.start.expand(n_heads, -1)
         return Part(of_heads(self.home.k, heads), of_heads(self.home.v, heads), start, "local")
 
+    def source(self, step: int) -> int:
+        """The rank whose part this one works on at a step, where all take turns."""
+        return (self.comm.rank - step) % self.comm.size
+
     def prefetch(self, heads: slice) -> None:  # noqa: B027  # a transport may have nothing to start
         """Start to bring over what `forward` or `backward` of these heads will wait for first. Every rank calls alike."""
 
@@ -85,8 +89,8 @@ class Transport(ABC):
     @abstractmethod
     def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], list[Tensor]]:
         """Start to send the gradients of remote parts home; the function returned waits for what arrives for this rank's
-        home blocks. It returns what is to be added to `dk` and `dv`, in this order: `[home tokens, H, D + Dv]` each; or it
-        adds what arrives itself, where that is not all rows.
+        home blocks and returns what is still to be added to `dk` and `dv`, in this order: `[home tokens, H, D + Dv]` each.
+        `fetch`, to which not all rows come, adds what comes itself and returns nothing.
 
         Args:
             gradients: what `backward` gave, of a resident transport.

@@ -3,7 +3,7 @@
 For ranks of one host. Keys and values are copied once to memory that all ranks can read, beside the gate; after that nobody
 sends: each rank reads the wanted (block, kv head) pairs of one rank after another, the next while one is computed. Which pairs
 those are stays on the device, so the host never waits, and no addresses or counts travel. Ranks tell each other only that
-something is ready: they meet. Four ranks, whose part each one works on at each step::
+something is ready, by barriers. Four ranks, whose part each one works on at each step::
 
     step       0     1     2     3
     rank 0     0     3     2     1
@@ -62,6 +62,8 @@ class Pull(Transport):
         self._peers_want: list[Tensor] = []
         self._arrived: Tensor | None = None
         self._begun = False
+        self._turns = 0
+        self._free: torch.cuda.Event | None = None
         self._side = SideStream(home.k.device, "pull")
         self._side.mark()
 
@@ -72,18 +74,18 @@ class Pull(Transport):
         """
         self._wanted, rank = wanted.view(torch.uint8), self.comm.rank
         with self._side.use():
-            self._meet()  # every rank has read what the last call left there
+            self._barrier()  # every rank has read what the last call left there
             for heads in self._ranges:
                 local = self.local_part(heads)
                 pack(local.k, local.v, self._keys(rank, heads))
         self._side.mark()
         with self._side.use():
             self._mask(rank).copy_(self._wanted)
-            self._meet()
+            self._barrier()
             home, length = home_and_length(self._plan, wanted.device)
             tokens = torch.zeros(self.comm.size, dtype=torch.int64, device=wanted.device)
             tokens.index_add_(0, home, length * self._wanted.sum(0))
-            self._memory.counts[0].copy_(tokens, non_blocking=True)
+            self._memory.wanted_of.copy_(tokens, non_blocking=True)
         self._side.uses(self.home.k, self.home.v, self._wanted)
 
     def prefetch(self, heads: slice) -> None:
@@ -106,7 +108,7 @@ class Pull(Transport):
         for step in range(1, self.comm.size):
             part = self._part(heads, step)
             half = self._next_half(heads)
-            source = self._source(step)
+            source = self.source(step)
             packed = self._gradients(half, self.comm.rank, source, heads)
             yield PartGradient(part, *unpack(packed, dk.shape[2]), packed)
             self._collect(heads, step, half)
@@ -124,12 +126,9 @@ class Pull(Transport):
 
         return finish
 
-    def _source(self, step: int) -> int:
-        return (self.comm.rank - step) % self.comm.size
-
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         """What follows on the side stream comes after what every rank has enqueued on its own so far."""
-        self._memory.meet(self.comm, "pull meetings")
+        self._memory.barrier(self.comm, "pull barriers")
 
     def _keys(self, rank: int, heads: slice) -> Tensor:
         """Keys and values at home on `rank`: `[home tokens, H, D + Dv]`, each range of heads dense."""
@@ -141,20 +140,18 @@ class Pull(Transport):
         """uint8 `[Hkv, n_blocks]`: pairs that `rank` wants."""
         return self._memory.view(rank, self._masks_at, (self._kv_heads, len(self._plan.blocks)), torch.uint8)
 
-    def _whole(self, direction: int, peer: int, home: int) -> bool:
-        """Whether to read all that is at home on `home`: by what this rank wanted of `peer` (direction 0), or `peer` of it
-        (direction 1), as far as the host knows by now."""
-        tokens = int(self._memory.counts[direction, peer])
-        return tokens >= WHOLE_SHARE * self._kv_heads * int(self._plan.home_tokens[home])
+    def _whole(self, wanted: Tensor, peer: int, home: int) -> bool:
+        """Whether to read all that is at home on `home`, by what was `wanted` of `peer` or by it, as far as is known."""
+        return int(wanted[peer]) >= WHOLE_SHARE * self._kv_heads * int(self._plan.home_tokens[home])
 
     def _read(self, heads: slice, step: int) -> None:
         """Start to read the part of one step."""
-        source, wanted = self._source(step), self._wanted[heads]
+        source, wanted = self.source(step), self._wanted[heads]
         start = home_start(self._plan, source, wanted.device)
         shared = self._keys(source, heads)
         with self._side.use():
             packed = torch.empty_like(shared)
-            if self._whole(0, source, source):
+            if self._whole(self._memory.wanted_of, source, source):
                 packed.copy_(shared)
                 self._count_whole("pull keys and values", packed)
             else:
@@ -175,13 +172,17 @@ class Pull(Transport):
         return part
 
     def _next_half(self, heads: slice) -> int:
-        """Which half of the gradients' memory is written next; free from here on for work of the caller's stream."""
+        """Which half of the gradients' memory is written next; free from here on for work of the caller's stream.
+
+        That of the first two turns is: the caller's stream has waited for keys and values, which came after the barriers of
+        `want`, and so after all that ranks have read in calls before.
+        """
         n_heads, itemsize = heads.stop - heads.start, gradient_dtype(self.home.k.dtype).itemsize
         size = aligned(self._most * n_heads * self._width * itemsize)
         self._sums = peer_memory(self.comm, self.home.k.device, "gradients", 2 * size)
-        half, self._sums.turns = self._sums.turns % 2, self._sums.turns + 1
-        self._side.join(self._sums.free)
-        return half
+        self._side.join(self._free)
+        self._turns += 1
+        return self._turns % 2
 
     def _gradients(self, half: int, rank: int, source: int, heads: slice) -> Tensor:
         """What `rank` computes for the keys and values at home on `source`: `[home tokens there, H, D + Dv]`."""
@@ -194,14 +195,13 @@ class Pull(Transport):
         peer = (rank + step) % self.comm.size
         self._side.mark()
         with self._side.use():
-            self._meet()
-            self._sums.free = (
-                self._side.done()
-            )  # whoever has come here has read all of the step before, in the other half
+            self._barrier()
+            # Whoever has come here has read all of the step before, in the other half.
+            self._free = self._side.done()
             there = self._gradients(half, peer, rank, heads)
             if not self._peers_want:
                 self._learn_what_peers_want()
-            if self._whole(1, peer, rank):
+            if self._whole(self._memory.wanted_by, peer, rank):
                 self._count_whole("pull gradients", there)
                 came = torch.empty_like(there).copy_(there)
                 self._arrived = came if self._arrived is None else self._arrived.add_(came)
@@ -214,7 +214,7 @@ class Pull(Transport):
         home, length = home_and_length(self._plan, self.home.k.device)
         mine = torch.where(home == self.comm.rank, length, 0)
         tokens = (torch.stack(self._peers_want).sum(1) * mine).sum(1)
-        self._memory.counts[1].copy_(tokens, non_blocking=True)
+        self._memory.wanted_by.copy_(tokens, non_blocking=True)
 
     def _add_wanted(self, there: Tensor, peer: int, heads: slice) -> None:
         """Add the pairs that `peer` wanted to what has arrived."""

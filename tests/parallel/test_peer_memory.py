@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from moba_cp.parallel.comm import CommGroup
-from moba_cp.parallel.peer_memory import ALIGNMENT, kept_bytes, peer_memory
+from moba_cp.parallel.peer_memory import ALIGNMENT, kept_bytes, peer_memory, release
 from tests.cases import sub_groups
 from tests.ranks import run_ranks
 
@@ -74,3 +77,36 @@ def test_what_cannot_be_shared_is_said_with_what_to_do() -> None:
     for rank, error in enumerate(run_ranks(2, no_room)):
         assert f"rank {rank} of 2 could not share memory with the other ranks" in str(error)
         assert "'ring', 'fetch' and 'all_gather' do without" in str(error)
+
+
+def gives_back(rank: int, size: int) -> tuple[int, int, int, int]:
+    release()
+    peer_memory(CommGroup(None, size), CPU, "test", 1000)
+    kept = kept_bytes()
+    release()
+    return kept, kept_bytes(), peer_memory(CommGroup(None, size), CPU, "test", 1).buffers[0].numel(), kept_bytes()
+
+
+def one_fails(rank: int, size: int, what: str) -> tuple[Exception | None, bool]:
+    """Only rank 1 cannot make its file, or open another's; the others are told, and the group works on."""
+    error = None
+    with mock.patch(what, side_effect=OSError("no room")) if rank == 1 else contextlib.nullcontext():
+        try:
+            peer_memory(CommGroup(None, size), CPU, "one alone", 8)
+        except RuntimeError as raised:
+            error = raised
+    return error, peer_memory(CommGroup(None, size), CPU, "one alone", 8).buffers[0].numel() == ALIGNMENT
+
+
+@pytest.mark.parametrize("what", ["os.memfd_create", "os.ftruncate", "torch.from_file"])
+def test_what_one_rank_cannot_do_all_say_at_once(what: str) -> None:
+    run_ranks(2, gives_back)
+    first, second = run_ranks(2, one_fails, what, timeout=10)
+    assert "another rank failed" in str(first[0])
+    assert "no room" in str(second[0])
+    assert first[1]
+    assert second[1]
+
+
+def test_memory_is_given_back() -> None:
+    assert run_ranks(2, gives_back) == [(1024, 0, ALIGNMENT, ALIGNMENT)] * 2

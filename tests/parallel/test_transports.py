@@ -14,7 +14,9 @@ import torch
 
 import moba_cp
 from moba_cp import SequenceLayout
+from moba_cp.kernels.torch_backend import accumulate_dtype
 from moba_cp.parallel.transports import pull
+from moba_cp.parallel.transports.base import gradient_dtype
 from tests.cases import COMMS, TRANSPORTS, Case, every_layout, on_rank
 from tests.ranks import run_ranks
 from tests.recorder import Started, recorded
@@ -23,7 +25,7 @@ CASE = Case((16,), block_size=4, topk=4, q_heads=4, kv_heads=2, dim=8, v_dim=4)
 TWO = SequenceLayout.contiguous([0, 16], 2)
 TOKEN = 96  # bytes of a token's key and value of one kv head
 HEADER = Started("all_gather", 1024, 1024)  # what two ranks exchange to find that they agree, once a call
-MEETING = Started("all_gather", 1, 1)  # how two ranks that pull tell each other that something is ready
+BARRIER = Started("all_gather", 1, 1)  # how two ranks that pull tell each other that something is ready
 GIB = 1 << 30
 
 Stages = dict[str, tuple[int, int, int]]
@@ -153,10 +155,10 @@ def test_pull_reads_each_wanted_pair_once_and_nobody_sends() -> None:
     first, second = stages(EIGHT, layout, "pull", inputs=routed(EIGHT, [[0], [1]]))
     for rank, (forward, backward, *_, figures) in enumerate((first, second)):
         assert figures["bound"] == [0, pairs]
-        assert set(forward) == {"centroids", "pull meetings", "pull keys and values"}
-        # Ranks meet before the memory is written and before it is read; in backward also before gradients are.
-        assert forward["pull meetings"] == (2, 2, 2)
-        assert backward["pull meetings"] == (3, 3, 3)
+        assert set(forward) == {"centroids", "pull barriers", "pull keys and values"}
+        # A barrier stands before the memory is written and before it is read; in backward also before gradients are.
+        assert forward["pull barriers"] == (2, 2, 2)
+        assert backward["pull barriers"] == (3, 3, 3)
         assert forward["pull keys and values"] == (0, 0, figures["bound"][rank])
         assert backward.get("pull keys and values", (0, 0, 0)) == (0, 0, figures["bound"][rank])
         assert backward.get("pull gradients", (0, 0, 0)) == (0, 0, figures["bound"][1 - rank])
@@ -167,9 +169,9 @@ def test_pull_reads_whole_what_is_mostly_wanted() -> None:
     whole = 8 * 2 * TOKEN
     first, second = stages(CASE, TWO, "pull")
     assert first[0]["pull keys and values"] == (0, 0, 0)
-    assert first[1] == {"pull meetings": (3, 3, 3), "pull gradients": (0, 0, whole)}
+    assert first[1] == {"pull barriers": (3, 3, 3), "pull gradients": (0, 0, whole)}
     assert second[0]["pull keys and values"] == (0, 0, whole)
-    assert second[1] == {"pull meetings": (3, 3, 3), "pull keys and values": (0, 0, whole)}
+    assert second[1] == {"pull barriers": (3, 3, 3), "pull keys and values": (0, 0, whole)}
 
 
 def whole_or_not(rank: int, size: int, case: Case, layout: SequenceLayout, workspace: int) -> list[tuple]:
@@ -196,7 +198,7 @@ def test_routing_exchanges_centroids_only(comm: str) -> None:
     that can be chosen, and with topk = 1, where there is nothing to choose, none."""
     for result in stages(CASE, TWO, comm):
         assert result[0]["centroids"] == CENTROIDS
-        started = [event for event in result[2] if event != MEETING]
+        started = [event for event in result[2] if event != BARRIER]
         assert started[:2] == [HEADER, Started("all_gather", 256, 256)]
         assert "centroids" not in result[1]  # backward reuses the selection
     for result in stages(replace(CASE, topk=1), TWO, comm):
@@ -311,11 +313,11 @@ def test_fetch_waits_after_the_local_part() -> None:
         assert backward == ["compute", "all_to_all", "wait", "compute", "all_to_all", "wait"]
 
 
-def test_pull_waits_for_nobody_but_at_meetings() -> None:
-    meeting, gate = ["all_gather", "wait"], ["all_gather", "wait"]
+def test_pull_waits_for_nobody_but_at_barriers() -> None:
+    barrier, gate = ["all_gather", "wait"], ["all_gather", "wait"]
     for forward, backward in run_ranks(2, steps_on_rank, CASE, TWO, "pull"):
-        assert forward == ["all_gather", *meeting, *gate, *meeting, "compute", "compute"]
-        assert backward == [*meeting, *meeting, "compute", "compute", *meeting]
+        assert forward == ["all_gather", *barrier, *gate, *barrier, "compute", "compute"]
+        assert backward == [*barrier, *barrier, "compute", "compute", *barrier]
 
 
 def test_a_group_of_one_starts_nothing() -> None:
@@ -324,3 +326,9 @@ def test_a_group_of_one_starts_nothing() -> None:
     assert (forward, backward, in_forward, in_backward) == ({}, {}, [], [])
     assert figures["transport"] == "local"
     assert figures["bound"] == figures["visible"] == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_travel_in_what_the_kernels_accumulate_in(dtype: torch.dtype) -> None:
+    """Neither of the two packages may import the other."""
+    assert gradient_dtype(dtype) == accumulate_dtype(dtype)
