@@ -83,8 +83,8 @@ def moba_attention(
         layout: which rank holds which tokens.
         group: the context-parallel group; None for the default group, or for none at all when `layout.cp_size == 1`.
         comm: how keys and values travel: "all_gather", "ring", "fetch" (selected blocks only, by all-to-all), "pull"
-            (selected blocks, read out of the other ranks' memory; for ranks of one host), or "auto": pull where GPUs can
-            access each other's memory, else one of the others by the rule in `moba_cp.parallel.cost`.
+            (selected blocks, read out of the other ranks' memory; for ranks of one host), or "auto", which takes one of
+            these by the rules in `moba_cp.parallel.cost`: of long sequences pull, where GPUs can access each other's memory.
         return_report: also return a `MoBAReport` of routing and traffic; costs a few small collectives.
         workspace_bytes: most bytes of partial results in memory at once; kv heads, then query rows, are processed in
             groups to stay under it. At least one kv head and 128 rows are processed together.
@@ -99,26 +99,24 @@ def moba_attention(
         RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
             share memory.
     """
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
     try:
-        check_call(q, k, v, config, layout, group, comm, workspace_bytes)
+        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes)
+        if layout.cp_size > 1:
+            facts = call_facts(q, k, v, layout, comm, gradients) | {
+                "config": repr(config),
+                "return_report": str(return_report),
+                "workspace_bytes": str(workspace_bytes),
+            }
+            if comm == "pull":
+                facts["host (pull is for ranks of one)"] = host()
     except (TypeError, ValueError) as error:
         if group_size(layout, group) > 1:
             agreement.refuse(group, error, q)
         raise
     comm_group = CommGroup(group, layout.cp_size)
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if comm_group.size > 1:
-        agreement.check(
-            group,
-            call_facts(q, k, v, layout, comm, gradients)
-            | {
-                "config": repr(config),
-                "return_report": str(bool(return_report)),
-                "workspace_bytes": str(workspace_bytes),
-            }
-            | ({"host (pull is for ranks of one)": host()} if comm == "pull" else {}),
-            q.device,
-        )
+        agreement.check(group, facts, q.device)
     plan = rank_plan(home_plan(layout, config.block_size), comm_group.rank)
     call = pipeline.Call(
         config=config,
@@ -164,8 +162,10 @@ def moba_attn_varlen(
     """
     check_tensors(q, k, v)
     config = MoBAConfig(block_size=moba_chunk_size, topk=moba_topk)
-    host = cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    layout = SequenceLayout.contiguous(host, 1)
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.is_meta:
+        raise TypeError("cu_seqlens must hold numbers, got a tensor on the meta device")
+    on_host = cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    layout = SequenceLayout.contiguous(on_host, 1)
     boundaries = layout.cu_seqlens
     longest = max((b - a for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)), default=0)
     try:

@@ -63,12 +63,15 @@ def check_call(
     layout: SequenceLayout,
     group: dist.ProcessGroup | None,
     comm: str,
+    return_report: bool,
     workspace_bytes: int,
 ) -> None:
     """Everything about one rank's call that it can check alone. Raises TypeError or ValueError."""
     check_config(config)
     check_layout(layout)
     check_comm(comm, COMMS)
+    if not isinstance(return_report, bool):
+        raise TypeError(f"return_report must be True or False, got {return_report!r}")
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
         raise TypeError(f"workspace_bytes must be an int, got {workspace_bytes!r}")
     if workspace_bytes < 1:
@@ -114,12 +117,17 @@ def check_tokens(q: Tensor, layout: SequenceLayout, rank: int) -> None:
         )
 
 
+def check_group(group: object) -> None:
+    """It is a process group, or None for the default one."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed ProcessGroup this rank belongs to, got {group!r}")
+
+
 def _check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> int:
     """This rank in a group that fits the layout."""
     if group is None and layout.cp_size == 1:
         return 0
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed ProcessGroup this rank belongs to, got {group!r}")
+    check_group(group)
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(f"the layout is for {layout.cp_size} ranks, but torch.distributed is not initialized")
     size = dist.get_world_size(group)

@@ -223,12 +223,16 @@ def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndar
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.device.type != "cpu":
             raise TypeError(f"cu_seqlens must be on the host (a list, tuple or CPU tensor), got {cu_seqlens.device}")
+        if cu_seqlens.layout != torch.strided:
+            raise TypeError(f"cu_seqlens must be an ordinary dense tensor, got layout {cu_seqlens.layout}")
         if cu_seqlens.is_floating_point() or cu_seqlens.is_complex():  # numpy takes not all of them
             raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
         cu_seqlens = cu_seqlens.numpy()
     if isinstance(cu_seqlens, np.ndarray):
         if cu_seqlens.dtype.kind not in "iu":
             raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
+        if cu_seqlens.max(initial=0) > np.iinfo(np.int64).max:
+            raise ValueError(f"cu_seqlens must fit 64 bits with a sign, got {cu_seqlens.max()}")
         array = cu_seqlens.astype(np.int64)
     else:
         try:

@@ -236,6 +236,35 @@ def disagree(rank: int, world_size: int) -> list[str]:
     return messages
 
 
+def no_report_on_rank_1(rank: int, world_size: int) -> list[str]:
+    """What each rank is told; after each, the group works."""
+    here, _, _ = layouts(world_size)
+    report, messages = call(here, rank), []
+    for bad in (None, "x"):
+        for gather in (diagnostics.gather_traffic, lambda report: diagnostics.gather_selection(report, here)):
+            with pytest.raises((TypeError, ValueError)) as raised:
+                gather(bad if rank == 1 else report)
+            messages.append(f"{type(raised.value).__name__}: {raised.value}")
+            assert diagnostics.gather_selection(report, here).shape == (4, 67, 3)
+    return messages
+
+
+def test_no_report_on_one_rank_is_refused_on_all() -> None:
+    first, second = run_ranks(2, no_report_on_rank_1)
+    for told, kind in zip(second, ("NoneType", "NoneType", "str", "str"), strict=True):
+        assert told == f"TypeError: report must be a MoBAReport, got {kind}"
+    assert first == [f"ValueError: rank 1 refused its input: {told}" for told in second]
+
+
+def test_a_group_is_a_process_group() -> None:
+    report, layout = one_rank()
+    for group in ("cp", 3):
+        with pytest.raises(TypeError, match=f"group must be .* got {group!r}"):
+            diagnostics.gather_traffic(report, group)
+        with pytest.raises(TypeError, match=f"group must be .* got {group!r}"):
+            diagnostics.gather_selection(report, layout, group)
+
+
 def test_what_is_no_report_is_refused(tmp_path):
     layout = SequenceLayout.contiguous([0, 8], 1)
     for show in (

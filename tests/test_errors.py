@@ -54,6 +54,9 @@ BAD_CALLS: dict[str, tuple[dict, type[Exception], str]] = {
     "config is a dict": ({"config": {"topk": 3}}, TypeError, "config must be a MoBAConfig, got dict"),
     "workspace of 0": ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be at least 1, got 0"),
     "workspace of 1e9": ({"workspace_bytes": 1e9}, TypeError, "workspace_bytes must be an int, got 1000000000.0"),
+    "workspace too long to print": ({"workspace_bytes": 10**5000}, ValueError, "4300 digits"),
+    "report is a tensor": ({"return_report": zeros(2)}, TypeError, "return_report must be True or False, got tensor"),
+    "report is a word": ({"return_report": "no"}, TypeError, "return_report must be True or False, got 'no'"),
     "layout is None": ({"layout": None}, TypeError, "layout must be a SequenceLayout, got NoneType"),
     "layout of other tokens": (
         {"layout": SequenceLayout.contiguous([0, 20], 2)},

@@ -89,6 +89,16 @@ def test_no_document() -> None:
         ({"cu_seqlens": torch.tensor([1, 100])}, ValueError, "start at 0, got 1"),
         ({"cu_seqlens": torch.tensor([0, 70, 50, 100])}, ValueError, "got 70 then 50 at position 2"),
         ({"cu_seqlens": torch.tensor([0.0, 100.0])}, TypeError, "float32"),
+        (
+            {"cu_seqlens": torch.tensor([0, 100]).to("meta")},
+            TypeError,
+            "must hold numbers, got a tensor on the meta device",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 100]).to_sparse()},
+            TypeError,
+            "ordinary dense tensor, got layout torch.sparse_coo",
+        ),
         ({"max_seqlen": 99}, ValueError, "max_seqlen is 99, but cu_seqlens has a document of 100 tokens"),
         ({"max_seqlen": "100"}, TypeError, "max_seqlen must be an int, got '100'"),
         ({"moba_chunk_size": 0}, ValueError, "block_size must be at least 1, got 0"),

@@ -198,6 +198,8 @@ def test_many_documents_are_laid_out_quickly() -> None:
 def test_numbers_beyond_64_bits_and_other_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"cu_seqlens must fit 64 bits, got \[0, 1180591620717411303424\]"):
         SequenceLayout.contiguous([0, 2**70], 1)
+    with pytest.raises(ValueError, match="cu_seqlens must fit 64 bits with a sign, got 9223372036854775813"):
+        SequenceLayout.contiguous(np.array([0, 2**63 + 5], dtype=np.uint64), 1)
     with pytest.raises(ValueError, match="runs of rank 0 must fit 64 bits"):
         SequenceLayout.from_runs([[(0, 2**70)]], [0, 4])
     for bad in (torch.tensor([0, 5.0], requires_grad=True), torch.tensor([0, 5.0], dtype=torch.bfloat16)):
