@@ -332,3 +332,36 @@ def test_weights_sum_to_one_at_any_size_of_scores(logit: float) -> None:
     layout = SequenceLayout.contiguous([0, 24], 1)
     out = moba_cp.moba_attention(x, x, ones, moba_cp.MoBAConfig(4, 3), layout=layout)
     torch.testing.assert_close(out, ones, rtol=0, atol=1e-6)  # ten sums and quotients of fp32
+
+
+def interleaved_calls_on_rank(rank: int, size: int) -> list[tuple[str, float]]:
+    """Three calls of other shapes and dtypes open at once, backward in another order, the first twice; pull against ring."""
+    cases = [
+        (Case((29, 0, 3, 22, 40), 5, 3, 4, 2, 8, 8), torch.float64, 1),
+        (Case((70,), 8, 4, 6, 3, 16, 4), torch.float32, 1 << 30),
+        (Case((12, 200), 7, 3, 2, 1, 4, 12), torch.float64, 4000),
+    ]
+    gradients: dict[str, dict[int, list[torch.Tensor]]] = {}
+    for comm in ("ring", "pull"):
+        calls = []
+        for case, dtype, workspace in cases:
+            layout = SequenceLayout.zigzag(case.cu_seqlens, size)
+            *qkv, dout = (layout.shard(x, rank) for x in case.inputs(dtype))
+            qkv = [x.requires_grad_() for x in qkv]
+            out = moba_cp.moba_attention(*qkv, case.config, layout=layout, comm=comm, workspace_bytes=workspace)
+            calls.append((out, qkv, dout))
+        gradients[comm] = {
+            order: list(torch.autograd.grad(*calls[number], retain_graph=True))
+            for order, number in enumerate((2, 0, 1, 0))
+        }
+    return [
+        (f"{order}", relative_error(a, b))
+        for order, of_ring in gradients["ring"].items()
+        for a, b in zip(gradients["pull"][order], of_ring, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_calls_under_way_together_do_not_disturb_each_other(size: int) -> None:
+    for errors in run_ranks(size, interleaved_calls_on_rank):
+        assert all(error < 1e-6 for _, error in errors), errors  # fp32 in one of the three
