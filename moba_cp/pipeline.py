@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from types import ModuleType
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .chunks import Chunk, Ranges, ranges_of
 from .config import MoBAConfig
 from .kernels import KVPart, QueryRows, query_rows
 from .kernels.torch_backend import accumulate_dtype
@@ -29,9 +30,6 @@ from .parallel.wanted import Wanted, exchange_wanted
 from .stages import Stages
 
 T = TypeVar("T")
-
-ROW_MULTIPLE = 128
-"""Chunks of query rows end at multiples of this."""
 
 
 @dataclass
@@ -67,33 +65,6 @@ class Call:
         of two so that packing that differs from step to step compiles few kernels."""
         blocks = self.plan.plan.blocks
         return min(self.config.topk, 1 << (blocks.most_of_a_document - 1).bit_length())
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Query rows and kv heads whose partial results are in memory together.
-
-    Attributes:
-        heads, q_heads, rows: ranges of kv heads, of their q heads and of local rows.
-        whole: these are all heads and all rows, so that nothing has to be cut out: each view costs the host microseconds.
-    """
-
-    heads: slice
-    q_heads: slice
-    rows: slice
-    whole: bool
-
-    def of_rows(self, x: Tensor) -> Tensor:
-        """The chunk's part of `[T, Hq, ...]`."""
-        return x if self.whole else x[self.rows, self.q_heads]
-
-    def of_heads(self, x: Tensor) -> Tensor:
-        """The chunk's part of `[Hq, T, ...]`."""
-        return x if self.whole else x[self.q_heads, self.rows]
-
-
-Ranges: TypeAlias = tuple[tuple[slice, tuple[Chunk, ...]], ...]
-"""Ranges of kv heads, each with its chunks."""
 
 
 @dataclass(frozen=True)
@@ -347,25 +318,7 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Ranges:
     width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
     head_bytes = call.topk * call.backend.bytes_per_slot(width, q.dtype)
     most = call.plan.plan.layout.most_local_tokens
-    return _ranges(len(q), most, q.shape[1], k.shape[1], head_bytes, call.workspace_bytes)
-
-
-@lru_cache(maxsize=64)
-def _ranges(tokens: int, most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> Ranges:
-    """`head_ranges` of `tokens` local rows where no rank has more than `most`; a row takes `head_bytes` a q head."""
-    group = q_heads // kv_heads
-    row_bytes = max(1, group * head_bytes)  # of one kv head
-    per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes)))
-    per_chunk = max(ROW_MULTIPLE, workspace_bytes // (per_range * row_bytes) // ROW_MULTIPLE * ROW_MULTIPLE)
-    begins = range(0, max(most, 1), per_chunk)
-    whole = per_range == kv_heads and len(begins) == 1
-    ranges = []
-    for first in range(0, kv_heads, per_range):
-        heads = slice(first, min(first + per_range, kv_heads))
-        q_heads_here = slice(heads.start * group, heads.stop * group)
-        rows = [slice(min(b, tokens), min(b + per_chunk, tokens)) for b in begins]
-        ranges.append((heads, tuple(Chunk(heads, q_heads_here, r, whole) for r in rows)))
-    return tuple(ranges)
+    return ranges_of(len(q), most, q.shape[1], k.shape[1], head_bytes, call.workspace_bytes)
 
 
 class Replayed(Generic[T]):

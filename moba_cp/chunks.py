@@ -1,0 +1,60 @@
+"""Which query rows and kv heads are worked on together, so that their partial results fit the workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+from torch import Tensor
+
+ROW_MULTIPLE = 128
+"""Chunks of query rows end at multiples of this."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Query rows and kv heads whose partial results are in memory together.
+
+    Attributes:
+        heads, q_heads, rows: ranges of kv heads, of their q heads and of local rows.
+        whole: these are all heads and all rows, so that nothing has to be cut out: each view costs the host microseconds.
+    """
+
+    heads: slice
+    q_heads: slice
+    rows: slice
+    whole: bool
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The chunk's part of `[T, Hq, ...]`."""
+        return x if self.whole else x[self.rows, self.q_heads]
+
+    def of_heads(self, x: Tensor) -> Tensor:
+        """The chunk's part of `[Hq, T, ...]`."""
+        return x if self.whole else x[self.q_heads, self.rows]
+
+
+Ranges: TypeAlias = tuple[tuple[slice, tuple[Chunk, ...]], ...]
+"""Ranges of kv heads, each with its chunks."""
+
+
+@lru_cache(maxsize=64)
+def ranges_of(tokens: int, most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> Ranges:
+    """Ranges and chunks of `tokens` local rows where no rank has more than `most`; a row takes `head_bytes` a q head.
+
+    As many of each, whatever `tokens` is.
+    """
+    group = q_heads // kv_heads
+    row_bytes = max(1, group * head_bytes)  # of one kv head
+    per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes)))
+    per_chunk = max(ROW_MULTIPLE, workspace_bytes // (per_range * row_bytes) // ROW_MULTIPLE * ROW_MULTIPLE)
+    begins = range(0, max(most, 1), per_chunk)
+    whole = per_range == kv_heads and len(begins) == 1
+    ranges = []
+    for first in range(0, kv_heads, per_range):
+        heads = slice(first, min(first + per_range, kv_heads))
+        q_heads_here = slice(heads.start * group, heads.stop * group)
+        rows = [slice(min(b, tokens), min(b + per_chunk, tokens)) for b in begins]
+        ranges.append((heads, tuple(Chunk(heads, q_heads_here, r, whole) for r in rows)))
+    return tuple(ranges)
