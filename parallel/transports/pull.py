@@ -180,7 +180,8 @@ class Pull(Transport):
         n_heads, itemsize = heads.stop - heads.start, gradient_dtype(self.home.k.dtype).itemsize
         size = aligned(self._most * n_heads * self._width * itemsize)
         self._sums = peer_memory(self.comm, self.home.k.device, "gradients", 2 * size)
-        self._side.join(self._free)
+        if self._turns >= 2:
+            self._side.join(self._free)
         self._turns += 1
         return self._turns % 2
 
