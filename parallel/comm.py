@@ -183,7 +183,7 @@ class SideStream:
             if (index, purpose) not in self._streams:
                 self._streams[index, purpose] = torch.cuda.Stream(device, priority=-1)
             self._stream = self._streams[index, purpose]
-            self._main = torch.cuda.current_stream(device)
+            self._device, self._main = device, torch.cuda.current_stream(device)
             self._ready = torch.cuda.Event()
 
     def mark(self) -> None:
@@ -208,7 +208,7 @@ class SideStream:
     def join(self, done: torch.cuda.Event | None, *made: Tensor) -> None:
         """The current stream waits for `done`; it will use `made`, which the side stream allocated."""
         if done is not None:
-            current = torch.cuda.current_stream()
+            current = torch.cuda.current_stream(self._device)
             current.wait_event(done)
             for tensor in made:
                 tensor.record_stream(current)

@@ -176,7 +176,7 @@ def _late(rank: int, size: int, port: int) -> None:
         for cycles in (0, 200_000_000):  # about 0.1 s
             local = [x.clone().requires_grad_() for x in (q, k, v)]
             # One kv head at a time: six ranges, whose gradients have to be kept apart.
-            out = moba_attention(*local, MoBAConfig(128, 4), layout=layout, comm=comm, workspace_bytes=1 << 24)
+            out = moba_attention(*local, MoBAConfig(128, 4), layout=layout, comm=comm, workspace_bytes=1 << 25)
             if rank == 1:
                 torch.cuda._sleep(cycles)
             out.backward(dout)
