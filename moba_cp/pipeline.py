@@ -132,7 +132,8 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
     lists = routed_ahead(call, ranges, saved, backward=True)
-    side = SideStream(q.device, "gradients")
+    in_place = call.comm.size == 1 and all(len(chunks) == 1 for _, chunks in ranges)
+    side = SideStream(torch.device("cpu") if in_place else q.device, "gradients")  # in place, nothing is left to add
     finish: Callable[[], None] = lambda: None  # noqa: E731
     for number, (heads, chunks) in enumerate(ranges):
         _prefetch(transport, ranges, number)
