@@ -242,13 +242,10 @@ def _serve(
         torch.set_num_threads(1)
         if any(name == "lo" for _, name in socket.if_nameindex()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store_path, world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=group_timeout),
-        )
+        store = dist.FileStore(store_path, world_size)
+        limit = timedelta(seconds=group_timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        _wait_for_all(store, world_size, group_timeout)
         while True:
             connection.send_bytes(_answer(connection.recv_bytes(), rank, world_size))
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -257,6 +254,17 @@ def _serve(
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+
+
+def _wait_for_all(store: dist.Store, world_size: int, limit: float) -> None:
+    """Until every rank is connected: one that has its request at once, and dies of it, would break another's connecting."""
+    end = time.monotonic() + limit
+    connected = store.add("connected", 1)
+    while connected < world_size:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{connected} of {world_size} ranks were connected after {limit:g} s")
+        time.sleep(0.002)
+        connected = store.add("connected", 0)
 
 
 def _answer(request: bytes, rank: int, world_size: int) -> bytes:
