@@ -28,10 +28,10 @@ from . import drawing
 from .drawing import SelectionGrid, format_bytes
 from .parallel import agreement
 from .parallel.blocks import BlockTable, block_table
-from .parallel.comm import CommGroup, StageTraffic, Traffic
+from .parallel.comm import CommGroup, StageTraffic, Traffic, check_group
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
-from .validation import check_group, check_layout, group_size
+from .validation import check_layout, group_size
 
 MAX_CELLS = 256
 """Most rows, and most columns, of a heatmap; longer axes are drawn in bins."""
@@ -52,7 +52,7 @@ def gather_selection(report: MoBAReport, layout: SequenceLayout, group: dist.Pro
     Raises:
         TypeError, ValueError: the report is not of this layout, or the ranks disagree; on every rank.
     """
-    _check_report(report, layout, group)
+    _check_together(report, layout, group)
     _begin(report, layout, group, "gather_selection")
     if layout.cp_size == 1:
         return layout.unshard([report.selected], dim=1)
@@ -70,7 +70,7 @@ def gather_traffic(report: MoBAReport, group: dist.ProcessGroup | None = None) -
         report: this rank's report.
         group: the context-parallel group; None for the default group, or for none at all if the report is of one rank.
     """
-    _check_report(report, None, group)
+    _check_together(report, None, group)
     size = report.attended_keys.size
     if size == 1:
         return [report.traffic]
@@ -149,7 +149,10 @@ def plot_block_selection(
         ImportError: matplotlib is not installed.
         TypeError, ValueError: the report is not of this layout, there is no such head, or the ranks disagree.
     """
-    _check_report(report, *(() if layout is None else (layout, group)))
+    if layout is None:
+        _check_report(report)
+    else:
+        _check_together(report, layout, group)
     drawing.matplotlib()
     path, q_heads = Path(path), report.selected.shape[0]
     chosen = list(range(q_heads)) if heads is None else [heads] if isinstance(heads, SupportsIndex) else list(heads)
@@ -356,16 +359,19 @@ def _begin(
         agreement.check(group, facts, report.selected.device)
 
 
-def _check_report(report: MoBAReport, *called_together: SequenceLayout | dist.ProcessGroup | None) -> None:
-    """It is a report. `called_together`: layout and group, where all ranks of the group make the call: then all raise."""
+def _check_report(report: MoBAReport) -> None:
+    if not isinstance(report, MoBAReport):
+        raise TypeError(f"report must be a MoBAReport, got {type(report).__name__}")
+
+
+def _check_together(report: MoBAReport, layout: SequenceLayout | None, group: dist.ProcessGroup | None) -> None:
+    """Report and group of a call that all ranks of the group make: what one of them refuses, all raise."""
     try:
-        if not isinstance(report, MoBAReport):
-            raise TypeError(f"report must be a MoBAReport, got {type(report).__name__}")
-        for group in called_together[1:]:
-            check_group(group)
+        _check_report(report)
+        check_group(group)
     except TypeError as error:
-        if called_together and group_size(*called_together) > 1:
-            agreement.refuse(called_together[1], error, None)  # type: ignore[arg-type]  # group_size knows better
+        if group_size(layout, group) > 1:
+            agreement.refuse(group, error, None)
         raise
 
 

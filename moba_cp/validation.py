@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .config import MoBAConfig
 from .kernels import backend_for
+from .parallel.comm import check_group
 from .parallel.layout import SequenceLayout
 
 COMMS = ("auto", "all_gather", "ring", "fetch", "pull")
@@ -115,12 +116,6 @@ def check_tokens(q: Tensor, layout: SequenceLayout, rank: int) -> None:
         raise ValueError(
             f"the layout gives rank {rank} {layout.local_tokens(rank)} tokens, but q has {q.shape[0]} ({layout})"
         )
-
-
-def check_group(group: object) -> None:
-    """It is a process group, or None for the default one."""
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed ProcessGroup this rank belongs to, got {group!r}")
 
 
 def _check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> int:

@@ -157,8 +157,15 @@ class CommGroup:
         return f"rank {self.rank} of {self.size} waited for the {name} of {stage}"
 
 
+def check_group(group: object) -> None:
+    """It is a process group, or None for the default one."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed ProcessGroup this rank belongs to, got {group!r}")
+
+
 def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """`group`, or the default one."""
+    check_group(group)
     return distributed_c10d._get_default_group() if group is None else group
 
 

@@ -109,8 +109,8 @@ def kept_bytes(group: dist.ProcessGroup | None = None) -> int:
 def release(group: dist.ProcessGroup | None = None) -> None:
     """Give the buffers of `group` (None: the default one) back; all its ranks call alike. The next call that needs buffers
     sets up new ones."""
-    comm = CommGroup(group, dist.get_world_size(group))
     memories = _memories.get(process_group(group), {})
+    comm = CommGroup(group, dist.get_world_size(group))
     for device in {device for device, _ in memories}:
         _synchronize(comm, device)
     memories.clear()

@@ -334,7 +334,7 @@ def test_weights_sum_to_one_at_any_size_of_scores(logit: float) -> None:
     torch.testing.assert_close(out, ones, rtol=0, atol=1e-6)  # ten sums and quotients of fp32
 
 
-def interleaved_calls_on_rank(rank: int, size: int) -> list[tuple[str, float]]:
+def interleaved_calls_on_rank(rank: int, size: int) -> list[float]:
     """Three calls of other shapes and dtypes open at once, backward in another order, the first twice; pull against ring."""
     cases = [
         (Case((29, 0, 3, 22, 40), 5, 3, 4, 2, 8, 8), torch.float64, 1),
@@ -355,7 +355,7 @@ def interleaved_calls_on_rank(rank: int, size: int) -> list[tuple[str, float]]:
             for order, number in enumerate((2, 0, 1, 0))
         }
     return [
-        (f"{order}", relative_error(a, b))
+        relative_error(a, b)
         for order, of_ring in gradients["ring"].items()
         for a, b in zip(gradients["pull"][order], of_ring, strict=True)
     ]
@@ -364,4 +364,4 @@ def interleaved_calls_on_rank(rank: int, size: int) -> list[tuple[str, float]]:
 @pytest.mark.parametrize("size", [2, 3])
 def test_calls_under_way_together_do_not_disturb_each_other(size: int) -> None:
     for errors in run_ranks(size, interleaved_calls_on_rank):
-        assert all(error < 1e-6 for _, error in errors), errors  # fp32 in one of the three
+        assert max(errors) < 1e-6, errors  # fp32 in one of the three

@@ -110,3 +110,9 @@ def test_what_one_rank_cannot_do_all_say_at_once(what: str) -> None:
 
 def test_memory_is_given_back() -> None:
     assert run_ranks(2, gives_back) == [(1024, 0, ALIGNMENT, ALIGNMENT)] * 2
+
+
+def test_a_group_is_a_process_group() -> None:
+    for function in (kept_bytes, release):
+        with pytest.raises(TypeError, match="group must be .* got 'cp'"):
+            function("cp")  # type: ignore[arg-type]

@@ -258,9 +258,8 @@ def test_counts_agree_with_what_torch_distributed_was_asked(comm: str, workspace
         for counted, recorded_ in ((forward, in_forward[1:]), (backward, in_backward)):
             assert sum(s[0] for s in counted.values()) == len(recorded_)
             assert sum(s[1] for s in counted.values()) == sum(r.sent for r in recorded_)
-            received = sum(
-                s[2] for s in counted.values() if s[0]
-            )  # what is read out of peers' memory is in no collective
+            # What is read out of peers' memory is in no collective.
+            received = sum(s[2] for s in counted.values() if s[0])
             assert received == sum(r.received for r in recorded_)
 
 
@@ -276,9 +275,8 @@ def test_head_groups_move_the_same_bytes_in_more_collectives() -> None:
 
 def steps_on_rank(rank: int, size: int, case: Case, layout: SequenceLayout, comm: str) -> tuple[list[str], list[str]]:
     q, k, v, _ = (layout.shard(x, rank).requires_grad_() for x in case.inputs())
-    moba_cp.moba_attention(
-        q, k, v, case.config, layout=layout, comm=comm
-    ).sum().backward()  # pull sets up its memory once
+    # Once before: pull sets up its memory.
+    moba_cp.moba_attention(q, k, v, case.config, layout=layout, comm=comm).sum().backward()
     with recorded(steps=True) as forward:
         out = moba_cp.moba_attention(q, k, v, case.config, layout=layout, comm=comm)
     with recorded(steps=True) as backward:
