@@ -107,6 +107,10 @@ class CommGroup:
         self.rank = dist.get_rank(group) if size > 1 else 0
         self.traffic = Traffic() if traffic is None else traffic
 
+    def source(self, step: int) -> int:
+        """The rank whose part this one works on at a step, where all go round the ring; `source(-step)` works on this one's."""
+        return (self.rank - step) % self.size
+
     def all_gather(self, x: Tensor, stage: str) -> Pending:
         """`x` of every rank (equal shapes): `[P, *x.shape]`."""
         x = x.contiguous()

@@ -173,9 +173,6 @@ class DenseTransport(ABC):
             home: the gradients of this rank's own shard, zeros at first.
         """
 
-    def _source(self, step: int) -> int:
-        return (self.comm.rank - step) % self.comm.size
-
     def _numel(self, rank: int) -> int:
         """Numbers in the shard of `rank`."""
         _, heads, dim = self.local.k.shape
@@ -204,13 +201,13 @@ class DenseRing(DenseTransport):
 
     def forward(self) -> Iterator[tuple[int, Shard]]:
         for step, flat in self._travel():
-            source = self._source(step)
+            source = self.comm.source(step)
             yield source, self.local if step == 0 else self._shard(flat, source)
 
     def backward(self, home: Shard) -> Iterator[tuple[int, Shard, Shard]]:
         travelling: Pending | None = None
         for step, flat in self._travel():
-            source = self._source(step)
+            source = self.comm.source(step)
             if step == 0:
                 yield source, self.local, home
                 continue
@@ -220,7 +217,7 @@ class DenseRing(DenseTransport):
                 own += travelling.wait()
                 travelling = None  # frees what arrived before room is made for the next
             # What leaves here belongs to rank - step; what arrives belongs to rank - step - 1, in the end to this rank.
-            arriving = own.new_empty(self._numel(self._source(step + 1)))
+            arriving = own.new_empty(self._numel(self.comm.source(step + 1)))
             travelling = self.comm.shift(own, arriving, "dense ring gradients")
         if travelling is not None:
             self._add_home(home, travelling.wait())
@@ -231,7 +228,7 @@ class DenseRing(DenseTransport):
         for step in range(self.comm.size):
             pending = None
             if step + 1 < self.comm.size:
-                arriving = current.new_empty(self._numel(self._source(step + 1)))
+                arriving = current.new_empty(self._numel(self.comm.source(step + 1)))
                 pending = self.comm.shift(current, arriving, "dense ring keys and values")
             yield step, current
             if pending is not None:
@@ -246,7 +243,7 @@ class DenseAllGather(DenseTransport):
         yield self.comm.rank, self.local
         gathered = pending.wait()
         for step in range(1, self.comm.size):
-            source = self._source(step)
+            source = self.comm.source(step)
             yield source, self._shard(gathered[source], source)
 
     def backward(self, home: Shard) -> Iterator[tuple[int, Shard, Shard]]:
@@ -258,7 +255,7 @@ class DenseAllGather(DenseTransport):
         outgoing = gathered.new_zeros(sum(held), dtype=home.k.dtype)
         rooms = outgoing.split(held)
         for step in range(1, size):
-            source = self._source(step)
+            source = self.comm.source(step)
             yield source, self._shard(gathered[source], source), self._shard(rooms[source], source)
         received = [self._numel(rank) if source != rank else 0 for source in range(size)]
         incoming = self.comm.all_to_all(outgoing, held, received, "dense all_gather gradients").wait().split(received)

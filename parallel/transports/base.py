@@ -65,10 +65,6 @@ class Transport(ABC):
         start = self.home.start.expand(n_heads, -1)
         return Part(of_heads(self.home.k, heads), of_heads(self.home.v, heads), start, "local")
 
-    def source(self, step: int) -> int:
-        """The rank whose part this one works on at a step, where all take turns."""
-        return (self.comm.rank - step) % self.comm.size
-
     def prefetch(self, heads: slice) -> None:  # noqa: B027  # a transport may have nothing to start
         """Start to bring over what `forward` or `backward` of these heads will wait for first. Every rank calls alike."""
 

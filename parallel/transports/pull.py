@@ -108,7 +108,7 @@ class Pull(Transport):
         for step in range(1, self.comm.size):
             part = self._part(heads, step)
             half = self._next_half(heads)
-            source = self.source(step)
+            source = self.comm.source(step)
             packed = self._gradients(half, self.comm.rank, source, heads)
             yield PartGradient(part, *unpack(packed, dk.shape[2]), packed)
             self._collect(heads, step, half)
@@ -146,7 +146,7 @@ class Pull(Transport):
 
     def _read(self, heads: slice, step: int) -> None:
         """Start to read the part of one step."""
-        source, wanted = self.source(step), self._wanted[heads]
+        source, wanted = self.comm.source(step), self._wanted[heads]
         start = home_start(self._plan, source, wanted.device)
         shared = self._keys(source, heads)
         with self._side.use():
@@ -192,8 +192,7 @@ class Pull(Transport):
 
     def _collect(self, heads: slice, step: int, half: int) -> None:
         """Once every rank has computed the step: add what one of them has for this rank's blocks."""
-        rank = self.comm.rank
-        peer = (rank + step) % self.comm.size
+        rank, peer = self.comm.rank, self.comm.source(-step)
         self._side.mark()
         with self._side.use():
             self._barrier()

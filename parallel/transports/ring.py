@@ -84,13 +84,13 @@ class Ring(Transport):
             yield current
 
     def _tokens(self, step: int) -> int:
-        return int(self.home.plan.plan.home_tokens[self.source(step)])
+        return int(self.home.plan.plan.home_tokens[self.comm.source(step)])
 
     def _pass_on(self, current: Tensor, step: int) -> Pending:
         arriving = current.new_empty(self._tokens(step), *current.shape[1:])
         return self.comm.shift(current, arriving, "ring keys and values")
 
     def _part(self, packed: Tensor, step: int, heads: slice, local: Part) -> Part:
-        source = self.source(step)
+        source = self.comm.source(step)
         start = home_start(self.home.plan.plan, source, packed.device).expand(heads.stop - heads.start, -1)
         return Part(*unpack(packed, local.k.shape[-1]), start, f"ring from rank {source}")
