@@ -34,7 +34,8 @@ def layer_tables(contents: list[dict[str, Any]]) -> str:
             "What is lost from *alone* to all ranks, with `auto`. Scoring grows with the sequence. *Not hidden*: time that rank "
             "0 waits for keys and values forward / for them and for gradients backward, with their sums, and with waiting for "
             "a rank that has more to do. *Work*: keys that the busiest rank attends to, over those of *alone*: more where the "
-            "sequence is longer, and where the layout does not balance them. *Peak*: of `auto`, GiB a GPU: torch's allocations and shared memory.",
+            "sequence is longer, and where the layout does not balance them. *Peak*: of `auto`, GiB a GPU: "
+            "torch's allocations and shared memory.",
             "",
             *scaling_table(done),
         ]
