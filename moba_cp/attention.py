@@ -13,18 +13,23 @@ from torch.autograd.function import once_differentiable
 from . import pipeline
 from .config import MoBAConfig
 from .kernels import backend_for
-from .parallel import agreement
+from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import CommGroup
+from .parallel.exchanges import EXCHANGES, Route
 from .parallel.layout import SequenceLayout
 from .parallel.peer_memory import host
 from .precision import as_given
 from .report import MoBAReport, make_report
+from .saving import put_tensors, take_tensors
 from .stages import Stages
 from .validation import call_facts, check_call, check_tensors, group_size
 
 DEFAULT_WORKSPACE_BYTES = 1280 << 20
 """Default of `workspace_bytes`: 1.25 GiB, which holds 128K tokens of a group of four q heads at topk 8 and D 128."""
+
+DEFAULT_EXCHANGE_BYTES = 4 << 30
+"""Default of `exchange_bytes`: 4 GiB, which holds one kv head of 2.7M remote tokens with its gradients at D = Dv = 128."""
 
 
 @overload
@@ -39,6 +44,7 @@ def moba_attention(
     comm: str = ...,
     return_report: Literal[False] = ...,
     workspace_bytes: int = ...,
+    exchange_bytes: int = ...,
 ) -> Tensor: ...
 
 
@@ -54,6 +60,7 @@ def moba_attention(
     comm: str = ...,
     return_report: Literal[True],
     workspace_bytes: int = ...,
+    exchange_bytes: int = ...,
 ) -> tuple[Tensor, MoBAReport]: ...
 
 
@@ -68,6 +75,7 @@ def moba_attention(
     comm: str = "auto",
     return_report: bool = False,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    exchange_bytes: int = DEFAULT_EXCHANGE_BYTES,
 ) -> Tensor | tuple[Tensor, MoBAReport]:
     """Mixture of Block Attention over the ranks of a context-parallel group; differentiable in q, k and v.
 
@@ -88,6 +96,9 @@ def moba_attention(
         return_report: also return a `MoBAReport` of routing and traffic; costs a few small collectives.
         workspace_bytes: most bytes of partial results in memory at once; kv heads, then query rows, are processed in
             groups to stay under it. At least one kv head and 128 rows are processed together.
+        exchange_bytes: where query rows are processed in several groups, "ring" and "pull" keep the remote keys and values
+            (in backward also their gradients) of a range of kv heads for all of them, up to this many bytes. Beyond, these
+            travel once per group of rows; `MoBAReport.walks` tells.
 
     Returns:
         `[T, Hq, Dv]` in the dtype of `q`, and the report if asked for.
@@ -101,15 +112,16 @@ def moba_attention(
     """
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
     try:
-        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes)
+        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes)
         if layout.cp_size > 1:
             facts = call_facts(q, k, v, layout, comm, gradients) | {
                 "config": repr(config),
                 "return_report": str(return_report),
                 "workspace_bytes": str(workspace_bytes),
+                "exchange_bytes": str(exchange_bytes),
             }
-            if comm == "pull":
-                facts["host (pull is for ranks of one)"] = host()
+            if comm in EXCHANGES and EXCHANGES[comm].same_host:
+                facts[f"host ({comm} is for ranks of one)"] = host()
     except (TypeError, ValueError) as error:
         if group_size(layout, group) > 1:
             agreement.refuse(group, error, q)
@@ -124,14 +136,15 @@ def moba_attention(
         comm=comm_group,
         backend=backend_for(q.device, q.dtype),
         requested=comm,
-        kv_heads=k.shape[1],
         workspace_bytes=workspace_bytes,
+        exchange_bytes=exchange_bytes,
         stage=Stages(q.device),
         keep_lists=gradients,
+        number=backward_order.take_number(group) if comm_group.size > 1 else 0,
     )
-    out, selected = _MoBAFunction.apply(q, k, v, call)
+    out, selected, route = _MoBAFunction.apply(q, k, v, call)
     if return_report:
-        return out, make_report(call, selected, (k.shape[2] + v.shape[2]) * k.itemsize)
+        return out, make_report(call, route, selected, k.shape[1], (k.shape[2] + v.shape[2]) * k.itemsize)
     return out
 
 
@@ -178,21 +191,26 @@ def moba_attn_varlen(
 
 
 class _MoBAFunction(torch.autograd.Function):
-    """Forward and backward of the pipeline as one autograd function; also hands out the selected blocks."""
+    """Forward and backward of the pipeline as one autograd function; also gives the selected blocks and the route."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call) -> tuple[Tensor, Tensor, Route]:
         with torch.cuda.device_of(q), as_given(q):  # kernels are launched on the current device
             saved = pipeline.forward(call, q, k, v)
-        ctx.call, ctx.lists = call, saved.lists
-        ctx.save_for_backward(q, k, v, saved.out, saved.lse, saved.selected)
+        tensors = [q, k, v]
+        ctx.call, ctx.saved = call, take_tensors(saved, tensors)
+        ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(saved.selected)
-        return saved.out, saved.selected
+        return saved.out, saved.selected, saved.route
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, selected = ctx.saved_tensors
-        saved = pipeline.Saved(selected, out, lse, ctx.lists)
-        with as_given(q):
-            return *pipeline.backward(ctx.call, q, k, v, saved, dout), None
+    def backward(ctx: Any, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
+        call: pipeline.Call = ctx.call
+        tensors = ctx.saved_tensors
+        q, k, v, *_ = tensors
+        if call.comm.size > 1:
+            backward_order.check(call.comm.group, call.number, dout.device)
+        with as_given(dout):
+            gradients = pipeline.backward(call, q, k, v, put_tensors(ctx.saved, tensors), dout)
+        return *gradients, None

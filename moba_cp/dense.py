@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from .config import checked_scale
 from .kernels import dense
 from .kernels.torch_backend import accumulate_dtype
-from .parallel import agreement
+from .parallel import agreement, backward_order
 from .parallel.comm import CommGroup, Traffic
 from .parallel.dense import COMMS, DenseTransport, Shard, equal_documents, transport, visible_pairs
 from .parallel.layout import SequenceLayout
@@ -81,7 +81,8 @@ def causal_attention(
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         facts = call_facts(q, k, v, layout, comm, gradients) | {"attention": "full", "softmax_scale": str(scale)}
         agreement.check(group, facts, q.device)
-    call = _Call(layout, comm_group, comm, scale, equal_documents(layout), Stages(q.device))
+    number = backward_order.take_number(group) if comm_group.size > 1 else 0
+    call = _Call(layout, comm_group, comm, scale, equal_documents(layout), Stages(q.device), number)
     return _CausalAttention.apply(q, k, v, call)
 
 
@@ -95,6 +96,7 @@ class _Call:
     scale: float
     steady: bool
     stage: Stages
+    number: int
 
     def transport(self, k: Tensor, v: Tensor) -> DenseTransport:
         return transport(self.comm, self.layout, self.comm_group, Shard(k, v))
@@ -135,6 +137,8 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         call: _Call = ctx.call
         dout = dout.contiguous()
+        if call.comm_group.size > 1:
+            backward_order.check(call.comm_group.group, call.number, q.device)
         dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
         with torch.cuda.device_of(q):
             parts = call.transport(k, v).backward(Shard(dk, dv))

@@ -1,16 +1,16 @@
 """MoBA attention over a context-parallel group, step by step: where `kernels` and `parallel` meet.
 
-home blocks -> centroids -> gate -> routing lists -> transport -> block attention -> merge; backward walks the same parts.
+home blocks -> centroids -> gate -> routing lists -> exchange -> block attention -> merge; backward walks the same parts.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,29 +22,35 @@ from .kernels import KVPart, QueryRows, query_rows
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import HomePlan, RankPlan
 from .parallel.comm import CommGroup, SideStream
-from .parallel.cost import choose_transport, choose_with_shared_memory
+from .parallel.exchanges import (
+    Arrived,
+    Exchange,
+    Part,
+    PartGradient,
+    Route,
+    Visit,
+    Work,
+    of_heads,
+    open_backward,
+    open_forward,
+)
 from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, send_back
-from .parallel.peer_memory import can_share
-from .parallel.transports import AllGather, Fetch, LocalOnly, Part, PartGradient, Pull, Ring, Transport, of_heads
-from .parallel.wanted import Wanted, exchange_wanted
+from .parallel.rows import add_rows
 from .stages import Stages
 
-T = TypeVar("T")
 
-
-@dataclass
+@dataclass(frozen=True)
 class Call:
-    """One attention call on one rank: what it is asked to do, and what it decided on the way.
+    """One attention call on one rank: what it is asked to do. What it decides on the way is in its `Route`.
 
     Attributes:
         config, plan, comm, backend: configuration, this rank's plan, its group, and the module of primitives.
         requested: the `comm` argument.
-        kv_heads: kv heads.
         workspace_bytes: most bytes of partial results at once.
+        exchange_bytes: most bytes of remote parts kept for several chunks of rows; see `Work.keep_bytes`.
         stage: names the steps in profiles.
-        keep_lists: keep routing lists for backward: `4 * topk` bytes a (q head, row).
-        transport: the transport in use, once it is known; `requested` unless that is "auto".
-        wanted: every rank's wanted pairs, where the transport needs them.
+        keep_lists: keep routing lists for backward: `4 * topk` bytes per (q head, row).
+        number: the call's number in its group; see `parallel.backward_order`.
     """
 
     config: MoBAConfig
@@ -52,19 +58,23 @@ class Call:
     comm: CommGroup
     backend: ModuleType
     requested: str
-    kv_heads: int
     workspace_bytes: int
+    exchange_bytes: int
     stage: Stages
     keep_lists: bool
-    transport: str = ""
-    wanted: Wanted | None = field(default=None, repr=False)
+    number: int
 
     @cached_property
     def topk(self) -> int:
-        """Slots a row needs: `config.topk`, but no more than the blocks of the longest document, rounded up to a power
-        of two so that packing that differs from step to step compiles few kernels."""
+        """Slots per row: `config.topk`, but no more than the blocks of the longest document, rounded up to a power of two
+        so that packing that differs from step to step compiles few kernels."""
         blocks = self.plan.plan.blocks
         return min(self.config.topk, 1 << (blocks.most_of_a_document - 1).bit_length())
+
+    @cached_property
+    def n_blocks(self) -> int:
+        """Blocks over all documents."""
+        return len(self.plan.plan.blocks)
 
 
 @dataclass(frozen=True)
@@ -75,13 +85,15 @@ class Saved:
         selected: `[Hq, T, topk]`, of the gate.
         out: `[T, Hq, Dv]`.
         lse: `[Hq, T]`.
-        lists: routing lists by chunk (first kv head, first row), if they are kept.
+        lists: routing lists of the chunks in turn, if they are kept; else empty.
+        route: what the exchange decided.
     """
 
     selected: Tensor
     out: Tensor
     lse: Tensor
-    lists: dict[tuple[int, int], Any]
+    lists: tuple[Any, ...]
+    route: Route
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
@@ -90,33 +102,42 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)
-    shared = share(call, home, ranges)
+    opening = open_forward(call.requested, home, call.comm, work_of(call, ranges, k))
     selected = select_blocks(call, q, home, rows)
-    transport = open_transport(call, home, selected, shared)
-    saved = Saved(selected, q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q), {})
-    lists = routed_ahead(call, ranges, saved, backward=False)
-    for index, (heads, chunks) in enumerate(ranges):
-        _prefetch(transport, ranges, index)
-        replayed = Replayed(transport.forward(heads)) if transport.resident else None
-        for chunk in chunks:
-            _forward_chunk(call, chunk, next(lists), q, rows, saved, replayed or transport.forward(heads))
-    return saved
+    exchange, route = opening.route(partial(call.backend.wanted_pairs, selected, call.n_blocks, k.shape[1]))
+    out, lse = q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q)
+    lists_of = routed_ahead(call, ranges, selected)
+    kept = []
+    for visit, (_, chunks) in zip(visits(exchange, ranges), ranges, strict=True):
+        for number, chunk in enumerate(chunks):
+            lists = next(lists_of)
+            if call.keep_lists:
+                kept.append(lists)
+            _forward_chunk(call, chunk, lists, q, rows, selected, exchange.forward(visit, number), out, lse)
+            del lists
+    return Saved(selected, out, lse, tuple(kept), route)
 
 
 def _forward_chunk(
-    call: Call, chunk: Chunk, lists: Any, q: Tensor, rows: QueryRows, saved: Saved, parts: Iterable[Part]
+    call: Call,
+    chunk: Chunk,
+    lists: Any,
+    q: Tensor,
+    rows: QueryRows,
+    selected: Tensor,
+    parts: Iterator[Part],
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     """Output and log-sum-exp of one chunk; its partial results live no longer than this."""
-    here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
-    if call.keep_lists:
-        saved.lists[chunk.heads.start, chunk.rows.start] = lists
-    partials = call.backend.new_partials(selected, saved.out.shape[-1], q.dtype)
+    here, chosen = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(selected)
+    partials = call.backend.new_partials(chosen, out.shape[-1], q.dtype)
     scale = call.config.scale(q.shape[-1])
     for part in call.stage.taking(parts, "wait for keys and values"):
         with call.stage(f"attend {part.name}"):
-            call.backend.attend(chunk.of_rows(q), _kv_part(call, part), lists, here, selected, scale, partials)
+            call.backend.attend(chunk.of_rows(q), _kv_part(call, part), lists, here, chosen, scale, partials)
     with call.stage("merge"):
-        call.backend.merge(partials, selected, chunk.of_rows(saved.out), chunk.of_heads(saved.lse))
+        call.backend.merge(partials, chosen, chunk.of_rows(out), chunk.of_heads(lse))
 
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,60 +146,53 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)
-    transport = open_transport(call, home, saved.selected, share(call, home, ranges))
+    exchange = open_backward(saved.route, home, call.comm, work_of(call, ranges, k))
     with call.stage("delta"):
         delta = call.backend.delta(saved.out, dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
-    lists = routed_ahead(call, ranges, saved, backward=True)
-    in_place = call.comm.size == 1 and all(len(chunks) == 1 for _, chunks in ranges)
+    lists_of = iter(saved.lists) if saved.lists else routed_ahead(call, ranges, saved.selected)
+    in_place = call.comm.size == 1 and all(len(of_range) == 1 for _, of_range in ranges)
     side = SideStream(torch.device("cpu") if in_place else q.device, "gradients")  # in place, nothing is left to add
     finish: Callable[[], None] = lambda: None  # noqa: E731
-    for number, (heads, chunks) in enumerate(ranges):
-        _prefetch(transport, ranges, number)
+    for visit, (heads, chunks) in zip(visits(exchange, ranges), ranges, strict=True):
         home_dk, home_dv = of_heads(dk, heads), of_heads(dv, heads)
-        room_dk, room_dv = _gradient_room(call, home_dk, home_dv, len(chunks))
-        replayed = Replayed(transport.backward(heads, room_dk, room_dv)) if transport.resident else None
-        for index, chunk in enumerate(chunks):
-            # A transport that is not resident gives its remote parts fresh room on every walk.
-            written = [room_dk] if replayed is None else [g.dk for g in replayed.kept]
-            added_to = {id(x) for x in written} if index else set()
-            parts = replayed or transport.backward(heads, room_dk, room_dv)
-            _backward_chunk(call, chunk, next(lists), q, dout, delta, rows, saved, parts, added_to, dq)
-        # Gradients of one range travel, and are added, while the next is computed.
+        sum_dk, sum_dv = (home_dk, home_dv) if in_place else (_accumulator(home_dk), _accumulator(home_dv))
+        for number, chunk in enumerate(chunks):
+            parts = exchange.backward(visit, number, sum_dk, sum_dv)
+            _backward_chunk(call, chunk, next(lists_of), q, dout, delta, rows, saved, parts, dq)
+        # Gradients of one range travel, and are added, while the next range is computed.
         finish()
         side.mark()
-        arrive = transport.return_gradients(replayed.kept if replayed else [], room_dk, room_dv)
-        finish = partial(_finish_range, call, side, arrive, room_dk, room_dv, home_dk, home_dv)
+        arrive = exchange.reduce(visit)
+        finish = (
+            (lambda: None) if in_place else partial(_finish_range, call, side, arrive, sum_dk, sum_dv, home_dk, home_dv)
+        )
     finish()
     with call.stage("return gradients"):
         side.join(side.done())
     return dq, *send_back(call.plan, dk, dv, call.comm)
 
 
-def _prefetch(transport: Transport, ranges: Ranges, index: int) -> None:
-    """Start what range `index` waits for, and the next range's while this one is computed."""
-    for heads, _ in ranges[index : index + 2]:
-        transport.prefetch(heads)
-
-
 def _finish_range(
     call: Call,
     side: SideStream,
-    arrive: Callable[[], list[Tensor]],
-    room_dk: Tensor,
-    room_dv: Tensor,
+    arrive: Callable[[], list[Arrived]],
+    sum_dk: Tensor,
+    sum_dv: Tensor,
     dk: Tensor,
     dv: Tensor,
 ) -> None:
     """Add what other ranks return, and round once into `dk`, `dv`: beside the next range, which is enqueued already."""
-    if room_dk is dk:  # nothing comes, nothing to round
-        return
     with side.use():
         arrived = arrive()
-        call.backend.add_gradients(room_dk, room_dv, arrived, dk, dv)
-    side.uses(room_dk, room_dv, *arrived)
+        for part in arrived:
+            if part.rows is not None:
+                add_rows(part.values, part.rows, sum_dk, sum_dv)
+        whole = [part.values for part in arrived if part.rows is None]
+        call.backend.add_gradients(sum_dk, sum_dv, whole, dk, dv)
+    side.uses(sum_dk, sum_dv, *(part.values for part in arrived))
 
 
 def _backward_chunk(
@@ -190,11 +204,10 @@ def _backward_chunk(
     delta: Tensor,
     rows: QueryRows,
     saved: Saved,
-    parts: Iterable[PartGradient],
-    added_to: set[int],
+    parts: Iterator[PartGradient],
     dq: Tensor,
 ) -> None:
-    """dq of one chunk, and its share of dk and dv of every part; adds to the gradients whose dk is in `added_to`."""
+    """dq of one chunk, and its share of dk and dv of every part."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
     partials = call.backend.new_partials(selected, q.shape[-1], q.dtype, backward=True)
     for gradient in call.stage.taking(parts, "wait for keys and values, send gradients"):
@@ -212,30 +225,34 @@ def _backward_chunk(
                 gradient.dk,
                 gradient.dv,
                 partials,
-                id(gradient.dk) in added_to,
+                gradient.accumulate,
             )
     with call.stage("merge dq"):
         call.backend.merge_dq(partials, selected, chunk.of_rows(dq))
 
 
-def routed_ahead(call: Call, ranges: Ranges, saved: Saved, backward: bool) -> Iterator[Any]:
-    """Routing lists of each chunk in turn; on CUDA those of the next chunk are made beside the work of the last.
+def visits(exchange: Exchange, ranges: Ranges) -> Iterator[Visit]:
+    """A visit per range of kv heads, the next one started before the current one is worked on."""
+    started = deque([exchange.start(ranges[0][0])])
+    for index in range(len(ranges)):
+        if index + 1 < len(ranges):
+            started.append(exchange.start(ranges[index + 1][0]))
+        yield started.popleft()
 
-    Backward takes the lists of forward where they were kept.
-    """
-    chunks = [chunk for _, of_heads in ranges for chunk in of_heads]
-    if len(chunks) == 1 or (backward and saved.lists):
-        for chunk in chunks:
-            kept = saved.lists.pop((chunk.heads.start, chunk.rows.start), None) if backward else None
-            yield kept or _route(call, chunk, saved)
+
+def routed_ahead(call: Call, ranges: Ranges, selected: Tensor) -> Iterator[Any]:
+    """Routing lists of each chunk in turn; on CUDA those of the next chunk are made beside the work of the current one."""
+    chunks = [chunk for _, of_range in ranges for chunk in of_range]
+    if len(chunks) == 1:
+        yield _route(call, chunks[0], selected)
         return
-    side = SideStream(saved.selected.device, "routing lists")
+    side = SideStream(selected.device, "routing lists")
     side.mark()
     ahead: deque[tuple[Any, torch.cuda.Event | None]] = deque()
     for index in range(len(chunks) + 1):
         if index < len(chunks):
             with side.use():
-                ahead.append((_route(call, chunks[index], saved), side.done()))
+                ahead.append((_route(call, chunks[index], selected), side.done()))
         if index > 0:
             lists, done = ahead.popleft()
             side.join(done, *(x for x in vars(lists).values() if isinstance(x, Tensor)))
@@ -243,74 +260,34 @@ def routed_ahead(call: Call, ranges: Ranges, saved: Saved, backward: bool) -> It
             del lists
 
 
-def _route(call: Call, chunk: Chunk, saved: Saved) -> Any:
-    selected = chunk.of_heads(saved.selected)
+def _route(call: Call, chunk: Chunk, selected: Tensor) -> Any:
     kv_heads = chunk.heads.stop - chunk.heads.start
-    n_blocks, block_size = len(call.plan.plan.blocks), call.config.block_size
     with call.stage("lists"):
-        return call.backend.route(selected, n_blocks, kv_heads, block_size)
+        return call.backend.route(chunk.of_heads(selected), call.n_blocks, kv_heads, call.config.block_size)
 
 
 def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> Tensor:
     """Centroids of home blocks, all-gathered; then the gate: `[Hq, T, topk]`."""
-    n_blocks = len(call.plan.plan.blocks)
     if call.topk > 1:
         start = centroid_start(call.plan, q.device)
         with call.stage("centroids"):
             local = call.backend.centroids(home.k, start, call.config.block_size)
             centroids = gather_centroids(call.plan, local, call.comm)
     else:
-        centroids = q.new_zeros(n_blocks, home.k.shape[1], q.shape[-1])
+        centroids = q.new_zeros(call.n_blocks, home.k.shape[1], q.shape[-1])
     with call.stage("gate"):
         return call.backend.select_blocks(q, centroids, rows, call.topk)
 
 
-def share(call: Call, home: HomeBlocks, ranges: Ranges) -> Pull | None:
-    """Where other ranks will read this one's keys and values: what will put them into shared memory. Knows no selection."""
-    plan, device = call.plan.plan, home.k.device
-    if call.comm.size == 1:
-        return None
-    if not call.transport and call.requested != "auto":
-        call.transport = call.requested
-    if not call.transport and device.type == "cuda" and can_share(call.comm, device):
-        call.transport = choose_with_shared_memory(plan, call.kv_heads, _pair_bytes(home))
-    return Pull(home, call.comm, [heads for heads, _ in ranges]) if call.transport == Pull.name else None
-
-
-def _pair_bytes(home: HomeBlocks) -> int:
-    """Of one key and its value."""
-    return (home.k.shape[-1] + home.v.shape[-1]) * home.k.itemsize
-
-
-def open_transport(call: Call, home: HomeBlocks, selected: Tensor, shared: Pull | None) -> Transport:
-    """The transport asked for, or the one that a rule of `parallel.cost` takes; the same on every rank."""
-    if call.comm.size == 1:
-        call.transport = LocalOnly.name
-        return LocalOnly(home, call.comm)
-    wanted = partial(call.backend.wanted_pairs, selected, len(call.plan.plan.blocks), call.kv_heads)
-    if shared is not None:
-        shared.want(wanted())
-        return shared
-    if call.transport in ("", Fetch.name) and call.wanted is None:
-        call.wanted = exchange_wanted(wanted(), call.plan, call.comm)
-    if not call.transport:
-        assert call.wanted is not None
-        call.transport = choose_transport(call.plan.plan, call.wanted.tokens(), call.kv_heads, _pair_bytes(home))
-    match call.transport:
-        case AllGather.name:
-            return AllGather(home, call.comm)
-        case Ring.name:
-            return Ring(home, call.comm)
-        case Fetch.name:
-            assert call.wanted is not None
-            return Fetch(home, call.comm, call.wanted)
-    raise AssertionError(f"unknown transport {call.transport!r} got past validation")
+def work_of(call: Call, ranges: Ranges, k: Tensor) -> Work:
+    """How the pass is divided, for the exchange."""
+    return Work(tuple(heads for heads, _ in ranges), len(ranges[0][1]), call.exchange_bytes, accumulate_dtype(k.dtype))
 
 
 def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Ranges:
     """Ranges of kv heads, each with its chunks of query rows, so that partial results fit `call.workspace_bytes`.
 
-    Every rank makes the same number of ranges and chunks, whatever it holds, since each makes collectives.
+    Every rank makes the same number of ranges and chunks, whatever it holds, since each starts collectives.
 
     Args:
         call: the call.
@@ -322,31 +299,14 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Ranges:
     return ranges_of(len(q), most, q.shape[1], k.shape[1], head_bytes, call.workspace_bytes)
 
 
-class Replayed(Generic[T]):
-    """What a resident transport yields: taken as it arrives the first time, kept for the chunks of rows that follow."""
-
-    def __init__(self, source: Iterator[T]) -> None:
-        self._source = source
-        self.kept: list[T] = []
-
-    def __iter__(self) -> Iterator[T]:
-        yield from self.kept
-        for item in self._source:
-            self.kept.append(item)
-            yield item
-
-
 def unit_stride(x: Tensor) -> Tensor:
     """`x`, copied only where its last dimension is not dense (an expanded gradient, a transposed input)."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _gradient_room(call: Call, dk: Tensor, dv: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-    """Where the home blocks' gradients accumulate: in place when each is written once, else in accumulation dtype."""
-    if call.comm.size == 1 and chunks == 1:
-        return dk, dv
-    acc = accumulate_dtype(dk.dtype)
-    return torch.empty(dk.shape, dtype=acc, device=dk.device), torch.empty(dv.shape, dtype=acc, device=dv.device)
+def _accumulator(gradient: Tensor) -> Tensor:
+    """An uninitialized sum for the gradients of home blocks, in the accumulation dtype."""
+    return torch.empty(gradient.shape, dtype=accumulate_dtype(gradient.dtype), device=gradient.device)
 
 
 def _kv_part(call: Call, part: Part) -> KVPart:

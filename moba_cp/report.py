@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .parallel.comm import CommGroup, Traffic
 from .parallel.cost import remote_tokens, visible_tokens
+from .parallel.exchanges import Route
 from .parallel.wanted import exchange_wanted
 from .pipeline import Call
 
@@ -23,7 +24,10 @@ class MoBAReport:
     """Routing and traffic of one call. Figures are of the whole group unless they say "this rank".
 
     Attributes:
-        transport: how keys and values travelled: "local", "all_gather", "ring", "fetch" or "pull".
+        transport: how keys and values travelled: "local", or a value of `comm` other than "auto".
+        reason: why this one.
+        walks: how often each of their bytes crosses the wire in forward, and in backward: 1, or the number of groups of rows
+            where `exchange_bytes` is too small to keep them.
         traffic: collectives and bytes of this rank by stage; the backward pass adds its own when it runs. The report's own
             collectives are not in it.
         lower_bound_bytes: int64 `[P]`, fewest bytes of keys and values each rank must receive in forward for this
@@ -45,6 +49,8 @@ class MoBAReport:
     """
 
     transport: str
+    reason: str
+    walks: tuple[int, int]
     traffic: Traffic
     lower_bound_bytes: np.ndarray
     visible_bytes: np.ndarray
@@ -61,23 +67,25 @@ class MoBAReport:
 
 
 @torch.no_grad()
-def make_report(call: Call, selected: Tensor, pair_bytes: int) -> MoBAReport:
+def make_report(call: Call, route: Route, selected: Tensor, kv_heads: int, pair_bytes: int) -> MoBAReport:
     """The report of a call whose forward has run; all ranks of the group make it together.
 
     Args:
         call: the call.
+        route: what its exchange decided.
         selected: `[Hq, T, topk]`, what the gate chose.
+        kv_heads: kv heads.
         pair_bytes: bytes of one key and its value.
     """
     plan, blocks, selected = call.plan.plan, call.plan.plan.blocks, selected.to(torch.int32)
     quiet = CommGroup(call.comm.group, call.comm.size)  # its traffic is not the call's
-    wanted = call.wanted
+    wanted = route.wanted
     if wanted is None:
-        mine = call.backend.wanted_pairs(selected, len(blocks), call.kv_heads)
+        mine = call.backend.wanted_pairs(selected, len(blocks), kv_heads)
         wanted = exchange_wanted(mine, call.plan, quiet)
     wanted_tokens = wanted.tokens()
     bound = remote_tokens(wanted_tokens.sum(2)) * pair_bytes
-    visible = remote_tokens(visible_tokens(plan)) * call.kv_heads * pair_bytes
+    visible = remote_tokens(visible_tokens(plan)) * kv_heads * pair_bytes
 
     counts, histogram, keys = _local_counts(call, selected)
     everything = _gather_numbers(np.concatenate([counts, histogram, [keys]]), selected.device, quiet)
@@ -86,7 +94,9 @@ def make_report(call: Call, selected: Tensor, pair_bytes: int) -> MoBAReport:
     top = np.argsort(-counts, kind="stable")[:MOST_WANTED]
     mean = keys_of_rank.mean()
     return MoBAReport(
-        transport=call.transport,
+        transport=route.name,
+        reason=route.reason,
+        walks=route.walks,
         traffic=call.comm.traffic,
         lower_bound_bytes=bound,
         visible_bytes=visible,

@@ -9,10 +9,8 @@ from torch import Tensor
 from .config import MoBAConfig
 from .kernels import backend_for
 from .parallel.comm import check_group
+from .parallel.exchanges import COMMS
 from .parallel.layout import SequenceLayout
-
-COMMS = ("auto", "all_gather", "ring", "fetch", "pull")
-"""Values of `comm`."""
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,6 +64,7 @@ def check_call(
     comm: str,
     return_report: bool,
     workspace_bytes: int,
+    exchange_bytes: int,
 ) -> None:
     """Everything about one rank's call that it can check alone. Raises TypeError or ValueError."""
     check_config(config)
@@ -73,13 +72,19 @@ def check_call(
     check_comm(comm, COMMS)
     if not isinstance(return_report, bool):
         raise TypeError(f"return_report must be True or False, got {return_report!r}")
-    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
-        raise TypeError(f"workspace_bytes must be an int, got {workspace_bytes!r}")
-    if workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes must be at least 1, got {workspace_bytes}")
+    check_bytes("workspace_bytes", workspace_bytes, least=1)
+    check_bytes("exchange_bytes", exchange_bytes, least=0)
     check_tensors(q, k, v)
     backend_for(q.device, q.dtype).check_sizes(q.shape[2], v.shape[2], config.block_size)
     check_placement(q, layout, group)
+
+
+def check_bytes(name: str, value: int, least: int) -> None:
+    """`value` is a number of bytes, `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_layout(layout: SequenceLayout) -> None:

@@ -209,6 +209,15 @@ class SideStream:
             yield
             return
         self._stream.wait_event(self._ready)
+        with self.alone():
+            yield
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Enqueue on the side stream without waiting for the caller's: what runs there uses nothing of the caller's."""
+        if self._stream is None:
+            yield
+            return
         with torch.cuda.stream(self._stream):
             yield
 

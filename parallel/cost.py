@@ -56,22 +56,24 @@ def choose_with_shared_memory(plan: HomePlan, kv_heads: int, pair_bytes: int) ->
     return "pull" if _remote_bytes(plan, kv_heads, pair_bytes) > PULL_BYTES else "all_gather"
 
 
-def choose_transport(plan: HomePlan, wanted: np.ndarray, kv_heads: int, pair_bytes: int) -> str:
-    """`auto` where ranks cannot read each other's memory, decided alike by every rank.
+def choose_transport(plan: HomePlan, wanted: np.ndarray, kv_heads: int, pair_bytes: int, ring_walks: int = 1) -> str:
+    """`auto` where ranks cannot read each other's memory; every rank decides alike.
 
     Args:
         plan: where the blocks are.
         wanted: int64 `[destination, home, Hkv]`, tokens of the pairs each rank wants of each.
         kv_heads: kv heads.
         pair_bytes: bytes of one key and one value.
+        ring_walks: how often keys and values would go round the ring: more than once where there are several chunks of
+            query rows, and parts are too large to keep for all of them.
 
     Returns:
-        `"fetch"` where the busiest rank wants at most `FETCH_SHARE` of what the others hold; else `"all_gather"`
-        where that is at most `GATHER_BYTES`; else `"ring"`.
+        `"fetch"` where the busiest rank wants at most `FETCH_SHARE` of what `ring` would bring it; else `"all_gather"`
+        where the others hold at most `GATHER_BYTES`; else `"ring"`.
     """
     remote = remote_tokens(wanted.sum(2)).max(initial=0)
     everything = _remote_bytes(plan, kv_heads, pair_bytes)
-    if remote * pair_bytes <= FETCH_SHARE * everything:
+    if remote * pair_bytes <= FETCH_SHARE * everything * ring_walks:
         return "fetch"
     return "all_gather" if everything <= GATHER_BYTES else "ring"
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from .comm import CommGroup, Pending
 from .cost import GATHER_BYTES
 from .layout import SequenceLayout
+from .relay import GradientRelay, Relay
 
 COMMS = ("auto", "all_gather", "ring")
 """Values of `comm` for dense attention."""
@@ -200,39 +201,28 @@ class DenseRing(DenseTransport):
     """See the module. In a group of one nothing moves."""
 
     def forward(self) -> Iterator[tuple[int, Shard]]:
-        for step, flat in self._travel():
-            source = self.comm.source(step)
-            yield source, self.local if step == 0 else self._shard(flat, source)
+        relay = self._relay()
+        yield self.comm.rank, self.local
+        for source, flat in relay:
+            yield source, self._shard(flat, source)
 
     def backward(self, home: Shard) -> Iterator[tuple[int, Shard, Shard]]:
-        travelling: Pending | None = None
-        for step, flat in self._travel():
-            source = self.comm.source(step)
-            if step == 0:
-                yield source, self.local, home
-                continue
-            own = torch.zeros_like(flat, dtype=home.k.dtype)
+        relay, dtype = self._relay(), home.k.dtype
+        gradients = GradientRelay(self.comm, lambda rank: self._empty(rank, dtype), "dense ring gradients")
+        yield self.comm.rank, self.local, home
+        for source, flat in relay:
+            own = torch.zeros_like(flat, dtype=dtype)
             yield source, self._shard(flat, source), self._shard(own, source)
-            if travelling is not None:
-                own += travelling.wait()
-                travelling = None  # frees what arrived before room is made for the next
-            # What leaves here belongs to rank - step; what arrives belongs to rank - step - 1, in the end to this rank.
-            arriving = own.new_empty(self._numel(self.comm.source(step + 1)))
-            travelling = self.comm.shift(own, arriving, "dense ring gradients")
-        if travelling is not None:
-            self._add_home(home, travelling.wait())
+            gradients.send(own)
+        if (pending := gradients.home()) is not None:
+            self._add_home(home, pending.wait())
 
-    def _travel(self) -> Iterator[tuple[int, Tensor]]:
-        """The flat shard of each step, the next one under way; of step 0, which needs none, whatever there is."""
-        current = self._flat() if self.comm.size > 1 else self.local.k
-        for step in range(self.comm.size):
-            pending = None
-            if step + 1 < self.comm.size:
-                arriving = current.new_empty(self._numel(self.comm.source(step + 1)))
-                pending = self.comm.shift(current, arriving, "dense ring keys and values")
-            yield step, current
-            if pending is not None:
-                current = pending.wait()
+    def _relay(self) -> Relay:
+        first = self._flat() if self.comm.size > 1 else self.local.k
+        return Relay(self.comm, first, lambda rank: self._empty(rank, first.dtype), "dense ring keys and values")
+
+    def _empty(self, rank: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self._numel(rank), dtype=dtype, device=self.local.k.device)
 
 
 class DenseAllGather(DenseTransport):

@@ -65,11 +65,6 @@ class PeerMemory:
         else:
             comm.all_gather(torch.zeros(1, dtype=torch.uint8), stage).wait()
 
-    @property
-    def half(self) -> int:
-        """Where the second half begins, in bytes."""
-        return self.buffers[0].numel() // (2 * ALIGNMENT) * ALIGNMENT
-
     def view(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of `shape` in the buffer of `rank` from byte `offset` on."""
         size = prod(shape) * dtype.itemsize

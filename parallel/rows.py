@@ -72,3 +72,16 @@ def _taken(source: Tensor, wanted: Tensor, start: Tensor, length: Tensor) -> Ten
     block = torch.repeat_interleave(here, length[here])
     assert block.numel() == source.shape[0], "every row is in a block"
     return wanted[:, block].T != 0
+
+
+def add_rows(values: Tensor, rows: Tensor, k: Tensor, v: Tensor) -> None:
+    """Add rows of packed gradients to sums.
+
+    Args:
+        values: `[n, D + Dv]`.
+        rows: int64 `[n]`, `token * H + head` of each, at most once: so the order of additions changes no bit.
+        k, v: contiguous `[N, H, D]`, `[N, H, Dv]`, added to in place.
+    """
+    width = k.shape[-1]
+    k.view(-1, width).index_add_(0, rows, values[:, :width])
+    v.view(-1, v.shape[-1]).index_add_(0, rows, values[:, width:])

@@ -14,7 +14,7 @@ import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
 from tests.ranks import run_ranks
 
-COMMS = ("auto", "all_gather", "ring", "fetch", "pull")
+COMMS = moba_cp.parallel.exchanges.COMMS
 TRANSPORTS = COMMS[1:]
 NAMES = ("out", "dq", "dk", "dv")
 DEFAULT_WORKSPACE = 1 << 30
@@ -77,6 +77,7 @@ def on_rank(
     dtype: torch.dtype = torch.float64,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     repeat: int = 1,
+    **options: object,
 ) -> list[tuple[Tensor, ...]]:
     """out, dq, dk, dv of this rank's tokens, once for each repetition."""
     results = []
@@ -84,7 +85,9 @@ def on_rank(
         *qkv, dout = (layout.shard(x, rank) for x in case.inputs(dtype))
         for x in qkv:
             x.requires_grad_()
-        out = moba_cp.moba_attention(*qkv, case.config, layout=layout, comm=comm, workspace_bytes=workspace_bytes)
+        out = moba_cp.moba_attention(
+            *qkv, case.config, layout=layout, comm=comm, workspace_bytes=workspace_bytes, **options
+        )
         out.backward(dout)
         results.append((out.detach(), *(x.grad for x in qkv)))
     return results

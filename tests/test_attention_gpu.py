@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, moba_attn_varlen, reference
 from moba_cp.parallel import cost
-from moba_cp.parallel.transports import pull
+from moba_cp.parallel.exchanges import pull
 
 pytestmark = pytest.mark.gpu
 

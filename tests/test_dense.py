@@ -84,6 +84,7 @@ THREE = SequenceLayout.contiguous([0, 16], 3)
 HELD = (5, 5, 6)
 TOKEN = 2 * 13 * 8
 HEADER = Started("all_gather", 2 * 1024, 2 * 1024)  # by which ranks find that they agree
+NUMBER = Started("all_gather", 2 * 8, 2 * 8)  # by which they find that they run the same backward pass
 
 
 def traffic_on_rank(rank: int, world_size: int, comm: str, dtype: torch.dtype) -> tuple[dict, list]:
@@ -104,10 +105,11 @@ def test_ring_bytes(dtype: torch.dtype, size: int, gradient_size: int) -> None:
             "dense ring keys and values": (4, 2 * sent * token, 2 * received * token),
             "dense ring gradients": (2, received * gradient, (after + HELD[rank]) * gradient),
         }
-        assert events[0] == HEADER
-        assert [e.name for e in events[1:]] == ["shift"] * 6
-        assert sum(e.sent for e in events[1:]) == sum(s[1] for s in stages.values())
-        assert sum(e.received for e in events[1:]) == sum(s[2] for s in stages.values())
+        assert [events[0], events[3]] == [HEADER, NUMBER]
+        shifts = [*events[1:3], *events[4:]]
+        assert [e.name for e in shifts] == ["shift"] * 6
+        assert sum(e.sent for e in shifts) == sum(s[1] for s in stages.values())
+        assert sum(e.received for e in shifts) == sum(s[2] for s in stages.values())
 
 
 def test_all_gather_bytes() -> None:
@@ -120,7 +122,9 @@ def test_all_gather_bytes() -> None:
         }
         assert events == [
             HEADER,
-            *[Started("all_gather", gathered, gathered)] * 2,
+            Started("all_gather", gathered, gathered),
+            NUMBER,
+            Started("all_gather", gathered, gathered),
             Started("all_to_all", (16 - HELD[rank]) * TOKEN, 2 * HELD[rank] * TOKEN),
         ]
 
@@ -147,6 +151,7 @@ def test_ring_has_the_next_shard_under_way_while_it_computes() -> None:
         forward = ["shift", "compute", "wait", "shift", "compute", "wait", "compute"]
         assert steps == [
             *forward,
+            "all_gather",  # the call's number
             # The same, and each step's gradients travel behind it while the next shard is computed.
             *["shift", "compute", "wait", "shift", "compute", "shift", "wait", "compute", "wait", "shift", "wait"],
         ]

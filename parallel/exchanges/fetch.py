@@ -7,7 +7,8 @@ and are added in order of rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -17,66 +18,80 @@ from ..blocks import HomePlan
 from ..comm import CommGroup, Pending, SideStream
 from ..home import HomeBlocks
 from ..rows import pack
-from ..wanted import Wanted, home_and_length
-from .base import Part, PartGradient, Transport, gradient_of, unpack
+from ..wanted import Wanted, exchange_wanted, home_and_length
+from .at_once import AtOnce
+from .base import Arrived, Part, Route, Visit, Work, unpack
 
 
-class Fetch(Transport):
+@dataclass
+class FetchVisit(Visit):
+    """Also: int64, rows of what was sent to each rank in turn, and their numbers; gradients come back for these."""
+
+    rows: Tensor | None = None
+    sent: list[int] = field(default_factory=list)
+
+
+class Fetch(AtOnce):
     """See the module."""
 
     name = "fetch"
+    summary = "selected blocks only, by one all-to-all; any group, pays where routing is correlated"
 
-    def __init__(self, home: HomeBlocks, comm: CommGroup, wanted: Wanted) -> None:
-        super().__init__(home, comm)
-        self.wanted = wanted
+    def __init__(self, home: HomeBlocks, comm: CommGroup, work: Work) -> None:
+        super().__init__(home, comm, work)
+        self._wanted: Wanted | None = None
         self._side = SideStream(home.k.device, "fetch")
-        self._side.mark()  # home keys and masks are ready here, so a range of heads can be sent while an earlier one is computed
 
-    def forward(self, heads: slice) -> Iterator[Part]:
-        for gradient in self._parts(heads, None, None):
-            yield gradient.part
+    @property
+    def wanted(self) -> Wanted:
+        assert self._wanted is not None, "route or resume comes first"
+        return self._wanted
 
-    def backward(self, heads: slice, dk: Tensor, dv: Tensor) -> Iterator[PartGradient]:
-        yield from self._parts(heads, dk, dv)
+    def route(self, wanted: Callable[[], Tensor], reason: str, known: Wanted | None = None) -> Route:
+        """As every exchange; `known` is what `auto` has gathered already."""
+        self._wanted = known or exchange_wanted(wanted(), self.home.plan, self.comm)
+        self._side.mark()  # home keys and masks are ready: a range can be sent while an earlier one is computed
+        return Route(self.name, reason, self.walks, wanted=self._wanted)
 
-    def return_gradients(self, gradients: list[PartGradient], dk: Tensor, dv: Tensor) -> Callable[[], list[Tensor]]:
-        heads, packed = self._heads, gradients[1].packed
+    def resume(self, route: Route) -> None:
+        self._wanted = route.wanted
+        self._side.mark()
+
+    def start(self, heads: slice) -> FetchVisit:
+        return FetchVisit(heads)
+
+    def remote(self, visit: Visit) -> tuple[Part, Tensor]:
+        """The pairs of other ranks, packed and sent on the side stream while the local part is computed."""
+        assert isinstance(visit, FetchVisit)
+        heads, side = visit.heads, self._side
+        visit.sent, received = self._tokens(heads)
+        with side.use():
+            pending = self._send(visit, received)
+            start = self._start_rows(heads)
+            packed = pending.wait()[:, None]
+        assert visit.rows is not None
+        side.uses(self.home.k, self.home.v)
+        side.join(side.done(), packed, start, visit.rows)
+        return Part(*unpack(packed, self.home.k.shape[-1]), start, "fetch"), packed
+
+    def reduce(self, visit: Visit) -> Callable[[], list[Arrived]]:
+        assert isinstance(visit, FetchVisit)
+        packed, rows, sent = visit.gradients.pop().packed, visit.rows, visit.sent
         assert packed is not None
-        sent, received = self._tokens(heads)
+        assert rows is not None
+        received = self._tokens(visit.heads)[1]
+        # What was sent is what comes back.
         pending = self.comm.all_to_all(packed.squeeze(1), received, sent, "fetch gradients")
-        rows = self._rows  # what was sent is what comes back
 
-        def finish() -> list[Tensor]:
+        def finish() -> list[Arrived]:
             arrived = pending.wait()
             if rows.is_cuda:
                 rows.record_stream(torch.cuda.current_stream(rows.device))
-            width, begin = dk.shape[-1], 0
-            flat_dk, flat_dv = dk.view(-1, width), dv.view(-1, dv.shape[-1])
-            for count in sent:  # a rank wants a pair once, so a row occurs once in what it returns
-                index = rows[begin : begin + count]
-                flat_dk.index_add_(0, index, arrived[begin : begin + count, :width])
-                flat_dv.index_add_(0, index, arrived[begin : begin + count, width:])
-                begin += count
-            return []
+            # Per source rank: a rank wants a pair once, so a row occurs once in what it returns.
+            sources = zip(arrived.split(sent), rows.split(sent), strict=True)
+            return [Arrived(values, index) for values, index in sources if len(index)]
 
         return finish
-
-    def _parts(self, heads: slice, dk: Tensor | None, dv: Tensor | None) -> Iterator[PartGradient]:
-        """Local part first; the pairs of others are packed and sent on the side stream while it is computed."""
-        self._heads = heads
-        side = self._side
-        local = self.local_part(heads)
-        none = local.k[:0]
-        yield PartGradient(local, none if dk is None else dk, none if dv is None else dv)
-        sent, received = self._tokens(heads)
-        with side.use():
-            pending = self._start(heads, sent, received)
-            start = self._start_rows(heads)
-            packed = pending.wait()
-        side.uses(self.home.k, self.home.v)
-        side.join(side.done(), packed, start, self._rows)
-        remote = Part(*unpack(packed[:, None], local.k.shape[-1]), start, "fetch")
-        yield PartGradient(remote, none, none) if dk is None else gradient_of(remote, packed[:, None])
 
     def _tokens(self, heads: slice) -> tuple[list[int], list[int]]:
         """Tokens that go to and come from each rank for these heads; nothing comes from this rank itself."""
@@ -86,13 +101,14 @@ class Fetch(Transport):
         sent[rank] = received[rank] = 0
         return sent, received
 
-    def _start(self, heads: slice, sent: list[int], received: list[int]) -> Pending:
-        self._rows = rows = self._rows_to_send(heads, sent)
+    def _send(self, visit: FetchVisit, received: list[int]) -> Pending:
+        heads = visit.heads
+        visit.rows = rows = self._rows_to_send(heads, visit.sent)
         n_heads = heads.stop - heads.start
         if n_heads < self.home.k.shape[1]:
             rows = rows // n_heads * self.home.k.shape[1] + heads.start + rows % n_heads
         packed = pack(take_rows(self.home.k, rows)[:, None], take_rows(self.home.v, rows)[:, None])
-        return self.comm.all_to_all(packed[:, 0], sent, received, "fetch keys and values")
+        return self.comm.all_to_all(packed[:, 0], visit.sent, received, "fetch keys and values")
 
     def _rows_to_send(self, heads: slice, sent: list[int]) -> Tensor:
         """int64: home token x heads at work + head, of every key to send, by (destination, kv head, block)."""

@@ -1,4 +1,4 @@
-"""What each transport sends, to the byte, and when: by the library's own count and by recording torch.distributed.
+"""What each exchange sends, to the byte, and when: by the library's own count and by recording torch.distributed.
 
 The worked case: 16 tokens of one document in blocks of 4, contiguous on two ranks, fp64, 2 kv heads, D = 8, Dv = 4.
 Blocks 0 and 1 are at home on rank 0, blocks 2 and 3 on rank 1. A token of one kv head is 12 numbers, 96 bytes.
@@ -15,8 +15,7 @@ import torch
 import moba_cp
 from moba_cp import SequenceLayout
 from moba_cp.kernels.torch_backend import accumulate_dtype
-from moba_cp.parallel.transports import pull
-from moba_cp.parallel.transports.base import gradient_dtype
+from moba_cp.parallel.exchanges import pull
 from tests.cases import COMMS, TRANSPORTS, Case, every_layout, on_rank
 from tests.ranks import run_ranks
 from tests.recorder import Started, recorded
@@ -25,6 +24,7 @@ CASE = Case((16,), block_size=4, topk=4, q_heads=4, kv_heads=2, dim=8, v_dim=4)
 TWO = SequenceLayout.contiguous([0, 16], 2)
 TOKEN = 96  # bytes of a token's key and value of one kv head
 HEADER = Started("all_gather", 1024, 1024)  # what two ranks exchange to find that they agree, once a call
+NUMBER = Started("all_gather", 8, 8)  # the call's number, by which two ranks find that they run the same backward pass
 BARRIER = Started("all_gather", 1, 1)  # how two ranks that pull tell each other that something is ready
 GIB = 1 << 30
 
@@ -40,10 +40,11 @@ def stages_on_rank(
     dtype: torch.dtype,
     workspace: int,
     inputs: tuple,
+    kept: int,
 ) -> tuple[Stages, Stages, list, list, dict]:
     """(collectives, bytes sent, bytes received) by stage: after forward and those that backward adds; the recorded
     collectives of both; and figures of the report."""
-    options = {"layout": layout, "comm": comm, "workspace_bytes": workspace}
+    options = {"layout": layout, "comm": comm, "workspace_bytes": workspace, "exchange_bytes": kept}
 
     def local() -> list[torch.Tensor]:
         return [layout.shard(x, rank).requires_grad_() for x in (inputs or case.inputs(dtype))[:3]]
@@ -63,14 +64,21 @@ def stages_on_rank(
         "visible": report.visible_bytes.tolist(),
         "selected": report.selected,
         "transport": report.transport,
+        "walks": report.walks,
     }
     return forward, {n: s for n, s in added.items() if any(s)}, in_forward, in_backward, figures
 
 
 def stages(
-    case: Case, layout: SequenceLayout, comm: str, dtype=torch.float64, workspace: int = GIB, inputs: tuple = ()
+    case: Case,
+    layout: SequenceLayout,
+    comm: str,
+    dtype=torch.float64,
+    workspace: int = GIB,
+    inputs: tuple = (),
+    kept=GIB,
 ) -> list:
-    return run_ranks(layout.cp_size, stages_on_rank, case, layout, comm, dtype, workspace, inputs)
+    return run_ranks(layout.cp_size, stages_on_rank, case, layout, comm, dtype, workspace, inputs, kept)
 
 
 def routed(case: Case, best: list[list[int]]) -> tuple[torch.Tensor, ...]:
@@ -255,7 +263,8 @@ def test_counts_agree_with_what_torch_distributed_was_asked(comm: str, workspace
     for forward, backward, in_forward, in_backward, _ in stages(case, layout, comm, workspace=workspace):
         header = Started("all_gather", 2 * 1024, 2 * 1024)
         assert in_forward[0] == header
-        for counted, recorded_ in ((forward, in_forward[1:]), (backward, in_backward)):
+        assert in_backward[0] == Started("all_gather", 2 * 8, 2 * 8)
+        for counted, recorded_ in ((forward, in_forward[1:]), (backward, in_backward[1:])):
             assert sum(s[0] for s in counted.values()) == len(recorded_)
             assert sum(s[1] for s in counted.values()) == sum(r.sent for r in recorded_)
             # What is read out of peers' memory is in no collective.
@@ -271,6 +280,59 @@ def test_head_groups_move_the_same_bytes_in_more_collectives() -> None:
             assert split[0][name] == (2 * whole[0][name][0], *whole[0][name][1:])
             name, nothing = f"{comm} gradients", (0, 0, 0)  # rank 1 reads none: rank 0 has none for it
             assert split[1].get(name, nothing)[1:] == whole[1].get(name, nothing)[1:]
+
+
+CHUNKED = replace(CASE, lengths=(900,), block_size=16, topk=3)
+THREE = SequenceLayout.zigzag([0, 900], 3)  # 300 rows per rank: three chunks of 128 rows where the workspace holds one
+
+
+def moved(counted: Stages, stage: str) -> tuple[int, int]:
+    """Bytes sent and received in one stage."""
+    return counted.get(stage, (0, 0, 0))[1:]
+
+
+@pytest.mark.parametrize("comm", TRANSPORTS)
+def test_each_byte_crosses_once_however_many_chunks_of_rows(comm: str) -> None:
+    """The same bytes of keys, values and gradients with one chunk and with three."""
+    for whole, chunked in zip(stages(CHUNKED, THREE, comm), stages(CHUNKED, THREE, comm, workspace=1), strict=True):
+        assert whole[4]["walks"] == chunked[4]["walks"] == (1, 1)
+        for counted, expected in ((chunked[0], whole[0]), (chunked[1], whole[1])):
+            for stage in (f"{comm} keys and values", f"{comm} gradients"):
+                assert moved(counted, stage) == moved(expected, stage)
+
+
+@pytest.mark.parametrize("comm", ["ring", "pull"])
+@pytest.mark.parametrize(("kept", "walks"), [(0, (3, 3)), (3 * 320 * TOKEN, (1, 3))])
+def test_bytes_beyond_what_may_be_kept_cross_once_per_chunk(comm: str, kept: int, walks: tuple[int, int]) -> None:
+    """At most 320 tokens are at home on a rank; the second budget holds the keys and values of one kv head of three such
+    ranks, and not their gradients, which take as many bytes again. The report says what travels again."""
+    once = stages(CHUNKED, THREE, comm)
+    for whole, chunked in zip(once, stages(CHUNKED, THREE, comm, workspace=1, kept=kept), strict=True):
+        assert chunked[4]["walks"] == walks
+        for at, stage, times in (
+            (0, "keys and values", walks[0]),
+            (1, "keys and values", walks[1]),
+            (1, "gradients", walks[1]),
+        ):
+            expected = moved(whole[at], f"{comm} {stage}")
+            assert moved(chunked[at], f"{comm} {stage}") == tuple(n * times for n in expected)
+
+
+def kept_or_not(rank: int, size: int, case: Case, layout: SequenceLayout, comm: str) -> list[tuple]:
+    """Results of this rank in three chunks: everything kept, keys and values kept, nothing kept."""
+    return [
+        on_rank(rank, size, case, layout, comm, workspace_bytes=1, exchange_bytes=kept)[0] for kept in (GIB, 10**5, 0)
+    ]
+
+
+@pytest.mark.parametrize("comm", ["ring", "pull"])
+def test_what_is_kept_for_later_chunks_changes_no_result(comm: str) -> None:
+    for kept, keys_only, nothing in run_ranks(3, kept_or_not, CHUNKED, THREE, comm):
+        for other in (keys_only, nothing):
+            assert torch.equal(kept[0], other[0])
+            assert torch.equal(kept[1], other[1])
+            for a, b in zip(kept[2:], other[2:], strict=True):  # dk, dv: the same terms in another order
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def steps_on_rank(rank: int, size: int, case: Case, layout: SequenceLayout, comm: str) -> tuple[list[str], list[str]]:
@@ -292,6 +354,7 @@ def test_ring_starts_the_next_shift_before_it_computes_the_current_part() -> Non
         assert forward == [*gate, *step, *step, *step, "compute"]
         # The same, and each step's gradients travel behind it while the next part is computed.
         assert backward == [
+            "all_gather",
             *["shift", "compute", "wait"],
             *["shift", "compute", "shift", "wait"],
             *["shift", "compute", "wait", "shift", "wait"],
@@ -302,20 +365,20 @@ def test_ring_starts_the_next_shift_before_it_computes_the_current_part() -> Non
 def test_all_gather_is_under_way_while_the_local_part_is_computed() -> None:
     for forward, backward in run_ranks(2, steps_on_rank, CASE, TWO, "all_gather"):
         assert forward[3:] == ["all_gather", "compute", "wait", "compute"]
-        assert backward == ["all_gather", "compute", "wait", "compute", "all_to_all", "wait"]
+        assert backward == ["all_gather", "all_gather", "compute", "wait", "compute", "all_to_all", "wait"]
 
 
 def test_fetch_waits_after_the_local_part() -> None:
     for forward, backward in run_ranks(2, steps_on_rank, CASE, TWO, "fetch"):
         assert forward[3:] == ["all_gather", "wait", "compute", "all_to_all", "wait", "compute"]
-        assert backward == ["compute", "all_to_all", "wait", "compute", "all_to_all", "wait"]
+        assert backward == ["all_gather", "compute", "all_to_all", "wait", "compute", "all_to_all", "wait"]
 
 
 def test_pull_waits_for_nobody_but_at_barriers() -> None:
     barrier, gate = ["all_gather", "wait"], ["all_gather", "wait"]
     for forward, backward in run_ranks(2, steps_on_rank, CASE, TWO, "pull"):
         assert forward == ["all_gather", *barrier, *gate, *barrier, "compute", "compute"]
-        assert backward == [*barrier, *barrier, "compute", "compute", *barrier]
+        assert backward == ["all_gather", *barrier, *barrier, "compute", "compute", *barrier]
 
 
 def test_a_group_of_one_starts_nothing() -> None:
@@ -328,5 +391,5 @@ def test_a_group_of_one_starts_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_travel_in_what_the_kernels_accumulate_in(dtype: torch.dtype) -> None:
-    """Neither of the two packages may import the other."""
-    assert gradient_dtype(dtype) == accumulate_dtype(dtype)
+    for _, backward, *_ in stages(CASE, TWO, "ring", dtype):
+        assert backward["ring gradients"][1] == 8 * 2 * 12 * accumulate_dtype(dtype).itemsize
