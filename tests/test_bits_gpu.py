@@ -1,0 +1,93 @@
+"""On Hopper GPUs: output and dq have the bits that commit 1c91dde gave, for any number of ranks, layout and exchange."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import moba_cp
+from moba_cp import SequenceLayout
+from tests.cases import TRANSPORTS
+from tests.saved_bits import CASES, PATH, all_alone, hashes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="bits were saved on sm_90"
+    ),
+]
+
+
+def saved() -> list[dict]:
+    return json.loads(PATH.read_text())["cases"]
+
+
+def as_json(found: list[dict]) -> list[dict]:
+    return json.loads(json.dumps(found))
+
+
+def test_one_gpu() -> None:
+    assert as_json(all_alone()) == saved()
+
+
+def on_rank(rank: int, size: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", rank=rank, world_size=size, device_id=device)
+    found = []
+    for number, case in enumerate(CASES):
+        cu, inputs = case.cu_seqlens, case.inputs()
+        layouts = [
+            SequenceLayout.zigzag(cu, size),
+            SequenceLayout.contiguous(cu, size),
+            SequenceLayout.zigzag(cu, size, per_document=False),
+        ]
+        layout = layouts[number % 3]
+        for comm in TRANSPORTS:
+            q, k, v, dout = (layout.shard(x, rank).to(device) for x in inputs)
+            for x in (q, k, v):
+                x.requires_grad_()
+            out = moba_cp.moba_attention(q, k, v, case.config, layout=layout, comm=comm, workspace_bytes=32 << 20)
+            out.backward(dout)
+            whole = [gathered(x, layout, rank) for x in (out.detach(), q.grad)]
+            if rank == 0:
+                found.append((comm, hashes(case, inputs, *whole)))
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def gathered(x: torch.Tensor, layout: SequenceLayout, rank: int) -> torch.Tensor:
+    """All ranks' tokens."""
+    parts = [x.new_empty(layout.local_tokens(r), *x.shape[1:]) for r in range(layout.cp_size)]
+    for source, part in enumerate(parts):
+        if source == rank:
+            part.copy_(x)
+        dist.broadcast(part, source)
+    return layout.unshard(parts)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_groups(tmp_path: Path) -> None:
+    """Every exchange on every case; the workspace is small enough for several ranges of heads and chunks of rows."""
+    size = 4 if torch.cuda.device_count() >= 4 else 2
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    mp.spawn(on_rank, (size, port, str(tmp_path)), nprocs=size)
+    expected = [x for x in saved() for _ in TRANSPORTS]
+    wrong = [
+        (comm, right)
+        for (comm, got), right in zip(json.loads((tmp_path / "found.json").read_text()), expected, strict=True)
+        if got != right
+    ]
+    assert not wrong
