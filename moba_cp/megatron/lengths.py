@@ -118,9 +118,7 @@ def on_host(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
 
 
-def _is_current(
-    pack: _Pack, tensors: tuple[torch.Tensor | None, ...], layer_number: int, recomputing: bool
-) -> bool:
+def _is_current(pack: _Pack, tensors: tuple[torch.Tensor | None, ...], layer_number: int, recomputing: bool) -> bool:
     same = all(a is b for a, b in zip(pack.tensors, tensors, strict=True))
     if not same or pack.versions != tuple(map(_version, tensors)):
         return False

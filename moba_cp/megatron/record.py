@@ -87,7 +87,8 @@ def compare_settings(arguments: Any, trained_with: Any) -> None:
     ]
     if changed:
         warnings.warn(
-            f"the checkpoint in {arguments.load} was trained with other MoBA settings: {', '.join(changed)}", stacklevel=2
+            f"the checkpoint in {arguments.load} was trained with other MoBA settings: {', '.join(changed)}",
+            stacklevel=2,
         )
 
 

@@ -75,7 +75,9 @@ class MoBASettings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.packed_partition is not None and self.packed_partition not in PACKED_PARTITIONS:
-            raise ValueError(f"packed_partition must be None or one of {PACKED_PARTITIONS}, got {self.packed_partition!r}")
+            raise ValueError(
+                f"packed_partition must be None or one of {PACKED_PARTITIONS}, got {self.packed_partition!r}"
+            )
         if self.full_attention_backend == "te" and self.full_attention_comm != "auto":
             raise ValueError(
                 f"full_attention_comm={self.full_attention_comm!r} is for full_attention_backend='torch'; Transformer "

@@ -73,7 +73,9 @@ def refuse_flags(arguments: Any, cp_size: int) -> None:
             continue
         if name == "dataloader_inter_document_masking" and getattr(arguments, "sft", False):
             continue  # --sft decides how packs are cut
-        raise ValueError(f"MoBA attention: {flag} is not supported{f' with {cp_size} ranks' if sharded_only else ''}; {advice}")
+        raise ValueError(
+            f"MoBA attention: {flag} is not supported{f' with {cp_size} ranks' if sharded_only else ''}; {advice}"
+        )
 
 
 def refuse_unsupported(config: Any, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str) -> None:
