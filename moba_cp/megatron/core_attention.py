@@ -116,6 +116,7 @@ class MoBACoreAttention(MegatronModule):
         self.full_attention = False  # see moba_cp.megatron.schedule
         self.report_to: Callable[..., None] | None = None  # see moba_cp.megatron.reports
 
+    @torch.compiler.disable  # layouts are planned on the host, from values: one graph break around the whole layer
     def forward(
         self,
         query: torch.Tensor,

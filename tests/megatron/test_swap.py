@@ -40,7 +40,7 @@ def compare_on_rank(rank: int, world_size: int) -> dict[str, Any]:
         attention_dropout=0.0,
         hidden_dropout=0.0,
         context_parallel_size=world_size,
-        cp_comm_type=["moba_ring", "moba_all_gather"],
+        cp_comm_type="moba_ring",
         use_cpu_initialization=True,
         softmax_scale=0.5,
     )
@@ -66,7 +66,7 @@ def compare_on_rank(rank: int, world_size: int) -> dict[str, Any]:
         "names": list(swapped.state_dict()) == names == list(built.state_dict()),
         "parameters": all(a is b for a, b in zip(swapped.parameters(), optimised, strict=True)),
         "training": any(core.training for core in cores),
-        "comm": [core.comm for core in cores] == [core.comm for core in expected] == ["ring", "all_gather"],
+        "comm": [core.comm for core in cores] == [core.comm for core in expected] == ["ring", "ring"],
         "moba": [core.computes_moba for core in cores],
         "config": [core.moba for core in cores] == [core.moba for core in expected],
         "equal": torch.equal(swapped(tokens, positions, None), built(tokens, positions, None)),
@@ -117,6 +117,13 @@ def test_nothing_is_swapped_where_one_layer_is_refused() -> None:
     assert isinstance(good.core_attention, torch.nn.Identity)
     assert swap_core_attention(good, MOBA) == 1
     assert isinstance(good.core_attention, MoBACoreAttention)
+
+
+def test_a_list_of_transports_has_an_entry_per_layer() -> None:
+    config = small(context_parallel_size=2, cp_comm_type=["moba_ring", "moba_fetch"])
+    attention = Attention(config, torch.nn.Identity(), layer_number=2)
+    swap_core_attention(attention, MOBA)
+    assert attention.core_attention.comm == "fetch"
 
 
 def test_options_and_core_attentions_that_do_not_fit_are_refused() -> None:
