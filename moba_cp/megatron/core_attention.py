@@ -18,7 +18,7 @@ from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.dense import causal_attention
 from moba_cp.validation import COMMS
 
-from .layout import packed_layout, sbhd_layout
+from .layout import sbhd_layout
 from .lengths import pack_lengths
 from .partition import is_packed, resolve_packed_partition, resolve_partition
 from .record import megatron_arguments, packs_of_flags, record_settings
@@ -224,7 +224,7 @@ class MoBACoreAttention(MegatronModule):
         partition = self.partition
         if cp_size > 1:
             partition = resolve_packed_partition(self.packed_partition, partition, packed, lengths)
-        return packed_layout(lengths.true, lengths.padded, cp_size, partition)
+        return lengths.layout(cp_size, partition)
 
     def _check_call(
         self,

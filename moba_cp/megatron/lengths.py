@@ -1,8 +1,8 @@
 """The lengths of a packed micro-batch on the host, read from the device once per micro-batch.
 
-Every layer needs the cumulative lengths as host integers, because layouts are planned on the host. Host tensors are read
-in every layer: that costs microseconds. Reading a GPU tensor waits until the GPU has caught up, so it is done once per
-pass over the layers, and the result is kept for the ``PackedSeqParams`` object that the layers share.
+Every layer needs the cumulative lengths as host integers, because layouts are planned on the host. Host tensors are
+compared byte by byte in every layer: that costs microseconds. Reading a GPU tensor waits until the GPU has caught up, so it
+is done once per pass over the layers, and the result is kept for the ``PackedSeqParams`` object that the layers share.
 
 What is kept is used again only where it cannot be stale. Neither the identity nor ``_version`` of a tensor shows a write by
 a collective, by ``.data`` or by a kernel, so these rules hold instead:
@@ -18,16 +18,18 @@ a collective, by ``.data`` or by a kernel, so these rules hold instead:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .layout import host_integers
+from moba_cp import SequenceLayout
+
+from .layout import host_integers, packed_layout
 
 Integers = tuple[int, ...]
-
-_FIELDS = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+Tensors = tuple[torch.Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class PackLengths:
 
     true: Integers
     padded: Integers | None
+    _layouts: dict[tuple[int, str], SequenceLayout] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def total(self) -> int:
@@ -45,8 +48,14 @@ class PackLengths:
     @property
     def sequences(self) -> int:
         """Sequences that hold tokens or padding."""
-        cumulative = self.true if self.padded is None else self.padded
-        return len(set(cumulative)) - 1
+        return len(set(self.true if self.padded is None else self.padded)) - 1
+
+    def layout(self, cp_size: int, partition: str) -> SequenceLayout:
+        """As :func:`moba_cp.megatron.layout.packed_layout`; the layers of a micro-batch look it up at no cost."""
+        key = (cp_size, partition)
+        if key not in self._layouts:
+            self._layouts[key] = packed_layout(self.true, self.padded, cp_size, partition)
+        return self._layouts[key]
 
 
 @dataclass
@@ -62,8 +71,8 @@ class _Forwards:
 class _Pack:
     """What is known of one ``PackedSeqParams`` object."""
 
-    tensors: tuple[torch.Tensor | None, ...]
-    versions: tuple[int | None, ...]
+    tensors: Tensors
+    state: list[Any]  # of the tensors, from _state
     lengths: PackLengths
     layer: int  # the latest that asked in a forward pass
     refilled: bool = False  # its values changed while it lived
@@ -88,23 +97,22 @@ def pack_lengths(packed: PackedSeqParams, layer_number: int, training: bool) -> 
         raise ValueError("packed_seq_params.cu_seqlens_q is None: packed attention needs the sequence lengths")
     recomputing = torch._C._current_graph_task_id() != -1
     pack: _Pack | None = _packs.get(packed)
-    tensors = tuple(getattr(packed, name) for name in _FIELDS)
-    if pack is not None and not on_host(tensors) and _is_current(pack, tensors, layer_number, recomputing):
-        lengths = pack.lengths
-        if not recomputing:
-            pack.layer = layer_number
-    else:
+    tensors = (packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.cu_seqlens_q_padded, packed.cu_seqlens_kv_padded)
+    if pack is None or not _is_current(pack, tensors, layer_number, recomputing):
+        state = _state(tensors)
         lengths = _checked(*_read(tensors))
-        if recomputing and pack is not None and lengths != pack.lengths:
-            raise ValueError(_OVERWRITTEN.format(layer_number, list(pack.lengths.true), list(lengths.true)))
         if pack is None:
-            pack = _packs[packed] = _Pack((), (), lengths, layer_number)
-        pack.refilled |= lengths != pack.lengths
-        pack.tensors, pack.versions, pack.lengths = tensors, tuple(map(_version, tensors)), lengths
-        if not recomputing:
-            pack.layer = layer_number
-    _count_forward(pack, lengths, layer_number, training, recomputing)
-    return lengths
+            pack = _packs[packed] = _Pack(tensors, state, lengths, layer_number)
+        elif lengths == pack.lengths:
+            pack.tensors, pack.state = tensors, state
+        elif recomputing:
+            raise ValueError(_OVERWRITTEN.format(layer_number, list(pack.lengths.true), list(lengths.true)))
+        else:
+            pack.tensors, pack.state, pack.lengths, pack.refilled = tensors, state, lengths, True
+    if not recomputing:
+        pack.layer = layer_number
+    _count_forward(pack, layer_number, training, recomputing)
+    return pack.lengths
 
 
 _OVERWRITTEN = (
@@ -113,25 +121,29 @@ _OVERWRITTEN = (
 )
 
 
-def on_host(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+def on_host(tensors: Tensors) -> bool:
     """Whether reading all of these waits for no device."""
-    return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
+    return all(tensor is None or tensor.is_cpu for tensor in tensors)
 
 
-def _is_current(pack: _Pack, tensors: tuple[torch.Tensor | None, ...], layer_number: int, recomputing: bool) -> bool:
-    same = all(a is b for a, b in zip(pack.tensors, tensors, strict=True))
-    if not same or pack.versions != tuple(map(_version, tensors)):
+def _is_current(pack: _Pack, tensors: Tensors, layer_number: int, recomputing: bool) -> bool:
+    if any(a is not b for a, b in zip(pack.tensors, tensors, strict=True)) or _state(tensors) != pack.state:
         return False
-    if recomputing:
+    if recomputing or on_host(tensors):
         return True
     return layer_number == pack.layer + 1 or (layer_number > pack.layer and not pack.refilled)
 
 
-def _version(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
+def _state(tensors: Tensors) -> list[Any]:
+    """What tells a change of the tensors: their bytes on the host, ``_version`` on a device (where not even that is kept in
+    inference mode)."""
+    distinct = {id(tensor): tensor for tensor in tensors if tensor is not None}.values()
+    if on_host(tensors):
+        return [tensor.detach().numpy().tobytes() for tensor in distinct]
+    return [None if tensor.is_inference() else tensor._version for tensor in distinct]
 
 
-def _read(tensors: tuple[torch.Tensor | None, ...]) -> list[Integers | None]:
+def _read(tensors: Tensors) -> list[Integers | None]:
     """Values of the tensors, with one copy from the device however many different ones there are."""
     distinct = {id(tensor): tensor for tensor in tensors if tensor is not None}
     values: dict[int, Integers]
@@ -162,18 +174,18 @@ def _checked(
     return PackLengths(q, q_padded)
 
 
-def _count_forward(pack: _Pack, lengths: PackLengths, layer_number: int, training: bool, recomputing: bool) -> None:
+def _count_forward(pack: _Pack, layer_number: int, training: bool, recomputing: bool) -> None:
     """Notes a forward pass, or looks up the one that is recomputed.
 
     Several micro-batches may be in flight with one object that is refilled in between. Recomputation sees its newest
     lengths only, so where the forward passes had different ones this raises.
     """
-    forwards = pack.forwards.get(layer_number)
+    forwards, lengths = pack.forwards.get(layer_number), pack.lengths
     if not recomputing:
         if training and (forwards is None or forwards.count == 0):
             pack.forwards[layer_number] = _Forwards(lengths, 1)
         elif training and forwards is not None:
-            forwards.mixed |= forwards.lengths != lengths
+            forwards.mixed |= forwards.lengths is not lengths and forwards.lengths != lengths
             forwards.lengths = lengths
             forwards.count += 1
     elif forwards is not None and forwards.count:
