@@ -75,6 +75,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if name == "type" and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.device and args == ("cuda:cpu",):  # f"cuda:{torch.cuda.current_device()}"
+            return _CPU
         if name == "to":
             args = tuple(_CPU if _names_cuda(argument) else argument for argument in args)
         if _names_cuda(kwargs.get("device")):
