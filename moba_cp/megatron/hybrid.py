@@ -1,7 +1,7 @@
 """Specs for Megatron-LM's ``HybridModel`` (attention, Mamba, MLP and expert layers in a pattern; Megatron-Core 0.19 and newer).
 
 ``HybridModel`` takes a ``ModuleSpec`` and no callable. For ``pretrain_hybrid.py``: ``--spec moba_cp.megatron.hybrid
-moba_hybrid_spec``, or a module of one's own with other settings::
+moba_hybrid_spec``, or a module of your own with other settings::
 
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from moba_cp.megatron import with_moba

@@ -1,4 +1,4 @@
-"""How the batch was cut over the context-parallel ranks: named by somebody, or refused.
+"""How the batch was cut over the context-parallel ranks: stated by the caller, or refused.
 
 A layer sees its rows and, for packs, the global lengths. Neither tells which tokens the rows are: a pack cut sequence by
 sequence and one cut as a whole have the same shapes. A wrong guess gives wrong numbers without an error, so:

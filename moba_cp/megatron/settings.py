@@ -11,9 +11,9 @@ from moba_cp.validation import COMMS, check_config
 from .layout import PACKED_PARTITIONS, PARTITIONS
 
 DEFAULT_MOBA = MoBAConfig(block_size=512, topk=8)
-"""Of the flags and of the specs that stand ready for ``--spec``."""
+"""Default of the flags and of the ready specs."""
 COMM_PREFIX = "moba_"
-"""What a ``cp_comm_type`` that names one of our transports begins with."""
+"""Prefix of a ``cp_comm_type`` that names one of our transports."""
 BACKENDS = ("torch", "te")
 """What may compute full attention: our own over torch's kernels, or Transformer Engine."""
 

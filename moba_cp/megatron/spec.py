@@ -1,7 +1,7 @@
 """Layer specs: swap the core attention of any Megatron-Core spec for MoBA, and leave everything else as it is.
 
 Megatron-LM's own scripts take a spec by name, ``--spec MODULE NAME``, and no settings with it. ``moba_layer_spec`` and
-``moba_spec`` stand ready; other settings are a module of one's own on ``PYTHONPATH``::
+``moba_spec`` are ready to use; for other settings put a module of your own on ``PYTHONPATH``::
 
     # my_specs.py, for --spec my_specs long_context
     from moba_cp import MoBAConfig

@@ -1,4 +1,4 @@
-"""Swap the core attention: in a layer spec before the model is built, or in a model that stands already."""
+"""Swap the core attention: in a layer spec before the model is built, or in a model that is already built."""
 
 from __future__ import annotations
 

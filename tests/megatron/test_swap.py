@@ -1,4 +1,4 @@
-"""MoBA in a model that stands already, for programs that take no spec."""
+"""MoBA in a model that is already built, for programs that take no spec."""
 
 from __future__ import annotations
 
