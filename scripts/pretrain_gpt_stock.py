@@ -8,8 +8,10 @@ import platform
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +24,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-5
 console = Console(soft_wrap=True)
 
-# Five blocks of the ready spec's 512 tokens, of which a query attends to three.
+# Ten blocks of the ready spec's 512 tokens, of which a query attends to eight.
 MODEL = (
     "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention "
-    "--num-query-groups 2 --seq-length 2560 --max-position-embeddings 2560 --position-embedding-type rope "
+    "--num-query-groups 2 --seq-length 5120 --max-position-embeddings 5120 --position-embedding-type rope "
     "--init-method-std 0.1"
 )
 TRAINING = (
@@ -90,10 +92,12 @@ def main(
 ) -> None:
     """Train a small GPT on mock data with MEGATRON_LM/pretrain_gpt.py as it is, with one process and with several.
 
-    Megatron-LM compiles its dataset helpers the first time, for which it needs a C++ compiler and pybind11.
+    Megatron-LM compiles its dataset helpers the first time; what that needs is checked first.
     Exits with an error if a loss differs from that of one process by more than 1e-5 of its size.
     """
     megatron_lm = megatron_lm.resolve()
+    if missing := what_is_missing(megatron_lm):
+        sys.exit(missing)
     runs: list[dict[str, Any]] = []
     worst = 0.0
     for family in FAMILIES:
@@ -119,6 +123,47 @@ def main(
         sys.exit(f"largest relative difference {worst:.2e}, more than {TOLERANCE:.0e}")
 
 
+def what_is_missing(megatron_lm: Path) -> str | None:
+    """What the runs need and this machine lacks, in one line; None if nothing."""
+    if not (megatron_lm / "pretrain_gpt.py").is_file():
+        return f"{megatron_lm} has no pretrain_gpt.py: it is no checkout of Megatron-LM"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    datasets = megatron_lm / "megatron" / "core" / "datasets"
+    if (datasets / f"helpers_cpp{suffix}").is_file():
+        return None
+    purpose = f"to compile Megatron-LM's dataset helpers in {datasets}"
+    for tool in ("make", os.environ.get("CXX", "g++").split()[0]):
+        if shutil.which(tool) is None:
+            return f"{tool} is missing, which is needed {purpose}: install it with the system's package manager"
+    if _output("python3", "-m", "pybind11", "--includes") is None:
+        return f"pybind11 is missing, which is needed {purpose}: {sys.executable} -m pip install pybind11"
+    found = _output("python3-config", "--extension-suffix")
+    if found is None:
+        return f"python3-config is missing, which is needed {purpose}: install Python's development files (python3-dev)"
+    if found != suffix:
+        return (
+            f"python3-config belongs to another Python (its modules end in {found}, those of {sys.executable} in {suffix}) "
+            f"and is needed {purpose}: put the matching one first on PATH"
+        )
+    return None
+
+
+def _output(*line: str) -> str | None:
+    """Of a program as the runs will find it; None if it fails or is not there."""
+    environment = environment_of_runs()
+    program = shutil.which(line[0], path=environment["PATH"])
+    if program is None:
+        return None
+    done = subprocess.run([program, *line[1:]], env=environment, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def environment_of_runs() -> dict[str, str]:
+    """No GPU, one thread per process, and this Python's own ``python3`` first, which Megatron-LM's Makefile calls."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": path}
+
+
 def command(megatron_lm: Path, family: Family, processes: int, extra: str) -> list[str]:
     """Command line of a run, the Python interpreter first."""
     torchrun = f"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {processes}"
@@ -138,7 +183,7 @@ def run(line: list[str], megatron_lm: Path) -> dict[str, Any]:
     Raises:
         SystemExit: the run failed; the message holds its output.
     """
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = environment_of_runs()
     path = [str(megatron_lm), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

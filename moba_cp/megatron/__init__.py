@@ -9,6 +9,7 @@ from .reports import LayerReport, collect_reports
 from .schedule import MoBASchedule, use_full_attention
 from .settings import MoBASettings
 from .spec import moba_layer_spec, moba_spec, moba_spec_builder, with_moba
+from .swap import swap_core_attention
 
 __all__ = [
     "LayerReport",
@@ -22,6 +23,7 @@ __all__ = [
     "moba_spec",
     "moba_spec_builder",
     "slice_packed",
+    "swap_core_attention",
     "use_full_attention",
     "with_moba",
 ]

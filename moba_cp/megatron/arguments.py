@@ -11,45 +11,67 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from moba_cp import MoBAConfig
 from moba_cp.validation import COMMS
 
+from .layout import PACKED_PARTITIONS, PARTITIONS
 from .norm import TorchNorm
-from .settings import BACKENDS, FULL_ATTENTION_COMMS, PARTITIONS
+from .settings import BACKENDS, DEFAULT_MOBA, FULL_ATTENTION_COMMS, MoBASettings
 from .spec import with_moba
+
+_DEFAULTS = MoBASettings(DEFAULT_MOBA)
 
 
 def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group ``moba`` to a parser; fits Megatron's ``pretrain(..., extra_args_provider=add_moba_arguments)``."""
     group = parser.add_argument_group("moba", "mixture of block attention")
-    group.add_argument("--moba-block-size", type=int, default=512, help="tokens a block")
-    group.add_argument("--moba-topk", type=int, default=8, help="blocks that a query attends to, its own included")
+    group.add_argument("--moba-block-size", type=int, default=_DEFAULTS.moba.block_size, help="tokens per block")
+    group.add_argument(
+        "--moba-topk",
+        type=int,
+        default=_DEFAULTS.moba.topk,
+        help="blocks that a query attends to, its own included",
+    )
     group.add_argument(
         "--moba-comm",
-        default="auto",
+        default=_DEFAULTS.comm,
         choices=COMMS,
         help="how keys and values travel between context-parallel ranks",
     )
     group.add_argument(
-        "--moba-partition", default="zigzag", choices=PARTITIONS, help="which tokens of a sequence a rank holds"
+        "--moba-partition",
+        default=_DEFAULTS.partition,
+        choices=PARTITIONS,
+        help="how a sequence is cut over the context-parallel ranks; contiguous only where Megatron's configuration says "
+        "the same",
     )
     group.add_argument(
-        "--moba-full-attention-last-n-layers", type=int, default=0, help="layers at the end with full causal attention"
+        "--moba-packed-partition",
+        default=_DEFAULTS.packed_partition,
+        choices=PACKED_PARTITIONS,
+        help="how packed sequences are cut: each by itself, or the pack as a whole (_pack); by default as Megatron does, "
+        "and refused where that is not clear",
+    )
+    group.add_argument(
+        "--moba-full-attention-last-n-layers",
+        type=int,
+        default=_DEFAULTS.full_attention_last_n_layers,
+        help="layers at the end with full causal attention",
     )
     group.add_argument(
         "--moba-full-attention-comm",
-        default="auto",
+        default=_DEFAULTS.full_attention_comm,
         choices=FULL_ATTENTION_COMMS,
         help="how keys and values travel for full causal attention",
     )
     group.add_argument(
         "--moba-full-attention-backend",
-        default="torch",
+        default=_DEFAULTS.full_attention_backend,
         choices=BACKENDS,
         help="what computes full causal attention: torch's kernels, or Transformer Engine",
     )
     group.add_argument(
         "--moba-layer-freq",
         type=layer_pattern,
-        default=None,
-        help="N: every Nth layer computes MoBA, the others full attention; or a list with one entry a layer, "
+        default=_DEFAULTS.layer_pattern,
+        help="N: every Nth layer computes MoBA, the others full attention; or a list with one entry per layer, "
         "1 for MoBA and 0 for full attention, as a Python expression: '([1]*3+[0])*4'",
     )
     return parser
@@ -90,7 +112,8 @@ def settings_from_arguments(arguments: argparse.Namespace, num_layers: int | Non
         if layers is None:
             raise ValueError(f"--moba-layer-freq {pattern} needs the number of layers")
         pattern = tuple(int((number + 1) % pattern == 0) for number in range(layers))
-    return {
+    packs = arguments.moba_packed_partition
+    return ({} if packs is None else {"packed_partition": packs}) | {
         "moba_config": MoBAConfig(arguments.moba_block_size, arguments.moba_topk),
         "comm": arguments.moba_comm,
         "partition": arguments.moba_partition,

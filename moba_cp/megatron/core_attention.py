@@ -18,10 +18,13 @@ from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.dense import causal_attention
 from moba_cp.validation import COMMS
 
-from .layout import host_integers, packed_layout, sbhd_layout
+from .layout import sbhd_layout
+from .lengths import pack_lengths
+from .partition import is_packed, resolve_packed_partition, resolve_partition
+from .record import megatron_arguments, packs_of_flags, record_settings
 from .settings import COMM_PREFIX, FULL_ATTENTION_COMMS, MoBASettings
 from .te import build_te_attention
-from .unsupported import refuse_extra, refuse_unsupported
+from .unsupported import refuse_extra, refuse_flags, refuse_unsupported
 
 
 class MoBACoreAttention(MegatronModule):
@@ -77,7 +80,7 @@ class MoBACoreAttention(MegatronModule):
         if attention_dropout:
             raise ValueError(f"MoBA attention, layer {layer_number}: attention_dropout={attention_dropout} must be 0")
         self.layer_number = layer_number
-        self.partition = _resolve_partition(config, settings)
+        self.partition, self.packed_partition = settings.partition, settings.packed_partition
         self.moba = _with_scale(settings.moba, softmax_scale)
         self._built_for_moba = settings.computes_moba(layer_number, config.num_layers)
         always_te = settings.full_attention_backend == "te" and not self._built_for_moba
@@ -90,7 +93,7 @@ class MoBACoreAttention(MegatronModule):
                 build_te_attention(
                     config,
                     layer_number,
-                    self.partition,
+                    settings,
                     cp_comm_type,
                     attn_mask_type=attn_mask_type,
                     attention_type=attention_type,
@@ -103,9 +106,17 @@ class MoBACoreAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.cp_group: torch.distributed.ProcessGroup = pg_collection.cp
+        self._settings = settings
+        resolve_partition(config, settings, self.cp_group.size())
+        if (arguments := megatron_arguments()) is not None:
+            refuse_flags(arguments, config.context_parallel_size)
+            if self.packed_partition is None:
+                self.packed_partition = packs_of_flags(arguments)
+            record_settings(arguments, settings, config.num_layers, self.moba.softmax_scale)
         self.full_attention = False  # see moba_cp.megatron.schedule
         self.report_to: Callable[..., None] | None = None  # see moba_cp.megatron.reports
 
+    @torch.compiler.disable  # layouts are planned on the host, from values: one graph break around the whole layer
     def forward(
         self,
         query: torch.Tensor,
@@ -136,13 +147,16 @@ class MoBACoreAttention(MegatronModule):
             TypeError: an unknown keyword argument that carries a value.
         """
         self._check_call(query, key, attention_mask, attn_mask_type, attention_bias, extra)
+        group, cp_size = self._group(packed_seq_params)
+        packed = packed_seq_params if is_packed(packed_seq_params) else None
         if self._te and not self.computes_moba:
+            if packed is not None and cp_size > 1:
+                self._packed_layout(packed, query.size(0), cp_size)  # refuses a cut that is not named
             mask_type = self._attn_mask_type if attn_mask_type is None else attn_mask_type
             (te,) = self._te
             return te(query, key, value, None, attn_mask_type=mask_type, packed_seq_params=packed_seq_params)
-        group, cp_size = self._group(packed_seq_params)
-        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            layout = self._packed_layout(packed_seq_params, query.size(0), cp_size)
+        if packed is not None:
+            layout = self._packed_layout(packed, query.size(0), cp_size)
             return self._attend(query, key, value, layout, group).flatten(1)
         if query.dim() != 4:
             raise ValueError(f"query must be [s / cp, b, heads, d] without packing, got {tuple(query.shape)}")
@@ -198,26 +212,19 @@ class MoBACoreAttention(MegatronModule):
         size = 1 if group is None else group.size()
         if size != local_size:
             raise ValueError(f"packed_seq_params.local_cp_size={local_size}, but its cp_group has {size} rank(s)")
+        resolve_partition(self.config, self._settings, size)  # it may be larger than the layer's own
         return (group, size) if size > 1 else (None, 1)
 
     def _packed_layout(self, packed: PackedSeqParams, local_tokens: int, cp_size: int) -> SequenceLayout:
-        if packed.cu_seqlens_q is None:
-            raise ValueError("packed_seq_params.cu_seqlens_q is None: packed attention needs the sequence lengths")
-        true, padded = host_integers(packed.cu_seqlens_q), None
-        if packed.cu_seqlens_q_padded is not None:
-            padded = host_integers(packed.cu_seqlens_q_padded)
-        for name, expected in (("cu_seqlens_kv", true), ("cu_seqlens_kv_padded", padded)):
-            tensor = getattr(packed, name)
-            if tensor is not None and host_integers(tensor) != (expected if expected is not None else true):
-                raise ValueError(
-                    f"packed_seq_params.{name} differs from the queries': only self-attention is supported"
-                )
-        total = (true if padded is None else padded)[-1]
-        if total != local_tokens * cp_size:
+        lengths = pack_lengths(packed, self.layer_number, self.training)
+        if lengths.total != local_tokens * cp_size:
             raise ValueError(
-                f"packed sequences end at token {total}, but {cp_size} rank(s) hold {local_tokens} tokens each"
+                f"packed sequences end at token {lengths.total}, but {cp_size} rank(s) hold {local_tokens} tokens each"
             )
-        return packed_layout(true, padded, cp_size, self.partition)
+        partition = self.partition
+        if cp_size > 1:
+            partition = resolve_packed_partition(self.packed_partition, partition, packed, lengths)
+        return lengths.layout(cp_size, partition)
 
     def _check_call(
         self,
@@ -277,13 +284,3 @@ def _resolve_full_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
     if settings.full_attention_comm == "auto" and named in FULL_ATTENTION_COMMS:
         return named
     return settings.full_attention_comm
-
-
-def _resolve_partition(config: TransformerConfig, settings: MoBASettings) -> str:
-    """Newer Megatron versions say how they slice a sequence; it must be what the settings say."""
-    stated = getattr(config, "cp_partition_mode", None)
-    if stated is not None and stated != settings.partition:
-        raise ValueError(
-            f"cp_partition_mode={stated!r} in Megatron's configuration, but MoBA's is {settings.partition!r}"
-        )
-    return settings.partition

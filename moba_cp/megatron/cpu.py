@@ -2,8 +2,8 @@
 
 Megatron-Core asks for CUDA by name in a few dozen places (``device="cuda"``, ``torch.cuda.current_device()``, streams,
 the CUDA random state, checks of type names like ``torch.cuda.FloatTensor``). :func:`use_cpu_as_cuda` answers all of
-them with the CPU. It changes the running process for good, so it belongs at the top of a script, and it refuses to run
-where a GPU is visible. This is the only file of the project that patches anything.
+them with the CPU. It patches torch and Megatron for the rest of the process, so it belongs at the top of a script, and it
+refuses to run where a GPU is visible.
 
 As a program it runs any Megatron-LM script, unmodified and without knowing of MoBA, on CPU::
 
@@ -49,7 +49,7 @@ def use_cpu_as_cuda(training_scripts: bool = False) -> None:
     if training_scripts:
         torch.cuda.is_available = _returning(True)
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # demanded where tensors or sequences are sharded
-        if not hasattr(typing, "override"):  # all that newer scripts want of Python 3.12
+        if not hasattr(typing, "override"):  # the only thing that newer scripts need from Python 3.12
             vars(typing)["override"] = typing_extensions.override
         from megatron.training import initialize
 
@@ -75,6 +75,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if name == "type" and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.device and args == ("cuda:cpu",):  # f"cuda:{torch.cuda.current_device()}"
+            return _CPU
         if name == "to":
             args = tuple(_CPU if _names_cuda(argument) else argument for argument in args)
         if _names_cuda(kwargs.get("device")):

@@ -78,7 +78,7 @@ def step_flops(
 
 
 def attended_pairs(lengths: Iterable[int], moba: MoBAConfig) -> int:
-    """(query, key) pairs of one head: ``min(topk - 1, earlier blocks)`` whole blocks a query, and its own up to itself."""
+    """(query, key) pairs of one head: ``min(topk - 1, earlier blocks)`` whole blocks per query, and its own up to itself."""
     size = moba.block_size
     total = 0
     for length in lengths:

@@ -8,10 +8,18 @@ SBHD, ``[s / cp, b, heads, d]``: every sequence is cut into ``2 * cp`` equal chu
     rank 0: 0 1 . . . . 6 7
     rank 1: . . 2 3 4 5 . .
 
-THD, ``[t / cp, heads, d]``: sequences are packed one after the other, each padded to a multiple of ``2 * cp`` and each
-cut like the one above. ``cu_seqlens`` stay global; entries that repeat the total length stand for absent sequences.
+THD, ``[t / cp, heads, d]``: sequences are packed one after the other. ``cu_seqlens`` stay global; entries that repeat the
+total length stand for absent sequences. A pack may be cut in four ways. With ``cp = 2`` and sequences of 4 and 8 tokens,
+rank 0 holds::
 
-Both become packed documents. Row ``i`` of the local tensor is token ``layout.local_indices(rank)[i]``.
+    "zigzag"           0 . . 3 | 4 5 . . . . 10 11    every sequence like the one above (Megatron's rule)
+    "zigzag_pack"      0 1 2 . | . . . . . 9 10 11    the pack, as if it were one sequence
+    "contiguous"       0 1 . . | 4 5 6 7 . . . .      one run of every sequence
+    "contiguous_pack"  0 1 2 3 | 4 5 . . . . . .      one run of the pack
+
+The tensors look the same in all four. :mod:`moba_cp.megatron.partition` decides which it is, or refuses.
+
+All of them become packed documents. Row ``i`` of the local tensor is token ``layout.local_indices(rank)[i]``.
 """
 
 from __future__ import annotations
@@ -20,11 +28,16 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from moba_cp import SequenceLayout
 
 Run = tuple[int, int]
+
+PARTITIONS = ("zigzag", "contiguous")
+"""How one sequence is cut."""
+WHOLE_PACK = "_pack"
+PACKED_PARTITIONS = (*PARTITIONS, *(name + WHOLE_PACK for name in PARTITIONS))
+"""How a pack is cut: sequence by sequence, or as if it were one sequence."""
 
 
 @lru_cache(maxsize=64)
@@ -59,22 +72,41 @@ def packed_layout(
         cu_seqlens: cumulative true lengths, ``n + 1`` host integers from 0; trailing repeats are empty sequences.
         cu_seqlens_padded: cumulative padded lengths, or None if there is no padding.
         cp_size: ranks of the context-parallel group.
-        partition: ``"zigzag"`` or ``"contiguous"``, applied to every padded sequence.
+        partition: one of :data:`PACKED_PARTITIONS`.
 
     Raises:
-        ValueError: numbers that do not describe packed sequences, or a sequence that cannot be cut as Megatron does.
+        ValueError: numbers that do not describe packed sequences, or lengths that cannot be cut into equal parts.
     """
     padded = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
-    _check_cumulative(cu_seqlens, padded, cp_size if partition == "zigzag" else 1)
-    runs: list[list[Run]] = [[] for _ in range(cp_size)]
+    _check_cumulative(cu_seqlens, padded)
+    rule = partition.removesuffix(WHOLE_PACK)
+    cut = padded if rule == partition else (0, padded[-1])
+    if cp_size > 1:
+        _check_equal_parts(cut, cp_size, partition)
+    runs: list[list[Run]] = [
+        [run for start, end in pairwise(cut) for run in _share(start, end, rank, cp_size, rule)]
+        for rank in range(cp_size)
+    ]
     documents = [0]
     for (start, end), (true_start, true_end) in zip(pairwise(padded), pairwise(cu_seqlens), strict=True):
-        for rank in range(cp_size):
-            runs[rank].extend(_share(start, end, rank, cp_size, partition))
         for boundary in (start + true_end - true_start, end):
             if boundary > documents[-1]:
                 documents.append(boundary)
     return SequenceLayout.from_runs(runs, documents)
+
+
+def host_integers(values: torch.Tensor) -> tuple[int, ...]:
+    """Values of a one-dimensional integer tensor, on the host. For a GPU tensor this waits for the GPU.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(
+            f"cumulative lengths must be a one-dimensional integer tensor, got {values.dtype} of shape "
+            f"{tuple(values.shape)}"
+        )
+    return tuple(values.tolist())
 
 
 def _share(start: int, end: int, rank: int, cp_size: int, partition: str) -> list[Run]:
@@ -91,7 +123,7 @@ def _share(start: int, end: int, rank: int, cp_size: int, partition: str) -> lis
     return [run for run in ranges if run[0] < run[1]]
 
 
-def _check_cumulative(true: tuple[int, ...], padded: tuple[int, ...], cp_size: int) -> None:
+def _check_cumulative(true: tuple[int, ...], padded: tuple[int, ...]) -> None:
     if len(true) != len(padded):
         raise ValueError(f"cu_seqlens has {len(true)} entries but its padded form has {len(padded)}")
     for name, cumulative in (("cu_seqlens", true), ("cu_seqlens_padded", padded)):
@@ -100,26 +132,14 @@ def _check_cumulative(true: tuple[int, ...], padded: tuple[int, ...], cp_size: i
     for index, ((a, b), (p, e)) in enumerate(zip(pairwise(true), pairwise(padded), strict=True)):
         if b - a > e - p:
             raise ValueError(f"sequence {index} has {b - a} tokens but only {e - p} with padding")
-        if cp_size > 1 and (e - p) % (2 * cp_size):
+
+
+def _check_equal_parts(cut: tuple[int, ...], cp_size: int, partition: str) -> None:
+    parts = cp_size if partition.startswith("contiguous") else 2 * cp_size
+    for index, (start, end) in enumerate(pairwise(cut)):
+        if (end - start) % parts:
+            what = "the pack" if partition.endswith(WHOLE_PACK) else f"packed sequence {index}"
             raise ValueError(
-                f"packed sequence {index} holds {e - p} tokens with padding; with cp={cp_size} Megatron cuts every "
-                f"sequence into {2 * cp_size} equal chunks, so each must be padded to a multiple of {2 * cp_size} "
-                "(a batch sliced over the whole pack instead, as by --dataloader-inter-document-masking, "
-                "cannot be told apart from this one and is not supported)"
+                f"{what} holds {end - start} tokens with padding; with cp={cp_size} a partition of {partition!r} cuts it "
+                f"into {parts} equal chunks, so it must be padded to a multiple of {parts}"
             )
-
-
-_host_values = WeakIdKeyDictionary()
-
-
-def host_integers(values: torch.Tensor) -> tuple[int, ...]:
-    """Values of a small integer tensor on the host. Every layer of a micro-batch asks for the same tensor, so the copy
-    (which waits for the GPU) is made once for as long as the tensor lives unchanged. Whether tensors of inference mode
-    changed cannot be told: they are copied each time."""
-    if values.is_inference():
-        return tuple(values.tolist())
-    version, integers = _host_values.get(values, (None, ()))
-    if version != values._version:
-        integers = tuple(values.tolist())
-        _host_values[values] = (values._version, integers)
-    return integers

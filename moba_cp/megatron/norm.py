@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm from torch that also work under Megatron's sequence parallelism.
 
-Megatron's own ``WrappedTorchNorm`` refuses sequence parallelism because nobody tells the optimizer that each
-tensor-parallel rank saw only its part of the sequence. A tag on the parameters does: ``finalize_model_grads`` sums the
+Megatron's own ``WrappedTorchNorm`` refuses sequence parallelism, because the optimizer does not know that each
+tensor-parallel rank saw only its part of the sequence. A tag on the parameters tells it: ``finalize_model_grads`` sums the
 gradients of every parameter with ``sequence_parallel = True`` over the tensor-parallel group.
 """
 

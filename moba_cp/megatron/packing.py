@@ -57,7 +57,7 @@ class Packing:
         return packed_layout(self.cu_seqlens, self.cu_seqlens_padded, cp_size)
 
     def parameters(self, device: torch.device) -> PackedSeqParams:
-        """What Megatron's layers want to know about the pack."""
+        """The pack as Megatron's ``PackedSeqParams``; its lengths are int32 on ``device``."""
         true, padded = (
             torch.tensor(c, dtype=torch.int32, device=device) for c in (self.cu_seqlens, self.cu_seqlens_padded)
         )

@@ -7,8 +7,8 @@
 The flags of MoBA are taken out of the command line, the layer spec they describe is put where ``--spec`` finds it
 (``moba_cp.megatron.pretrain layer_spec``), and the script runs as if it had been started itself. From Megatron-LM 0.19 on
 Megatron's flags choose the layers (Transformer Engine, experts, ...) as without ``--spec``; before, MoBA's layers are those
-that :func:`moba_cp.megatron.arguments.layer_spec_from_arguments` builds. With ``--moba-cpu`` it runs on CPU, over gloo,
-through :mod:`moba_cp.megatron.cpu`.
+that :func:`moba_cp.megatron.arguments.layer_spec_from_arguments` builds. ``pretrain_hybrid.py`` gets the spec of
+:mod:`moba_cp.megatron.hybrid`. With ``--moba-cpu`` the script runs on CPU, over gloo, through :mod:`moba_cp.megatron.cpu`.
 """
 
 from __future__ import annotations
@@ -45,14 +45,19 @@ def main(arguments: list[str]) -> None:
 
         use_cpu_as_cuda(training_scripts=True)
     # The module that ``--spec`` imports is not this one if this one runs as __main__.
-    vars(importlib.import_module(_MODULE))["layer_spec"] = _spec(flags)
+    vars(importlib.import_module(_MODULE))["layer_spec"] = _spec(flags, script)
     run_script(script, [*rest, "--spec", _MODULE, "layer_spec"])
 
 
-def _spec(flags: argparse.Namespace) -> Any:
+def _spec(flags: argparse.Namespace, script: str) -> Any:
+    settings = settings_from_arguments(flags)
+    if "hybrid" in Path(script).stem:
+        from .hybrid import hybrid_spec
+
+        return hybrid_spec(**settings)
     models = Path(megatron.core.__path__[0]).parent / "training" / "models" / "gpt.py"
     if models.exists():  # scripts of this version take a callable, which knows the whole configuration
-        return moba_spec_builder(**settings_from_arguments(flags))
+        return moba_spec_builder(**settings)
     return layer_spec_from_arguments(flags)
 
 

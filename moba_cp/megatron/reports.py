@@ -1,4 +1,4 @@
-"""Routing and traffic reports of a model's attention layers, made only for the forward passes that ask for them."""
+"""Routing and traffic reports of a model's attention layers, made on request for single forward passes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .schedule import moba_layers
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one layer routed and moved in one call, with what the functions of ``moba_cp.diagnostics`` ask for."""
+    """What one layer routed and moved in one call, and the arguments that the functions of ``moba_cp.diagnostics`` take."""
 
     layer_number: int
     report: MoBAReport

@@ -8,9 +8,12 @@ from moba_cp import MoBAConfig
 from moba_cp.parallel.dense import COMMS as FULL_ATTENTION_COMMS
 from moba_cp.validation import COMMS, check_config
 
+from .layout import PACKED_PARTITIONS, PARTITIONS
+
+DEFAULT_MOBA = MoBAConfig(block_size=512, topk=8)
+"""Default of the flags and of the ready specs."""
 COMM_PREFIX = "moba_"
-"""What a ``cp_comm_type`` that names one of our transports begins with."""
-PARTITIONS = ("zigzag", "contiguous")
+"""Prefix of a ``cp_comm_type`` that names one of our transports."""
 BACKENDS = ("torch", "te")
 """What may compute full attention: our own over torch's kernels, or Transformer Engine."""
 
@@ -24,14 +27,20 @@ class MoBASettings:
         comm: how keys and values travel between the ranks of the context-parallel group; any value that
             ``moba_cp.moba_attention`` accepts. Megatron's own ``cp_comm_type`` overrides it for a layer where it is
             ``moba_<comm>``, for example ``--cp-comm-type moba_fetch``.
-        partition: which tokens of a sequence a context-parallel rank holds. ``"zigzag"`` is Megatron's: ``2 * cp``
-            chunks, rank ``r`` holds chunks ``r`` and ``2 * cp - 1 - r``, for every sequence of the micro-batch (or, if
-            sequences are packed, for every padded sequence of the pack). ``"contiguous"`` is for callers who slice the
-            batch and the rotary embedding that way themselves.
+        partition: how a sequence is cut over the context-parallel ranks. ``"zigzag"`` is Megatron's: ``2 * cp`` chunks,
+            rank ``r`` holds chunks ``r`` and ``2 * cp - 1 - r``. ``"contiguous"`` is for programs that slice the batch
+            and the rotary embedding that way, and say so in ``config.cp_partition_mode``.
+        packed_partition: how packed sequences (``qkv_format="thd"``) are cut. ``"zigzag"`` and ``"contiguous"`` cut
+            every padded sequence of the pack, ``"zigzag_pack"`` and ``"contiguous_pack"`` the pack as if it were one
+            sequence. None: as Megatron does where the pack shows it; other packs are refused
+            (:mod:`moba_cp.megatron.partition`).
         full_attention_last_n_layers: this many layers at the end compute full causal attention (the published
             one-million-token setting: 3).
-        layer_pattern: instead, one entry a layer: 1 for MoBA, 0 for full causal attention. Layers are counted over all
+        layer_pattern: instead, one entry per layer: 1 for MoBA, 0 for full causal attention. Layers are counted over all
             pipeline stages.
+        full_attention_comm: how keys and values travel for full causal attention: ``"ring"``, ``"all_gather"``, or
+            ``"auto"``, which decides by size.
+        full_attention_backend: what computes full causal attention: ``"torch"``, or ``"te"`` for Transformer Engine.
 
     Raises:
         TypeError: ``moba`` is no ``MoBAConfig``.
@@ -41,6 +50,7 @@ class MoBASettings:
     moba: MoBAConfig
     comm: str = "auto"
     partition: str = "zigzag"
+    packed_partition: str | None = None
     full_attention_last_n_layers: int = 0
     layer_pattern: tuple[int, ...] | None = None
     full_attention_comm: str = "auto"
@@ -64,6 +74,10 @@ class MoBASettings:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.packed_partition is not None and self.packed_partition not in PACKED_PARTITIONS:
+            raise ValueError(
+                f"packed_partition must be None or one of {PACKED_PARTITIONS}, got {self.packed_partition!r}"
+            )
         if self.full_attention_backend == "te" and self.full_attention_comm != "auto":
             raise ValueError(
                 f"full_attention_comm={self.full_attention_comm!r} is for full_attention_backend='torch'; Transformer "

@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from .settings import COMM_PREFIX
+from .settings import COMM_PREFIX, MoBASettings
 
 
 def build_te_attention(
-    config: TransformerConfig, layer_number: int, partition: str, cp_comm_type: str | None, **arguments: Any
+    config: TransformerConfig, layer_number: int, settings: MoBASettings, cp_comm_type: str | None, **arguments: Any
 ) -> torch.nn.Module:
     """Megatron's ``TEDotProductAttention`` for one layer.
 
     Args:
         config: the layer's configuration.
         layer_number: 1-based.
-        partition: of the layer's settings; Transformer Engine shards zigzag only.
+        settings: the layer's; Transformer Engine shards zigzag only, and packs sequence by sequence.
         cp_comm_type: the layer's own; ``moba_<comm>`` means nothing to Transformer Engine and becomes its default, ``"p2p"``.
         **arguments: the other arguments that Megatron builds a core attention with.
 
     Raises:
         ImportError: Transformer Engine is not installed.
-        ValueError: a contiguous partition under context parallelism.
+        ValueError: another partition under context parallelism.
     """
     from megatron.core.extensions import transformer_engine as extension
 
@@ -34,10 +34,11 @@ def build_te_attention(
             f"{where} needs Transformer Engine: pip install 'transformer_engine[pytorch]', or set "
             "full_attention_backend='torch'"
         )
-    if partition != "zigzag" and config.context_parallel_size > 1:
+    other = {settings.partition, settings.packed_partition} - {"zigzag", None}
+    if other and config.context_parallel_size > 1:
         raise ValueError(
-            f"{where} takes every context-parallel shard as zigzag, but partition={partition!r}; set "
-            "full_attention_backend='torch'"
+            f"{where} takes every context-parallel shard as zigzag, but partition={settings.partition!r} and "
+            f"packed_partition={settings.packed_partition!r}; set full_attention_backend='torch'"
         )
     if cp_comm_type is None or cp_comm_type.startswith(COMM_PREFIX):
         cp_comm_type = "p2p"

@@ -1,4 +1,4 @@
-"""Megatron options that MoBA attention cannot honour. Each is refused when the layer is built, by name, never ignored."""
+"""Megatron options and flags that MoBA attention cannot honour. Each is refused when the layer is built, by name."""
 
 from __future__ import annotations
 
@@ -27,8 +27,55 @@ _REFUSED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("external_cuda_graph", (None, False), "routing is data-dependent: turn CUDA graphs off"),
     ("cuda_graph_impl", (None, "none"), "routing is data-dependent: turn CUDA graphs off"),
     ("flash_decode", (None, False), "inference with a key-value cache is not supported"),
+    ("use_kitchen_attention", (None, False), "MoBA takes the place of Kitchen's attention: turn it off"),
     ("mtp_num_layers", (None, 0), "multi-token-prediction layers would silently get stock attention: turn them off"),
 )
+
+
+# Flags of Megatron-LM and of programs built on it: (attribute of the parsed arguments, flag, only under context parallelism,
+# why and what to do)
+_REFUSED_FLAGS: tuple[tuple[str, str, bool, str], ...] = (
+    (
+        "dataloader_inter_document_masking",
+        "--dataloader-inter-document-masking",
+        True,
+        "it cuts the pack as a whole, but Megatron's rotary embedding takes every document as cut by itself: use "
+        "--context-parallel-size 1, or packed data that is cut document by document (--sft)",
+    ),
+    (
+        "reset_attention_mask",
+        "--reset-attention-mask",
+        False,
+        "it works through mask tensors, which MoBA attention does not take: use packed sequences "
+        "(--dataloader-inter-document-masking or --sft)",
+    ),
+    (
+        "allgather_cp",
+        "--allgather-cp",
+        True,
+        "it cuts the pack as a whole, but Megatron's rotary embedding takes every sequence as cut by itself: leave it out",
+    ),
+)
+
+
+def refuse_flags(arguments: Any, cp_size: int) -> None:
+    """Raise for a flag of the training script that cannot be honoured together with MoBA.
+
+    Args:
+        arguments: Megatron's parsed arguments.
+        cp_size: context-parallel size of the model.
+
+    Raises:
+        ValueError: names the flag and what to do.
+    """
+    for name, flag, sharded_only, advice in _REFUSED_FLAGS:
+        if not getattr(arguments, name, False) or (sharded_only and cp_size == 1):
+            continue
+        if name == "dataloader_inter_document_masking" and getattr(arguments, "sft", False):
+            continue  # --sft decides how packs are cut
+        raise ValueError(
+            f"MoBA attention: {flag} is not supported{f' with {cp_size} ranks' if sharded_only else ''}; {advice}"
+        )
 
 
 def refuse_unsupported(config: Any, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str) -> None:

@@ -135,6 +135,31 @@ def test_it_adds_nothing_to_checkpoints() -> None:
     assert not core.sharded_state_dict()
 
 
+def test_a_compiled_model_breaks_its_graph_once_per_layer_and_gives_the_same_numbers() -> None:
+    core = build()
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSeqParams | None) -> torch.Tensor:
+        return core(q * 2, k * 2, v * 2, packed_seq_params=packed) * 2
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    for cu_seqlens in ([0, 20], [0, 7, 20], [0, 15, 20]):
+        lengths = torch.tensor(cu_seqlens)
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=lengths, cu_seqlens_kv=lengths)
+        qkv = random_qkv(20)
+        assert torch.equal(compiled(*qkv, packed), model(*qkv, packed))
+    assert len(graphs) == 2
+    qkv = random_qkv(20, 1)
+    assert torch.equal(compiled(*qkv, None), model(*qkv, None))
+    torch._dynamo.reset()
+
+
 def test_one_sequence_is_not_copied() -> None:
     core = build()
     seen: list[torch.Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -222,6 +223,22 @@ def test_transformer_engine_shards_zigzag_only() -> None:
     two = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
     with pytest.raises(ValueError, match="partition='contiguous'.*full_attention_backend='torch'"):
         build(two, settings=contiguous, config={"context_parallel_size": 2})
+
+
+@pytest.mark.usefixtures("te")
+def test_transformer_engine_gets_no_pack_that_is_cut_otherwise() -> None:
+    two = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    whole = dataclasses.replace(WITH_TE, packed_partition="zigzag_pack")
+    with pytest.raises(ValueError, match="packed_partition='zigzag_pack'.*full_attention_backend='torch'"):
+        build(two, settings=whole, config={"context_parallel_size": 2})
+    lengths = torch.tensor([0, 8, 20])
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=lengths, cu_seqlens_kv=lengths)
+    layer = build(two, settings=WITH_TE)
+    with pytest.raises(ValueError, match="2 sequences.*nothing says.*packed_partition"):
+        layer(*random_qkv(10), packed_seq_params=packed)
+    packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = lengths
+    layer(*random_qkv(10), packed_seq_params=packed)
+    assert len(layer._te[0].calls) == 1
 
 
 @pytest.mark.skipif(extension.HAVE_TE, reason="Transformer Engine is installed")
