@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from .chunks import Chunk, Ranges, ranges_of
 from .config import MoBAConfig
-from .kernels import KVPart, QueryRows, query_rows
+from .kernels import Backend, KVPart, QueryRows, RoutingLists, query_rows
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import HomePlan, RankPlan
 from .parallel.comm import CommGroup, SideStream
@@ -37,7 +36,7 @@ class Call:
     """One attention call on one rank: what it is asked to do, and what it decided on the way.
 
     Attributes:
-        config, plan, comm, backend: configuration, this rank's plan, its group, and the module of primitives.
+        config, plan, comm, backend: configuration, this rank's plan, its group, and the primitives of the device.
         requested: the `comm` argument.
         kv_heads: kv heads.
         workspace_bytes: most bytes of partial results at once.
@@ -50,7 +49,7 @@ class Call:
     config: MoBAConfig
     plan: RankPlan
     comm: CommGroup
-    backend: ModuleType
+    backend: Backend
     requested: str
     kv_heads: int
     workspace_bytes: int
@@ -81,7 +80,7 @@ class Saved:
     selected: Tensor
     out: Tensor
     lse: Tensor
-    lists: dict[tuple[int, int], Any]
+    lists: dict[tuple[int, int], RoutingLists]
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
@@ -104,7 +103,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
 
 
 def _forward_chunk(
-    call: Call, chunk: Chunk, lists: Any, q: Tensor, rows: QueryRows, saved: Saved, parts: Iterable[Part]
+    call: Call, chunk: Chunk, lists: RoutingLists, q: Tensor, rows: QueryRows, saved: Saved, parts: Iterable[Part]
 ) -> None:
     """Output and log-sum-exp of one chunk; its partial results live no longer than this."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
@@ -114,9 +113,10 @@ def _forward_chunk(
     scale = call.config.scale(q.shape[-1])
     for part in call.stage.taking(parts, "wait for keys and values"):
         with call.stage(f"attend {part.name}"):
-            call.backend.attend(chunk.of_rows(q), _kv_part(call, part), lists, here, selected, scale, partials)
+            call.backend.attend(chunk.of_rows(q), _kv_part(call, part), lists, here, scale, partials)
     with call.stage("merge"):
-        call.backend.merge(partials, selected, chunk.of_rows(saved.out), chunk.of_heads(saved.lse))
+        out, lse = chunk.of_rows(saved.out), chunk.of_heads(saved.lse)
+        call.backend.merge(partials, selected=selected, out=out, lse=lse)
 
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +127,7 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     ranges = head_ranges(call, q, k, v)
     transport = open_transport(call, home, saved.selected, share(call, home, ranges))
     with call.stage("delta"):
-        delta = call.backend.delta(saved.out, dout)
+        delta = call.backend.delta(out=saved.out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
@@ -177,14 +177,14 @@ def _finish_range(
         return
     with side.use():
         arrived = arrive()
-        call.backend.add_gradients(room_dk, room_dv, arrived, dk, dv)
+        call.backend.add_gradients(own_dk=room_dk, own_dv=room_dv, arrived=arrived, dk=dk, dv=dv)
     side.uses(room_dk, room_dv, *arrived)
 
 
 def _backward_chunk(
     call: Call,
     chunk: Chunk,
-    lists: Any,
+    lists: RoutingLists,
     q: Tensor,
     dout: Tensor,
     delta: Tensor,
@@ -196,29 +196,28 @@ def _backward_chunk(
 ) -> None:
     """dq of one chunk, and its share of dk and dv of every part; adds to the gradients whose dk is in `added_to`."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
-    partials = call.backend.new_partials(selected, q.shape[-1], q.dtype, backward=True)
+    partials = call.backend.new_dq_partials(selected, q.shape[-1], q.dtype)
     for gradient in call.stage.taking(parts, "wait for keys and values, send gradients"):
         with call.stage(f"attend backward {gradient.part.name}"):
             call.backend.attend_backward(
-                chunk.of_rows(q),
-                chunk.of_rows(dout),
-                chunk.of_heads(saved.lse),
-                chunk.of_heads(delta),
                 _kv_part(call, gradient.part),
                 lists,
                 here,
-                selected,
-                call.config.scale(q.shape[-1]),
-                gradient.dk,
-                gradient.dv,
-                partials,
-                id(gradient.dk) in added_to,
+                q=chunk.of_rows(q),
+                dout=chunk.of_rows(dout),
+                lse=chunk.of_heads(saved.lse),
+                delta=chunk.of_heads(delta),
+                scale=call.config.scale(q.shape[-1]),
+                dk=gradient.dk,
+                dv=gradient.dv,
+                dq_partials=partials,
+                accumulate=id(gradient.dk) in added_to,
             )
     with call.stage("merge dq"):
-        call.backend.merge_dq(partials, selected, chunk.of_rows(dq))
+        call.backend.merge_dq(partials, selected=selected, dq=chunk.of_rows(dq))
 
 
-def routed_ahead(call: Call, ranges: Ranges, saved: Saved, backward: bool) -> Iterator[Any]:
+def routed_ahead(call: Call, ranges: Ranges, saved: Saved, backward: bool) -> Iterator[RoutingLists]:
     """Routing lists of each chunk in turn; on CUDA those of the next chunk are made beside the work of the last.
 
     Backward takes the lists of forward where they were kept.
@@ -231,24 +230,24 @@ def routed_ahead(call: Call, ranges: Ranges, saved: Saved, backward: bool) -> It
         return
     side = SideStream(saved.selected.device, "routing lists")
     side.mark()
-    ahead: deque[tuple[Any, torch.cuda.Event | None]] = deque()
+    ahead: deque[tuple[RoutingLists, torch.cuda.Event | None]] = deque()
     for index in range(len(chunks) + 1):
         if index < len(chunks):
             with side.use():
                 ahead.append((_route(call, chunks[index], saved), side.done()))
         if index > 0:
             lists, done = ahead.popleft()
-            side.join(done, *(x for x in vars(lists).values() if isinstance(x, Tensor)))
+            side.join(done, *lists.tensors())
             yield lists
             del lists
 
 
-def _route(call: Call, chunk: Chunk, saved: Saved) -> Any:
+def _route(call: Call, chunk: Chunk, saved: Saved) -> RoutingLists:
     selected = chunk.of_heads(saved.selected)
     kv_heads = chunk.heads.stop - chunk.heads.start
     n_blocks, block_size = len(call.plan.plan.blocks), call.config.block_size
     with call.stage("lists"):
-        return call.backend.route(selected, n_blocks, kv_heads, block_size)
+        return call.backend.route(selected, n_blocks=n_blocks, kv_heads=kv_heads, block_size=block_size)
 
 
 def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> Tensor:
@@ -257,12 +256,12 @@ def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> T
     if call.topk > 1:
         start = centroid_start(call.plan, q.device)
         with call.stage("centroids"):
-            local = call.backend.centroids(home.k, start, call.config.block_size)
+            local = call.backend.centroids(home.k, start=start, block_size=call.config.block_size)
             centroids = gather_centroids(call.plan, local, call.comm)
     else:
         centroids = q.new_zeros(n_blocks, home.k.shape[1], q.shape[-1])
     with call.stage("gate"):
-        return call.backend.select_blocks(q, centroids, rows, call.topk)
+        return call.backend.select_blocks(q, centroids=centroids, rows=rows, topk=call.topk)
 
 
 def share(call: Call, home: HomeBlocks, ranges: Ranges) -> Pull | None:
@@ -287,7 +286,8 @@ def open_transport(call: Call, home: HomeBlocks, selected: Tensor, shared: Pull 
     if call.comm.size == 1:
         call.transport = LocalOnly.name
         return LocalOnly(home, call.comm)
-    wanted = partial(call.backend.wanted_pairs, selected, len(call.plan.plan.blocks), call.kv_heads)
+    n_blocks = len(call.plan.plan.blocks)
+    wanted = partial(call.backend.wanted_pairs, selected, n_blocks=n_blocks, kv_heads=call.kv_heads)
     if shared is not None:
         shared.want(wanted())
         return shared

@@ -78,7 +78,7 @@ def check_call(
     if workspace_bytes < 1:
         raise ValueError(f"workspace_bytes must be at least 1, got {workspace_bytes}")
     check_tensors(q, k, v)
-    backend_for(q.device, q.dtype).check_sizes(q.shape[2], v.shape[2], config.block_size)
+    backend_for(q.device, q.dtype).check_sizes(dim=q.shape[2], dim_v=v.shape[2], block_size=config.block_size)
     check_placement(q, layout, group)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moba_cp.kernels import torch_backend
-from moba_cp.kernels.torch_backend import Partials
-from moba_cp.kernels.types import KVPart, QueryRows, query_rows
+from moba_cp.kernels.types import DqPartials, KVPart, QueryRows, RoutingLists, query_rows
+from tests.kernels.list_cases import make_lists
 
 
 @dataclass
@@ -25,7 +24,7 @@ class Case:
     lse: Tensor
     delta: Tensor
     part: KVPart
-    lists: SimpleNamespace
+    lists: RoutingLists
     rows: QueryRows
     selected: Tensor
     scale: float
@@ -72,32 +71,6 @@ def random_selection(rows: QueryRows, n_blocks: int, q_heads: int, topk: int, *,
     return torch.stack(chosen).to(torch.int32)
 
 
-def make_lists(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int, rows_per_item: int) -> SimpleNamespace:
-    """Routing lists in the Triton form, made with torch operations and host reads: what the fast ones must equal."""
-    q_heads, _, topk = selected.shape
-    group = q_heads // kv_heads
-    head_bits, slot_bits = max(group - 1, 0).bit_length(), max(topk - 1, 0).bit_length()
-    head, token, slot = torch.nonzero(selected >= 0, as_tuple=True)
-    key = head // group * n_blocks + selected[head, token, slot].long()
-    key, order = torch.sort(key, stable=True)
-    pointer = torch.searchsorted(key, torch.arange(kv_heads * n_blocks + 1, device=key.device)).to(torch.int32)
-    code = (token << (head_bits + slot_bits)) | (head % group << slot_bits) | slot
-    entry = torch.full((selected.numel(),), -1, dtype=torch.int32, device=key.device)
-    entry[: order.numel()] = code[order].to(torch.int32)
-    items = [
-        (bin_, at, min(at + rows_per_item, b))
-        for bin_, (a, b) in enumerate(zip(pointer.tolist(), pointer.tolist()[1:]))
-        for at in range(a, b, rows_per_item)
-    ]
-    items += [(-1, 0, 0)] * 3
-    bins, starts, stops = torch.tensor(items, dtype=torch.int32, device=key.device).T.contiguous()
-    return SimpleNamespace(
-        pointer=pointer, entry=entry, head_bits=head_bits, slot_bits=slot_bits, n_blocks=n_blocks, kv_heads=kv_heads,
-        group_size=group, item_bin=bins, item_start=starts, item_end=stops,
-        rows_per_item=rows_per_item, block_size=block_size,
-    )  # fmt: skip
-
-
 def make_case(
     lengths: list[int], block_size: int, topk: int, *, q_heads=2, kv_heads=1, dim=64, value_dim=None, device="cpu",
     dtype=torch.float32, seed=0, hot=False, cold=False, absent=False, fetched=False, strided=False, scale=None,
@@ -123,11 +96,11 @@ def make_case(
     k, v = tensor(tokens, kv_heads, dim), tensor(tokens, kv_heads, value_dim)
     whole = KVPart(k, v, start.expand(kv_heads, n_blocks), length)
     scale = scale or dim**-0.5
-    lists = torch_backend.route(selected, n_blocks, kv_heads, block_size)
+    lists = torch_backend.route(selected, n_blocks=n_blocks, kv_heads=kv_heads, block_size=block_size)
     partials = torch_backend.new_partials(selected, value_dim, dtype)
-    torch_backend.attend(q, whole, lists, rows, selected, scale, partials)
+    torch_backend.attend(q, whole, lists, rows, scale, partials)
     out, lse = torch.empty_like(dout), torch_backend.new_lse(q)
-    torch_backend.merge(partials, selected, out, lse)
+    torch_backend.merge(partials, selected=selected, out=out, lse=lse)
     part = whole
     if fetched:
         part = per_pair(whole)
@@ -136,8 +109,8 @@ def make_case(
         kept.view(-1)[1::3] = -1
         part = KVPart(part.k, part.v, kept, length)
     return Case(
-        q, dout, out, lse * math.log2(math.e), torch_backend.delta(out, dout), part,
-        make_lists(selected, n_blocks, kv_heads, block_size, 128 if block_size > 128 else 2048), rows, selected, scale,
+        q, dout, out, lse * math.log2(math.e), torch_backend.delta(out=out, dout=dout), part,
+        make_lists(selected, n_blocks, kv_heads, block_size), rows, selected, scale,
         block_size, kv_heads,
     )  # fmt: skip
 
@@ -182,10 +155,11 @@ def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 dk, dv and partial dq of plain torch."""
     dk, dv = (torch.empty(x.shape, device=x.device) for x in (case.part.k, case.part.v))
     dq = torch.full((*case.selected.shape, case.q.shape[2]), float("nan"), device=dk.device)
-    lists = torch_backend.route(case.selected, case.lists.n_blocks, case.kv_heads, case.block_size)
+    n_blocks = case.lists.shape.n_blocks
+    lists = torch_backend.route(case.selected, n_blocks=n_blocks, kv_heads=case.kv_heads, block_size=case.block_size)
     torch_backend.attend_backward(
-        case.q, case.dout, case.lse / math.log2(math.e), case.delta, case.part, lists, case.rows, case.selected,
-        case.scale, dk, dv, Partials(dq, torch.empty(0)), False,
+        case.part, lists, case.rows, q=case.q, dout=case.dout, lse=case.lse / math.log2(math.e), delta=case.delta,
+        scale=case.scale, dk=dk, dv=dv, dq_partials=DqPartials(dq), accumulate=False,
     )  # fmt: skip
     return dk, dv, dq
 

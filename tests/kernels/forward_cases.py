@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moba_cp.kernels import torch_backend
-from moba_cp.kernels.torch_backend import Partials
-from moba_cp.kernels.types import KVPart, QueryRows, query_rows
+from moba_cp.kernels.types import KVPart, Partials, QueryRows, RoutingLists, query_rows
+from tests.kernels.list_cases import make_lists
 
 NAN = float("nan")
 
@@ -29,7 +28,7 @@ class Case:
     block_size: int
     kv_heads: int
 
-    def lists(self) -> SimpleNamespace:
+    def lists(self) -> RoutingLists:
         return make_lists(self.selected, self.part.length.numel(), self.kv_heads, self.block_size)
 
     def poisoned_partials(self) -> Partials:
@@ -44,8 +43,8 @@ class Case:
         partials.out.fill_(NAN)
         partials.lse.fill_(NAN)
         blocks = self.part.length.numel()
-        lists = torch_backend.route(self.selected, blocks, self.kv_heads, self.block_size)
-        torch_backend.attend(self.q, part or self.part, lists, self.rows, self.selected, self.scale, partials)
+        lists = torch_backend.route(self.selected, n_blocks=blocks, kv_heads=self.kv_heads, block_size=self.block_size)
+        torch_backend.attend(self.q, part or self.part, lists, self.rows, self.scale, partials)
         partials.lse.mul_(math.log2(math.e))
         return partials
 
@@ -123,34 +122,6 @@ def _select(rows, n_blocks, q_heads, topk, hot, cold, generator) -> Tensor:
         selected[head, :, topk - 1 - wanted : topk - 1] = best.to(torch.int32)
         selected[head, :, -1] = rows.block
     return selected
-
-
-def make_lists(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) -> SimpleNamespace:
-    """Routing lists of the Triton form, with torch operations and host reads, as the forward wants them."""
-    rows_per_item = 2048 if block_size <= 128 else 128
-    q_heads, _, topk = selected.shape
-    group = q_heads // kv_heads
-    head_bits, slot_bits = (group - 1).bit_length(), (topk - 1).bit_length()
-    head, token, slot = torch.nonzero(selected >= 0, as_tuple=True)
-    key, order = torch.sort(head // group * n_blocks + selected[head, token, slot].long(), stable=True)
-    pointer = torch.searchsorted(key, torch.arange(kv_heads * n_blocks + 1, device=key.device)).to(torch.int32)
-    code = (token << (head_bits + slot_bits)) | (head % group << slot_bits) | slot
-    entry = torch.full((selected.numel(),), -1, dtype=torch.int32, device=key.device)
-    entry[: order.numel()] = code[order].to(torch.int32)
-    ends = pointer.tolist()
-    items = [
-        (b, at, min(at + rows_per_item, ends[b + 1]))
-        for b in range(len(ends) - 1)
-        for at in range(ends[b], ends[b + 1], rows_per_item)
-    ]
-    bins, starts, stops = torch.tensor(
-        [*items, (-1, 0, 0), (-1, 0, 0)], dtype=torch.int32, device=key.device
-    ).T.contiguous()
-    return SimpleNamespace(
-        pointer=pointer, entry=entry, head_bits=head_bits, slot_bits=slot_bits, n_blocks=n_blocks, kv_heads=kv_heads,
-        group_size=group, item_bin=bins, item_start=starts, item_end=stops,
-        rows_per_item=rows_per_item, block_size=block_size,
-    )  # fmt: skip
 
 
 def without(part: KVPart, pairs: slice) -> KVPart:

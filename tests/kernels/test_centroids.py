@@ -26,8 +26,8 @@ def check(tokens, heads, dim, block_size, dtype, starts, integers=True, pad=8):
         k = torch.randn(tokens, heads + 1, dim + pad, generator=generator)
     k = k.to(DEVICE, dtype)[:, :heads, :dim]
     start = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
-    actual = module.centroids(k, start, block_size)
-    expected = torch_backend.centroids(k, start, block_size)
+    actual = module.centroids(k, start=start, block_size=block_size)
+    expected = torch_backend.centroids(k, start=start, block_size=block_size)
     assert actual.dtype == dtype
     if integers and block_size & (block_size - 1) == 0:
         assert torch.equal(actual, expected)
@@ -36,7 +36,7 @@ def check(tokens, heads, dim, block_size, dtype, starts, integers=True, pad=8):
         step = 2**-7 if dtype == torch.bfloat16 else 2**-10
         torch.testing.assert_close(actual, expected, rtol=step, atol=1e-6)
     for index in range(min(len(starts), 3)):
-        assert torch.equal(module.centroids(k, start[index : index + 1], block_size)[0], actual[index])
+        assert torch.equal(module.centroids(k, start=start[index : index + 1], block_size=block_size)[0], actual[index])
 
 
 @interpreter.interpreted
@@ -50,7 +50,11 @@ def test_small(dim, block_size, dtype):
 
 def test_no_blocks():
     k = torch.zeros(5, 2, 16, dtype=torch.bfloat16, device=DEVICE)
-    assert module.centroids(k, torch.zeros(0, dtype=torch.int32, device=DEVICE), 16).shape == (0, 2, 16)
+    assert module.centroids(k, start=torch.zeros(0, dtype=torch.int32, device=DEVICE), block_size=16).shape == (
+        0,
+        2,
+        16,
+    )
 
 
 class TestGPU:
@@ -69,5 +73,5 @@ class TestGPU:
         k = torch.zeros((1 << 20) + 128, 16, 128, dtype=torch.bfloat16, device=DEVICE)
         k[1 << 20 :] = 3
         start = torch.tensor([0, 1 << 20], dtype=torch.int32, device=DEVICE)
-        means = module.centroids(k, start, 128)
+        means = module.centroids(k, start=start, block_size=128)
         assert means.float().mean((1, 2)).tolist() == [0, 3]
