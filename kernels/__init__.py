@@ -5,7 +5,7 @@ files:
 
 =============  ========================================================================================================
 row            a query row: one (token, q head). Of keys and values: one position of a `KVPart`
-key            one key of a block
+key            one key of a block; in the gate, what scores are sorted by
 slot           one of the `topk` blocks that a row selected; the last one is its own block
 block, n_blocks  `block_size` consecutive keys of a document; blocks in all, over all documents
 bin            one (kv head, block) pair
@@ -19,7 +19,7 @@ first_key      first row of a block's keys in the part, from `start`; `held`, fr
 =============  ========================================================================================================
 
 Files are named after the operation; launch configurations are in `configs.py`, the choice between kernels in `dispatch.py`, and
-what is known about GPUs in `gpu.py`. `sm90_*.py` are Gluon kernels for Hopper.
+what is known about GPUs in `gpu.py`. `*_sm90.py` are Gluon kernels for Hopper.
 """
 
 import torch

@@ -119,21 +119,9 @@ class Backend(Protocol):
         ...
 
     def attend_backward(
-        self,
-        part: KVPart,
-        lists: RoutingLists,
-        rows: QueryRows,
-        *,
-        q: Tensor,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        scale: float,
-        dk: Tensor,
-        dv: Tensor,
-        dq_partials: DqPartials,
-        accumulate: bool,
-    ) -> None:
+        self, part: KVPart, lists: RoutingLists, rows: QueryRows, *, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
+        scale: float, dk: Tensor, dv: Tensor, dq_partials: DqPartials, accumulate: bool,
+    ) -> None:  # fmt: skip
         """Gradients of `attend` followed by `merge`, one part at a time.
 
         Args:

@@ -290,6 +290,7 @@ REDONE_ROWS = 0.035
 """Largest share of rows that a list of this depth may fail to prove, for independent scores."""
 
 
+@lru_cache(maxsize=64)
 def gate(dim: int, n_blocks: int, topk: int, gpu: Gpu) -> GateConfig:
     """The gate for heads of `dim` and `n_blocks` blocks in all.
 

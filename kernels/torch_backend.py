@@ -198,20 +198,9 @@ def delta(*, out: Tensor, dout: Tensor) -> Tensor:
 
 
 def attend_backward(
-    part: KVPart,
-    lists: RoutingLists,
-    rows: QueryRows,
-    *,
-    q: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    scale: float,
-    dk: Tensor,
-    dv: Tensor,
-    dq_partials: DqPartials,
-    accumulate: bool,
-) -> None:
+    part: KVPart, lists: RoutingLists, rows: QueryRows, *, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
+    scale: float, dk: Tensor, dv: Tensor, dq_partials: DqPartials, accumulate: bool,
+) -> None:  # fmt: skip
     """See `backend.Backend.attend_backward`."""
     acc = accumulate_dtype(q.dtype)
     starts, lengths = part.start.tolist(), part.length.tolist()

@@ -5,7 +5,7 @@ have the same bits every time. The partial dq of a (row, block) goes to the row'
 keys holds a whole block, else from a second kernel in which rows stay on chip and keys stream.
 
 A bin (kv head, block) that very many rows selected would keep one program busy long after the others. Such bins are cut into
-segments (`segments.py`). Files: `portable.py` and `sm90.py` launch, `*_kernels.py` and `sm90_*.py` hold the kernels;
+segments (`segments.py`). Files: `portable.py` and `sm90.py` launch, `*_kernels.py` and `*_sm90.py` hold the kernels;
 `..dispatch` chooses.
 """
 
@@ -24,21 +24,9 @@ __all__ = ["attend_backward", "delta"]
 
 
 def attend_backward(
-    part: KVPart,
-    lists: RoutingLists,
-    rows: QueryRows,
-    *,
-    q: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    scale: float,
-    dk: Tensor,
-    dv: Tensor,
-    dq_partials: DqPartials,
-    accumulate: bool,
-    variant: str | None = None,
-) -> None:
+    part: KVPart, lists: RoutingLists, rows: QueryRows, *, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
+    scale: float, dk: Tensor, dv: Tensor, dq_partials: DqPartials, accumulate: bool, variant: str | None = None,
+) -> None:  # fmt: skip
     """Gradients of `attend` followed by `merge`, one part at a time; see `backend.Backend.attend_backward`.
 
     Args:

@@ -12,10 +12,10 @@ from .. import configs
 from ..configs import GluonConfig
 from ..descriptors import gluon_dtype
 from .call import Call
+from .dkdv_dq_sm90 import dkdv_dq_kernel
+from .dkdv_sm90 import dkdv_kernel
+from .dq_sm90 import dq_kernel
 from .segments import segment_rows, sum_segments
-from .sm90_dkdv import dkdv_kernel
-from .sm90_dkdv_dq import dkdv_dq_kernel
-from .sm90_dq import dq_kernel
 
 
 def launch(call: Call) -> None:

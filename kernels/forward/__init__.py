@@ -2,7 +2,7 @@
 
 Each (q head, row, slot) gets one normalised partial output and its log-sum-exp in base 2. Small blocks (at most 128 keys) stay
 on chip while up to 2048 rows stream past them; of larger blocks 128 rows stay and the keys stream. Files: `portable.py` and
-`sm90.py` launch, `*_kernels.py` and `sm90_*.py` hold the kernels; `..dispatch` chooses.
+`sm90.py` launch, `*_kernels.py` and `*_sm90.py` hold the kernels; `..dispatch` chooses.
 """
 
 from __future__ import annotations

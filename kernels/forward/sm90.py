@@ -13,9 +13,9 @@ from .. import configs
 from ..descriptors import gluon_dtype, gluon_tile_descriptor, head_step
 from ..sizes import head_stride
 from ..types import KVPart, Partials, QueryRows, RoutingLists
+from .hold_rows_sm90 import hold_rows_kernel, own_blocks_kernel
 from .scale import base_2
-from .sm90_hold_rows import hold_rows_kernel, own_blocks_kernel
-from .sm90_stream_rows import stream_rows_kernel
+from .stream_rows_sm90 import stream_rows_kernel
 
 
 def attend(q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, scale: float, partials: Partials) -> None:

@@ -1,4 +1,4 @@
-"""Inputs of the backward kernels, and what plain torch makes of them."""
+"""Inputs of the backward kernels, and the results of plain torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.kernels.list_cases import make_lists
 
 @dataclass
 class Case:
-    """One call of `attend_backward`: inputs as every backend takes them, `lse` in base 2."""
+    """Inputs of one call of `attend_backward`; `lse` in base 2."""
 
     q: Tensor
     dout: Tensor
@@ -33,7 +33,7 @@ class Case:
 
 
 def document_rows(lengths: list[int], block_size: int, device) -> tuple[QueryRows, Tensor, Tensor]:
-    """Rows of whole documents in order, and each block's first token and length."""
+    """Query rows of complete documents in order, and the first token and length of each block."""
     block, first_block, position, start, length = [], [], [], [], []
     token = 0
     for tokens in lengths:
@@ -53,7 +53,7 @@ def document_rows(lengths: list[int], block_size: int, device) -> tuple[QueryRow
 
 
 def random_selection(rows: QueryRows, n_blocks: int, q_heads: int, topk: int, *, hot: bool, cold: bool) -> Tensor:
-    """int32 `[Hq, T, topk]` as `select_blocks` gives it: uniform, or with block 0 wanted by all, or the last by none."""
+    """int32 `[Hq, T, topk]` as of `select_blocks`. `hot`: every row selects block 0; `cold`: none selects the middle one."""
     device = rows.block.device
     number = torch.arange(n_blocks, device=device)
     chosen = []
@@ -77,8 +77,8 @@ def make_case(
 ) -> Case:  # fmt: skip
     """Random inputs over packed documents.
 
-    `absent` leaves some (kv head, block) pairs out of the part; `fetched` gives every pair rows of its own (H = 1);
-    `strided` makes every tensor a view with larger strides.
+    `absent`: the part lacks some (kv head, block) pairs. `fetched`: every pair has rows of its own (H = 1). `strided`:
+    tensors are views with larger strides.
     """
     torch.manual_seed(seed)
     value_dim = value_dim or dim
@@ -116,7 +116,7 @@ def make_case(
 
 
 def per_pair(part: KVPart) -> KVPart:
-    """The same part as a fetch delivers it: one kv head a row, pairs one after another with a gap between."""
+    """The same part in the form of fetched blocks: one kv head per row, pairs in order with a gap after each."""
     kv_heads, n_blocks = part.start.shape
     start = torch.zeros(kv_heads, n_blocks, dtype=torch.int32)
     source, head, at = [], [], 0
@@ -152,7 +152,7 @@ def written_slots(case: Case) -> Tensor:
 
 
 def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 dk, dv and partial dq of plain torch."""
+    """dk, dv and partial dq of plain torch, in fp32."""
     dk, dv = (torch.empty(x.shape, device=x.device) for x in (case.part.k, case.part.v))
     dq = torch.full((*case.selected.shape, case.q.shape[2]), float("nan"), device=dk.device)
     n_blocks = case.lists.shape.n_blocks
@@ -165,6 +165,6 @@ def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Norm of the difference over the norm of the reference, which counts as 0.1 an element where it is smaller."""
+    """Norm of the difference over the norm of the reference, or over 0.1 per element if that is larger."""
     a, b = a.double(), b.double()
     return float((a - b).norm() / b.norm().clamp(min=0.1 * b.numel() ** 0.5))

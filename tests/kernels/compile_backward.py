@@ -1,29 +1,16 @@
-"""Compiles the backward kernels for a GPU that need not be there and prints registers, spills and shared memory as JSON.
-
-Run as a program, in a process of its own: where there is no GPU, the tests' process has Triton's interpreter on.
-"""
+"""Build the backward kernels and those that move gradients between ranks; see `compiling.py`. Run as a program."""
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moba_cp.kernels import configs
 from moba_cp.kernels.backward import deltas, portable_kernels, segments
 from moba_cp.kernels.gpu import gpu_of_capability
 from moba_cp.kernels.sizes import padded
+from tests.kernels import compiling
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-CUOBJDUMP = TOOLS / "cuobjdump"
 INT32 = {
     "position", "pointer", "entry", "start", "length", "segment_bin", "item_bin", "item_start", "item_end", "own_tiles",
 }  # fmt: skip
@@ -32,36 +19,16 @@ HALF = {"q", "dout", "out", "k", "v", "dq", "packed", "source"}
 GRADIENTS = {"dk", "dv", "target"}
 
 
-def usage(asm: bytes) -> dict:
-    """Registers and bytes of spills of a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm)
-        file.flush()
-        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
-    return {"registers": registers, "spill": stack + local}
-
-
-def serialised(ptx: str) -> bool:
-    """Whether ptxas says that it had to run a Hopper kernel's products one after another."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [TOOLS / "ptxas", "-arch=sm_90a", "-v", source, "-o", source.with_suffix(".cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return "serialized" in done.stderr + done.stdout
-
-
 def descriptor(constants: dict, dtype: str) -> str:
-    """Type of a Gluon kernel's descriptor of tiles of keys or values."""
+    """Type of a Gluon kernel's descriptor for tiles of keys or values."""
     from moba_cp.kernels.descriptors import tile_layout
 
-    layout = tile_layout(constants["KEYS"], constants["D"], {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    layout = tile_layout(constants["KEYS"], constants["D"], compiling.DTYPES[dtype])
     return f"tensordesc<{dtype}[1, {constants['KEYS']}, {constants['D']}],{layout!r}>"
 
 
 def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[dict, dict, dict]:
-    """Types, constants and alignments of a call with contiguous tensors."""
+    """Types, constants and alignment attributes of a call with contiguous tensors."""
     types, aligned = {}, []
     for p in kernel.params:
         if p.name in constants:
@@ -88,24 +55,20 @@ def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[di
         ):
             aligned.append(p.num)
     values = {(p.num,): constants[p.name] for p in kernel.params if p.name in constants}
-    return types, values, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    return types, values, {(i,): compiling.ALIGNED for i in aligned}
 
 
 def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], warps: int, gradient="fp32") -> dict:
     constants = {p.name: constants[p.name] for p in kernel.params if p.name in constants}
     types, values, attributes = signature_of(kernel, constants, dtype, gradient)
-    if getattr(kernel, "is_gluon", lambda: False)():
+    gluon = getattr(kernel, "is_gluon", lambda: False)()
+    if gluon:
         from triton.experimental.gluon._runtime import GluonASTSource
 
         source = GluonASTSource(kernel, types, values, attributes)
     else:
         source = ASTSource(kernel, types, values, attributes)
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    result = usage(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared, "asm": compiled.asm}
-    if capability == (9, 0):
-        result["serialised"] = serialised(compiled.asm["ptx"])
-    return result
+    return compiling.build(source, capability, products=gluon, num_warps=warps)
 
 
 def constants_of(dim: int, value_dim: int, block_size: int) -> dict:
@@ -132,7 +95,7 @@ def build_portable(dim, value_dim, block_size, dtype, capability, accumulate=Fal
 
 
 def tile_constants(config) -> dict:
-    """Constants that a `TileConfig` or `GluonConfig` stands for."""
+    """Constants of a `TileConfig` or `GluonConfig`."""
     constants = {"ROWS": config.rows, "KEYS": config.keys}
     if isinstance(config, configs.TileConfig):
         return constants | {"STAGES": config.num_stages}
@@ -148,7 +111,7 @@ def build_small(dim, dtype, capability) -> dict[str, dict]:
 
 
 def build_moving(dim, value_dim, dtype, capability) -> dict[str, dict]:
-    """What goes between ranks: packing, wanted rows of keys and values and of gradients, and the last sum of dK and dV."""
+    """Kernels around the exchange: packing, wanted rows of keys, values and gradients, and the final sum of dK and dV."""
     from moba_cp.kernels import gradients
     from moba_cp.parallel import rows_kernel
 
@@ -172,7 +135,7 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
     from moba_cp.kernels.backward import sm90
     from moba_cp.kernels.descriptors import gluon_dtype
 
-    element = gluon_dtype({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    element = gluon_dtype(compiling.DTYPES[dtype])
     common = constants_of(dim, dim, block_size) | {"DTYPE": element, "ACCUMULATE": accumulate}
     dkdv, dq = configs.sm90_dkdv(dim, block_size), configs.SM90_DQ
     constants = common | tile_constants(dkdv) | {"TILES": block_size // dkdv.keys}
@@ -187,19 +150,5 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
 BUILDERS = {"portable": build_portable, "small": build_small, "moving": build_moving, "hopper": build_hopper}
 
 
-def main() -> None:
-    """Argument: JSON list of cases `[builder, its arguments ..., capability]`."""
-    results = []
-    for name, *arguments, capability in json.loads(sys.argv[1]):
-        try:
-            built = BUILDERS[name](*arguments, tuple(capability))
-        except Exception as error:  # one failure must not hide the others
-            built = {"error": {"text": f"{type(error).__name__}: {error}"[:2000]}}
-        for kernel in built.values():
-            kernel.pop("asm", None)
-        results.append(built)
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    compiling.main(BUILDERS)

@@ -1,29 +1,15 @@
-"""Compiles the forward kernels for a GPU that need not be there and prints registers, spills and shared memory as JSON.
-
-Run as a program, in a process of its own: where there is no GPU, the tests' process has Triton's interpreter on.
-"""
+"""Build the forward kernels and merges; see `compiling.py`. Run as a program."""
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moba_cp.kernels import configs, merge
 from moba_cp.kernels.forward import portable_kernels
 from moba_cp.kernels.gpu import gpu_of_capability
 from moba_cp.kernels.sizes import padded
-from tests.kernels import compile_backward
+from tests.kernels import compile_backward, compiling
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTEGERS = {"tokens", "n_tiles", "n_blocks", "q_heads", "offset", "start_head"}
 INT32_POINTERS = {
     "start", "length", "position", "entry", "pointer", "item_bin", "item_start", "item_end", "own_tiles", "selected",
@@ -32,7 +18,7 @@ FP32_POINTERS = {"lse", "merged_lse"}
 
 
 def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], num_warps: int, descriptors=()) -> dict:
-    """Compiles `kernel`; what is neither constant nor known by name is a tensor of `dtype` or a stride."""
+    """Build `kernel`. A parameter that is neither constant nor known by name is a tensor of `dtype` or a stride."""
     signature, aligned = {}, []
     parameters = kernel.params
     for p in parameters:
@@ -53,23 +39,10 @@ def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], num_
             signature[p.name] = f"*{dtype}"
         if not (p.do_not_specialize or p.do_not_specialize_on_alignment) and signature[p.name] in ("i32", f"*{dtype}"):
             aligned.append(p.num)
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    attrs = {(i,): compiling.ALIGNED for i in aligned}
     constexprs = {(p.num,): constants[p.name] for p in parameters if p.name in constants}
     source = ASTSource(kernel, signature, constexprs, attrs)
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    local = int(re.search(r"LOCAL:(\d+)", usage)[1])
-    return {
-        "registers": registers,
-        "spill": stack + local,
-        "shared": compiled.metadata.shared,
-        "ptx": compiled.asm["ptx"],
-    }
+    return compiling.build(source, capability, num_warps=num_warps)
 
 
 def forward_constants(dim, dim_v, block_size, config, **more) -> dict:
@@ -113,7 +86,7 @@ def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
 
 
 def build_hopper(dim, block_size, dtype) -> dict[str, dict]:
-    """What `forward.sm90` launches."""
+    """What `forward.sm90` launches for these sizes."""
     from moba_cp.kernels.descriptors import gluon_dtype
     from moba_cp.kernels.forward import sm90
 
@@ -121,7 +94,7 @@ def build_hopper(dim, block_size, dtype) -> dict[str, dict]:
     config = configs.SM90_STREAM_ROWS if small else configs.SM90_HOLD_ROWS
     constants = {
         "D": dim, "HEAD_BITS": 2, "SLOT_BITS": 3, "TOPK": 8, "ROWS": config.rows, "WARPS": config.num_warps,
-        "DTYPE": gluon_dtype({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]), "NEGATIVE": False,
+        "DTYPE": gluon_dtype(compiling.DTYPES[dtype]), "NEGATIVE": False,
     }  # fmt: skip
     if small:
         kernels = {"hopper stream": sm90.stream_rows_kernel}
@@ -129,13 +102,10 @@ def build_hopper(dim, block_size, dtype) -> dict[str, dict]:
     else:
         kernels = {"hopper hold": sm90.hold_rows_kernel, "hopper own": sm90.own_blocks_kernel}
         constants |= {"KEYS": config.keys, "TILES": block_size // config.keys}
-    built = {
+    return {
         name: compile_backward.build(kernel, constants, dtype, (9, 0), config.num_warps)
         for name, kernel in kernels.items()
     }
-    for kernel in built.values():
-        kernel.pop("asm")
-    return built
 
 
 def build_merge(dim, topk, dtype, capability) -> dict[str, dict]:
@@ -151,19 +121,7 @@ def build_merge(dim, topk, dtype, capability) -> dict[str, dict]:
     }
 
 
-def main() -> None:
-    """Arguments: JSON list of cases `["attend", dim, dim_v, block_size, dtype, capability]` or `["merge", dim, topk, ...]`."""
-    results = []
-    for name, *arguments, capability in json.loads(sys.argv[1]):
-        try:
-            built = (build_attend if name == "attend" else build_merge)(*arguments, tuple(capability))
-        except Exception as error:  # one failure must not hide the others
-            built = {"error": {"text": f"{type(error).__name__}: {error}"}}
-        for kernel in built.values():
-            kernel.pop("ptx", None)
-        results.append(built)
-    print(json.dumps(results))
-
+BUILDERS = {"attend": build_attend, "merge": build_merge}
 
 if __name__ == "__main__":
-    main()
+    compiling.main(BUILDERS)

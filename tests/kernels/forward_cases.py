@@ -1,4 +1,4 @@
-"""Inputs of `attend` and `merge` in the Triton form, and what plain torch makes of them."""
+"""Inputs of `attend`, and the results of plain torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAN = float("nan")
 
 @dataclass
 class Case:
-    """One call of `attend`: inputs as every backend takes them."""
+    """Inputs of one call of `attend`."""
 
     q: Tensor
     part: KVPart
@@ -32,13 +32,13 @@ class Case:
         return make_lists(self.selected, self.part.length.numel(), self.kv_heads, self.block_size)
 
     def poisoned_partials(self) -> Partials:
-        """Partials full of NaN: what the kernels leave out shows."""
+        """Partials filled with NaN, which show the slots that the kernels do not write."""
         shape, dim_v, device = self.selected.shape, self.part.v.shape[2], self.q.device
         out = torch.full((*shape, dim_v), NAN, dtype=self.q.dtype, device=device)
         return Partials(out, torch.full(shape, NAN, device=device))
 
     def expected(self, part: KVPart | None = None) -> Partials:
-        """fp32 partials of plain torch, log-sum-exp in base 2; NaN where the part does not hold the block."""
+        """Partials of plain torch in fp32, log-sum-exp in base 2; NaN where the part does not hold the block."""
         partials = torch_backend.new_partials(self.selected, self.part.v.shape[2], self.q.dtype)
         partials.out.fill_(NAN)
         partials.lse.fill_(NAN)
@@ -55,13 +55,12 @@ class Case:
 
 def make_case(
     lengths, block_size, topk, *, q_heads=2, kv_heads=1, dim=16, dim_v=None, device="cpu", dtype=torch.float32, seed=0,
-    order="as they come", hot=False, cold=False, strided=False, scale=None,
+    order="in order", hot=False, cold=False, strided=False, scale=None,
 ) -> Case:  # fmt: skip
     """Random inputs over packed documents.
 
-    `order`: "as they come", "reversed", "shuffled" (no two rows side by side) or "zigzag" (halves of halves swapped);
-    `hot`: every query selects its document's first block; `cold`: nobody selects the second; `strided`: tensors are
-    views with larger strides.
+    `order` of the rows: "in order", "reversed", "shuffled" or "zigzag" (the middle quarters swapped). `hot`: every row
+    selects its document's first block. `cold`: nobody selects block 1. `strided`: tensors are views with larger strides.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     table = [
@@ -72,7 +71,7 @@ def make_case(
     block, first, position = np.array(table, dtype=np.int64).reshape(-1, 3).T
     tokens = block.size
     index = {
-        "as they come": np.arange(tokens),
+        "in order": np.arange(tokens),
         "reversed": np.arange(tokens)[::-1],
         "shuffled": np.random.default_rng(seed).permutation(tokens),
         "zigzag": np.concatenate(
@@ -125,14 +124,14 @@ def _select(rows, n_blocks, q_heads, topk, hot, cold, generator) -> Tensor:
 
 
 def without(part: KVPart, pairs: slice) -> KVPart:
-    """The part less some of its (kv head, block) pairs, numbered in order."""
+    """The part without some of its (kv head, block) pairs, which are numbered in order."""
     start = part.start.clone()
     start.view(-1)[pairs] = -1
     return KVPart(part.k, part.v, start, part.length)
 
 
 def fetched(part: KVPart) -> KVPart:
-    """The same pairs as a fetch delivers them: rows `[N, 1, D]` of each pair, last pair first, NaN between them."""
+    """The same pairs in the form of fetched blocks: rows `[N, 1, D]` per pair, last pair first, NaN between pairs."""
     kv_heads, n_blocks = part.start.shape
     start = torch.empty(kv_heads, n_blocks, dtype=torch.int32)
     rows, at = {"k": [], "v": []}, 0
@@ -148,7 +147,7 @@ def fetched(part: KVPart) -> KVPart:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of the reference; inf unless NaN stands in the same places of both."""
+    """Norm of the difference over the norm of the reference; inf unless both have NaN at the same positions."""
     nan = torch.isnan(expected)
     if not torch.equal(torch.isnan(actual), nan):
         return float("inf")

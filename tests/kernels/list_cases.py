@@ -1,4 +1,4 @@
-"""Routing lists in the Triton form, made with torch operations and host reads: what the fast ones must equal."""
+"""Routing lists in the Triton form, made by torch operations and host reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backward of block attention, portable kernels: against plain torch, into poisoned buffers."""
+"""Backward of block attention, portable kernels: results equal plain torch's, and nothing else is written."""
 
 import math
 
@@ -12,7 +12,7 @@ from moba_cp.kernels.types import DqPartials, ListShape
 from tests.kernels.backward_cases import Case, expected, held_rows, make_case, relative, written_slots
 from tests.kernels.interpreter import ACTIVE, gpu, interpreted, run_module
 
-# Rounding of P, dS and of stored partials to the inputs' dtype; fp32 inputs (interpreter only) leave sums in another order.
+# P, dS and stored partials are rounded to the inputs' dtype. With fp32 inputs (interpreter only) the order of sums differs.
 # The interpreter truncates to bf16 where the GPU rounds.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2 if ACTIVE else 4e-3, torch.float16: 1e-3}
 
@@ -22,7 +22,7 @@ def test_in_interpreter():
 
 
 def run(case: Case, *, accumulate=False, gradient=torch.float32, variant="portable"):
-    """dk, dv and partial dq of the kernels, in buffers full of NaN (or, with `accumulate`, of ones)."""
+    """dk, dv and partial dq of the kernels, in buffers filled with NaN; with `accumulate` dk and dv with ones."""
     fill = 1.0 if accumulate else float("nan")
     part = case.part
     dk, dv = (torch.full((x.shape[0], x.shape[1], x.shape[2] + 8), fill, device=x.device) for x in (part.k, part.v))
@@ -36,7 +36,7 @@ def run(case: Case, *, accumulate=False, gradient=torch.float32, variant="portab
 
 
 def check(case: Case, *, accumulate=False, gradient=torch.float32, variant="portable", tolerance=None):
-    """The kernels' results are torch's; what they must not write is as it was."""
+    """The kernels' results equal torch's, and elements that they must not write are unchanged."""
     got = run(case, accumulate=accumulate, gradient=gradient, variant=variant)
     want = expected(case)
     held, slots = held_rows(case), written_slots(case)
@@ -193,7 +193,7 @@ def test_buffer_for_segments_is_bounded():
 
 
 def shape_of(heads: int, topk: int, block_size: int) -> ListShape:
-    """Lists of as many q heads as kv heads."""
+    """Lists with one q head per kv head."""
     return ListShape(heads, 1, 0, block_size, topk, 0, 0, 0)
 
 

@@ -1,4 +1,4 @@
-"""Centroids: block means summed in fp32 and rounded once, in an order that does not depend on how many blocks there are."""
+"""Centroids: block means are summed in fp32 and rounded once, in an order that does not depend on the number of blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_in_interpreter():
 
 
 def check(tokens, heads, dim, block_size, dtype, starts, integers=True, pad=8):
-    """With integers of a few bits sums are exact, so that only the one rounding is left: equal bits."""
+    """Sums of small integers are exact. Only the final rounding is left, so bits are equal."""
     generator = torch.Generator().manual_seed(0)
     if integers:
         k = torch.randint(-8, 9, (tokens, heads + 1, dim + pad), generator=generator).float()
@@ -32,7 +32,7 @@ def check(tokens, heads, dim, block_size, dtype, starts, integers=True, pad=8):
     if integers and block_size & (block_size - 1) == 0:
         assert torch.equal(actual, expected)
     else:
-        # Another order of summation moves the mean by far less than half a unit in the last place, which may round over.
+        # Another order of summation moves the mean by far less than half an ulp, which may still change the rounding.
         step = 2**-7 if dtype == torch.bfloat16 else 2**-10
         torch.testing.assert_close(actual, expected, rtol=step, atol=1e-6)
     for index in range(min(len(starts), 3)):
@@ -69,7 +69,7 @@ class TestGPU:
         check(4 * block_size + 7, 3, dim, block_size, dtype, starts, integers)
 
     def test_rows_past_two_to_the_31(self):
-        """Offsets of the last rows need 64 bits."""
+        """The last rows' offsets need 64 bits."""
         k = torch.zeros((1 << 20) + 128, 16, 128, dtype=torch.bfloat16, device=DEVICE)
         k[1 << 20 :] = 3
         start = torch.tensor([0, 1 << 20], dtype=torch.int32, device=DEVICE)

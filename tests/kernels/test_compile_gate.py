@@ -1,13 +1,9 @@
-"""Centroids, gate and routing kernels compile for sm_80 and sm_90 in every shipped shape, and none of them spills."""
+"""Every shipped configuration of centroids, gate and routing lists compiles for sm_80 and sm_90 and does not spill."""
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +11,7 @@ from tests.kernels import interpreter
 
 
 def kernels(capability: int):
-    """(name, kernel, element type of its floating or entry tensors, constants) of every shape to compile."""
+    """(name, kernel, element type of its floating-point or entry tensors, constants) of every configuration."""
     from moba_cp.kernels import centroids, configs, gate, gate_exact, lists, lists_kernels
     from moba_cp.kernels.gpu import gpu_of_capability
 
@@ -86,10 +82,10 @@ def gate_constants(dim: int, n_blocks: int, topk: int, gpu):
 
 
 def usage(kernel, element: str, constants: dict, capability: int) -> dict[str, int]:
-    """Registers, spilled bytes (local memory and stack) and shared memory of a compiled kernel."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+    """Build `kernel`; see `compiling.build`."""
     from triton.compiler import ASTSource
+
+    from tests.kernels import compiling
 
     options = {key: constants[key] for key in ("num_warps", "maxnreg") if key in constants}
     constants = {key: value for key, value in constants.items() if key not in options}
@@ -103,21 +99,14 @@ def usage(kernel, element: str, constants: dict, capability: int) -> dict[str, i
             signature[name] = "constexpr"
         elif name in elements:
             signature[name] = f"*{elements[name]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = compiling.ALIGNED
         else:
             signature[name] = "i32"
             stride = name.startswith(("q_token", "q_head", "c_", "k_", "selected_"))
             if stride and name != "q_heads" and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+                attributes[(index,)] = compiling.ALIGNED
     source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, **options})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {**found, "shared": binary.metadata.shared}
+    return compiling.build(source, divmod(capability, 10), **{"num_warps": 4, **options})
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -125,8 +114,8 @@ def test_no_spills(capability):
     lines = interpreter.run_without_interpreter(__file__, str(capability)).splitlines()
     results = [json.loads(line) for line in lines if line.startswith("{")]
     assert len(results) > 10
-    # sm_80 keeps one word of the 64-bit lists' scatter kernel on the stack.
-    spilled = [r for r in results if r["STACK"] > (8 if capability == 80 else 0) or r["LOCAL"] > 0]
+    # On sm_80 the scatter kernel of 64-bit entries keeps one word on the stack.
+    spilled = [r for r in results if r["stack"] > (8 if capability == 80 else 0) or r["local"] > 0]
     assert not spilled, spilled
     limit = 166912 if capability == 80 else 232448
     assert all(r["shared"] <= limit for r in results)

@@ -1,4 +1,4 @@
-"""`attend` in Triton: every (row, block) partial equals plain torch's, and its bits depend on nothing but the pair."""
+"""`attend` in Triton: every (row, block) partial equals plain torch's, and its bits depend on the pair only."""
 
 # ruff: noqa: C408  (keyword tables read better)
 from __future__ import annotations
@@ -31,7 +31,7 @@ def attend(case: Case, part: KVPart | None = None, partials=None, variant: str |
 
 
 def assert_matches(case: Case, part: KVPart | None = None, tolerance: float = 2e-5):
-    """Also that unselected slots and other parts' pairs keep their poison: `relative` compares where NaN stands."""
+    """Partials equal torch's. Slots that are unselected or belong to other parts stay NaN, which `relative` compares."""
     actual, expected = attend(case, part), case.expected(part)
     assert relative(actual.out, expected.out) < tolerance
     assert relative(actual.lse, expected.lse) < tolerance
@@ -177,8 +177,8 @@ class TestOnGpu:
         assert_same_bits(by_parts, whole)
 
     @pytest.mark.parametrize("block_size", [128, 512])
-    def test_strides_that_hold_no_whole_copies(self, block_size):
-        """Rows 8 elements further apart than multiples of 16: the compiler knows of no 16 bytes to copy at once."""
+    def test_strides_without_provable_alignment(self, block_size):
+        """Row strides of 8 modulo 16 elements: the compiler cannot prove that 16 bytes may be copied at once."""
         case = gpu_case(lengths=[3000], block_size=block_size, topk=3, q_heads=1)
         q, k, v = (torch.nn.functional.pad(x, (0, 8))[..., : x.shape[2]] for x in (case.q, case.part.k, case.part.v))
         odd = replace(case, q=q, part=replace(case.part, k=k, v=v))
@@ -213,7 +213,7 @@ class TestOnGpu:
         assert_same_bits(at_once, by_parts)
 
     @pytest.mark.parametrize("block_size", [64, 128, 192, 512, 520])
-    def test_bits_do_not_depend_on_company(self, block_size):
+    def test_bits_do_not_depend_on_other_rows(self, block_size):
         case = gpu_case(lengths=[3000, 700], block_size=block_size, topk=4, q_heads=4, kv_heads=2)
         whole = attend(case)
         for begin, end in ((0, 1), (1, 1000), (333, 700), (1000, 3700), (3699, 3700)):

@@ -1,4 +1,4 @@
-"""The last step of dK and dV: the Triton kernel against torch's sum in the same order, outputs poisoned."""
+"""The final sum of dK and dV: the Triton kernel has the bits of torch's sum in the same order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check(tokens: int, heads: int, dim: int, dim_v: int, others: int, device: st
     own = [normal(tokens, heads, size) for size in (dim, dim_v)]
     arrived = [normal(tokens, heads, dim + dim_v) for _ in range(others)]
 
-    def outputs() -> list[Tensor]:  # of heads in the middle of others
+    def outputs() -> list[Tensor]:  # views of the middle heads of NaN tensors
         wide = [torch.full((tokens, heads + 2, n), float("nan"), dtype=dtype, device=device) for n in (dim, dim_v)]
         return [x[:, 1 : heads + 1] for x in wide]
 

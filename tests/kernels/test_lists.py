@@ -1,4 +1,4 @@
-"""Routing lists: the torch backend's entries in the same order in every bin, and items that cover each of them once."""
+"""Routing lists: every bin has the torch backend's entries in the same order, and items cover each entry once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_in_interpreter():
 
 @pytest.fixture(params=["sorted", "few blocks"])
 def few_entries(monkeypatch, request):
-    """The interpreter sorts slowly."""
+    """Few entries per program, because the interpreter sorts slowly."""
     configure(monkeypatch, entries=32, count_entries=64, few_tokens=8)
     if request.param == "sorted":
         configure(monkeypatch, few_blocks=0)
@@ -34,7 +34,7 @@ def configure(monkeypatch, **changes):
 
 
 def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
-    """Sorted distinct blocks with some -1 first and the own block last, as `select_blocks` gives them."""
+    """Ascending distinct blocks with some -1 at the front and the own block last, as `select_blocks` returns them."""
     generator = torch.Generator().manual_seed(seed)
     own = torch.sort(torch.randint(n_blocks, (tokens,), generator=generator)).values
     scores = torch.rand(q_heads, tokens, n_blocks, generator=generator)
@@ -148,8 +148,8 @@ def test_many_items_and_many_unused(monkeypatch):
     check(selected.sort(2).values, 9, 1, 128)
 
 
-def test_tensors_come_and_go():
-    """Lists made again from the tensors that autograd saved are the same lists."""
+def test_lists_are_restored_from_their_tensors():
+    """`from_tensors` restores lists from their shape and `tensors()`, all of them."""
     made = torch_backend.route(random_selection(2, 6, 2, 3).cpu(), n_blocks=3, kv_heads=1, block_size=128)
     again = RoutingLists.from_tensors(made.shape, made.tensors())
     assert again.shape == made.shape
@@ -206,7 +206,7 @@ class TestGPU:
                 assert torch.equal(getattr(again, name)[valid], getattr(first, name)[valid]), name
 
     def test_wide_entries(self):
-        """21 bits of token, 5 of head, 6 of slot."""
+        """Entries of 32 bits, 21 of token, 5 of head and 6 of slot, are int64."""
         tokens = (1 << 20) + 1
         own = torch.tensor([-1] * 32 + [1], dtype=torch.int32, device=DEVICE)
         actual = lists.route(own.expand(17, tokens, 33), n_blocks=2, kv_heads=1, block_size=128)

@@ -1,4 +1,4 @@
-"""`merge` and `merge_dq` in Triton equal plain torch's, leave unselected slots unread, and write through any strides."""
+"""`merge` and `merge_dq` in Triton equal plain torch's, do not read unselected slots, and write with any strides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_in_interpreter():
 
 
 def make_partials(tokens, q_heads, topk, dim, dtype, selected_dtype=torch.int16, seed=0):
-    """Partials with NaN in unselected slots; log-sum-exps far apart, as different blocks' are; `selected` of a chunk."""
+    """Partials with NaN in unselected slots and widely different log-sum-exps; `selected` is a view of a chunk."""
     generator = torch.Generator(device=DEVICE).manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, device=DEVICE, generator=generator)  # noqa: E731
     out, lse = draw(q_heads, tokens, topk, dim).to(dtype), 20 * draw(q_heads, tokens, topk)
@@ -36,7 +36,7 @@ def make_partials(tokens, q_heads, topk, dim, dtype, selected_dtype=torch.int16,
 
 
 def strided(tokens, heads, dim, dtype):
-    """`[T, H, D]` inside a larger poisoned tensor, and that tensor."""
+    """A view `[T, H, D]` of a larger tensor of NaN, and that tensor."""
     whole = torch.full((tokens + 2, heads + 1, dim + 8), NAN, dtype=dtype, device=DEVICE)
     return whole[1 : tokens + 1, :heads, :dim], whole
 

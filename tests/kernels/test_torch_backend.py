@@ -1,5 +1,4 @@
-"""The torch backend's primitives: the order of selection, complete routing lists, and partials that do not depend on how
-keys are split into parts or queries into chunks."""
+"""The torch backend: the order of selection, complete routing lists, and results that do not depend on parts or chunks."""
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ from hypothesis import strategies as st
 
 from moba_cp.kernels import KVPart, query_rows, torch_backend
 
-ROUNDING = 1e-13  # fp64 sums of some ten terms in another order
+ROUNDING = 1e-13  # fp64 sums of about ten terms in another order
 
 
 def rows_of(lengths: list[int], block_size: int):
-    """Query rows of packed documents, and the length of every block."""
+    """Query rows of packed documents, and the length of each block."""
     block, first, position, block_lengths = [], [], [], []
     for length in lengths:
         begin = len(block_lengths)
@@ -30,7 +29,7 @@ def rows_of(lengths: list[int], block_size: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("dim", [1, 8, 17, 64, 128])
 def test_equal_centroids_tie_at_every_size(dtype: torch.dtype, dim: int) -> None:
-    """A matrix product may round a column by its place or the matrix by its size; the gate may not."""
+    """The rounding of a BLAS product may depend on position and size of the matrix; scores may not."""
     for n_blocks in (3, 7, 8, 13, 17, 33, 63, 130):
         for tokens in (1, 7, 33):
             generator = torch.Generator().manual_seed(n_blocks * tokens)
@@ -41,8 +40,8 @@ def test_equal_centroids_tie_at_every_size(dtype: torch.dtype, dim: int) -> None
             assert (selected == torch.tensor([n_blocks - 3, n_blocks - 2, n_blocks - 1])).all(), (n_blocks, tokens)
 
 
-def test_a_row_scores_the_same_bits_in_any_company() -> None:
-    """Centroids that differ in the last bits of fp32, so that one bit decides: rows alone, together and in any order."""
+def test_scores_do_not_depend_on_other_rows() -> None:
+    """Centroids differ in the last bits of fp32, so that one bit decides. Rows alone, together and in any order."""
     generator = torch.Generator().manual_seed(0)
     q, centroids = (
         torch.randn(90, 2, 24, generator=generator),
@@ -94,7 +93,7 @@ def test_lists_hold_every_selected_slot_once(lengths: list[int], block_size: int
 
 
 def attended(q, k, v, rows, block_lengths, selected, parts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp with the blocks given out over parts."""
+    """Output and log-sum-exp with the blocks distributed over parts."""
     n_blocks = len(block_lengths)
     first_key = torch.cumsum(block_lengths, 0) - block_lengths
     lists = torch_backend.route(selected, n_blocks=n_blocks, kv_heads=k.shape[1], block_size=4)

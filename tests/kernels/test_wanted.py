@@ -1,4 +1,4 @@
-"""Wanted pairs: a block counts for a kv head as soon as any row of its q heads selected it."""
+"""Wanted pairs: a (kv head, block) pair is wanted if any row of the kv head's q heads selected the block."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..gluon_rows import barrier, decode, gather_layout, line_layout, offset_of, product_layout, warp_layout
 from .portable_kernels import LOG2E, UNALIGNED, VARYING
-from .sm90_rows import copy_rows, load_scalars, store_dkdv, unit_bounds, work_unit
+from .rows_sm90 import copy_rows, load_scalars, store_dkdv, unit_bounds, work_unit
 
 
 @gluon.jit

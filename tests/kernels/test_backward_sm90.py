@@ -1,4 +1,4 @@
-"""Backward of block attention, the Hopper kernels: against plain torch and the portable kernels; timings with -s -k timing."""
+"""Backward of block attention, Hopper kernels: results equal plain torch's and the portable kernels'. Timings: -s -k timing."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_dq_does_not_depend_on_the_other_rows(block_size):
 @pytest.mark.parametrize("topk", [1, 3])
 @pytest.mark.parametrize("block_size", [128, 512])
 def test_no_rows_give_zeros(block_size, topk, variant):
-    """A rank with fewer rows than others has chunks without any: nothing may be read, and what others sent gets zeros."""
+    """Ranks with fewer rows have empty chunks: nothing may be read, and dK and dV are zero."""
     case = make_case([1000], block_size, topk, q_heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, device="cuda")
     rows, selected = case.rows.slice(300, 300), case.selected[:, 300:300]
     route = lists.route(selected, n_blocks=case.lists.shape.n_blocks, kv_heads=2, block_size=block_size)
@@ -123,7 +123,7 @@ def timed(call) -> float:
 @pytest.mark.parametrize(("block_size", "topk"), [(128, 8), (512, 8), (4096, 12)])
 @pytest.mark.parametrize("dim", [128, 64])
 def test_timing(block_size, topk, dim):
-    """Prints milliseconds of `attend_backward` for 4 of 16 heads at 128K tokens, uniform routing, both paths."""
+    """Prints milliseconds of `attend_backward` for 4 of 16 heads at 128K tokens, uniform routing, both variants."""
     tokens, heads = 1 << 17, 4
     rows, start, length = document_rows([tokens], block_size, "cuda")
     n_blocks = start.numel()

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon_rows import barrier, decode, gather_layout, line_layout, offset_of, product_layout, warp_layout
-from .sm90_store import store_layout
+from .store_sm90 import store_layout
 
 
 @gluon.jit

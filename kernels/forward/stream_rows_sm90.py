@@ -22,7 +22,7 @@ from ..gluon_rows import (
     product_layout,
     warp_layout,
 )
-from .sm90_store import store_layout
+from .store_sm90 import store_layout
 
 
 @gluon.jit
