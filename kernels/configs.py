@@ -1,32 +1,30 @@
-"""Launch configurations of the forward kernels.
+"""Launch configurations: one frozen dataclass per kernel family, and the functions that choose them.
 
-They depend on head sizes, block size and the kind of device, never on the number of rows: a (row, block) pair's partial
-result then has the same bits in whatever company its row is computed. `scripts/bench_kernels.py --sweep` tries others.
+A configuration depends on head sizes, block size, topk, the number of blocks and the kind of GPU, never on the number of rows:
+a (row, block) pair's partial result then has the same bits whichever rows are processed with it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import comb
 
-import torch
-
-from .sizes import next_power_of_2
+from .gpu import LEAST_SHARED, Gpu
+from .sizes import cdiv, next_power_of_2, padded
+from .types import OWN_TILE
 
 SMALL_BLOCK = 128
-"""Largest block whose keys and values one program holds whole."""
-
-_OPT_IN_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
-_LEAST_KIB = 99  # 8.6, 8.9, 12.0, and whatever is not listed
+"""Largest block whose keys and values one program keeps on chip while rows stream past them."""
 
 
 @dataclass(frozen=True)
-class Launch:
-    """Tile sizes and Triton options of one kernel.
+class TileConfig:
+    """Block attention in portable Triton, forward and backward.
 
     Attributes:
-        rows: query rows a tile.
-        keys: keys a tile.
+        rows: query rows per tile.
+        keys: keys per tile.
         num_warps, num_stages: Triton's.
         store: cache modifier of the stores of partial results ("" or ".cs").
     """
@@ -38,80 +36,286 @@ class Launch:
     store: str = ""
 
 
-def padded(size: int) -> int:
-    """The power of two, at least 16, that tiles of `size` elements are padded to."""
-    return max(16, next_power_of_2(size))
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Backward of block attention in portable Triton.
+
+    Attributes:
+        dkdv: of the kernel for dK and dV.
+        dq: of the kernel for dq; None where one tile of keys holds a block, so that `dkdv` writes dq as well.
+    """
+
+    dkdv: TileConfig
+    dq: TileConfig | None
+
+
+@dataclass(frozen=True)
+class GluonConfig:
+    """Block attention in Gluon on Hopper, forward and backward.
+
+    Attributes:
+        rows: query rows per tile.
+        keys: keys per tile.
+        num_warps: warps per program.
+        ahead: tiles whose copies are in flight ahead of the one being computed; 0 where the kernel fixes the number.
+        late: start copies after the tile's first products instead of before them.
+    """
+
+    rows: int
+    keys: int
+    num_warps: int
+    ahead: int = 0
+    late: bool = False
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Kernels that read rows once and write rows: merge, delta, sum of gradients.
+
+    Attributes:
+        rows: rows per tile.
+        num_warps, num_stages: Triton's; the stages count where the kernel loops over slots.
+    """
+
+    rows: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class CentroidConfig:
+    """Centroids.
+
+    Attributes:
+        keys: keys added per step of a program. The order of the additions depends on it.
+        num_warps: Triton's.
+    """
+
+    keys: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The gate.
+
+    Attributes:
+        rows: query rows per tile.
+        blocks: centroids per tile.
+        depth: best keys kept per (row, lane).
+        packed: keys hold the full block index, not only the number of the tile.
+        num_warps, num_stages, max_registers: Triton's (`maxnreg`; None for no limit).
+    """
+
+    rows: int
+    blocks: int
+    depth: int
+    packed: bool
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    """The counting sort that makes routing lists.
+
+    Attributes:
+        item_rows_small: most entries per work item for blocks of at most `SMALL_BLOCK` keys: rows stream past the keys.
+        item_rows_large: most entries per work item for larger blocks: keys stream past the rows.
+        register_bins: at most this many blocks, a program counts in registers; more are counted by atomic adds.
+        entries, warps: entries sorted at once by a program. Within one warp nothing waits for a barrier.
+        count_entries, count_warps: entries counted at once by a program.
+        few_blocks, few_slots: at most this many blocks and slots, a program keeps a cursor per block in registers and
+            sorts nothing.
+        few_tokens, few_warps: tokens processed at once by such a program.
+        item_bins, items_at_once: bins whose items one program makes, and items of each bin written at once.
+        entry_bits: entries with more bits are int64.
+        programs: approximate number of programs per pass, which bounds the table of counts.
+    """
+
+    item_rows_small: int = 2048
+    item_rows_large: int = 128
+    register_bins: int = 512
+    entries: int = 512
+    warps: int = 1
+    count_entries: int = 2048
+    count_warps: int = 4
+    few_blocks: int = 64
+    few_slots: int = 32
+    few_tokens: int = 32
+    few_warps: int = 4
+    item_bins: int = 32
+    items_at_once: int = 32
+    entry_bits: int = 31
+    programs: int = 1024
+
+
+# ---- forward
 
 
 @lru_cache(maxsize=64)
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; CPU tensors, which only the interpreter sees, count as Hopper."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+def stream_rows(dim: int, dim_v: int, block_size: int, gpu: Gpu) -> TileConfig | None:
+    """Small blocks: K and V stay on chip, rows stream. None where they do not fit, and `hold_rows` serves instead.
 
-
-@lru_cache(maxsize=64)
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the device; CPU tensors count as having one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def shared_memory_kib(capability: tuple[int, int]) -> int:
-    """Shared memory that one program may use."""
-    return _OPT_IN_KIB.get(capability, _LEAST_KIB)
-
-
-@lru_cache(maxsize=64)
-def streaming(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]) -> Launch | None:
-    """For small blocks: K and V stay, rows stream. None where they do not fit and `stationary` serves instead.
-
-    With 3 stages the next two tiles of rows are on their way while one is worked on; with 2, the next is asked for only
-    after that, and other programs have to hide the wait.
+    With 3 stages the next two tiles of rows are in flight while one is computed. With 2 stages the next tile is requested
+    only after that, and other programs have to hide the latency.
     """
     dim, dim_v, keys = padded(dim), padded(dim_v), padded(block_size)
-    room = 512 * shared_memory_kib(capability)  # in elements of 2 bytes
+    capacity = gpu.shared_memory // 2  # in elements
     if keys > SMALL_BLOCK or max(dim, dim_v) > 128:
         return None
 
     def held(rows: int, stages: int) -> int:
         return keys * (dim + dim_v) + rows * (stages * dim + dim_v)
 
-    for programs, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):  # two programs a multiprocessor hide each other's waits
-        if programs * held(64, stages) <= room:
-            return Launch(rows=64, keys=keys, num_warps=4, num_stages=stages, store=".cs")
+    for programs, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):  # two programs per multiprocessor hide each other's waits
+        if programs * held(64, stages) <= capacity:
+            return TileConfig(rows=64, keys=keys, num_warps=4, num_stages=stages, store=".cs")
     return None
 
 
 @lru_cache(maxsize=64)
-def stationary(dim: int, dim_v: int, block_size: int, capability: tuple[int, int]) -> Launch:
-    """Rows stay, K and V stream: past blocks of more than 128 keys, and smaller ones that do not fit `streaming`."""
-    launch = own_blocks(dim, dim_v, capability)
-    if block_size % launch.keys == 0:
-        return launch
-    return _masked(dim, dim_v, capability)  # the wide tile with masks would spill
+def hold_rows(dim: int, dim_v: int, block_size: int, gpu: Gpu) -> TileConfig:
+    """Rows stay on chip, K and V stream: blocks of more than 128 keys, and smaller ones that do not fit `stream_rows`."""
+    config = own_blocks(dim, dim_v, gpu)
+    if block_size % config.keys == 0:
+        return config
+    return _masked(dim, dim_v, gpu)  # the wide tile would spill with masks
 
 
 @lru_cache(maxsize=64)
-def own_blocks(dim: int, dim_v: int, capability: tuple[int, int]) -> Launch:
-    """Consecutive rows stay, the keys of their own block stream, masked where they pass the diagonal only."""
-    if capability[0] >= 9 and max(padded(dim), padded(dim_v)) <= 128 and shared_memory_kib(capability) > _LEAST_KIB:
-        # Two programs a multiprocessor hide each other's waits; 8 warps, 3 stages or 128 keys leave room for one only.
-        return Launch(rows=128, keys=64, num_warps=4, num_stages=2)
-    return _masked(dim, dim_v, capability)
+def own_blocks(dim: int, dim_v: int, gpu: Gpu) -> TileConfig:
+    """Consecutive rows stay on chip, the keys of their own block stream; only tiles on the diagonal are masked."""
+    if gpu.is_hopper_or_newer and max(padded(dim), padded(dim_v)) <= 128 and gpu.shared_memory > LEAST_SHARED:
+        # Two programs per multiprocessor hide each other's waits. 8 warps, 3 stages or 128 keys leave space for one only.
+        return TileConfig(rows=128, keys=64, num_warps=4, num_stages=2)
+    return _masked(dim, dim_v, gpu)
 
 
-def _masked(dim: int, dim_v: int, capability: tuple[int, int]) -> Launch:
-    """Rows stay, K and V stream, with room for masks everywhere."""
+def _masked(dim: int, dim_v: int, gpu: Gpu) -> TileConfig:
+    """Rows stay on chip, K and V stream, with registers left for masks on every tile."""
     wide = max(padded(dim), padded(dim_v)) > 128
-    if shared_memory_kib(capability) <= _LEAST_KIB:
-        return Launch(rows=64, keys=32, num_warps=8 if wide else 4, num_stages=2)
-    if wide and capability[0] < 9:
-        return Launch(rows=64, keys=32, num_warps=8, num_stages=2)
+    if gpu.shared_memory <= LEAST_SHARED:
+        return TileConfig(rows=64, keys=32, num_warps=8 if wide else 4, num_stages=2)
+    if wide and not gpu.is_hopper_or_newer:
+        return TileConfig(rows=64, keys=32, num_warps=8, num_stages=2)
     if wide:
-        return Launch(rows=64, keys=64, num_warps=8, num_stages=2)
-    return Launch(rows=64, keys=64, num_warps=4, num_stages=2)
+        return TileConfig(rows=64, keys=64, num_warps=8, num_stages=2)
+    return TileConfig(rows=64, keys=64, num_warps=4, num_stages=2)
+
+
+SM90_STREAM_ROWS = GluonConfig(rows=64, keys=0, num_warps=4)
+"""Rows stream past a block of at most 128 keys, all of them in one tile. One warpgroup: two programs per multiprocessor."""
+SM90_HOLD_ROWS = GluonConfig(rows=OWN_TILE, keys=64, num_warps=4)
+"""Rows stay on chip, the keys of a larger block stream; own rows come in tiles of `OWN_TILE`. One warpgroup, as above."""
 
 
 @lru_cache(maxsize=64)
-def merging(dim: int) -> Launch:
-    """Merge of partials: memory-bound, a tile of 2048 elements a slot, no keys."""
-    return Launch(rows=max(4, 2048 // padded(dim)), keys=0, num_warps=4, num_stages=3)
+def merge(dim: int) -> RowConfig:
+    """Merge of partials: bound by memory; a tile of 2048 elements per slot."""
+    return RowConfig(rows=max(4, 2048 // padded(dim)), num_warps=4, num_stages=3)
+
+
+# ---- backward
+
+
+@lru_cache(maxsize=64)
+def backward(dim: int, dim_v: int, block_size: int, gpu: Gpu) -> BackwardConfig:
+    """Portable backward. Larger tiles of rows spill; tests compile each of these."""
+    wide = max(next_power_of_2(dim), next_power_of_2(dim_v))
+    block = padded(block_size)
+
+    def config(rows: int, keys: int, warps: int, stages: int, fused: bool, dq: tuple[int, int, int, int]):
+        return BackwardConfig(TileConfig(rows, keys, warps, stages), None if fused else TileConfig(*dq))
+
+    if gpu.shared_memory < 160 << 10:  # consumer GPUs: sm_86, sm_89, sm_120
+        keys = min(block, 64 if wide <= 128 else 32)
+        return config(32, keys, 4, 1, block <= keys, (64 if wide <= 128 else 32, min(block, 32), 4, 1))
+    if gpu.shared_memory < 200 << 10:  # sm_80: sums and products share the registers
+        keys, fused = min(block, 64), block <= 64 and wide <= 128
+        rows = 16 if wide > 128 or (fused and wide > 64) else 32 if fused else 64
+        dq = (128 if wide <= 128 else 64, min(block, 32), 8, 2)
+        return config(rows, keys, 8 if keys >= 64 else 4, 2, fused, dq)
+    if wide <= 128:
+        keys = min(block, 128)
+        rows = 32 if wide == 128 else 64
+        return config(rows, keys, 8 if keys >= 64 else 4, 2, block <= keys, (128, min(block, 64), 8, 2))
+    keys = min(block, 64)
+    return config(32, keys, 8 if keys >= 64 else 4, 2, block <= keys, (64, min(block, 32), 8, 2))
+
+
+@lru_cache(maxsize=64)
+def sm90_dkdv(dim: int, block_size: int) -> GluonConfig:
+    """dK and dV on Hopper, and dq where one tile of keys holds a block.
+
+    Late copies, where a block has several tiles of keys: 4 % faster with blocks of 512 and 2 % slower with blocks of 4096.
+    """
+    keys = 128 if block_size % 128 == 0 else 64
+    # One warpgroup that holds 64 x 128 sums has registers for 32 rows at a time; two that share 128 keys, for 64.
+    rows = 32 if keys == 64 and dim == 128 else 64
+    return GluonConfig(rows, keys, num_warps=keys // 16, ahead=2, late=keys < block_size <= 1024)
+
+
+SM90_DQ = GluonConfig(rows=128, keys=64, num_warps=8, ahead=1)
+"""Partial dq on Hopper: rows stay on chip, keys stream."""
+DELTA = RowConfig(rows=32)
+
+
+@lru_cache(maxsize=64)
+def sum_gradients(dim: int, dim_v: int) -> RowConfig:
+    """Final sum of dK and dV: a tile of 4096 elements of either."""
+    return RowConfig(rows=max(1, 4096 // max(padded(dim), padded(dim_v))))
+
+
+# ---- centroids and gate
+
+CENTROID_BYTES = 8192
+"""Bytes of keys added per step of a program: 8 KiB keep four 16-byte loads per thread in flight, of 128 threads."""
+
+
+@lru_cache(maxsize=64)
+def centroids(dim: int, block_size: int, itemsize: int) -> CentroidConfig:
+    """A step of `CENTROID_BYTES`, no longer than a block."""
+    return CentroidConfig(max(min(CENTROID_BYTES // (next_power_of_2(dim) * itemsize), next_power_of_2(block_size)), 1))
+
+
+GATE_ROWS = 64
+"""Query rows per program: the smallest tile of Hopper's matrix instruction."""
+PACKED_BLOCKS = 1024
+"""At most this many blocks, a key stores the full block index. With more, it stores the tile: more bits for the score."""
+WIDE_BLOCKS = 4096
+"""With more blocks than this, tiles of 64 centroids are faster than tiles of 32, if topk is small."""
+REDONE_ROWS = 0.035
+"""Largest share of rows that a list of this depth may fail to prove, for independent scores."""
+
+
+@lru_cache(maxsize=64)
+def gate(dim: int, n_blocks: int, topk: int, gpu: Gpu) -> GateConfig:
+    """The gate for heads of `dim` and `n_blocks` blocks in all.
+
+    The depth bounds how many rows have a lane that gave away all of its keys and so are not proved: with independent scores
+    `comb(topk - 1, depth) / blocks^(depth - 1)`, and, as tiles are swizzled, about as many where preferred blocks are
+    regularly spaced. Such rows are computed again, at about three times the cost. With as many keys as there are tiles no
+    lane runs out.
+    """
+    dim_padded = padded(dim)
+    narrow = n_blocks <= WIDE_BLOCKS or topk > 8 or dim_padded > 128 or not gpu.is_hopper_or_newer
+    blocks, packed = 32 if narrow else 64, n_blocks <= PACKED_BLOCKS
+    depth = 1
+    while depth < 4 and comb(topk - 1, depth) > REDONE_ROWS * blocks ** (depth - 1):
+        depth += 1
+    # 128 registers: four programs per multiprocessor, without spilling.
+    limited = gpu.is_hopper_or_newer and narrow and dim_padded <= 128 and topk <= (12 if packed else 8)
+    return GateConfig(
+        rows=GATE_ROWS,
+        blocks=blocks,
+        depth=min(depth, cdiv(n_blocks - 1, blocks)),
+        packed=packed,
+        num_warps=4,
+        num_stages=3 if dim_padded <= 128 else 2,
+        max_registers=128 if limited else None,
+    )
+
+
+LISTS = ListConfig()

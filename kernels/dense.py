@@ -1,25 +1,25 @@
 """Dense attention of some queries to some keys by torch's own fused kernels, merged with what the queries have seen so far.
 
-A softmax over keys that come in pieces is exact if each piece gives its log-sum-exp, and so is the gradient of one piece if
-the backward kernel is given the output and the log-sum-exp over *all* keys. torch's fused operators return and take both.
+A softmax over several sets of keys is exact if each set yields its log-sum-exp. The gradient with respect to one set is exact if
+the backward kernel gets the output and the log-sum-exp over *all* keys. torch's fused operators return and take both.
 
 ========  =============================================================================================================
 kernel    taken for
 ========  =============================================================================================================
-cudnn     bf16 and fp16 on sm_90 and sm_100, head sizes up to 128 in multiples of 8, where lengths repeat from call to
-          call (``steady``): about twice as fast as flash there, but it compiles for each new length
+cudnn     bf16 and fp16 on sm_90 and sm_100, head sizes up to 128 in multiples of 8, if lengths repeat from call to
+          call (``steady``): about twice as fast as flash, but it compiles for each new length
 flash     bf16 and fp16 on GPUs from sm_80, head sizes up to 256
 cpu       every dtype on the CPU
-math      what is left (fp32 and fp64 on GPUs, larger heads): plain matrix products in fp32 or fp64, some rows at a time
+math      the rest (fp32 and fp64 on GPUs, larger heads): plain matrix products in fp32 or fp64, some rows at a time
 ========  =============================================================================================================
 
-Head sizes that flash and cpu refuse (``Dv != D``, on GPUs not a multiple of 8) are padded with zeros, which add nothing to a
-score and give output columns that are cut off again. Grouped heads are expanded for one piece and a few heads at a time,
-and the gradients of a group are summed in fp32.
+Head sizes that flash and cpu refuse (``Dv != D``; on GPUs, not a multiple of 8) are padded with zeros, which add nothing to a
+score; the extra output columns are dropped. Grouped kv heads are expanded for a few heads at a time, and the gradients of a
+group are summed in fp32.
 
-The operators round partial outputs and gradients to the inputs' dtype; sums of them are in fp32 (fp64 for fp64). The same call
-gives the same bits, but for the dq of cudnn and flash, which add in no fixed order unless
-``torch.use_deterministic_algorithms(True)`` is on; cudnn is not taken then.
+The operators round partial outputs and gradients to the inputs' dtype; their sums are fp32 (fp64 for fp64). The same call gives
+the same bits, except for dq of cudnn and flash: they add in no fixed order unless
+``torch.use_deterministic_algorithms(True)`` is on, in which case cudnn is not taken.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
+from .gpu import gpu_of
 from .torch_backend import accumulate_dtype
 
 WORKSPACE_BYTES = 1 << 30
-"""Heads are processed in groups whose expanded keys and values and partial results take about this much, at least one head."""
+"""Heads are processed in groups whose expanded keys, values and partial results take about this much; at least one head."""
 
 _MATH_SCORES = 1 << 26
-"""Scores that `math` holds at once: 256 MiB in fp32."""
+"""Scores that `math` computes at once: 256 MiB in fp32."""
 
 _CUDNN_FIXED = 91501
-"""First cuDNN that is right for lengths that are not multiples of 128."""
+"""First version of cuDNN with correct results for lengths that are not multiples of 128."""
 
 _ops = torch.ops.aten
 
@@ -54,11 +55,11 @@ def attend(
     Args:
         q: `[n, Hq, D]`, n at least 1.
         k, v: `[m, Hkv, D]`, `[m, Hkv, Dv]`, m at least 1.
-        scale: of the scores.
-        causal: row i of `q` sees rows 0 to i of `k` (n = m); otherwise it sees all of them.
-        out: `[n, Hq, Dv]` in fp32 (fp64 for fp64): softmax over the keys seen so far; zeros at first. Updated.
-        lse: `[Hq, n]` in the same dtype: natural logarithm of that softmax's denominator; -inf at first. Updated.
-        steady: calls with the same lengths will come again.
+        scale: factor on the scores.
+        causal: row i of `q` sees rows 0 to i of `k` (n = m). Otherwise it sees all rows.
+        out: fp32 (fp64 for fp64) `[n, Hq, Dv]`, updated: the output over the keys seen so far, initially zeros.
+        lse: `[Hq, n]` of the same dtype, updated: natural log-sum-exp over these keys, initially -inf.
+        steady: calls with the same lengths will be repeated.
     """
     for heads, kv_heads in _head_groups(q, k, v):
         keys, values = _expand(k, v, heads, kv_heads)
@@ -84,14 +85,14 @@ def attend_backward(
     dv: Tensor,
     steady: bool = False,
 ) -> None:
-    """Add this piece's share of the gradients to `dq`, `dk` and `dv`.
+    """Add the gradients with respect to these keys to `dq`, `dk` and `dv`.
 
     Args:
         q, k, v, scale, causal, steady: as in `attend`.
-        out: `[n, Hq, Dv]` in the dtype of `q`: the output over all keys, of this piece and of others.
-        lse: `[Hq, n]`: its log-sum-exp, as `attend` left it.
-        dout: `[n, Hq, Dv]` in the dtype of `q`, strided as `out`.
-        dq, dk, dv: of the shapes of `q`, `k`, `v` in fp32 (fp64 for fp64). Updated.
+        out: `[n, Hq, Dv]` in the dtype of `q`: the output over all keys, these and others.
+        lse: `[Hq, n]`: its log-sum-exp, from `attend`.
+        dout: `[n, Hq, Dv]` in the dtype of `q`, with the strides of `out`.
+        dq, dk, dv: fp32 (fp64 for fp64), of the shapes of `q`, `k`, `v`; updated.
     """
     for heads, kv_heads in _head_groups(q, k, v):
         keys, values = _expand(k, v, heads, kv_heads)
@@ -105,7 +106,7 @@ def attend_backward(
 
 
 def _head_groups(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Query heads to process together, and the kv heads that they read: whole groups, or part of one."""
+    """Query heads to process together, and the kv heads that they read: complete groups, or part of one."""
     kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
     head_bytes = (q.shape[0] + k.shape[0]) * (k.shape[2] + v.shape[2]) * 4
     budget = max(1, WORKSPACE_BYTES // head_bytes)
@@ -121,14 +122,14 @@ def _head_groups(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, slice
 
 
 def _expand(k: Tensor, v: Tensor, heads: slice, kv_heads: slice) -> tuple[Tensor, Tensor]:
-    """One head of keys and values for each query head; views where heads are not grouped."""
+    """One head of keys and values per query head; views where heads are not grouped."""
     repeats = (heads.stop - heads.start) // (kv_heads.stop - kv_heads.start)
     k, v = k[:, kv_heads], v[:, kv_heads]
     return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, steady: bool) -> tuple[Tensor, Tensor]:
-    """`[n, H, Dv]` in the dtype of `q` (`math`: in fp32 or fp64), and `[H, n]`."""
+    """Output `[n, H, Dv]` in the dtype of `q` (`math`: fp32 or fp64), and log-sum-exp `[H, n]`."""
     kernel = choose_kernel(q, k, v, causal, steady)
     if kernel == "math":
         return _math_forward(q, k, v, scale, causal)
@@ -164,8 +165,8 @@ def _backward(
             dout_, q_, k_, v_, out_, stats, *options, scale=scale
         )
     else:
-        lengths = (None, None, q.shape[0], k.shape[0])  # cumulative ones, of nested tensors: none; and the longest
-        seed = torch.zeros(1, dtype=torch.int64, device=q.device)  # read for dropout only
+        lengths = (None, None, q.shape[0], k.shape[0])  # no cumulative lengths (nested tensors); the longest ones
+        seed = torch.zeros(1, dtype=torch.int64, device=q.device)  # only dropout reads it
         if kernel == "cudnn":
             stats = stats[..., None] if _cudnn_lse_dim(q.device) == 4 else stats
             gradients = _ops._scaled_dot_product_cudnn_attention_backward(
@@ -179,8 +180,10 @@ def _backward(
 
 
 def choose_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, steady: bool) -> str:
-    """The kernel for `q` `[n, H, D]`, `k` `[m, H, D]`, `v` `[m, H, Dv]`, as the table above says. torch's own switches
-    (``torch.backends.cuda.enable_cudnn_sdp``, ``torch.nn.attention.sdpa_kernel`` and the like) hold here as well."""
+    """The kernel for `q` `[n, H, D]`, `k` `[m, H, D]`, `v` `[m, H, Dv]`, by the table above.
+
+    torch's own switches (``torch.backends.cuda.enable_cudnn_sdp``, ``torch.nn.attention.sdpa_kernel``, ...) apply.
+    """
     if q.device.type != "cuda":
         return "cpu"
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -193,8 +196,10 @@ def choose_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, steady: bool) -
 
 
 def _parameters(q: Tensor, k: Tensor, v: Tensor, sizes: tuple[int, int, int], causal: bool) -> SDPAParams:
-    """What torch asks about, with other head sizes: tensors of the same shape that hold one row. They want gradients, as
-    some head sizes have no backward kernel."""
+    """What torch decides by, with other head sizes: tensors of the same shapes that take the memory of one row.
+
+    They require gradients, since some head sizes have no backward kernel.
+    """
     shaped = [x.new_empty(d).expand(1, x.shape[1], x.shape[0], d).requires_grad_() for x, d in zip((q, k, v), sizes)]
     query, key, value = shaped
     return SDPAParams(query, key, value, None, 0.0, causal, False)
@@ -203,23 +208,23 @@ def _parameters(q: Tensor, k: Tensor, v: Tensor, sizes: tuple[int, int, int], ca
 @lru_cache(maxsize=8)
 def _prefers_cudnn(device: torch.device) -> bool:
     version = torch.backends.cudnn.version()
-    return torch.cuda.get_device_capability(device)[0] in (9, 10) and (version or 0) >= _CUDNN_FIXED
+    return gpu_of(device).capability[0] in (9, 10) and (version or 0) >= _CUDNN_FIXED
 
 
 @lru_cache(maxsize=8)
 def _cudnn_lse_dim(device: torch.device) -> int:
-    """Dimensions of the log-sum-exp of torch's cuDNN operators, which differ between versions: `[1, H, n]` or with a 1."""
+    """Dimensions of the log-sum-exp of torch's cuDNN operators: 3, or 4 with a trailing 1, depending on the version."""
     x = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=device)
     return _ops._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, True)[1].dim()
 
 
 def _flash_width(q: Tensor, v: Tensor) -> int:
-    """One head size for queries, keys and values that flash takes."""
+    """One head size for queries, keys and values that flash accepts."""
     return (max(q.shape[2], v.shape[2]) + 7) // 8 * 8
 
 
 def _prepared(kernel: str, *tensors: Tensor) -> list[Tensor]:
-    """`[n, H, D]` as `[1, H, n, D]`, the head size padded as the kernel needs it."""
+    """`[n, H, D]` as `[1, H, n, D]`, with head sizes padded as the kernel needs."""
     if kernel != "cudnn":
         q, _, v = tensors[:3]
         width = _flash_width(q, v) if kernel == "flash" else max(q.shape[2], v.shape[2])
@@ -256,7 +261,7 @@ def _math_backward(
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time, and their scores `[H, rows, m]`; -inf where a row sees no key."""
+    """Ranges of rows and their scores `[H, rows, m]`; -inf where a row does not see a key."""
     dtype = accumulate_dtype(q.dtype)
     keys = k.permute(1, 2, 0).to(dtype)
     step = max(1, _MATH_SCORES // (q.shape[1] * k.shape[0]))

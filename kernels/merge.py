@@ -1,6 +1,6 @@
-"""Merge of the partials of a row, in slot order: outputs by their log-sum-exps (forward), dq by plain sums (backward).
+"""Merge of a row's partial results, in slot order: outputs by their log-sum-exps (forward), dq by plain sums (backward).
 
-Both are bound by memory: they read every selected slot once and write one row.
+Both kernels are bound by memory: they read every used slot once and write one row.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .sizes import cdiv
+from .configs import RowConfig
+from .sizes import cdiv, padded
+from .types import DqPartials, Partials
 
 _VARYING = [
     "tokens", "selected_head", "selected_token", "selected_slot", "merged_token", "merged_head", "merged_lse_head",
@@ -20,7 +22,7 @@ _UNALIGNED = ["selected", "lse", "merged_lse"]
 
 @triton.jit
 def _slot_rows(selected, tokens, selected_head, selected_token, ROWS: tl.constexpr, TOPK: tl.constexpr):
-    """The program's q head, its tokens, which of them exist, their place in `selected` and their first partial."""
+    """The program's q head, its tokens, which of them exist, their rows of `selected`, and their first partials."""
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return (
@@ -33,20 +35,20 @@ def _slot_rows(selected, tokens, selected_head, selected_token, ROWS: tl.constex
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
-def _merge(
+def merge_kernel(
     partial, lse, selected, merged, merged_lse, tokens, selected_head, selected_token, selected_slot,
     merged_token, merged_head, merged_lse_head,
     TOPK: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of one q head; a running softmax over their slots.
+    """One program: the outputs of ROWS rows of one q head, by a running softmax over their slots.
 
-    Reads TOPK * (2 * DV + 6) bytes a row (less for empty slots), writes 2 * DV + 4. The loop over slots stays a loop:
+    Reads TOPK * (2 * DV + 6) bytes per row (2 per empty slot), writes 2 * DV + 4. The loop over slots is not unrolled:
     unrolled, it spills.
     """
     head, token, valid, chosen, first = _slot_rows(selected, tokens, selected_head, selected_token, ROWS, TOPK)
     d = tl.arange(0, DV_PADDED)
     column = (d < DV)[None, :]
-    # Finite, so that an empty slot before the first used one gives weight exp2(-inf) = 0 and not exp2(-inf + inf).
+    # Finite, so that an empty slot before the first used one has weight exp2(-inf) = 0 and not exp2(-inf + inf).
     m = tl.full([ROWS], -1e38, tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DV_PADDED], tl.float32)
@@ -67,11 +69,14 @@ def _merge(
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
-def _merge_dq(
+def merge_dq_kernel(
     partial, selected, merged, tokens, selected_head, selected_token, selected_slot, merged_token, merged_head,
     TOPK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of one q head, fp32 sums of slots. Reads TOPK * (2 * D + 2) bytes a row, writes 2 * D."""
+    """One program: dq of ROWS rows of one q head, fp32 sums over slots.
+
+    Reads TOPK * (2 * D + 2) bytes per row (2 per empty slot), writes 2 * D.
+    """
     head, token, valid, chosen, first = _slot_rows(selected, tokens, selected_head, selected_token, ROWS, TOPK)
     d = tl.arange(0, D_PADDED)
     column = (d < D)[None, :]
@@ -84,29 +89,30 @@ def _merge_dq(
     tl.store(pointers, acc.to(merged.dtype.element_ty), mask=valid[:, None] & column)
 
 
-def merge(partials, selected: Tensor, out: Tensor, lse: Tensor, launch: configs.Launch | None = None) -> None:
-    """Weighted sum of the partials in block order; see `torch_backend.merge`. `lse` `[Hq, T]` is in base 2."""
+def merge(
+    partials: Partials, *, selected: Tensor, out: Tensor, lse: Tensor, config: RowConfig | None = None
+) -> None:  # fmt: skip
+    """See `backend.Backend.merge`. `lse` is fp32, in base 2."""
     q_heads, tokens, topk = selected.shape
     if tokens == 0 or q_heads == 0:
         return
-    dim = out.shape[2]
-    launch = launch or configs.merging(dim)
-    _merge[(cdiv(tokens, launch.rows), q_heads)](
+    dim_v = out.shape[2]
+    config = config or configs.merge(dim_v)
+    merge_kernel[(cdiv(tokens, config.rows), q_heads)](
         partials.out, partials.lse, selected, out, lse, tokens, *selected.stride(), out.stride(0), out.stride(1),
-        lse.stride(0), TOPK=topk, DV=dim, DV_PADDED=configs.padded(dim), ROWS=launch.rows, STAGES=launch.num_stages,
-        num_warps=launch.num_warps,
+        lse.stride(0), TOPK=topk, DV=dim_v, DV_PADDED=padded(dim_v), ROWS=config.rows, STAGES=config.num_stages,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 
-def merge_dq(dq_partials, selected: Tensor, dq: Tensor, launch: configs.Launch | None = None) -> None:
-    """Sum of the partial dq in block order into `dq` `[T, Hq, D]`; see `torch_backend.merge_dq`."""
+def merge_dq(dq_partials: DqPartials, *, selected: Tensor, dq: Tensor, config: RowConfig | None = None) -> None:
+    """See `backend.Backend.merge_dq`."""
     q_heads, tokens, topk = selected.shape
     if tokens == 0 or q_heads == 0:
         return
     dim = dq.shape[2]
-    launch = launch or configs.merging(dim)
-    _merge_dq[(cdiv(tokens, launch.rows), q_heads)](
-        dq_partials.out, selected, dq, tokens, *selected.stride(), dq.stride(0), dq.stride(1),
-        TOPK=topk, D=dim, D_PADDED=configs.padded(dim), ROWS=launch.rows, STAGES=launch.num_stages,
-        num_warps=launch.num_warps,
+    config = config or configs.merge(dim)
+    merge_dq_kernel[(cdiv(tokens, config.rows), q_heads)](
+        dq_partials.dq, selected, dq, tokens, *selected.stride(), dq.stride(0), dq.stride(1),
+        TOPK=topk, D=dim, D_PADDED=padded(dim), ROWS=config.rows, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip

@@ -1,10 +1,14 @@
-"""Arithmetic on sizes where kernels are launched.
+"""Arithmetic on sizes and strides on the host, where kernels are launched.
 
-`triton.cdiv` and `triton.next_power_of_2` serve kernels as well: they unwrap and wrap their arguments, some microseconds a
-call on the host, and one forward and backward pass makes about twenty. These are for the host alone.
+`triton.cdiv` and `triton.next_power_of_2` also serve kernels: they unwrap and wrap their arguments, which costs some
+microseconds per call on the host, and one forward and backward pass makes about twenty calls. These are for the host only.
 """
 
 from __future__ import annotations
+
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
 
 
 def cdiv(a: int, b: int) -> int:
@@ -13,5 +17,15 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least `n`; 0 for 0, as Triton has it."""
+    """The smallest power of two that is at least `n`; 0 for 0, as in Triton."""
     return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def padded(size: int) -> int:
+    """The size of a tile dimension of `size` elements: a power of two, at least 16, which tensor cores need."""
+    return max(16, next_power_of_2(size))
+
+
+def head_stride(x: Tensor) -> int:
+    """Elements between two heads of `[N, H, D]`; 0 where all kv heads read one head (H = 1, see `KVPart`)."""
+    return x.stride(1) if x.shape[1] > 1 else 0

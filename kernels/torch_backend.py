@@ -1,100 +1,57 @@
-"""The primitives in plain torch: fp64, fp32, bf16 or fp16 on any device; readable, and what the Triton kernels must equal.
+"""The primitives in plain torch, for fp64, fp32, bf16 and fp16 on any device; `backend.Backend` describes them.
 
-Arithmetic is fp64 for fp64 inputs and fp32 for all others. Partial results are kept in that precision. Log-sum-exps are
-natural here; they never leave the backend except to come back in its own backward.
+Readable, and what the Triton kernels are compared with. Partial results have the accumulation dtype (fp64 for fp64 inputs, else
+fp32). Log-sum-exps are natural. Loops over blocks read routing lists on the host.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .types import KVPart, QueryRows, selection_dtype
+from .types import DqPartials, KVPart, Partials, QueryRows, RoutingLists, list_shape, selection_dtype
 
 NAME = "torch"
 _GATE_ROWS = 1024
-"""Query rows scored at once by `select_blocks`, so that it never holds a `tokens x blocks` tensor."""
+"""Query rows that `select_blocks` scores at once, so that no `tokens x blocks` tensor exists."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Precision of sums over inputs of `dtype`: fp64 for fp64, fp32 otherwise."""
+    """Dtype of sums over inputs of `dtype`: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_sizes(dim: int, value_dim: int, block_size: int) -> None:
-    """Raise ValueError for sizes that this backend does not serve: there are none."""
-
-
-@dataclass(frozen=True)
-class RoutingLists:
-    """CSR by (kv head, block): which query rows visit which block.
-
-    Attributes:
-        pointer: host list of `kv_heads * n_blocks + 1` offsets into the entries, bins in (kv head, block) order.
-        token, head, slot: int64 `[entries]`, the row's token, its q head (inside the heads at work) and its slot in
-            `selected`; inside a bin sorted by (head, token).
-        n_blocks: blocks a head.
-    """
-
-    pointer: list[int]
-    token: Tensor
-    head: Tensor
-    slot: Tensor
-    n_blocks: int
-
-    def bins(self):
-        """Non-empty bins as `(kv head, block, slice of the entries)`."""
-        for bin_ in range(len(self.pointer) - 1):
-            start, end = self.pointer[bin_], self.pointer[bin_ + 1]
-            if end > start:
-                yield bin_ // self.n_blocks, bin_ % self.n_blocks, slice(start, end)
-
-
-@dataclass(frozen=True)
-class Partials:
-    """One partial result for each (q head, row, slot).
-
-    Attributes:
-        out: `[Hq, T, topk, Dv]` normalised partial outputs (forward), or `[Hq, T, topk, D]` partial dq (backward).
-        lse: `[Hq, T, topk]` log-sum-exps of the partial's scaled scores; empty in backward.
-    """
-
-    out: Tensor
-    lse: Tensor
+def check_sizes(*, dim: int, dim_v: int, block_size: int) -> None:
+    """See `backend.Backend.check_sizes`: this backend serves all sizes."""
 
 
 def bytes_per_slot(dim: int, dtype: torch.dtype) -> int:
-    """Workspace bytes that one (q head, row, slot) takes for partials of last size `dim`."""
+    """See `backend.Backend.bytes_per_slot`."""
     return accumulate_dtype(dtype).itemsize * (dim + 1)
 
 
-def new_partials(selected: Tensor, dim: int, dtype: torch.dtype, *, backward: bool = False) -> Partials:
-    """Room for the partials of `selected` `[Hq, T, topk]`; `dtype` is the inputs'."""
+def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
+    """See `backend.Backend.new_partials`; in the accumulation dtype."""
     acc = accumulate_dtype(dtype)
-    out = torch.empty(*selected.shape, dim, dtype=acc, device=selected.device)
-    lse = torch.empty(selected.shape if not backward else (0,), dtype=acc, device=selected.device)
-    return Partials(out, lse)
+    out = torch.empty(*selected.shape, dim_v, dtype=acc, device=selected.device)
+    return Partials(out, torch.empty(selected.shape, dtype=acc, device=selected.device))
 
 
-def centroids(k: Tensor, start: Tensor, block_size: int) -> Tensor:
-    """Means of whole blocks: accumulated in fp32 (fp64 for fp64), rounded once to the dtype of `k`.
+def new_dq_partials(selected: Tensor, dim: int, dtype: torch.dtype) -> DqPartials:
+    """See `backend.Backend.new_dq_partials`; in the accumulation dtype."""
+    return DqPartials(torch.empty(*selected.shape, dim, dtype=accumulate_dtype(dtype), device=selected.device))
 
-    Args:
-        k: `[N, H, D]` keys.
-        start: int32 `[n]`, row of each block's first key; every block has `block_size` consecutive rows.
-        block_size: keys a block.
 
-    Returns:
-        `[n, H, D]` in the dtype of `k`.
-    """
+def centroids(k: Tensor, *, start: Tensor, block_size: int) -> Tensor:
+    """See `backend.Backend.centroids`."""
     rows = start.long()[:, None] + torch.arange(block_size, device=k.device)
     return ordered_mean(k[rows].to(accumulate_dtype(k.dtype))).to(k.dtype)
 
 
 def ordered_mean(x: Tensor) -> Tensor:
-    """`x.mean(1)` with every sum taken in order: the same bits whatever the strides and sizes of `x`."""
+    """`x.mean(1)` with sums in order: the same bits whatever the strides and sizes of `x`."""
     total = x[:, 0].clone()
     for i in range(1, x.shape[1]):
         total += x[:, i]
@@ -102,10 +59,10 @@ def ordered_mean(x: Tensor) -> Tensor:
 
 
 def ordered_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` with every sum taken in order, one rounded product after the other.
+    """`a @ b` with sums in order, one rounded product after the other.
 
-    A BLAS may add in another order with the size of a matrix or the place in it. Then equal centroids would not score
-    alike, and two layouts could select different blocks.
+    A BLAS may choose the order of a sum by the size of the matrix or the position in it. Then equal centroids would get
+    different scores, and two layouts could select different blocks.
     """
     total = a[..., 0, None] * b[..., 0, None, :]
     for i in range(1, a.shape[-1]):
@@ -113,21 +70,8 @@ def ordered_matmul(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> Tensor:
-    """For each q head and row: its own block and the `topk - 1` best-scored blocks before it in its document.
-
-    Scores are `<q, centroid>`, unscaled. Equal scores: the later block wins; NaN ranks above every number.
-
-    Args:
-        q: `[T, Hq, D]`.
-        centroids: `[n_blocks, Hkv, D]`; the rows of blocks that no query may choose are never looked at.
-        rows: where the `T` rows stand.
-        topk: blocks a row attends to at most, own block counted.
-
-    Returns:
-        int16 `[Hq, T, topk]`, or int32 where int16 cannot count the blocks: block numbers ascending, so the own block is
-        last; -1 first where there are fewer.
-    """
+def select_blocks(q: Tensor, *, centroids: Tensor, rows: QueryRows, topk: int) -> Tensor:
+    """See `backend.Backend.select_blocks`."""
     tokens, q_heads, _ = q.shape
     n_blocks, kv_heads, _ = centroids.shape
     acc = accumulate_dtype(q.dtype)
@@ -137,7 +81,7 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
         return selected
     for begin in range(0, tokens, _GATE_ROWS):
         end = min(begin + _GATE_ROWS, tokens)
-        # Only blocks that some row here may choose: with many documents, a small part of all.
+        # Only blocks that are some row's candidate: with many documents, few of all.
         low, high = int(rows.first_block[begin:end].min()), int(rows.block[begin:end].max())
         wanted = min(topk - 1, high - low)
         if wanted == 0:
@@ -147,8 +91,8 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
         scores = ordered_matmul(queries, keys[:, None]).flatten(0, 1)  # [Hq, t, blocks]
         number = torch.arange(low, high, device=q.device)
         candidate = (number >= rows.first_block[begin:end, None]) & (number < rows.block[begin:end, None])
-        # Descending and stable over reversed block numbers: the later of equals comes first; torch sorts NaN as greatest.
-        # Candidates before the rest, whatever their score: a candidate may score -inf.
+        # A stable descending sort over reversed block numbers: of equals the later comes first; torch sorts NaN as greatest.
+        # The second sort puts candidates before the rest, whatever their score: a candidate may score -inf.
         order = torch.sort(scores.flip(2), dim=2, descending=True, stable=True).indices
         order = high - low - 1 - order
         allowed = candidate.expand_as(scores).gather(2, order)
@@ -159,63 +103,65 @@ def select_blocks(q: Tensor, centroids: Tensor, rows: QueryRows, topk: int) -> T
     return selected
 
 
-def wanted_pairs(selected: Tensor, n_blocks: int, kv_heads: int) -> Tensor:
-    """bool `[Hkv, n_blocks]`: (kv head, block) pairs that any row of `selected` `[Hq, T, topk]` selected."""
+def wanted_pairs(selected: Tensor, *, n_blocks: int, kv_heads: int) -> Tensor:
+    """See `backend.Backend.wanted_pairs`."""
     mask = torch.zeros(kv_heads, n_blocks + 1, dtype=torch.bool, device=selected.device)
     for row, chosen in zip(mask, selected.unflatten(0, (kv_heads, -1)), strict=True):
         row.index_fill_(0, chosen.flatten().long() + 1, True)
     return mask[:, 1:].contiguous()
 
 
-def route(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) -> RoutingLists:
-    """Routing lists of `selected` `[Hq, T, topk]` (the q heads of `kv_heads` kv heads), for `attend` and its backward."""
-    q_heads = selected.shape[0]
+def route(selected: Tensor, *, n_blocks: int, kv_heads: int, block_size: int) -> RoutingLists:
+    """See `backend.Backend.route`; int64 entries and no work items."""
+    shape = list_shape(selected, n_blocks, kv_heads, block_size, 0)
     head, token, slot = torch.nonzero(selected >= 0, as_tuple=True)
-    kv_head = head // (q_heads // kv_heads)
-    bins, order = torch.sort(kv_head * n_blocks + selected[head, token, slot].long(), stable=True)
-    pointer = torch.searchsorted(bins, torch.arange(kv_heads * n_blocks + 1, device=bins.device))
-    return RoutingLists(pointer.tolist(), token[order], head[order], slot[order], n_blocks)
+    bins, order = torch.sort(head // shape.group_size * n_blocks + selected[head, token, slot].long(), stable=True)
+    pointer = torch.searchsorted(bins, torch.arange(shape.n_bins + 1, device=bins.device), out_int32=True)
+    entry = (token << shape.head_bits | head % shape.group_size) << shape.slot_bits | slot
+    return RoutingLists(shape, pointer, entry[order], *pointer.new_empty(3, 0))
 
 
-def _tile(part: KVPart, kv_head: int, block: int, starts: list[list[int]], lengths: list[int]):
-    """Index of a (kv head, block) pair's keys in `part.k` and `part.v`, or None where the part lacks it."""
+def listed_bins(lists: RoutingLists) -> Iterator[tuple[int, int, tuple[Tensor, Tensor, Tensor]]]:
+    """Non-empty bins as `(kv head, block, (q head, token, slot))`, the last three int64 `[entries of the bin]`."""
+    shape, pointer = lists.shape, lists.pointer.tolist()
+    for bin_, (start, end) in enumerate(zip(pointer[:-1], pointer[1:], strict=True)):
+        if end > start:
+            kv_head, block = divmod(bin_, shape.n_blocks)
+            entry = lists.entry[start:end].long()
+            slot = entry & ((1 << shape.slot_bits) - 1)
+            in_group = (entry >> shape.slot_bits) & ((1 << shape.head_bits) - 1)
+            head = kv_head * shape.group_size + in_group
+            yield kv_head, block, (head, entry >> (shape.head_bits + shape.slot_bits), slot)
+
+
+def _tile(
+    part: KVPart, kv_head: int, block: int, starts: list[list[int]], lengths: list[int]
+) -> tuple[slice, int] | None:  # fmt: skip
+    """Index of a (kv head, block) pair's keys in `part.k` and `part.v`; None where the part does not hold the pair."""
     start = starts[kv_head][block]
     if start < 0:
         return None
     return slice(start, start + lengths[block]), kv_head if part.k.shape[1] > 1 else 0
 
 
-def _visible(rows: QueryRows, token: Tensor, block: int, length: int) -> Tensor:
-    """bool `[rows, length]`: keys of the block at or before each row's token (all of them in an earlier block)."""
-    limit = torch.where(rows.block[token] == block, rows.position[token], length)
+def _visible(rows: QueryRows, token: Tensor, own: Tensor, length: int) -> Tensor:
+    """bool `[rows, length]`: keys of a block that each row sees, up to its own position where the block is its `own`."""
+    limit = torch.where(own, rows.position[token], length)
     return torch.arange(length, device=token.device) <= limit[:, None]
 
 
-def attend(
-    q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, selected: Tensor, scale: float, partials: Partials
-) -> None:
-    """Attention of every routed row to every block of the part: one normalised partial and log-sum-exp a (row, block).
-
-    Args:
-        q: `[T, Hq, D]`, the heads at work.
-        part: keys and values; pairs it does not hold are left for another part.
-        lists: `route(selected, ...)`.
-        rows: where the rows stand.
-        selected: `[Hq, T, topk]` of `select_blocks`.
-        scale: factor on the scores.
-        partials: `new_partials(selected, Dv, q.dtype)`; written at the slots of this part's blocks.
-    """
+def attend(q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, scale: float, partials: Partials) -> None:
+    """See `backend.Backend.attend`."""
     acc = accumulate_dtype(q.dtype)
     starts, lengths = part.start.tolist(), part.length.tolist()
-    for kv_head, block, entries in lists.bins():
+    for kv_head, block, (head, token, slot) in listed_bins(lists):
         index = _tile(part, kv_head, block, starts, lengths)
         if index is None:
             continue
-        token, head, slot = lists.token[entries], lists.head[entries], lists.slot[entries]
         keys, values = part.k[index].to(acc), part.v[index].to(acc)
         scores = (q[token, head].to(acc) @ keys.T) * scale
-        scores = scores.masked_fill(~_visible(rows, token, block, lengths[block]), float("-inf"))
-        # A block that only scores -inf weighs nothing: its partial is 0 and not exp(-inf + inf).
+        scores = scores.masked_fill(~_visible(rows, token, slot == lists.shape.topk - 1, lengths[block]), float("-inf"))
+        # A row that scores -inf on the whole block gives it no weight: its partial is 0 and not exp(-inf + inf).
         most = scores.amax(1)
         weightless = most.isneginf()
         weight = torch.exp(scores - most.masked_fill(weightless, 0)[:, None])
@@ -224,18 +170,11 @@ def attend(
         partials.lse[head, token, slot] = most + torch.log(norm)
 
 
-def merge(partials: Partials, selected: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Weighted sum of the partials in block order.
-
-    Args:
-        partials: of `attend`, every slot with `selected >= 0` written.
-        selected: `[Hq, T, topk]` of `select_blocks`.
-        out: `[T, Hq, Dv]`, written.
-        lse: `[Hq, T]`, written: log-sum-exp over all keys of the row.
-    """
+def merge(partials: Partials, *, selected: Tensor, out: Tensor, lse: Tensor) -> None:
+    """See `backend.Backend.merge`."""
     slot_lse = partials.lse.masked_fill(selected < 0, float("-inf"))
     most = slot_lse.amax(2)
-    # Divided by their sum: exp(slot_lse - lse) sums to 1 only to the rounding of lse, which is that of large scores.
+    # Divided by their sum: exp(slot_lse - lse) would sum to 1 only within the rounding of lse, which grows with the scores.
     weight = torch.exp(slot_lse - most[:, :, None])
     norm = weight.sum(2)
     lse.copy_(most + torch.log(norm))
@@ -248,71 +187,43 @@ def merge(partials: Partials, selected: Tensor, out: Tensor, lse: Tensor) -> Non
 
 
 def new_lse(q: Tensor) -> Tensor:
-    """Room for the log-sum-exps of `q` `[T, Hq, D]`: `[Hq, T]`."""
+    """See `backend.Backend.new_lse`; natural, in the accumulation dtype."""
     return torch.empty(q.shape[1], q.shape[0], dtype=accumulate_dtype(q.dtype), device=q.device)
 
 
-def delta(out: Tensor, dout: Tensor) -> Tensor:
-    """`sum(out * dout)` over the last dimension: `[T, Hq, Dv]` twice -> `[Hq, T]`."""
+def delta(*, out: Tensor, dout: Tensor) -> Tensor:
+    """See `backend.Backend.delta`."""
     acc = accumulate_dtype(out.dtype)
     return (out.to(acc) * dout.to(acc)).sum(-1).T.contiguous()
 
 
 def attend_backward(
-    q: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    part: KVPart,
-    lists: RoutingLists,
-    rows: QueryRows,
-    selected: Tensor,
-    scale: float,
-    dk: Tensor,
-    dv: Tensor,
-    dq_partials: Partials,
-    accumulate: bool,
-) -> None:
-    """Gradients of `attend` followed by `merge`, one part at a time.
-
-    Args:
-        q, dout: `[T, Hq, D]`, `[T, Hq, Dv]`.
-        lse, delta: `[Hq, T]`, of `merge` and `delta`.
-        part, lists, rows, selected, scale: as in `attend`.
-        dk, dv: of the shapes of `part.k`, `part.v`; every row of a pair in the part is written (zeros where no row
-            wants it), or added to with `accumulate`. Their dtype may be the accumulation dtype or the keys'.
-        dq_partials: `new_partials(selected, D, q.dtype, backward=True)`, written at the slots of this part's blocks.
-        accumulate: add to `dk` and `dv` instead of writing them.
-    """
+    part: KVPart, lists: RoutingLists, rows: QueryRows, *, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
+    scale: float, dk: Tensor, dv: Tensor, dq_partials: DqPartials, accumulate: bool,
+) -> None:  # fmt: skip
+    """See `backend.Backend.attend_backward`."""
     acc = accumulate_dtype(q.dtype)
     starts, lengths = part.start.tolist(), part.length.tolist()
     if not accumulate:
         dk.zero_()
         dv.zero_()
-    for kv_head, block, entries in lists.bins():
+    for kv_head, block, (head, token, slot) in listed_bins(lists):
         index = _tile(part, kv_head, block, starts, lengths)
         if index is None:
             continue
-        token, head, slot = lists.token[entries], lists.head[entries], lists.slot[entries]
         keys, values = part.k[index].to(acc), part.v[index].to(acc)
         queries, gradient = q[token, head].to(acc), dout[token, head].to(acc)
-        visible = _visible(rows, token, block, lengths[block])
+        visible = _visible(rows, token, slot == lists.shape.topk - 1, lengths[block])
         scores = (queries @ keys.T) * scale
         weight = torch.exp(scores - lse[head, token, None]).masked_fill(~visible, 0)
         dscore = (weight * (gradient @ values.T - delta[head, token, None])).masked_fill(~visible, 0) * scale
         dv[index] += (weight.T @ gradient).to(dv.dtype)
         dk[index] += (dscore.T @ queries).to(dk.dtype)
-        dq_partials.out[head, token, slot] = dscore @ keys
+        dq_partials.dq[head, token, slot] = dscore @ keys
 
 
-def add_gradients(own_dk: Tensor, own_dv: Tensor, arrived: list[Tensor], dk: Tensor, dv: Tensor) -> None:
-    """dK and dV of this rank's blocks: its own share and those of other ranks, added in order and rounded once.
-
-    Args:
-        own_dk, own_dv: `[N, H, D]`, `[N, H, Dv]` in the accumulation dtype; their contents are lost.
-        arrived: `[N, H, D + Dv]` each, of the same dtype.
-        dk, dv: where the sums go, in the dtype of the keys and values; any strides of the first two dimensions.
-    """
+def add_gradients(*, own_dk: Tensor, own_dv: Tensor, arrived: list[Tensor], dk: Tensor, dv: Tensor) -> None:
+    """See `backend.Backend.add_gradients`."""
     dim = own_dk.shape[2]
     for packed in arrived:
         own_dk += packed[..., :dim]
@@ -321,9 +232,9 @@ def add_gradients(own_dk: Tensor, own_dv: Tensor, arrived: list[Tensor], dk: Ten
     dv.copy_(own_dv)
 
 
-def merge_dq(dq_partials: Partials, selected: Tensor, dq: Tensor) -> None:
-    """Sum of the partial dq in block order into `dq` `[T, Hq, D]`."""
-    total = torch.zeros_like(dq_partials.out[:, :, 0])
+def merge_dq(dq_partials: DqPartials, *, selected: Tensor, dq: Tensor) -> None:
+    """See `backend.Backend.merge_dq`."""
+    total = torch.zeros_like(dq_partials.dq[:, :, 0])
     for slot in range(selected.shape[2]):
-        total += torch.where((selected[:, :, slot] >= 0)[:, :, None], dq_partials.out[:, :, slot], 0)
+        total += torch.where((selected[:, :, slot] >= 0)[:, :, None], dq_partials.dq[:, :, slot], 0)
     dq.copy_(total.transpose(0, 1))

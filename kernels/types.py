@@ -1,11 +1,15 @@
-"""What the primitives of one device take and give: query rows, KV parts, routing lists.
+"""What the primitives of a backend take and return: query rows, KV parts, routing lists, partial results.
 
-Block numbers are global: blocks are counted over all documents in order, and every rank counts them alike. The kernels
-know nothing of ranks; they see some query rows, and a *part* of the keys and values (local, gathered or fetched).
+Block numbers are global: blocks are counted over all documents in order, and every rank counts them alike. Kernels know no
+ranks; they see some query rows and one *part* of the keys and values (local, gathered or fetched).
+
+**Selection.** `selected` `[Hq, T, topk]` holds the block numbers of each row, ascending, padded with -1 at the front. The
+last slot of every row is its own block, and no other slot is. Lists, kernels and merge identify the own block by its slot.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,32 +17,27 @@ import torch
 from torch import Tensor
 
 OWN_TILE = 128
-"""Most query rows in one entry of `QueryRows.own_tiles`."""
+"""Most query rows per entry of `QueryRows.own_tiles`."""
 
 
 def selection_dtype(n_blocks: int) -> torch.dtype:
-    """Dtype of selected blocks: int16 where every block number fits, else int32."""
+    """Dtype of selected block numbers: int16 where all of them fit, else int32."""
     return torch.int16 if n_blocks <= torch.iinfo(torch.int16).max else torch.int32
-
-
-def heads_stride(x: Tensor) -> int:
-    """Stride between the heads' rows of `[N, H, D]`; 0 where there is one, or all pairs have rows of their own."""
-    return x.stride(1) if x.shape[1] > 1 else 0
 
 
 @dataclass(frozen=True)
 class QueryRows:
-    """Where each of `T` query rows stands among the blocks.
+    """Position of each of `T` query rows among the blocks.
 
     Attributes:
-        block: int32 `[T]`, number of the block that holds the row's token (its own block).
-        first_block: int32 `[T]`, first block of the row's document; the row's candidates are
+        block: int32 `[T]`, the row's own block: the block that holds its token.
+        first_block: int32 `[T]`, first block of the row's document. The row's candidates are
             `first_block <= j < block`.
-        position: int32 `[T]`, the token's position inside its own block, from 0.
-        own_tiles: int32 `[n, 4]`, stretches of at most `OWN_TILE` consecutive rows that share an own block and have
-            consecutive positions: `(first row, number of rows, block, position of the first row)`. First rows count
-            from the start of the whole row set, also in a slice: see `offset`.
-        offset: number of the slice's first row in the whole row set.
+        position: int32 `[T]`, position of the token inside its own block, from 0.
+        own_tiles: int32 `[n, 4]`, runs of at most `OWN_TILE` consecutive rows with the same own block and consecutive
+            positions: `(first row, number of rows, block, position of the first row)`. First rows count from the start
+            of the full row set, also in a slice; see `offset`.
+        offset: first row of this slice in the full row set.
     """
 
     block: Tensor
@@ -51,7 +50,7 @@ class QueryRows:
         return self.block.numel()
 
     def slice(self, start: int, end: int) -> QueryRows:
-        """Rows `[start, end)`. `own_tiles` stays whole: kernels leave out what lies outside `[offset, offset + T)`."""
+        """Rows `[start, end)`. `own_tiles` stays as it is: kernels skip rows outside of `[offset, offset + T)`."""
         if (start, end) == (0, len(self)):
             return self
         return replace(
@@ -68,12 +67,12 @@ class KVPart:
     """Keys and values of some (kv head, block) pairs.
 
     Attributes:
-        k: `[N, H, D]`, any token and head stride, unit stride in the last dimension. `H` is the number of kv heads at
-            work, or 1 where every (kv head, block) pair has rows of its own (fetched blocks).
+        k: `[N, H, D]`, unit stride in the last dimension, any other strides. `H` is the number of kv heads being
+            processed, or 1 where each (kv head, block) pair has rows of its own (fetched blocks).
         v: `[N, H, Dv]`, likewise.
-        start: int32 `[kv heads at work, n_blocks]`, row of `k` and `v` that holds the block's first key; -1 where the
-            part does not hold the pair. A block's keys are consecutive rows. Rows may be expanded (stride 0) over heads.
-        length: int32 `[n_blocks]`, keys in each block: `block_size`, but for the last block of a document.
+        start: int32 `[kv heads, n_blocks]`, row of `k` and `v` with the block's first key; -1 where the part does not
+            hold the pair. A block's keys are consecutive rows. May be expanded (stride 0) over heads.
+        length: int32 `[n_blocks]`, keys per block: `block_size`, or less for the last block of a document.
     """
 
     k: Tensor
@@ -82,18 +81,122 @@ class KVPart:
     length: Tensor
 
 
+@dataclass(frozen=True)
+class ListShape:
+    """What the host knows about routing lists: sizes and the layout of an entry.
+
+    Attributes:
+        kv_heads, group_size: kv heads being processed, and q heads per kv head.
+        n_blocks, block_size: blocks per kv head, and keys per block.
+        topk: slots per row; slot `topk - 1` is the own block.
+        head_bits, slot_bits: widths of the fields of an entry.
+        rows_per_item: most entries per work item.
+    """
+
+    kv_heads: int
+    group_size: int
+    n_blocks: int
+    block_size: int
+    topk: int
+    head_bits: int
+    slot_bits: int
+    rows_per_item: int
+
+    @property
+    def n_bins(self) -> int:
+        """(kv head, block) pairs."""
+        return self.kv_heads * self.n_blocks
+
+
+def list_shape(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int, rows_per_item: int) -> ListShape:
+    """The shape of the lists of `selected` `[Hq, T, topk]`."""
+    q_heads, _, topk = selected.shape
+    group = q_heads // kv_heads
+    return ListShape(
+        kv_heads,
+        group,
+        n_blocks,
+        block_size,
+        topk,
+        (group - 1).bit_length(),
+        max(topk - 1, 0).bit_length(),
+        rows_per_item,
+    )
+
+
+@dataclass(frozen=True)
+class RoutingLists:
+    """Which query rows visit which block: CSR by (kv head, block), and work items over it. Own blocks are listed too.
+
+    Attributes:
+        shape: sizes.
+        pointer: int32 `[n_bins + 1]`, first entry of each bin; bins are in (kv head, block) order.
+        entry: int32 or int64 `[capacity]`, valid up to `pointer[-1]`:
+            `token << (head_bits + slot_bits) | head in the kv head's group << slot_bits | slot`. Ascending by
+            (head, token) inside a bin.
+        item_bin, item_start, item_end: int32 `[items]`: item i covers entries `[item_start, item_end)` of bin
+            `item_bin`. Items are in order of bins; unused items have bin -1. The torch backend makes no items.
+    """
+
+    shape: ListShape
+    pointer: Tensor
+    entry: Tensor
+    item_bin: Tensor
+    item_start: Tensor
+    item_end: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors, in the order that `from_tensors` takes: for autograd to save, and for streams to wait for."""
+        return self.pointer, self.entry, self.item_bin, self.item_start, self.item_end
+
+    @classmethod
+    def from_tensors(cls, shape: ListShape, tensors: Sequence[Tensor]) -> RoutingLists:
+        """The lists with this `shape` and these `tensors()`.
+
+        Raises:
+            ValueError: the number of tensors is wrong.
+        """
+        if len(tensors) != 5:
+            raise ValueError(f"routing lists have 5 tensors, got {len(tensors)}")
+        return cls(shape, *tensors)
+
+
+@dataclass(frozen=True)
+class Partials:
+    """One partial output per (q head, row, slot).
+
+    Attributes:
+        out: `[Hq, T, topk, Dv]`, normalised partial outputs.
+        lse: `[Hq, T, topk]`, log-sum-exps of each partial's scaled scores.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class DqPartials:
+    """One partial dq per (q head, row, slot).
+
+    Attributes:
+        dq: `[Hq, T, topk, D]`.
+    """
+
+    dq: Tensor
+
+
 def query_rows(
     block: np.ndarray, first_block: np.ndarray, position: np.ndarray, device: torch.device | str
 ) -> QueryRows:
-    """`QueryRows` from host arrays `[T]`; a pure function, made once per plan."""
+    """`QueryRows` on `device` from host arrays `[T]`: own block, first block of the document, position in the own block."""
     block, first_block, position = (np.ascontiguousarray(x, dtype=np.int32) for x in (block, first_block, position))
     row = np.arange(block.size)
-    breaks = np.ones(block.size, dtype=bool)
-    breaks[1:] = (block[1:] != block[:-1]) | (position[1:] != position[:-1] + 1)
-    stretch = np.flatnonzero(breaks)
-    start_of = stretch[np.cumsum(breaks) - 1] if block.size else row
-    breaks |= (row - start_of) % OWN_TILE == 0
-    first = np.flatnonzero(breaks)
+    opens = np.ones(block.size, dtype=bool)  # rows that open a run
+    opens[1:] = (block[1:] != block[:-1]) | (position[1:] != position[:-1] + 1)
+    run = np.flatnonzero(opens)
+    start_of = run[np.cumsum(opens) - 1] if block.size else row
+    opens |= (row - start_of) % OWN_TILE == 0
+    first = np.flatnonzero(opens)
     count = np.diff(np.append(first, block.size))
     tiles = np.stack([first, count, block[first], position[first]], axis=1).astype(np.int32)
     to = lambda x: torch.from_numpy(x).to(device, non_blocking=True)  # noqa: E731

@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from .chunks import Chunk, Ranges, ranges_of
 from .config import MoBAConfig
-from .kernels import KVPart, QueryRows, query_rows
+from .kernels import Backend, KVPart, QueryRows, RoutingLists, query_rows
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import HomePlan, RankPlan
 from .parallel.comm import CommGroup, SideStream
@@ -44,7 +42,7 @@ class Call:
     """One attention call on one rank: what it is asked to do. What it decides on the way is in its `Route`.
 
     Attributes:
-        config, plan, comm, backend: configuration, this rank's plan, its group, and the module of primitives.
+        config, plan, comm, backend: configuration, this rank's plan, its group, and the primitives of the device.
         requested: the `comm` argument.
         workspace_bytes: most bytes of partial results at once.
         exchange_bytes: most bytes of remote parts kept for several chunks of rows; see `Work.keep_bytes`.
@@ -56,7 +54,7 @@ class Call:
     config: MoBAConfig
     plan: RankPlan
     comm: CommGroup
-    backend: ModuleType
+    backend: Backend
     requested: str
     workspace_bytes: int
     exchange_bytes: int
@@ -92,7 +90,7 @@ class Saved:
     selected: Tensor
     out: Tensor
     lse: Tensor
-    lists: tuple[Any, ...]
+    lists: tuple[RoutingLists, ...]
     route: Route
 
 
@@ -104,7 +102,9 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     ranges = head_ranges(call, q, k, v)
     opening = open_forward(call.requested, home, call.comm, work_of(call, ranges, k))
     selected = select_blocks(call, q, home, rows)
-    exchange, route = opening.route(partial(call.backend.wanted_pairs, selected, call.n_blocks, k.shape[1]))
+    exchange, route = opening.route(
+        partial(call.backend.wanted_pairs, selected, n_blocks=call.n_blocks, kv_heads=k.shape[1])
+    )
     out, lse = q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q)
     lists_of = routed_ahead(call, ranges, selected)
     kept = []
@@ -121,7 +121,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
 def _forward_chunk(
     call: Call,
     chunk: Chunk,
-    lists: Any,
+    lists: RoutingLists,
     q: Tensor,
     rows: QueryRows,
     selected: Tensor,
@@ -135,9 +135,9 @@ def _forward_chunk(
     scale = call.config.scale(q.shape[-1])
     for part in call.stage.taking(parts, "wait for keys and values"):
         with call.stage(f"attend {part.name}"):
-            call.backend.attend(chunk.of_rows(q), _kv_part(call, part), lists, here, chosen, scale, partials)
+            call.backend.attend(chunk.of_rows(q), _kv_part(call, part), lists, here, scale, partials)
     with call.stage("merge"):
-        call.backend.merge(partials, chosen, chunk.of_rows(out), chunk.of_heads(lse))
+        call.backend.merge(partials, selected=chosen, out=chunk.of_rows(out), lse=chunk.of_heads(lse))
 
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +148,7 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     ranges = head_ranges(call, q, k, v)
     exchange = open_backward(saved.route, home, call.comm, work_of(call, ranges, k))
     with call.stage("delta"):
-        delta = call.backend.delta(saved.out, dout)
+        delta = call.backend.delta(out=saved.out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
@@ -191,14 +191,14 @@ def _finish_range(
             if part.rows is not None:
                 add_rows(part.values, part.rows, sum_dk, sum_dv)
         whole = [part.values for part in arrived if part.rows is None]
-        call.backend.add_gradients(sum_dk, sum_dv, whole, dk, dv)
+        call.backend.add_gradients(own_dk=sum_dk, own_dv=sum_dv, arrived=whole, dk=dk, dv=dv)
     side.uses(sum_dk, sum_dv, *(part.values for part in arrived))
 
 
 def _backward_chunk(
     call: Call,
     chunk: Chunk,
-    lists: Any,
+    lists: RoutingLists,
     q: Tensor,
     dout: Tensor,
     delta: Tensor,
@@ -209,26 +209,25 @@ def _backward_chunk(
 ) -> None:
     """dq of one chunk, and its share of dk and dv of every part."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
-    partials = call.backend.new_partials(selected, q.shape[-1], q.dtype, backward=True)
+    partials = call.backend.new_dq_partials(selected, q.shape[-1], q.dtype)
     for gradient in call.stage.taking(parts, "wait for keys and values, send gradients"):
         with call.stage(f"attend backward {gradient.part.name}"):
             call.backend.attend_backward(
-                chunk.of_rows(q),
-                chunk.of_rows(dout),
-                chunk.of_heads(saved.lse),
-                chunk.of_heads(delta),
                 _kv_part(call, gradient.part),
                 lists,
                 here,
-                selected,
-                call.config.scale(q.shape[-1]),
-                gradient.dk,
-                gradient.dv,
-                partials,
-                gradient.accumulate,
+                q=chunk.of_rows(q),
+                dout=chunk.of_rows(dout),
+                lse=chunk.of_heads(saved.lse),
+                delta=chunk.of_heads(delta),
+                scale=call.config.scale(q.shape[-1]),
+                dk=gradient.dk,
+                dv=gradient.dv,
+                dq_partials=partials,
+                accumulate=gradient.accumulate,
             )
     with call.stage("merge dq"):
-        call.backend.merge_dq(partials, selected, chunk.of_rows(dq))
+        call.backend.merge_dq(partials, selected=selected, dq=chunk.of_rows(dq))
 
 
 def visits(exchange: Exchange, ranges: Ranges) -> Iterator[Visit]:
@@ -240,7 +239,7 @@ def visits(exchange: Exchange, ranges: Ranges) -> Iterator[Visit]:
         yield started.popleft()
 
 
-def routed_ahead(call: Call, ranges: Ranges, selected: Tensor) -> Iterator[Any]:
+def routed_ahead(call: Call, ranges: Ranges, selected: Tensor) -> Iterator[RoutingLists]:
     """Routing lists of each chunk in turn; on CUDA those of the next chunk are made beside the work of the current one."""
     chunks = [chunk for _, of_range in ranges for chunk in of_range]
     if len(chunks) == 1:
@@ -248,22 +247,24 @@ def routed_ahead(call: Call, ranges: Ranges, selected: Tensor) -> Iterator[Any]:
         return
     side = SideStream(selected.device, "routing lists")
     side.mark()
-    ahead: deque[tuple[Any, torch.cuda.Event | None]] = deque()
+    ahead: deque[tuple[RoutingLists, torch.cuda.Event | None]] = deque()
     for index in range(len(chunks) + 1):
         if index < len(chunks):
             with side.use():
                 ahead.append((_route(call, chunks[index], selected), side.done()))
         if index > 0:
             lists, done = ahead.popleft()
-            side.join(done, *(x for x in vars(lists).values() if isinstance(x, Tensor)))
+            side.join(done, *lists.tensors())
             yield lists
             del lists
 
 
-def _route(call: Call, chunk: Chunk, selected: Tensor) -> Any:
+def _route(call: Call, chunk: Chunk, selected: Tensor) -> RoutingLists:
     kv_heads = chunk.heads.stop - chunk.heads.start
     with call.stage("lists"):
-        return call.backend.route(chunk.of_heads(selected), call.n_blocks, kv_heads, call.config.block_size)
+        return call.backend.route(
+            chunk.of_heads(selected), n_blocks=call.n_blocks, kv_heads=kv_heads, block_size=call.config.block_size
+        )
 
 
 def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> Tensor:
@@ -271,12 +272,12 @@ def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> T
     if call.topk > 1:
         start = centroid_start(call.plan, q.device)
         with call.stage("centroids"):
-            local = call.backend.centroids(home.k, start, call.config.block_size)
+            local = call.backend.centroids(home.k, start=start, block_size=call.config.block_size)
             centroids = gather_centroids(call.plan, local, call.comm)
     else:
         centroids = q.new_zeros(call.n_blocks, home.k.shape[1], q.shape[-1])
     with call.stage("gate"):
-        return call.backend.select_blocks(q, centroids, rows, call.topk)
+        return call.backend.select_blocks(q, centroids=centroids, rows=rows, topk=call.topk)
 
 
 def work_of(call: Call, ranges: Ranges, k: Tensor) -> Work:

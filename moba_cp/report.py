@@ -81,7 +81,7 @@ def make_report(call: Call, route: Route, selected: Tensor, kv_heads: int, pair_
     quiet = CommGroup(call.comm.group, call.comm.size)  # its traffic is not the call's
     wanted = route.wanted
     if wanted is None:
-        mine = call.backend.wanted_pairs(selected, len(blocks), kv_heads)
+        mine = call.backend.wanted_pairs(selected, n_blocks=len(blocks), kv_heads=kv_heads)
         wanted = exchange_wanted(mine, call.plan, quiet)
     wanted_tokens = wanted.tokens()
     bound = remote_tokens(wanted_tokens.sum(2)) * pair_bytes

@@ -75,7 +75,7 @@ def check_call(
     check_bytes("workspace_bytes", workspace_bytes, least=1)
     check_bytes("exchange_bytes", exchange_bytes, least=0)
     check_tensors(q, k, v)
-    backend_for(q.device, q.dtype).check_sizes(q.shape[2], v.shape[2], config.block_size)
+    backend_for(q.device, q.dtype).check_sizes(dim=q.shape[2], dim_v=v.shape[2], block_size=config.block_size)
     check_placement(q, layout, group)
 
 

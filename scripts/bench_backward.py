@@ -16,6 +16,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 TOKENS, ALL_HEADS, HEADS, DIM = 131072, 16, 3, 128
@@ -23,23 +24,25 @@ CASES = {"128": (128, 8), "512": (512, 8), "4096": (4096, 12)}
 
 
 def variants(block_size: int) -> Iterator[tuple[str, str, dict[str, int]]]:
-    """(kernel, name, constants that differ from the shipped ones)."""
+    """(kernel, name, fields of the configuration that differ from the shipped ones)."""
     if block_size == 128:
         for ahead in (1, 2):
-            yield "dkdv_dq", f"AHEAD={ahead}", {"AHEAD": ahead}
+            yield "dkdv_dq", f"AHEAD={ahead}", {"ahead": ahead}
         return
-    yield "dkdv", "LATE=0 AHEAD=2", {"LATE": False, "AHEAD": 2}
-    yield "dkdv", "LATE=1 AHEAD=2", {"LATE": True, "AHEAD": 2}
-    yield "dkdv", "LATE=1 AHEAD=1", {"LATE": True, "AHEAD": 1}
+    yield "dkdv", "LATE=0 AHEAD=2", {"late": False, "ahead": 2}
+    yield "dkdv", "LATE=1 AHEAD=2", {"late": True, "ahead": 2}
+    yield "dkdv", "LATE=1 AHEAD=1", {"late": True, "ahead": 1}
     for ahead in (1, 2):
-        yield "dq", f"AHEAD={ahead}", {"AHEAD": ahead}
+        yield "dq", f"AHEAD={ahead}", {"ahead": ahead}
 
 
 def make_call(block_size: int, topk: int, tokens: int):
     """One chunk as the pipeline cuts it: views of HEADS of ALL_HEADS heads, random rows; what `attend_backward` takes."""
     import torch
 
-    from moba_cp.kernels import backward, triton_backend
+    from moba_cp.kernels import triton_backend
+    from moba_cp.kernels.backward import segments
+    from moba_cp.kernels.backward.call import Call
     from moba_cp.kernels.types import KVPart, query_rows
 
     torch.manual_seed(0)
@@ -51,27 +54,32 @@ def make_call(block_size: int, topk: int, tokens: int):
     start = torch.arange(0, tokens, block_size, dtype=torch.int32, device="cuda")
     length = torch.full_like(start, block_size)
     part = KVPart(k, v, start.expand(HEADS, n_blocks), length)
-    selected = triton_backend.select_blocks(q, triton_backend.centroids(k, start, block_size), rows, topk)
+    selected = triton_backend.select_blocks(
+        q, centroids=triton_backend.centroids(k, start=start, block_size=block_size), rows=rows, topk=topk
+    )
     partials = triton_backend.new_partials(selected, DIM, q.dtype)
-    lists = triton_backend.route(selected, n_blocks, HEADS, block_size)
-    triton_backend.attend(q, part, lists, rows, selected, DIM**-0.5, partials)
+    lists = triton_backend.route(selected, n_blocks=n_blocks, kv_heads=HEADS, block_size=block_size)
+    triton_backend.attend(q, part, lists, rows, DIM**-0.5, partials)
     out, lse = torch.empty_like(dout), triton_backend.new_lse(q)
-    triton_backend.merge(partials, selected, out, lse)
-    n_pieces = backward.piece_count(tokens, HEADS, HEADS, topk, block_size)
-    piece_bin = backward.find_pieces(lists.pointer, n_pieces, block_size) if n_pieces else lists.pointer
+    triton_backend.merge(partials, selected=selected, out=out, lse=lse)
+    n_segments = segments.segment_count(tokens, lists.shape)
+    segment_bin = segments.find_segments(lists.pointer, n_segments, block_size) if n_segments else lists.pointer
     whole = lambda: torch.zeros(tokens, ALL_HEADS, DIM, device="cuda", dtype=q.dtype)[:, :HEADS]  # noqa: E731
     dq = torch.zeros(HEADS, tokens, topk, DIM, device="cuda", dtype=q.dtype)
-    return backward.Call(q, dout, lse, backward.delta(out, dout), part, lists, rows, topk, DIM**-0.5, whole(), whole(),
-                         dq, False, n_pieces, piece_bin)  # fmt: skip
+    return Call(
+        part=part, lists=lists, rows=rows, q=q, dout=dout, lse=lse, delta=triton_backend.delta(out=out, dout=dout),
+        scale=DIM**-0.5, dk=whole(), dv=whole(), dq=dq, accumulate=False, n_segments=n_segments, segment_bin=segment_bin,
+    )  # fmt: skip
 
 
 def runner(call, kernel: str, change: dict[str, int]) -> Callable[[], None]:
-    from moba_cp.kernels import hopper_backward
+    from moba_cp.kernels import configs
+    from moba_cp.kernels.backward import sm90
 
     if kernel == "dq":
-        return lambda: hopper_backward.launch_dq(call, hopper_backward.dq_constants(DIM) | change)
-    constants = hopper_backward.dkdv_constants(DIM, call.lists.block_size) | change
-    return lambda: hopper_backward.launch_dkdv(call, constants)
+        return lambda: sm90.launch_dq(call, replace(configs.SM90_DQ, **change))
+    config = replace(configs.sm90_dkdv(DIM, call.lists.shape.block_size), **change)
+    return lambda: sm90.launch_dkdv(call, config)
 
 
 def compile_some(jobs: list[tuple[str, str, dict[str, int]]], case: str) -> None:
@@ -121,7 +129,9 @@ def flops(kernel: str, block_size: int, topk: int) -> float:
 def measure(case: str, options: argparse.Namespace) -> list[dict]:
     import torch
 
-    from moba_cp.kernels import backward
+    from moba_cp.kernels import configs
+    from moba_cp.kernels.backward import portable
+    from moba_cp.kernels.gpu import gpu_of
 
     block_size, topk = CASES[case]
     call = make_call(block_size, topk, TOKENS)
@@ -146,10 +156,12 @@ def measure(case: str, options: argparse.Namespace) -> list[dict]:
             entry |= {"error": f"{type(error).__name__}: {str(error)[:200]}", "trace": traceback.format_exc()}
         found.append(entry)
 
-    tiles = backward.choose_tiles(DIM, DIM, block_size)
-    note("dkdv_dq" if tiles.fused else "dkdv", "portable", lambda: backward.launch_dkdv(call, tiles))
-    if not tiles.fused:
-        note("dq", "portable", lambda: backward.launch_dq(call, tiles))
+    config = configs.backward(DIM, DIM, block_size, gpu_of(call.q.device))
+    dkdv, dq = config.dkdv, config.dq
+    fused = dq is None
+    note("dkdv_dq" if fused else "dkdv", "portable", lambda: portable.launch_dkdv(call, dkdv, fused=fused))
+    if dq is not None:
+        note("dq", "portable", lambda: portable.launch_dq(call, dq))
     reference = {name: x.clone() for name, x in outputs.items()}
     for kernel, name, change in variants(block_size):
         note(kernel, name, runner(call, kernel, change))

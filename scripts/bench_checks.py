@@ -51,8 +51,8 @@ def check_routing(q: Tensor, k: Tensor, config: MoBAConfig) -> dict[str, Any]:
     backend, whole, n_blocks = backend_for(q.device, q.dtype), tokens // size, -(-tokens // size)
     start = torch.arange(whole, device=q.device, dtype=torch.int32) * size
     centroids = k.new_zeros(n_blocks, *k.shape[1:])  # what is left of a block is nobody's candidate
-    centroids[:whole] = backend.centroids(k, start, size)
-    selected = backend.select_blocks(q, centroids, rows, min(config.topk, n_blocks))
+    centroids[:whole] = backend.centroids(k, start=start, block_size=size)
+    selected = backend.select_blocks(q, centroids=centroids, rows=rows, topk=min(config.topk, n_blocks))
     return check_selection(q, k, selected.int(), config)
 
 
@@ -64,7 +64,7 @@ def check_selection(
     group, size = q_heads // k.shape[1], config.block_size
     whole = tokens // size
     start = torch.arange(whole, device=q.device, dtype=torch.int32) * size
-    centroids = backend_for(q.device, q.dtype).centroids(k, start, size)
+    centroids = backend_for(q.device, q.dtype).centroids(k, start=start, block_size=size)
     means = [x.double().mean(1) for x in k[: whole * size].unflatten(0, (whole, size)).split(max(1, 65536 // size))]
     exact = torch.cat(means) if whole else centroids.double()
     ulp = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=2**-10))) + 1) * torch.finfo(k.dtype).eps / 2

@@ -9,12 +9,13 @@ Other kernels of the forward: `bench_kernels.py --sweep`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,25 @@ import torch
 from bench_about import about
 
 from moba_cp import SequenceLayout
-from moba_cp.kernels import backend_for, lists
+from moba_cp.kernels import backend_for, configs, lists
 from moba_cp.parallel.blocks import home_plan, rank_plan
 from moba_cp.pipeline import device_rows
 
 HEAD_DIM = 128
 SORTED = [
-    {"ENTRIES": entries, "WARPS": warps, "PROGRAMS": programs, "FEW_BLOCKS": 0}
+    {"entries": entries, "warps": warps, "programs": programs, "few_blocks": 0}
     for (entries, warps), programs in itertools.product(
         [(1024, 4), (512, 1), (1024, 2), (1024, 8), (512, 2), (1024, 1), (2048, 8), (512, 4)], [1024, 2048]
     )
 ]
 COUNTED = [
-    {"COUNT_ENTRIES": entries, "COUNT_WARPS": warps, "REGISTER_BINS": bins}
+    {"count_entries": entries, "count_warps": warps, "register_bins": bins}
     for entries, warps, bins in [
         (1024, 8, 1024), (2048, 4, 1024), (2048, 8, 1024), (4096, 4, 1024), (4096, 8, 1024), (1024, 4, 0),
     ]
 ]  # fmt: skip
 FEW = [
-    {"FEW_BLOCKS": 256, "FEW_TOKENS": tokens, "FEW_WARPS": warps, "PROGRAMS": programs}
+    {"few_blocks": 256, "few_tokens": tokens, "few_warps": warps, "programs": programs}
     for tokens, warps, programs in [
         (32, 1, 1024), (32, 2, 1024), (32, 4, 1024), (32, 8, 1024), (64, 4, 1024), (64, 8, 1024), (128, 4, 1024),
         (128, 8, 1024), (32, 4, 2048), (32, 2, 2048), (32, 1, 4096), (32, 4, 4096),
@@ -87,27 +88,30 @@ class Bench:
         plan = rank_plan(home_plan(SequenceLayout.contiguous([0, tokens], 1), block_size), 0)
         rows, blocks = device_rows(plan, q.device), plan.plan.blocks
         start = torch.tensor(blocks.start, dtype=torch.int32, device="cuda")
-        selected = backend.select_blocks(q, backend.centroids(k, start, block_size), rows, topk)
-        self.routing = (selected, len(blocks), heads, block_size)
+        selected = backend.select_blocks(
+            q, centroids=backend.centroids(k, start=start, block_size=block_size), rows=rows, topk=topk
+        )
+        self.routing = partial(lists.route, selected, n_blocks=len(blocks), kv_heads=heads, block_size=block_size)
+        self.n_blocks = len(blocks)
 
     def lists(self) -> None:
-        """`route`: all its passes together, under other module constants."""
+        """`route`: all its passes together, under other configurations."""
         self.end = time.perf_counter() + self.budget
-        expected = lists.route(*self.routing)
+        expected = self.routing()
         valid, used = int(expected.pointer[-1]), expected.item_bin >= 0
-        few = [x for x in FEW if self.routing[1] * x["FEW_TOKENS"] <= 8192]  # larger tables would not fit the registers
+        few = [x for x in FEW if self.n_blocks * x["few_tokens"] <= 8192]  # larger tables would not fit the registers
         for constants in [{}, *COUNTED, *few, *SORTED]:
             entry = dict(constants)
-            with patched(constants):
-                if self.timed(entry, lambda: lists.route(*self.routing)):
-                    found = lists.route(*self.routing)
-                    entry["same"] = (
-                        torch.equal(found.pointer, expected.pointer)
-                        and torch.equal(found.entry[:valid], expected.entry[:valid])
-                        and torch.equal(found.item_bin, expected.item_bin)
-                        and torch.equal(found.item_start[used], expected.item_start[used])
-                        and torch.equal(found.item_end[used], expected.item_end[used])
-                    )
+            run = partial(self.routing, config=replace(configs.LISTS, **constants))
+            if self.timed(entry, run):
+                found = run()
+                entry["same"] = (
+                    torch.equal(found.pointer, expected.pointer)
+                    and torch.equal(found.entry[:valid], expected.entry[:valid])
+                    and torch.equal(found.item_bin, expected.item_bin)
+                    and torch.equal(found.item_start[used], expected.item_start[used])
+                    and torch.equal(found.item_end[used], expected.item_end[used])
+                )
 
     def timed(self, entry: dict[str, Any], call: Callable[[], Any], count: int = 7) -> bool:
         """Milliseconds for all heads into `entry`; False where there are none."""
@@ -136,19 +140,6 @@ class Bench:
         print(f"\n{self.case}")
         for entry in sorted(self.found, key=lambda e: e.get("ms", 1e9)):
             print("  ", {k: v for k, v in entry.items() if k not in ("block_size", "topk", "store")})
-
-
-@contextlib.contextmanager
-def patched(constants: dict[str, int]) -> Iterator[None]:
-    """Other values for constants of `lists`."""
-    before = {name: getattr(lists, name) for name in constants}
-    try:
-        for name, value in constants.items():
-            setattr(lists, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(lists, name, value)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from moba_cp import SequenceLayout
-from moba_cp.kernels import KVPart, backend_for, configs, forward, merge
-from moba_cp.kernels.configs import Launch
+from moba_cp.kernels import KVPart, backend_for, configs, merge
+from moba_cp.kernels.configs import RowConfig, TileConfig
+from moba_cp.kernels.forward import portable
+from moba_cp.kernels.gpu import gpu_of
 from moba_cp.parallel.blocks import home_plan, rank_plan
 from moba_cp.pipeline import device_rows
 
@@ -39,14 +41,16 @@ def sweep(
     rows, blocks = device_rows(plan, q.device), plan.plan.blocks
     start = torch.tensor(blocks.start, dtype=torch.int32, device="cuda")
     length = torch.tensor(blocks.length, dtype=torch.int32, device="cuda")
-    selected = backend.select_blocks(q, backend.centroids(k, start, block_size), rows, topk)
+    selected = backend.select_blocks(
+        q, centroids=backend.centroids(k, start=start, block_size=block_size), rows=rows, topk=topk
+    )
     part = KVPart(k, v, start.expand(heads, -1), length)
-    lists = backend.route(selected, len(blocks), heads, block_size)
+    lists = backend.route(selected, n_blocks=len(blocks), kv_heads=heads, block_size=block_size)
     partials = backend.new_partials(selected, HEAD_DIM, q.dtype)
-    shared = (q, part, lists, rows, selected, HEAD_DIM**-0.5, partials)
-    device = configs.capability(q.device)
-    hold = configs.stationary(HEAD_DIM, HEAD_DIM, block_size, device)
-    stream = configs.streaming(HEAD_DIM, HEAD_DIM, block_size, device)
+    shared = (q, part, lists, rows, HEAD_DIM**-0.5, partials)
+    gpu = gpu_of(q.device)
+    hold = configs.hold_rows(HEAD_DIM, HEAD_DIM, block_size, gpu)
+    stream = configs.stream_rows(HEAD_DIM, HEAD_DIM, block_size, gpu)
     shipped = stream or hold
     timer = Timer(kv_heads / heads)
     for tma in [True] if stream else [True, False]:
@@ -57,22 +61,23 @@ def sweep(
             "num_stages": [2, 3, 4],
             "store": ["", ".cs"],
         }
-        run = partial(forward.attend_listed, *shared, stream=stream is not None, tma=tma)
+        run = partial(portable.attend_listed, *shared, stream=stream is not None, tma=tma)
         timer.all("attend" if tma else "attend by pointers", shipped, choices, run, partials.out)
     for tma in [] if stream else [True, False]:
         choices = {"rows": [64, 128], "keys": [32, 64], "num_warps": [4, 8], "num_stages": [2, 3]}
-        run = partial(forward.attend_own, *shared, tma=tma)
+        run = partial(portable.attend_own, *shared, tma=tma)
         timer.all(
             "own" if tma else "own by pointers",
-            configs.own_blocks(HEAD_DIM, HEAD_DIM, device),
+            configs.own_blocks(HEAD_DIM, HEAD_DIM, gpu),
             choices,
             run,
             partials.out,
         )
-    forward.attend(*shared)
+    backend.attend(*shared)
     out, lse = torch.empty_like(q), backend.new_lse(q)
     choices = {"rows": [8, 16, 32], "num_warps": [1, 2, 4, 8], "num_stages": [1, 2, 3, 4, 5]}
-    timer.all("merge", configs.merging(HEAD_DIM), choices, partial(merge.merge, partials, selected, out, lse), out)
+    run_merge = lambda config: merge.merge(partials, selected=selected, out=out, lse=lse, config=config)  # noqa: E731
+    timer.all("merge", configs.merge(HEAD_DIM), choices, run_merge, out)
     return {"block_size": block_size, "topk": topk, "launches": timer.found}
 
 
@@ -84,7 +89,12 @@ class Timer:
         self.found: list[dict[str, Any]] = []
 
     def all(
-        self, kernel: str, shipped: Launch, choices: dict[str, list], run: Callable[[Launch], None], out: Tensor
+        self,
+        kernel: str,
+        shipped: TileConfig | RowConfig,
+        choices: dict[str, list],
+        run: Callable[[Any], None],
+        out: Tensor,
     ) -> None:
         """`run` under the shipped launch, then under every combination of `choices`."""
         combined = [replace(shipped, **dict(zip(choices, values))) for values in itertools.product(*choices.values())]

@@ -383,8 +383,8 @@ def test_ranks_that_refuse_at_different_times(late: list[float]) -> None:
 def test_sizes_that_the_triton_kernels_do_not_serve_are_named(sizes: tuple[int, int, int]) -> None:
     dim, value_dim, block_size = sizes
     with pytest.raises(ValueError, match=f"D {dim}, Dv {value_dim}, block_size {block_size}"):
-        triton_backend.check_sizes(dim, value_dim, block_size)
-    triton_backend.check_sizes(256, 256, 16)
+        triton_backend.check_sizes(dim=dim, dim_v=value_dim, block_size=block_size)
+    triton_backend.check_sizes(dim=256, dim_v=256, block_size=16)
 
 
 def test_devices_other_than_cpu_and_cuda_are_refused() -> None:

@@ -1,23 +1,22 @@
-"""Inputs of the backward kernels, and what plain torch makes of them."""
+"""Inputs of the backward kernels, and the results of plain torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moba_cp.kernels import torch_backend
-from moba_cp.kernels.torch_backend import Partials
-from moba_cp.kernels.types import KVPart, QueryRows, query_rows
+from moba_cp.kernels.types import DqPartials, KVPart, QueryRows, RoutingLists, query_rows
+from tests.kernels.list_cases import make_lists
 
 
 @dataclass
 class Case:
-    """One call of `attend_backward`: inputs as every backend takes them, `lse` in base 2."""
+    """Inputs of one call of `attend_backward`; `lse` in base 2."""
 
     q: Tensor
     dout: Tensor
@@ -25,7 +24,7 @@ class Case:
     lse: Tensor
     delta: Tensor
     part: KVPart
-    lists: SimpleNamespace
+    lists: RoutingLists
     rows: QueryRows
     selected: Tensor
     scale: float
@@ -34,7 +33,7 @@ class Case:
 
 
 def document_rows(lengths: list[int], block_size: int, device) -> tuple[QueryRows, Tensor, Tensor]:
-    """Rows of whole documents in order, and each block's first token and length."""
+    """Query rows of complete documents in order, and the first token and length of each block."""
     block, first_block, position, start, length = [], [], [], [], []
     token = 0
     for tokens in lengths:
@@ -54,7 +53,7 @@ def document_rows(lengths: list[int], block_size: int, device) -> tuple[QueryRow
 
 
 def random_selection(rows: QueryRows, n_blocks: int, q_heads: int, topk: int, *, hot: bool, cold: bool) -> Tensor:
-    """int32 `[Hq, T, topk]` as `select_blocks` gives it: uniform, or with block 0 wanted by all, or the last by none."""
+    """int32 `[Hq, T, topk]` as of `select_blocks`. `hot`: every row selects block 0; `cold`: none selects the middle one."""
     device = rows.block.device
     number = torch.arange(n_blocks, device=device)
     chosen = []
@@ -72,40 +71,14 @@ def random_selection(rows: QueryRows, n_blocks: int, q_heads: int, topk: int, *,
     return torch.stack(chosen).to(torch.int32)
 
 
-def make_lists(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int, rows_per_item: int) -> SimpleNamespace:
-    """Routing lists in the Triton form, made with torch operations and host reads: what the fast ones must equal."""
-    q_heads, _, topk = selected.shape
-    group = q_heads // kv_heads
-    head_bits, slot_bits = max(group - 1, 0).bit_length(), max(topk - 1, 0).bit_length()
-    head, token, slot = torch.nonzero(selected >= 0, as_tuple=True)
-    key = head // group * n_blocks + selected[head, token, slot].long()
-    key, order = torch.sort(key, stable=True)
-    pointer = torch.searchsorted(key, torch.arange(kv_heads * n_blocks + 1, device=key.device)).to(torch.int32)
-    code = (token << (head_bits + slot_bits)) | (head % group << slot_bits) | slot
-    entry = torch.full((selected.numel(),), -1, dtype=torch.int32, device=key.device)
-    entry[: order.numel()] = code[order].to(torch.int32)
-    items = [
-        (bin_, at, min(at + rows_per_item, b))
-        for bin_, (a, b) in enumerate(zip(pointer.tolist(), pointer.tolist()[1:]))
-        for at in range(a, b, rows_per_item)
-    ]
-    items += [(-1, 0, 0)] * 3
-    bins, starts, stops = torch.tensor(items, dtype=torch.int32, device=key.device).T.contiguous()
-    return SimpleNamespace(
-        pointer=pointer, entry=entry, head_bits=head_bits, slot_bits=slot_bits, n_blocks=n_blocks, kv_heads=kv_heads,
-        group_size=group, item_bin=bins, item_start=starts, item_end=stops,
-        rows_per_item=rows_per_item, block_size=block_size,
-    )  # fmt: skip
-
-
 def make_case(
     lengths: list[int], block_size: int, topk: int, *, q_heads=2, kv_heads=1, dim=64, value_dim=None, device="cpu",
     dtype=torch.float32, seed=0, hot=False, cold=False, absent=False, fetched=False, strided=False, scale=None,
 ) -> Case:  # fmt: skip
     """Random inputs over packed documents.
 
-    `absent` leaves some (kv head, block) pairs out of the part; `fetched` gives every pair rows of its own (H = 1);
-    `strided` makes every tensor a view with larger strides.
+    `absent`: the part lacks some (kv head, block) pairs. `fetched`: every pair has rows of its own (H = 1). `strided`:
+    tensors are views with larger strides.
     """
     torch.manual_seed(seed)
     value_dim = value_dim or dim
@@ -123,11 +96,11 @@ def make_case(
     k, v = tensor(tokens, kv_heads, dim), tensor(tokens, kv_heads, value_dim)
     whole = KVPart(k, v, start.expand(kv_heads, n_blocks), length)
     scale = scale or dim**-0.5
-    lists = torch_backend.route(selected, n_blocks, kv_heads, block_size)
+    lists = torch_backend.route(selected, n_blocks=n_blocks, kv_heads=kv_heads, block_size=block_size)
     partials = torch_backend.new_partials(selected, value_dim, dtype)
-    torch_backend.attend(q, whole, lists, rows, selected, scale, partials)
+    torch_backend.attend(q, whole, lists, rows, scale, partials)
     out, lse = torch.empty_like(dout), torch_backend.new_lse(q)
-    torch_backend.merge(partials, selected, out, lse)
+    torch_backend.merge(partials, selected=selected, out=out, lse=lse)
     part = whole
     if fetched:
         part = per_pair(whole)
@@ -136,14 +109,14 @@ def make_case(
         kept.view(-1)[1::3] = -1
         part = KVPart(part.k, part.v, kept, length)
     return Case(
-        q, dout, out, lse * math.log2(math.e), torch_backend.delta(out, dout), part,
-        make_lists(selected, n_blocks, kv_heads, block_size, 128 if block_size > 128 else 2048), rows, selected, scale,
+        q, dout, out, lse * math.log2(math.e), torch_backend.delta(out=out, dout=dout), part,
+        make_lists(selected, n_blocks, kv_heads, block_size), rows, selected, scale,
         block_size, kv_heads,
     )  # fmt: skip
 
 
 def per_pair(part: KVPart) -> KVPart:
-    """The same part as a fetch delivers it: one kv head a row, pairs one after another with a gap between."""
+    """The same part in the form of fetched blocks: one kv head per row, pairs in order with a gap after each."""
     kv_heads, n_blocks = part.start.shape
     start = torch.zeros(kv_heads, n_blocks, dtype=torch.int32)
     source, head, at = [], [], 0
@@ -179,18 +152,19 @@ def written_slots(case: Case) -> Tensor:
 
 
 def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 dk, dv and partial dq of plain torch."""
+    """dk, dv and partial dq of plain torch, in fp32."""
     dk, dv = (torch.empty(x.shape, device=x.device) for x in (case.part.k, case.part.v))
     dq = torch.full((*case.selected.shape, case.q.shape[2]), float("nan"), device=dk.device)
-    lists = torch_backend.route(case.selected, case.lists.n_blocks, case.kv_heads, case.block_size)
+    n_blocks = case.lists.shape.n_blocks
+    lists = torch_backend.route(case.selected, n_blocks=n_blocks, kv_heads=case.kv_heads, block_size=case.block_size)
     torch_backend.attend_backward(
-        case.q, case.dout, case.lse / math.log2(math.e), case.delta, case.part, lists, case.rows, case.selected,
-        case.scale, dk, dv, Partials(dq, torch.empty(0)), False,
+        case.part, lists, case.rows, q=case.q, dout=case.dout, lse=case.lse / math.log2(math.e), delta=case.delta,
+        scale=case.scale, dk=dk, dv=dv, dq_partials=DqPartials(dq), accumulate=False,
     )  # fmt: skip
     return dk, dv, dq
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Norm of the difference over the norm of the reference, which counts as 0.1 an element where it is smaller."""
+    """Norm of the difference over the norm of the reference, or over 0.1 per element if that is larger."""
     a, b = a.double(), b.double()
     return float((a - b).norm() / b.norm().clamp(min=0.1 * b.numel() ** 0.5))

@@ -1,66 +1,34 @@
-"""Compiles the backward kernels for a GPU that need not be there and prints registers, spills and shared memory as JSON.
-
-Run as a program, in a process of its own: where there is no GPU, the tests' process has Triton's interpreter on.
-"""
+"""Build the backward kernels and those that move gradients between ranks; see `compiling.py`. Run as a program."""
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moba_cp.kernels import backward, backward_kernels
+from moba_cp.kernels import configs
+from moba_cp.kernels.backward import deltas, portable_kernels, segments
+from moba_cp.kernels.gpu import gpu_of_capability
+from moba_cp.kernels.sizes import padded
+from tests.kernels import compiling
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-CUOBJDUMP = TOOLS / "cuobjdump"
 INT32 = {
-    "position", "pointer", "entry", "part_start", "part_length", "piece_bin", "item_bin", "item_start", "item_end",
-    "start", "length", "own_tiles",
+    "position", "pointer", "entry", "start", "length", "segment_bin", "item_bin", "item_start", "item_end", "own_tiles",
 }  # fmt: skip
-FP32 = {"lse", "delta", "pieces", "own_dk", "own_dv", "arrived"}
+FP32 = {"lse", "delta", "sums", "own_dk", "own_dv", "arrived"}
 HALF = {"q", "dout", "out", "k", "v", "dq", "packed", "source"}
 GRADIENTS = {"dk", "dv", "target"}
-SHARED = {(9, 0): 227 << 10, (8, 0): 163 << 10, (8, 6): 99 << 10}
-
-
-def usage(asm: bytes) -> dict:
-    """Registers and bytes of spills of a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm)
-        file.flush()
-        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
-    return {"registers": registers, "spill": stack + local}
-
-
-def serialised(ptx: str) -> bool:
-    """Whether ptxas says that it had to run a Hopper kernel's products one after another."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [TOOLS / "ptxas", "-arch=sm_90a", "-v", source, "-o", source.with_suffix(".cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return "serialized" in done.stderr + done.stdout
 
 
 def descriptor(constants: dict, dtype: str) -> str:
-    """Type of a Gluon kernel's descriptor of tiles of keys or values."""
+    """Type of a Gluon kernel's descriptor for tiles of keys or values."""
     from moba_cp.kernels.descriptors import tile_layout
 
-    layout = tile_layout(constants["BN"], constants["D"], {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
-    return f"tensordesc<{dtype}[1, {constants['BN']}, {constants['D']}],{layout!r}>"
+    layout = tile_layout(constants["KEYS"], constants["D"], compiling.DTYPES[dtype])
+    return f"tensordesc<{dtype}[1, {constants['KEYS']}, {constants['D']}],{layout!r}>"
 
 
 def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[dict, dict, dict]:
-    """Types, constants and alignments of a call with contiguous tensors."""
+    """Types, constants and alignment attributes of a call with contiguous tensors."""
     types, aligned = {}, []
     for p in kernel.params:
         if p.name in constants:
@@ -80,65 +48,70 @@ def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[di
         else:
             types[p.name] = "fp32" if p.name == "scale" else "i32"
         specialised = not (p.do_not_specialize or p.do_not_specialize_on_alignment)
-        if specialised and p.name not in ("group", "lse_t", "delta_t") and types[p.name].startswith(("*", "i32")):
+        if (
+            specialised
+            and p.name not in ("group", "lse_token", "delta_token")
+            and types[p.name].startswith(("*", "i32"))
+        ):
             aligned.append(p.num)
     values = {(p.num,): constants[p.name] for p in kernel.params if p.name in constants}
-    return types, values, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    return types, values, {(i,): compiling.ALIGNED for i in aligned}
 
 
 def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], warps: int, gradient="fp32") -> dict:
     constants = {p.name: constants[p.name] for p in kernel.params if p.name in constants}
     types, values, attributes = signature_of(kernel, constants, dtype, gradient)
-    if getattr(kernel, "is_gluon", lambda: False)():
+    gluon = getattr(kernel, "is_gluon", lambda: False)()
+    if gluon:
         from triton.experimental.gluon._runtime import GluonASTSource
 
         source = GluonASTSource(kernel, types, values, attributes)
     else:
         source = ASTSource(kernel, types, values, attributes)
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    result = usage(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared, "asm": compiled.asm}
-    if capability == (9, 0):
-        result["serialised"] = serialised(compiled.asm["ptx"])
-    return result
+    return compiling.build(source, capability, products=gluon, num_warps=warps)
 
 
 def constants_of(dim: int, value_dim: int, block_size: int) -> dict:
-    padded = [max(16, triton.next_power_of_2(x)) for x in (dim, value_dim)]
     return {
-        "D": dim, "DV": value_dim, "DP": padded[0], "DVP": padded[1], "HEAD_BITS": 2, "SLOT_BITS": 3, "TOPK": 8,
-        "PIECE": backward.piece_rows(block_size), "ACCUMULATE": False, "SIZE": 128,
+        "D": dim, "DV": value_dim, "D_PADDED": padded(dim), "DV_PADDED": padded(value_dim), "HEAD_BITS": 2,
+        "SLOT_BITS": 3, "TOPK": 8, "SEGMENT": segments.segment_rows(block_size), "ACCUMULATE": False, "SIZE": 128,
     }  # fmt: skip
 
 
 def build_portable(dim, value_dim, block_size, dtype, capability, accumulate=False) -> dict[str, dict]:
-    """What `backward.launch` runs for these sizes."""
-    tiles = backward.choose_tiles(dim, value_dim, block_size, SHARED[capability])
-    common = constants_of(dim, value_dim, block_size) | {"ACCUMULATE": accumulate}
-    constants = common | {
-        "BK": tiles.keys, "R": tiles.rows, "NT": triton.cdiv(block_size, tiles.keys), "STAGES": tiles.stages,
-        "FUSED": tiles.fused,
-    }  # fmt: skip
+    """What `backward.portable.launch` runs for these sizes."""
+    config = configs.backward(dim, value_dim, block_size, gpu_of_capability(capability))
+    common = constants_of(dim, value_dim, block_size) | {"ACCUMULATE": accumulate, "FUSED": config.dq is None}
+    dkdv, dq = config.dkdv, config.dq
+    constants = common | tile_constants(dkdv) | {"TILES": triton.cdiv(block_size, dkdv.keys)}
     built = {
-        "dkdv": build(backward_kernels.dkdv_kernel, constants, dtype, capability, tiles.warps),
-        "sum_pieces": build(backward_kernels.sum_pieces_kernel, constants, dtype, capability, 8),
+        "dkdv": build(portable_kernels.dkdv_kernel, constants, dtype, capability, dkdv.num_warps),
+        "sum_segments": build(segments.sum_segments_kernel, constants, dtype, capability, 8),
     }
-    if not tiles.fused:
-        constants = common | {"R": tiles.dq_rows, "BN": tiles.dq_keys, "STAGES": tiles.dq_stages}
-        built["dq"] = build(backward_kernels.dq_kernel, constants, dtype, capability, tiles.dq_warps)
+    if dq is not None:
+        constants = common | tile_constants(dq)
+        built["dq"] = build(portable_kernels.dq_kernel, constants, dtype, capability, dq.num_warps)
     return built
 
 
+def tile_constants(config) -> dict:
+    """Constants of a `TileConfig` or `GluonConfig`."""
+    constants = {"ROWS": config.rows, "KEYS": config.keys}
+    if isinstance(config, configs.TileConfig):
+        return constants | {"STAGES": config.num_stages}
+    return constants | {"AHEAD": config.ahead, "LATE": config.late, "WARPS": config.num_warps}
+
+
 def build_small(dim, dtype, capability) -> dict[str, dict]:
-    constants = constants_of(dim, dim, 128) | {"R": 32}
+    constants = constants_of(dim, dim, 128) | {"ROWS": configs.DELTA.rows}
     return {
-        "delta": build(backward_kernels.delta_kernel, constants, dtype, capability, 4),
-        "find_pieces": build(backward_kernels.find_pieces_kernel, constants, dtype, capability, 4),
+        "delta": build(deltas.delta_kernel, constants, dtype, capability, configs.DELTA.num_warps),
+        "find_segments": build(segments.find_segments_kernel, constants, dtype, capability, 4),
     }
 
 
 def build_moving(dim, value_dim, dtype, capability) -> dict[str, dict]:
-    """What goes between ranks: packing, wanted rows of keys and values and of gradients, and the last sum of dK and dV."""
+    """Kernels around the exchange: packing, wanted rows of keys, values and gradients, and the final sum of dK and dV."""
     from moba_cp.kernels import gradients
     from moba_cp.parallel import rows_kernel
 
@@ -146,55 +119,36 @@ def build_moving(dim, value_dim, dtype, capability) -> dict[str, dict]:
     keys = rows_kernel.wanted_constants(width, 2, 128) | {"ADDS": False, "FIRST": False}
     sums = rows_kernel.wanted_constants(width, 4, 128) | {"ADDS": True}
     packing = rows_kernel.pack_constants(dim, value_dim)
-    last = gradients.constants(dim, value_dim)
+    config = configs.sum_gradients(dim, value_dim)
+    last = gradients.constants(dim, value_dim, config)
     return {
         "pack": build(rows_kernel._pack_kernel, packing, dtype, capability, rows_kernel.PACK_WARPS),
         "copy": build(wanted, keys, dtype, capability, rows_kernel.WANTED_WARPS, dtype),
         "first": build(wanted, sums | {"FIRST": True}, "fp32", capability, rows_kernel.WANTED_WARPS),
         "add": build(wanted, sums | {"FIRST": False}, "fp32", capability, rows_kernel.WANTED_WARPS),
-        "sum": build(gradients._add_gradients_kernel, last, dtype, capability, gradients.WARPS, dtype),
+        "sum": build(gradients.add_gradients_kernel, last, dtype, capability, config.num_warps, dtype),
     }
 
 
 def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[str, dict]:
-    """What `hopper_backward.launch` runs for these sizes."""
-    from moba_cp.kernels import (
-        hopper_backward,
-        hopper_backward_dq,
-        hopper_backward_fused,
-        hopper_backward_kernels,
-    )
+    """What `backward.sm90.launch` runs for these sizes."""
+    from moba_cp.kernels.backward import sm90
+    from moba_cp.kernels.descriptors import gluon_dtype
 
-    element = hopper_backward_kernels.element({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
-    common = constants_of(dim, dim, block_size) | {"T": element, "ACCUMULATE": accumulate}
-    constants = hopper_backward.dkdv_constants(dim, block_size)
-    warps = constants["NW"]
-    if constants["NT"] == 1:
-        kernel = hopper_backward_fused.dkdv_dq_kernel
-        return {"dkdv_dq": build(kernel, common | constants, dtype, capability, warps)}
-    kernel, constants_dq = hopper_backward_dq.dq_kernel, hopper_backward.dq_constants(dim)
+    element = gluon_dtype(compiling.DTYPES[dtype])
+    common = constants_of(dim, dim, block_size) | {"DTYPE": element, "ACCUMULATE": accumulate}
+    dkdv, dq = configs.sm90_dkdv(dim, block_size), configs.SM90_DQ
+    constants = common | tile_constants(dkdv) | {"TILES": block_size // dkdv.keys}
+    if dkdv.keys == block_size:
+        return {"dkdv_dq": build(sm90.dkdv_dq_kernel, constants, dtype, capability, dkdv.num_warps)}
     return {
-        "dkdv": build(hopper_backward_kernels.dkdv_kernel, common | constants, dtype, capability, warps),
-        "dq": build(kernel, common | constants_dq, dtype, capability, constants_dq["NW"]),
+        "dkdv": build(sm90.dkdv_kernel, constants, dtype, capability, dkdv.num_warps),
+        "dq": build(sm90.dq_kernel, common | tile_constants(dq), dtype, capability, dq.num_warps),
     }
 
 
 BUILDERS = {"portable": build_portable, "small": build_small, "moving": build_moving, "hopper": build_hopper}
 
 
-def main() -> None:
-    """Argument: JSON list of cases `[builder, its arguments ..., capability]`."""
-    results = []
-    for name, *arguments, capability in json.loads(sys.argv[1]):
-        try:
-            built = BUILDERS[name](*arguments, tuple(capability))
-        except Exception as error:  # one failure must not hide the others
-            built = {"error": {"text": f"{type(error).__name__}: {error}"[:2000]}}
-        for kernel in built.values():
-            kernel.pop("asm", None)
-        results.append(built)
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    compiling.main(BUILDERS)

@@ -1,26 +1,15 @@
-"""Compiles the forward kernels for a GPU that need not be there and prints registers, spills and shared memory as JSON.
-
-Run as a program, in a process of its own: where there is no GPU, the tests' process has Triton's interpreter on.
-"""
+"""Build the forward kernels and merges; see `compiling.py`. Run as a program."""
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moba_cp.kernels import configs, forward_kernels, merge
-from tests.kernels import compile_backward
+from moba_cp.kernels import configs, merge
+from moba_cp.kernels.forward import portable_kernels
+from moba_cp.kernels.gpu import gpu_of_capability
+from moba_cp.kernels.sizes import padded
+from tests.kernels import compile_backward, compiling
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTEGERS = {"tokens", "n_tiles", "n_blocks", "q_heads", "offset", "start_head"}
 INT32_POINTERS = {
     "start", "length", "position", "entry", "pointer", "item_bin", "item_start", "item_end", "own_tiles", "selected",
@@ -29,7 +18,7 @@ FP32_POINTERS = {"lse", "merged_lse"}
 
 
 def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], num_warps: int, descriptors=()) -> dict:
-    """Compiles `kernel`; what is neither constant nor known by name is a tensor of `dtype` or a stride."""
+    """Build `kernel`. A parameter that is neither constant nor known by name is a tensor of `dtype` or a stride."""
     signature, aligned = {}, []
     parameters = kernel.params
     for p in parameters:
@@ -50,113 +39,89 @@ def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], num_
             signature[p.name] = f"*{dtype}"
         if not (p.do_not_specialize or p.do_not_specialize_on_alignment) and signature[p.name] in ("i32", f"*{dtype}"):
             aligned.append(p.num)
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    attrs = {(i,): compiling.ALIGNED for i in aligned}
     constexprs = {(p.num,): constants[p.name] for p in parameters if p.name in constants}
     source = ASTSource(kernel, signature, constexprs, attrs)
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    local = int(re.search(r"LOCAL:(\d+)", usage)[1])
-    return {
-        "registers": registers,
-        "spill": stack + local,
-        "shared": compiled.metadata.shared,
-        "ptx": compiled.asm["ptx"],
-    }
+    return compiling.build(source, capability, num_warps=num_warps)
 
 
-def forward_constants(dim, dim_v, block_size, launch, **more) -> dict:
+def forward_constants(dim, dim_v, block_size, config, **more) -> dict:
     return {
         "GROUP": 4, "TOPK": 8, "HEAD_BITS": 2, "SLOT_BITS": 3, "ITEM": 2048 if block_size <= 128 else 128,
-        "BLOCK": block_size, "D": dim, "D_PADDED": configs.padded(dim), "DV": dim_v, "DV_PADDED": configs.padded(dim_v),
-        "NEGATIVE": False, "ROWS": launch.rows, "KEYS": launch.keys, "STAGES": launch.num_stages, "STORE": launch.store,
+        "BLOCK": block_size, "D": dim, "D_PADDED": padded(dim), "DV": dim_v, "DV_PADDED": padded(dim_v),
+        "NEGATIVE": False, "ROWS": config.rows, "KEYS": config.keys, "STAGES": config.num_stages, "STORE": config.store,
     } | more  # fmt: skip
 
 
 def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
-    """What `forward.attend` launches for these sizes."""
+    """What `forward.portable` and `forward.sm90` launch for these sizes."""
+    gpu = gpu_of_capability(capability)
     with_own = block_size <= configs.SMALL_BLOCK
-    hold = configs.stationary(dim, dim_v, block_size, capability)
-    stream = configs.streaming(dim, dim_v, block_size, capability) if with_own else None
+    hold = configs.hold_rows(dim, dim_v, block_size, gpu)
+    stream = configs.stream_rows(dim, dim_v, block_size, gpu) if with_own else None
     hopper = {}
-    if capability == (9, 0) and dim == dim_v and dim in (64, 128) and block_size % 64 == 0 and block_size >= dim:
+    if gpu.is_hopper and dim == dim_v and dim in (64, 128) and block_size % 64 == 0 and block_size >= dim:
         hopper = build_hopper(dim, block_size, dtype)
     if stream:
         constants = forward_constants(dim, dim_v, block_size, stream)
-        built = {"stream": build(forward_kernels.stream_rows_kernel, constants, dtype, capability, stream.num_warps)}
+        built = {"stream": build(portable_kernels.stream_rows_kernel, constants, dtype, capability, stream.num_warps)}
         return built | hopper
-    tma = capability == (9, 0) and not with_own and block_size % hold.keys == 0
+    tma = gpu.is_hopper and not with_own and block_size % hold.keys == 0
     constants = forward_constants(dim, dim_v, block_size, hold, WITH_OWN=with_own, TMA=tma)
     built = hopper | {
         "hold": build(
-            forward_kernels.hold_rows_kernel, constants, dtype, capability, hold.num_warps, ("k", "v") if tma else ()
+            portable_kernels.hold_rows_kernel, constants, dtype, capability, hold.num_warps, ("k", "v") if tma else ()
         )
     }
     if not with_own:
-        own = configs.own_blocks(dim, dim_v, capability)
-        tma = capability == (9, 0)
+        own = configs.own_blocks(dim, dim_v, gpu)
+        tma = gpu.is_hopper
         constants = forward_constants(dim, dim_v, block_size, own, TILE=128, TMA=tma)
-        constants = {p.name: constants[p.name] for p in forward_kernels.own_blocks_kernel.params if p.name in constants}
+        constants = {
+            p.name: constants[p.name] for p in portable_kernels.own_blocks_kernel.params if p.name in constants
+        }
         tiles = ("k_tiles", "v_tiles") if tma else ()
-        built["own"] = build(forward_kernels.own_blocks_kernel, constants, dtype, capability, own.num_warps, tiles)
+        built["own"] = build(portable_kernels.own_blocks_kernel, constants, dtype, capability, own.num_warps, tiles)
     return built
 
 
 def build_hopper(dim, block_size, dtype) -> dict[str, dict]:
-    """What `hopper_forward` launches."""
-    from moba_cp.kernels import hopper_forward, hopper_forward_kernels, hopper_forward_large
-    from moba_cp.kernels.hopper_backward_kernels import element
+    """What `forward.sm90` launches for these sizes."""
+    from moba_cp.kernels.descriptors import gluon_dtype
+    from moba_cp.kernels.forward import sm90
 
+    small = block_size <= configs.SMALL_BLOCK
+    config = configs.SM90_STREAM_ROWS if small else configs.SM90_HOLD_ROWS
     constants = {
-        "D": dim, "HEAD_BITS": 2, "SLOT_BITS": 3, "TOPK": 8, "NW": hopper_forward.WARPS,
-        "T": element({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]), "NEGATIVE": False,
+        "D": dim, "HEAD_BITS": 2, "SLOT_BITS": 3, "TOPK": 8, "ROWS": config.rows, "WARPS": config.num_warps,
+        "DTYPE": gluon_dtype(compiling.DTYPES[dtype]), "NEGATIVE": False,
     }  # fmt: skip
-    if block_size <= configs.SMALL_BLOCK:
-        kernels = {"hopper stream": hopper_forward_kernels.stream_rows_kernel}
-        constants |= {"BK": block_size, "R": hopper_forward.STREAMED_ROWS}
+    if small:
+        kernels = {"hopper stream": sm90.stream_rows_kernel}
+        constants |= {"KEYS": block_size}
     else:
-        large = hopper_forward_large
-        kernels = {"hopper hold": large.hold_rows_kernel, "hopper own": large.own_blocks_kernel}
-        keys = hopper_forward.KEYS
-        constants |= {"BN": keys, "TILES": block_size // keys, "R": hopper_forward.HELD_ROWS}
-    built = {
-        name: compile_backward.build(kernel, constants, dtype, (9, 0), hopper_forward.WARPS)
+        kernels = {"hopper hold": sm90.hold_rows_kernel, "hopper own": sm90.own_blocks_kernel}
+        constants |= {"KEYS": config.keys, "TILES": block_size // config.keys}
+    return {
+        name: compile_backward.build(kernel, constants, dtype, (9, 0), config.num_warps)
         for name, kernel in kernels.items()
     }
-    for kernel in built.values():
-        kernel.pop("asm")
-    return built
 
 
 def build_merge(dim, topk, dtype, capability) -> dict[str, dict]:
-    launch = configs.merging(dim)
-    common = {"TOPK": topk, "ROWS": launch.rows, "STAGES": launch.num_stages}
-    padded = configs.padded(dim)
+    config = configs.merge(dim)
+    common = {"TOPK": topk, "ROWS": config.rows, "STAGES": config.num_stages}
+    kernels = {
+        "merge": (merge.merge_kernel, {"DV": dim, "DV_PADDED": padded(dim)}),
+        "merge_dq": (merge.merge_dq_kernel, {"D": dim, "D_PADDED": padded(dim)}),
+    }
     return {
-        "merge": build(merge._merge, common | {"DV": dim, "DV_PADDED": padded}, dtype, capability, launch.num_warps),
-        "merge_dq": build(
-            merge._merge_dq, common | {"D": dim, "D_PADDED": padded}, dtype, capability, launch.num_warps
-        ),
+        name: build(kernel, common | sizes, dtype, capability, config.num_warps)
+        for name, (kernel, sizes) in kernels.items()
     }
 
 
-def main() -> None:
-    """Arguments: JSON list of cases `["attend", dim, dim_v, block_size, dtype, capability]` or `["merge", dim, topk, ...]`."""
-    results = []
-    for name, *arguments, capability in json.loads(sys.argv[1]):
-        try:
-            built = (build_attend if name == "attend" else build_merge)(*arguments, tuple(capability))
-        except Exception as error:  # one failure must not hide the others
-            built = {"error": {"text": f"{type(error).__name__}: {error}"}}
-        for kernel in built.values():
-            kernel.pop("ptx", None)
-        results.append(built)
-    print(json.dumps(results))
-
+BUILDERS = {"attend": build_attend, "merge": build_merge}
 
 if __name__ == "__main__":
-    main()
+    compiling.main(BUILDERS)

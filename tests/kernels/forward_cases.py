@@ -1,25 +1,24 @@
-"""Inputs of `attend` and `merge` in the Triton form, and what plain torch makes of them."""
+"""Inputs of `attend`, and the results of plain torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moba_cp.kernels import torch_backend
-from moba_cp.kernels.torch_backend import Partials
-from moba_cp.kernels.types import KVPart, QueryRows, query_rows
+from moba_cp.kernels.types import KVPart, Partials, QueryRows, RoutingLists, query_rows
+from tests.kernels.list_cases import make_lists
 
 NAN = float("nan")
 
 
 @dataclass
 class Case:
-    """One call of `attend`: inputs as every backend takes them."""
+    """Inputs of one call of `attend`."""
 
     q: Tensor
     part: KVPart
@@ -29,23 +28,23 @@ class Case:
     block_size: int
     kv_heads: int
 
-    def lists(self) -> SimpleNamespace:
+    def lists(self) -> RoutingLists:
         return make_lists(self.selected, self.part.length.numel(), self.kv_heads, self.block_size)
 
     def poisoned_partials(self) -> Partials:
-        """Partials full of NaN: what the kernels leave out shows."""
+        """Partials filled with NaN, which show the slots that the kernels do not write."""
         shape, dim_v, device = self.selected.shape, self.part.v.shape[2], self.q.device
         out = torch.full((*shape, dim_v), NAN, dtype=self.q.dtype, device=device)
         return Partials(out, torch.full(shape, NAN, device=device))
 
     def expected(self, part: KVPart | None = None) -> Partials:
-        """fp32 partials of plain torch, log-sum-exp in base 2; NaN where the part does not hold the block."""
+        """Partials of plain torch in fp32, log-sum-exp in base 2; NaN where the part does not hold the block."""
         partials = torch_backend.new_partials(self.selected, self.part.v.shape[2], self.q.dtype)
         partials.out.fill_(NAN)
         partials.lse.fill_(NAN)
         blocks = self.part.length.numel()
-        lists = torch_backend.route(self.selected, blocks, self.kv_heads, self.block_size)
-        torch_backend.attend(self.q, part or self.part, lists, self.rows, self.selected, self.scale, partials)
+        lists = torch_backend.route(self.selected, n_blocks=blocks, kv_heads=self.kv_heads, block_size=self.block_size)
+        torch_backend.attend(self.q, part or self.part, lists, self.rows, self.scale, partials)
         partials.lse.mul_(math.log2(math.e))
         return partials
 
@@ -56,13 +55,12 @@ class Case:
 
 def make_case(
     lengths, block_size, topk, *, q_heads=2, kv_heads=1, dim=16, dim_v=None, device="cpu", dtype=torch.float32, seed=0,
-    order="as they come", hot=False, cold=False, strided=False, scale=None,
+    order="in order", hot=False, cold=False, strided=False, scale=None,
 ) -> Case:  # fmt: skip
     """Random inputs over packed documents.
 
-    `order`: "as they come", "reversed", "shuffled" (no two rows side by side) or "zigzag" (halves of halves swapped);
-    `hot`: every query selects its document's first block; `cold`: nobody selects the second; `strided`: tensors are
-    views with larger strides.
+    `order` of the rows: "in order", "reversed", "shuffled" or "zigzag" (the middle quarters swapped). `hot`: every row
+    selects its document's first block. `cold`: nobody selects block 1. `strided`: tensors are views with larger strides.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     table = [
@@ -73,7 +71,7 @@ def make_case(
     block, first, position = np.array(table, dtype=np.int64).reshape(-1, 3).T
     tokens = block.size
     index = {
-        "as they come": np.arange(tokens),
+        "in order": np.arange(tokens),
         "reversed": np.arange(tokens)[::-1],
         "shuffled": np.random.default_rng(seed).permutation(tokens),
         "zigzag": np.concatenate(
@@ -125,43 +123,15 @@ def _select(rows, n_blocks, q_heads, topk, hot, cold, generator) -> Tensor:
     return selected
 
 
-def make_lists(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) -> SimpleNamespace:
-    """Routing lists of the Triton form, with torch operations and host reads, as the forward wants them."""
-    rows_per_item = 2048 if block_size <= 128 else 128
-    q_heads, _, topk = selected.shape
-    group = q_heads // kv_heads
-    head_bits, slot_bits = (group - 1).bit_length(), (topk - 1).bit_length()
-    head, token, slot = torch.nonzero(selected >= 0, as_tuple=True)
-    key, order = torch.sort(head // group * n_blocks + selected[head, token, slot].long(), stable=True)
-    pointer = torch.searchsorted(key, torch.arange(kv_heads * n_blocks + 1, device=key.device)).to(torch.int32)
-    code = (token << (head_bits + slot_bits)) | (head % group << slot_bits) | slot
-    entry = torch.full((selected.numel(),), -1, dtype=torch.int32, device=key.device)
-    entry[: order.numel()] = code[order].to(torch.int32)
-    ends = pointer.tolist()
-    items = [
-        (b, at, min(at + rows_per_item, ends[b + 1]))
-        for b in range(len(ends) - 1)
-        for at in range(ends[b], ends[b + 1], rows_per_item)
-    ]
-    bins, starts, stops = torch.tensor(
-        [*items, (-1, 0, 0), (-1, 0, 0)], dtype=torch.int32, device=key.device
-    ).T.contiguous()
-    return SimpleNamespace(
-        pointer=pointer, entry=entry, head_bits=head_bits, slot_bits=slot_bits, n_blocks=n_blocks, kv_heads=kv_heads,
-        group_size=group, item_bin=bins, item_start=starts, item_end=stops,
-        rows_per_item=rows_per_item, block_size=block_size,
-    )  # fmt: skip
-
-
 def without(part: KVPart, pairs: slice) -> KVPart:
-    """The part less some of its (kv head, block) pairs, numbered in order."""
+    """The part without some of its (kv head, block) pairs, which are numbered in order."""
     start = part.start.clone()
     start.view(-1)[pairs] = -1
     return KVPart(part.k, part.v, start, part.length)
 
 
 def fetched(part: KVPart) -> KVPart:
-    """The same pairs as a fetch delivers them: rows `[N, 1, D]` of each pair, last pair first, NaN between them."""
+    """The same pairs in the form of fetched blocks: rows `[N, 1, D]` per pair, last pair first, NaN between pairs."""
     kv_heads, n_blocks = part.start.shape
     start = torch.empty(kv_heads, n_blocks, dtype=torch.int32)
     rows, at = {"k": [], "v": []}, 0
@@ -177,7 +147,7 @@ def fetched(part: KVPart) -> KVPart:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of the reference; inf unless NaN stands in the same places of both."""
+    """Norm of the difference over the norm of the reference; inf unless both have NaN at the same positions."""
     nan = torch.isnan(expected)
     if not torch.equal(torch.isnan(actual), nan):
         return float("inf")

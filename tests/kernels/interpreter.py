@@ -1,12 +1,12 @@
-"""Triton kernels on the CPU: run a test module again in a process where `triton.jit` means the interpreter.
+"""Triton kernels on the CPU: run a test module again, in a process where `triton.jit` means the interpreter.
 
-`TRITON_INTERPRET` counts when Triton is imported, and in a process that has it no kernel compiles any more. So nothing sets
-it here: interpreter tests carry the mark `interpreted` and are skipped in the main process, where each module has one test
+Triton reads `TRITON_INTERPRET` when it is imported, and a process that has it set compiles no kernel. So nothing sets it here:
+interpreter tests carry the mark `interpreted` and are skipped in the main process, where each module has one test
 
     def test_in_interpreter():
         interpreter.run_module(__file__)
 
-that runs them in a process of their own. On a machine with a GPU both are skipped: there the same kernels run compiled.
+that runs them in another process. On a machine with a GPU both are skipped: the same kernels run compiled there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA or ACTIVE, reason="needs a C
 
 
 def run_module(path: str, timeout: float = 280) -> None:
-    """Run the `interpreted` tests of the module `path` in a process with Triton's interpreter; fail as it fails."""
+    """Run the `interpreted` tests of the module `path` in a process with Triton's interpreter; fail if it fails."""
     if ACTIVE:
         pytest.skip("already in the interpreter")
     if CUDA:
@@ -40,7 +40,7 @@ def run_module(path: str, timeout: float = 280) -> None:
 
 
 def run_without_interpreter(path: str, *arguments: str, timeout: float = 280) -> str:
-    """Run the Python file `path` where kernels compile, whatever this process does; its standard output."""
+    """Run the Python file `path` in a process that compiles kernels, whatever this one does; return its standard output."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, path, *arguments]
@@ -49,8 +49,12 @@ def run_without_interpreter(path: str, *arguments: str, timeout: float = 280) ->
     return done.stdout
 
 
-def _patch_bfloat16_dot() -> None:
-    """The interpreter keeps bf16 as its bits in uint16 and `tl.dot` multiplies those; give it their values instead."""
+def _patch_dot() -> None:
+    """Make `tl.dot` multiply the values of bf16, whose bits the interpreter keeps in uint16, and sum in fp64.
+
+    A BLAS may choose the order of a sum by the size of the matrix. Sums in fp64, rounded once to fp32, hide that, so that a row's
+    bits depend on the row alone, as they do on a GPU.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -61,11 +65,11 @@ def _patch_bfloat16_dot() -> None:
         return handle.data
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        product = np.matmul(value(a), value(b), dtype=d.data.dtype) + d.data
-        return interpreter.TensorHandle(product, d.dtype.scalar)
+        product = np.matmul(value(a), value(b), dtype=np.float64)
+        return interpreter.TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 if ACTIVE:
-    _patch_bfloat16_dot()
+    _patch_dot()

@@ -1,16 +1,18 @@
-"""Backward of block attention, portable kernels: against plain torch, into poisoned buffers."""
+"""Backward of block attention, portable kernels: results equal plain torch's, and nothing else is written."""
 
 import math
 
 import pytest
 import torch
 
-from moba_cp.kernels import backward, lists, torch_backend
-from moba_cp.kernels.torch_backend import Partials
+from moba_cp.kernels import backward, configs, lists, torch_backend
+from moba_cp.kernels.backward import segments
+from moba_cp.kernels.gpu import Gpu
+from moba_cp.kernels.types import DqPartials, ListShape
 from tests.kernels.backward_cases import Case, expected, held_rows, make_case, relative, written_slots
 from tests.kernels.interpreter import ACTIVE, gpu, interpreted, run_module
 
-# Rounding of P, dS and of stored partials to the inputs' dtype; fp32 inputs (interpreter only) leave sums in another order.
+# P, dS and stored partials are rounded to the inputs' dtype. With fp32 inputs (interpreter only) the order of sums differs.
 # The interpreter truncates to bf16 where the GPU rounds.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2 if ACTIVE else 4e-3, torch.float16: 1e-3}
 
@@ -19,23 +21,23 @@ def test_in_interpreter():
     run_module(__file__)
 
 
-def run(case: Case, *, accumulate=False, gradient=torch.float32, path="portable"):
-    """dk, dv and partial dq of the kernels, in buffers full of NaN (or, with `accumulate`, of ones)."""
+def run(case: Case, *, accumulate=False, gradient=torch.float32, variant="portable"):
+    """dk, dv and partial dq of the kernels, in buffers filled with NaN; with `accumulate` dk and dv with ones."""
     fill = 1.0 if accumulate else float("nan")
     part = case.part
     dk, dv = (torch.full((x.shape[0], x.shape[1], x.shape[2] + 8), fill, device=x.device) for x in (part.k, part.v))
     dk, dv = (x.to(gradient)[:, :, : y.shape[2]] for x, y in zip((dk, dv), (part.k, part.v)))
     dq = torch.full((*case.selected.shape, case.q.shape[2]), float("nan"), device=case.q.device, dtype=case.q.dtype)
     backward.attend_backward(
-        case.q, case.dout, case.lse, case.delta, part, case.lists, case.rows, case.selected, case.scale, dk, dv,
-        Partials(dq, torch.empty(0)), accumulate, path=path,
+        part, case.lists, case.rows, q=case.q, dout=case.dout, lse=case.lse, delta=case.delta, scale=case.scale,
+        dk=dk, dv=dv, dq_partials=DqPartials(dq), accumulate=accumulate, variant=variant,
     )  # fmt: skip
     return dk, dv, dq
 
 
-def check(case: Case, *, accumulate=False, gradient=torch.float32, path="portable", tolerance=None):
-    """The kernels' results are torch's; what they must not write is as it was."""
-    got = run(case, accumulate=accumulate, gradient=gradient, path=path)
+def check(case: Case, *, accumulate=False, gradient=torch.float32, variant="portable", tolerance=None):
+    """The kernels' results equal torch's, and elements that they must not write are unchanged."""
+    got = run(case, accumulate=accumulate, gradient=gradient, variant=variant)
     want = expected(case)
     held, slots = held_rows(case), written_slots(case)
     tolerance = tolerance or TOLERANCE[case.q.dtype]
@@ -115,16 +117,16 @@ def test_accumulates():
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("block_size", [16, 160])
 def test_hot_bins_are_cut_and_summed(monkeypatch, block_size, accumulate):
-    monkeypatch.setattr(backward, "PIECE_BLOCKS", 1)
+    monkeypatch.setattr(segments, "SEGMENT_BLOCKS", 1)
     case = make_case([14 * block_size // 2], block_size, 3, q_heads=4, kv_heads=2, hot=True)
-    n_pieces = backward.piece_count(len(case.rows), 4, 2, 3, block_size)
-    assert n_pieces
-    cut = backward.find_pieces(case.lists.pointer, n_pieces, block_size)
+    n_segments = segments.segment_count(len(case.rows), case.lists.shape)
+    assert n_segments
+    cut = segments.find_segments(case.lists.pointer, n_segments, block_size)
     count = case.lists.pointer.diff()
     assert set(cut[cut >= 0].tolist()) == set((count > 2 * block_size).nonzero()[:, 0].tolist())
     got = check(case, accumulate=accumulate)
-    # How a bin is cut is no business of dq.
-    monkeypatch.setattr(backward, "PIECE_BLOCKS", 1000)
+    # dq does not depend on how a bin is cut.
+    monkeypatch.setattr(segments, "SEGMENT_BLOCKS", 1000)
     assert torch.equal(got[2].nan_to_num(), run(case)[2].nan_to_num())
 
 
@@ -136,11 +138,12 @@ def test_dq_does_not_depend_on_the_other_rows():
     rows = case.rows.slice(chunk.start, chunk.stop)
     selected = case.selected[:, chunk]
     dq = torch.full((*selected.shape, 64), float("nan"))
-    route = lists.route(selected, case.lists.n_blocks, 1, 160)
+    route = lists.route(selected, n_blocks=case.lists.shape.n_blocks, kv_heads=1, block_size=160)
     dk, dv = (torch.empty_like(x) for x in (case.part.k, case.part.v))
     backward.attend_backward(
-        case.q[chunk], case.dout[chunk], case.lse[:, chunk], case.delta[:, chunk], case.part, route, rows, selected,
-        case.scale, dk, dv, Partials(dq, torch.empty(0)), False, path="portable",
+        case.part, route, rows, q=case.q[chunk], dout=case.dout[chunk], lse=case.lse[:, chunk],
+        delta=case.delta[:, chunk], scale=case.scale, dk=dk, dv=dv, dq_partials=DqPartials(dq), accumulate=False,
+        variant="portable",
     )  # fmt: skip
     assert torch.equal(dq.nan_to_num(), whole[:, chunk].nan_to_num())
 
@@ -150,12 +153,12 @@ def test_no_rows():
     case = make_case([40], 16, 2)
     none = slice(0, 0)
     selected, rows = case.selected[:, none], case.rows.slice(0, 0)
-    route = lists.route(selected, case.lists.n_blocks, 1, 16)
+    route = lists.route(selected, n_blocks=case.lists.shape.n_blocks, kv_heads=1, block_size=16)
     dk, dv = (torch.full_like(x, float("nan")) for x in (case.part.k, case.part.v))
-    dq = Partials(torch.empty(*selected.shape, 64), torch.empty(0))
+    dq = DqPartials(torch.empty(*selected.shape, 64))
     backward.attend_backward(
-        case.q[none], case.dout[none], case.lse[:, none], case.delta[:, none], case.part, route, rows, selected,
-        case.scale, dk, dv, dq, False, path="portable",
+        case.part, route, rows, q=case.q[none], dout=case.dout[none], lse=case.lse[:, none], delta=case.delta[:, none],
+        scale=case.scale, dk=dk, dv=dv, dq_partials=dq, accumulate=False, variant="portable",
     )  # fmt: skip
     assert not dk.any()
     assert not dv.any()
@@ -164,33 +167,40 @@ def test_no_rows():
 @interpreted
 def test_delta():
     out, dout = torch.randn(70, 4, 112)[:, :3, :96], torch.randn(70, 3, 96)
-    torch.testing.assert_close(backward.delta(out, dout), torch_backend.delta(out, dout), rtol=1e-5, atol=1e-5)
-    assert backward.delta(out[:0], dout[:0]).shape == (3, 0)
+    want = torch_backend.delta(out=out, dout=dout)
+    torch.testing.assert_close(backward.delta(out=out, dout=dout), want, rtol=1e-5, atol=1e-5)
+    assert backward.delta(out=out[:0], dout=dout[:0]).shape == (3, 0)
 
 
 def test_tiles_never_depend_on_rows_and_cover_blocks():
     for block_size in (16, 48, 64, 100, 128, 512, 4096):
         for dim, value_dim in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)):
             for shared in (99 << 10, 163 << 10, 227 << 10):
-                tiles = backward.choose_tiles(dim, value_dim, block_size, shared)
-                assert not tiles.fused or tiles.keys >= block_size
-                assert min(tiles.keys, tiles.rows, tiles.dq_keys, tiles.dq_rows) >= 16
+                config = configs.backward(dim, value_dim, block_size, Gpu((9, 0), shared))
+                assert config.dq is not None or config.dkdv.keys >= block_size
+                tiles = [tile for tile in (config.dkdv, config.dq) if tile is not None]
+                assert min(size for tile in tiles for size in (tile.keys, tile.rows)) >= 16
 
 
-def test_buffer_for_pieces_is_bounded():
+def test_buffer_for_segments_is_bounded():
     """At most an eighth of the bf16 dq partials, and none where no bin can be long."""
     for block_size in (128, 512, 4096):
         tokens, heads, topk, dim = 1 << 19, 16, 8, 128
-        pieces = backward.piece_count(tokens, heads, heads, topk, block_size)
-        room = tokens * heads * topk * dim * 2
-        assert (pieces - 1) * block_size * 2 * dim * 4 <= room / 8
-    assert backward.piece_count(8192, 16, 16, 8, 128) == 0
+        count = segments.segment_count(tokens, shape_of(heads, topk, block_size))
+        dq_bytes = tokens * heads * topk * dim * 2
+        assert (count - 1) * block_size * 2 * dim * 4 <= dq_bytes / 8
+    assert segments.segment_count(8192, shape_of(16, 8, 128)) == 0
 
 
-def test_unknown_path():
+def shape_of(heads: int, topk: int, block_size: int) -> ListShape:
+    """Lists with one q head per kv head."""
+    return ListShape(heads, 1, 0, block_size, topk, 0, 0, 0)
+
+
+def test_unknown_variant():
     case = make_case([40], 16, 2)
     with pytest.raises(ValueError, match="fastest"):
-        run(case, path="fastest")
+        run(case, variant="fastest")
 
 
 GPU_CASES = CASES | {
@@ -212,7 +222,7 @@ class TestGPU:
     def test_matches_torch(self, name, dtype):
         case = make_case(**GPU_CASES[name], dtype=dtype, device="cuda")
         if name == "hot block":
-            assert backward.piece_count(len(case.rows), 2, 1, 3, 64)
+            assert segments.segment_count(len(case.rows), case.lists.shape)
         first = check(case)
         check(case, accumulate=True)
         again = run(case)
@@ -225,5 +235,5 @@ class TestDelta:
 
     def test_delta(self):
         out, dout = (torch.randn(5000, 6, 144, device="cuda", dtype=torch.bfloat16)[:, :5, :128] for _ in range(2))
-        want = torch_backend.delta(out, dout)
-        torch.testing.assert_close(backward.delta(out, dout), want, rtol=1e-5, atol=math.sqrt(128) * 1e-5)
+        want = torch_backend.delta(out=out, dout=dout)
+        torch.testing.assert_close(backward.delta(out=out, dout=dout), want, rtol=1e-5, atol=math.sqrt(128) * 1e-5)

@@ -1,4 +1,4 @@
-"""Centroids: block means summed in fp32 and rounded once, in an order that does not depend on how many blocks there are."""
+"""Centroids: block means are summed in fp32 and rounded once, in an order that does not depend on the number of blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_in_interpreter():
 
 
 def check(tokens, heads, dim, block_size, dtype, starts, integers=True, pad=8):
-    """With integers of a few bits sums are exact, so that only the one rounding is left: equal bits."""
+    """Sums of small integers are exact. Only the final rounding is left, so bits are equal."""
     generator = torch.Generator().manual_seed(0)
     if integers:
         k = torch.randint(-8, 9, (tokens, heads + 1, dim + pad), generator=generator).float()
@@ -26,17 +26,17 @@ def check(tokens, heads, dim, block_size, dtype, starts, integers=True, pad=8):
         k = torch.randn(tokens, heads + 1, dim + pad, generator=generator)
     k = k.to(DEVICE, dtype)[:, :heads, :dim]
     start = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
-    actual = module.centroids(k, start, block_size)
-    expected = torch_backend.centroids(k, start, block_size)
+    actual = module.centroids(k, start=start, block_size=block_size)
+    expected = torch_backend.centroids(k, start=start, block_size=block_size)
     assert actual.dtype == dtype
     if integers and block_size & (block_size - 1) == 0:
         assert torch.equal(actual, expected)
     else:
-        # Another order of summation moves the mean by far less than half a unit in the last place, which may round over.
+        # Another order of summation moves the mean by far less than half an ulp, which may still change the rounding.
         step = 2**-7 if dtype == torch.bfloat16 else 2**-10
         torch.testing.assert_close(actual, expected, rtol=step, atol=1e-6)
     for index in range(min(len(starts), 3)):
-        assert torch.equal(module.centroids(k, start[index : index + 1], block_size)[0], actual[index])
+        assert torch.equal(module.centroids(k, start=start[index : index + 1], block_size=block_size)[0], actual[index])
 
 
 @interpreter.interpreted
@@ -50,7 +50,11 @@ def test_small(dim, block_size, dtype):
 
 def test_no_blocks():
     k = torch.zeros(5, 2, 16, dtype=torch.bfloat16, device=DEVICE)
-    assert module.centroids(k, torch.zeros(0, dtype=torch.int32, device=DEVICE), 16).shape == (0, 2, 16)
+    assert module.centroids(k, start=torch.zeros(0, dtype=torch.int32, device=DEVICE), block_size=16).shape == (
+        0,
+        2,
+        16,
+    )
 
 
 class TestGPU:
@@ -65,9 +69,9 @@ class TestGPU:
         check(4 * block_size + 7, 3, dim, block_size, dtype, starts, integers)
 
     def test_rows_past_two_to_the_31(self):
-        """Offsets of the last rows need 64 bits."""
+        """The last rows' offsets need 64 bits."""
         k = torch.zeros((1 << 20) + 128, 16, 128, dtype=torch.bfloat16, device=DEVICE)
         k[1 << 20 :] = 3
         start = torch.tensor([0, 1 << 20], dtype=torch.int32, device=DEVICE)
-        means = module.centroids(k, start, 128)
+        means = module.centroids(k, start=start, block_size=128)
         assert means.float().mean((1, 2)).tolist() == [0, 3]

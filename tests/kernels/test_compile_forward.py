@@ -1,4 +1,4 @@
-"""The shipped configurations of the forward kernels compile for GPUs that need not be there, and do not spill."""
+"""Every shipped configuration of the forward compiles for its GPU, fits in shared memory, and spills little or nothing."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def check(cases, most_spilled, most_spilled_own=0):
 
 
 def test_hopper_attend():
-    """8 bytes are one register kept across the loop of `hold_rows_kernel`, written and read once a program.
+    """`hold_rows_kernel` may spill 8 bytes: one register kept across its loop, written and read once per program.
 
-    `own_blocks_kernel` keeps up to 20 registers across its loop over whole tiles of keys; some are read again on the diagonal.
+    `own_blocks_kernel` may spill 20 registers across its loop over unmasked tiles; some are read again on the diagonal.
     """
     cases = [["attend", 128, 128, block, "bf16", [9, 0]] for block in (16, 64, 100, 128, 512, 520, 4096)]
     cases += [
@@ -41,7 +41,7 @@ def test_hopper_attend():
 
 
 def test_hopper_gluon():
-    """No spills; asynchronous products that ptxas runs one after another ("serialised") would overlap with nothing."""
+    """No spills, and ptxas does not run asynchronous products one after another ("serialised")."""
     cases = [
         ["attend", dim, dim, block, "fp16", [9, 0]]
         for dim, block in ((128, 128), (64, 128), (64, 64), (128, 512), (128, 4096), (64, 192))
@@ -53,12 +53,12 @@ def test_hopper_gluon():
 
 
 def test_hopper_merge():
-    most = 0 if triton.__version__.startswith("3.6.") else 8  # Triton 3.7 keeps two registers at 96
+    most = 0 if triton.__version__.startswith("3.6.") else 8  # Triton 3.7 spills two registers at D = 96
     check([["merge", dim, 8, "bf16", [9, 0]] for dim in (64, 96, 128, 192, 256)], most)
 
 
 def test_two_programs_a_multiprocessor():
-    """What the speed of D = 128 rests on for large blocks: registers and shared memory for two programs of four warps."""
+    """D = 128 is fast because registers and shared memory suffice for two programs of four warps per multiprocessor."""
     for kernels in build([["attend", 128, 128, block, "bf16", [9, 0]] for block in (64, 512)]):
         for used in kernels.values():
             assert used["registers"] <= 255

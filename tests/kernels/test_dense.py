@@ -1,4 +1,4 @@
-"""Attention in pieces, merged by log-sum-exp: every kernel that runs here, and what the others are handed."""
+"""Dense attention over several sets of keys, merged by log-sum-exp: kernels that run on the CPU, and arguments of the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tens
 
 
 def in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> list[torch.Tensor]:
-    """The first 17 tokens by themselves, the rest by itself and then to the first."""
+    """Attention of the first 17 tokens to themselves, of the rest to itself, then of the rest to the first 17."""
     first, rest = slice(0, 17), slice(17, None)
     pieces = [(first, first, True), (rest, rest, True), (rest, first, False)]
     out, lse = torch.zeros_like(dout), q.new_full((q.shape[1], len(q)), float("-inf"))
@@ -48,7 +48,7 @@ def in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Ten
 def test_pieces_give_the_whole(
     kernel: str, heads: tuple[int, int], workspace: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other head sizes of values, and however many heads and rows are processed together."""
+    """Dv unlike D, and any number of heads and rows processed together."""
     monkeypatch.setattr(dense, "choose_kernel", lambda *_: kernel)
     monkeypatch.setattr(dense, "WORKSPACE_BYTES", workspace)
     monkeypatch.setattr(dense, "_MATH_SCORES", 100)
@@ -62,7 +62,7 @@ def test_pieces_give_the_whole(
 def test_cuda_operators_accept_what_they_are_given(
     kernel: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shapes and arguments only: these operators are torch's own and may change with its version."""
+    """Shapes and arguments only, on the meta device: torch's operators may change between versions."""
     monkeypatch.setattr(dense, "choose_kernel", lambda *_: kernel)
     monkeypatch.setattr(dense, "_cudnn_lse_dim", lambda _: 4)
     meta = [x.to("meta") for x in make(6, 2, *sizes)]

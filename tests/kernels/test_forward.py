@@ -1,4 +1,4 @@
-"""`attend` in Triton: every (row, block) partial equals plain torch's, and its bits depend on nothing but the pair."""
+"""`attend` in Triton: every (row, block) partial equals plain torch's, and its bits depend on the pair only."""
 
 # ruff: noqa: C408  (keyword tables read better)
 from __future__ import annotations
@@ -11,7 +11,9 @@ import torch
 from tests.kernels import interpreter
 
 forward = pytest.importorskip("moba_cp.kernels.forward")
-from moba_cp.kernels import configs, hopper_forward  # noqa: E402
+from moba_cp.kernels import configs, dispatch  # noqa: E402
+from moba_cp.kernels.forward import portable  # noqa: E402
+from moba_cp.kernels.gpu import gpu_of  # noqa: E402
 from moba_cp.kernels.types import KVPart  # noqa: E402
 from tests.kernels.forward_cases import Case, fetched, make_case, relative, without  # noqa: E402
 
@@ -22,14 +24,14 @@ def test_in_interpreter():
     interpreter.run_module(__file__)
 
 
-def attend(case: Case, part: KVPart | None = None, partials=None, path: str | None = None):
+def attend(case: Case, part: KVPart | None = None, partials=None, variant: str | None = None):
     partials, part = partials or case.poisoned_partials(), part or case.part
-    forward.attend(case.q, part, case.lists(), case.rows, case.selected, case.scale, partials, path=path)
+    forward.attend(case.q, part, case.lists(), case.rows, case.scale, partials, variant=variant)
     return partials
 
 
 def assert_matches(case: Case, part: KVPart | None = None, tolerance: float = 2e-5):
-    """Also that unselected slots and other parts' pairs keep their poison: `relative` compares where NaN stands."""
+    """Partials equal torch's. Slots that are unselected or belong to other parts stay NaN, which `relative` compares."""
     actual, expected = attend(case, part), case.expected(part)
     assert relative(actual.out, expected.out) < tolerance
     assert relative(actual.lse, expected.lse) < tolerance
@@ -162,25 +164,25 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("name", HOPPER)
     def test_hopper_has_the_bits_of_the_portable_kernels(self, name, dtype):
-        if configs.capability(torch.device(DEVICE)) != (9, 0):
+        if not gpu_of(torch.device(DEVICE)).is_hopper:
             pytest.skip("needs compute capability 9.0")
         case = gpu_case(**HOPPER[name], dtype=dtype)
-        assert hopper_forward.supported(case.q, case.part, case.lists())
+        assert dispatch.choose_variant(case.q, case.part, case.lists()) == "sm90"
         assert_matches(case, tolerance=5e-3)
-        whole, parts = attend(case, path="portable"), fetched(case.part)
+        whole, parts = attend(case, variant="portable"), fetched(case.part)
         for _ in range(20):
-            assert_same_bits(attend(case, path="hopper"), whole)
-        by_parts = attend(case, without(parts, slice(1, None, 2)), path="hopper")
-        attend(case, without(parts, slice(0, None, 2)), by_parts, path="hopper")
+            assert_same_bits(attend(case, variant="sm90"), whole)
+        by_parts = attend(case, without(parts, slice(1, None, 2)), variant="sm90")
+        attend(case, without(parts, slice(0, None, 2)), by_parts, variant="sm90")
         assert_same_bits(by_parts, whole)
 
     @pytest.mark.parametrize("block_size", [128, 512])
-    def test_strides_that_hold_no_whole_copies(self, block_size):
-        """Rows 8 elements further apart than multiples of 16: the compiler knows of no 16 bytes to copy at once."""
+    def test_strides_without_provable_alignment(self, block_size):
+        """Row strides of 8 modulo 16 elements: the compiler cannot prove that 16 bytes may be copied at once."""
         case = gpu_case(lengths=[3000], block_size=block_size, topk=3, q_heads=1)
         q, k, v = (torch.nn.functional.pad(x, (0, 8))[..., : x.shape[2]] for x in (case.q, case.part.k, case.part.v))
         odd = replace(case, q=q, part=replace(case.part, k=k, v=v))
-        assert not hopper_forward.supported(odd.q, odd.part, odd.lists())
+        assert dispatch.choose_variant(odd.q, odd.part, odd.lists()) == "portable"
         assert_matches(odd, tolerance=5e-3)
         assert_same_bits(attend(odd), attend(case))
 
@@ -211,7 +213,7 @@ class TestOnGpu:
         assert_same_bits(at_once, by_parts)
 
     @pytest.mark.parametrize("block_size", [64, 128, 192, 512, 520])
-    def test_bits_do_not_depend_on_company(self, block_size):
+    def test_bits_do_not_depend_on_other_rows(self, block_size):
         case = gpu_case(lengths=[3000, 700], block_size=block_size, topk=4, q_heads=4, kv_heads=2)
         whole = attend(case)
         for begin, end in ((0, 1), (1, 1000), (333, 700), (1000, 3700), (3699, 3700)):
@@ -239,14 +241,14 @@ class TestOnGpu:
     @pytest.mark.parametrize("dim", [64, 96, 128, 256])
     def test_descriptors_change_no_bit(self, dim):
         case = gpu_case(lengths=[5000], block_size=512, topk=4, dim=dim, q_heads=4, kv_heads=2)
-        launch = configs.stationary(dim, dim, 512, configs.capability(case.q.device))
+        gpu = gpu_of(case.q.device)
+        config = configs.hold_rows(dim, dim, 512, gpu)
         results = []
-        for tma in (False, configs.capability(case.q.device) == (9, 0)):
+        for tma in (False, gpu.is_hopper):
             partials = case.poisoned_partials()
-            forward.attend_listed(
-                case.q, case.part, case.lists(), case.rows, case.selected, case.scale, partials, launch, stream=False,
-                tma=tma,
-            )  # fmt: skip
+            portable.attend_listed(
+                case.q, case.part, case.lists(), case.rows, case.scale, partials, config, stream=False, tma=tma
+            )
             results.append(partials)
         assert_same_bits(*results)
 
@@ -256,15 +258,15 @@ class TestOnGpu:
         lists, first = case.lists(), None
         for _ in range(20):
             partials = case.poisoned_partials()
-            forward.attend(case.q, case.part, lists, case.rows, case.selected, case.scale, partials)
+            forward.attend(case.q, case.part, lists, case.rows, case.scale, partials)
             first = first or partials
             assert_same_bits(first, partials)
 
     def test_int64_entries(self):
         case = gpu_case(lengths=[3000], block_size=128, topk=4)
         lists, partials = case.lists(), case.poisoned_partials()
-        lists.entry = lists.entry.long()
-        forward.attend(case.q, case.part, lists, case.rows, case.selected, case.scale, partials)
+        lists = replace(lists, entry=lists.entry.long())
+        forward.attend(case.q, case.part, lists, case.rows, case.scale, partials)
         assert_same_bits(attend(case), partials)
 
     def test_varying_shapes_do_not_recompile(self):

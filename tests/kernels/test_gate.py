@@ -1,9 +1,11 @@
-"""`select_blocks` of the Triton backend equals the torch backend's on every row, whatever the rows, scores and ties.
+"""`select_blocks` of the Triton backend equals the torch backend's on every row, for any rows, scores and ties.
 
 Where equality must be exact, q and centroids are small integers: every order of summation gives the same fp32 score.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from tests.kernels import interpreter
 
 gate = pytest.importorskip("moba_cp.kernels.gate")
-from moba_cp.kernels import gate_exact, query_rows, torch_backend  # noqa: E402
+from moba_cp.kernels import configs, gate_exact, query_rows, torch_backend  # noqa: E402
 from moba_cp.kernels.types import selection_dtype  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
@@ -23,13 +25,19 @@ def test_in_interpreter():
     interpreter.run_module(__file__)
 
 
+def configure(monkeypatch, **changes):
+    """Change fields of the gate's configuration."""
+    original = configs.gate
+    monkeypatch.setattr(configs, "gate", lambda *sizes: replace(original(*sizes), **changes))
+
+
 def rows_of(block, first, device=DEVICE):
-    """Rows in blocks `block`, of documents that start at blocks `first`; positions do not matter to the gate."""
+    """Rows with own blocks `block`, in documents whose first blocks are `first`. The gate ignores positions."""
     return query_rows(np.asarray(block), np.asarray(first), np.zeros(len(block)), device)
 
 
 def packed_rows(lengths, block_size, order=None):
-    """Rows of documents of `lengths` tokens, and the number of their blocks."""
+    """Rows of documents of `lengths` tokens, and the number of blocks."""
     block, first, blocks = [], [], 0
     for length in lengths:
         block += [blocks + t // block_size for t in range(length)]
@@ -52,8 +60,8 @@ def inputs(tokens, q_heads, kv_heads, n_blocks, dim, seed=0, dtype=torch.bfloat1
 
 
 def assert_equal(q, c, rows, topk):
-    expected = torch_backend.select_blocks(q, c, rows, topk)
-    actual = gate.select_blocks(q, c, rows, topk)
+    expected = torch_backend.select_blocks(q, centroids=c, rows=rows, topk=topk)
+    actual = gate.select_blocks(q, centroids=c, rows=rows, topk=topk)
     assert actual.dtype == selection_dtype(len(c))
     assert actual.shape == expected.shape
     wrong = (actual != expected).any(2).nonzero()
@@ -102,7 +110,7 @@ def test_any_row_order():
 
 @interpreter.interpreted
 def test_unpacked_keys(monkeypatch):
-    monkeypatch.setattr(gate, "PACKED_BLOCKS", 0)
+    configure(monkeypatch, packed=False)
     check_small([330], 2, 4)
     check_small([40, 290], 2, 3, spread=1, dim=4)
 
@@ -117,23 +125,23 @@ def test_sorted_path(monkeypatch):
 @interpreter.interpreted
 @pytest.mark.parametrize("stride", [16, 32])
 @pytest.mark.parametrize("packed", [True, False])
-def test_favourites_at_regular_distances_are_exact(stride, packed, monkeypatch):
-    monkeypatch.setattr(gate, "PACKED_BLOCKS", 1024 if packed else 0)
-    assert_equal(*regular_favourites(128, 640, stride), 8)
+def test_regularly_spaced_preferences_are_exact(stride, packed, monkeypatch):
+    configure(monkeypatch, packed=packed)
+    assert_equal(*regular_preferences(128, 640, stride), 8)
 
 
 @interpreter.interpreted
 @pytest.mark.parametrize("stride", [16, 32])
 @pytest.mark.parametrize("packed", [True, False])
-def test_favourites_at_regular_distances_are_proved(stride, packed, monkeypatch):
-    monkeypatch.setattr(gate, "PACKED_BLOCKS", 1024 if packed else 0)
-    assert listed(*regular_favourites(128, 640, stride), 8) <= 128 * REGULAR_LISTED
+def test_regularly_spaced_preferences_are_proved(stride, packed, monkeypatch):
+    configure(monkeypatch, packed=packed)
+    assert listed(*regular_preferences(128, 640, stride), 8) <= 128 * REGULAR_LISTED
 
 
 @interpreter.interpreted
 def test_documents_that_begin_inside_a_tile(monkeypatch):
-    """As many candidates as lanes, but in two tiles, which turn differently: lists of one key may have dropped some."""
-    monkeypatch.setattr(gate, "REDONE_ROWS", INF)
+    """As many candidates as lanes, but in two tiles with different swizzles: lists of one key may have dropped some."""
+    configure(monkeypatch, depth=1)
     first = np.arange(128) % 32
     assert_equal(*inputs(128, 2, 1, 64, 16, spread=60), rows_of(first + 32, first), 8)
 
@@ -145,7 +153,7 @@ def test_special_scores():
 
 @interpreter.interpreted
 def test_proof_redoes_few_rows():
-    """Random scores are nearly all proved by the lanes; all-equal scores never are."""
+    """The lanes prove nearly all rows with random scores, and none with equal scores."""
     rows, blocks = packed_rows([200], 2)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(200, 1, 16, generator=generator).to(DEVICE, torch.bfloat16)
@@ -155,12 +163,12 @@ def test_proof_redoes_few_rows():
 
 
 REGULAR_LISTED = 0.1
-"""Bound on the share of `regular_favourites` listed again with topk 8: three times that of blocks in random lanes, which is
-comb(7, 3) / 32^2. With lanes that do not turn, 7 favourites meet in two lanes of 3 keys, or in one: every row."""
+"""Bound on the share of rows of `regular_preferences` that are computed again with topk 8: three times the share for blocks in
+random lanes, comb(7, 3) / 32^2. Without the swizzle the 7 preferred blocks share one lane, or two lanes of 3 keys: every row."""
 
 
-def regular_favourites(tokens, n_blocks, stride):
-    """q, centroids and rows late in one document; each likes some of the blocks `stride` apart. Exact scores, few ties."""
+def regular_preferences(tokens, n_blocks, stride):
+    """q, centroids and rows late in one document; each row prefers blocks `stride` apart. Exact scores, few ties."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(-60, 61, (tokens, 1, 16), generator=generator)
     c = torch.randint(-60, 61, (n_blocks, 1, 16), generator=generator)
@@ -170,7 +178,7 @@ def regular_favourites(tokens, n_blocks, stride):
 
 
 def listed(q, c, rows, topk):
-    """Rows that `_gate_kernel` lists to be done again."""
+    """Number of rows that `gate_kernel` lists for `gate_exact_kernel`."""
     counts = []
     zeros = torch.zeros
 
@@ -180,12 +188,12 @@ def listed(q, c, rows, topk):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate.torch, "zeros", spy)
-        gate.select_blocks(q, c, rows, topk)
+        gate.select_blocks(q, centroids=c, rows=rows, topk=topk)
     return int(counts[0].sum())
 
 
 def check_special(tokens, n_blocks, topk=4):
-    """NaN, infinities, zeros of both signs, denormals and the largest numbers, in centroids and in queries."""
+    """NaN, infinities, zeros of both signs, denormals and large numbers, in centroids and queries."""
     values = [NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-38, -1e-38, 3e38, -3e38, 1.0, -1.0, 2.0, 65536.0]
     generator = torch.Generator().manual_seed(1)
     pick = torch.tensor(values)[torch.randint(len(values), (n_blocks, 2), generator=generator)]
@@ -193,7 +201,7 @@ def check_special(tokens, n_blocks, topk=4):
     c[:, :, 0] = pick
     c[:, 1].nan_to_num_(nan=-0.0, posinf=1.0, neginf=-1.0)
     q = torch.zeros(tokens, 4, 16)
-    # Queries of one non-zero number: a score is one product, but NaN times 0 is NaN as well.
+    # Queries with one non-zero number: a score is one product; NaN times 0 is NaN as well.
     q[:, :, 0] = torch.tensor([1.0, -1.0, 1.0, 0.5])
     q[5, :, 3] = NAN
     q[7, :, 0] = INF
@@ -203,7 +211,7 @@ def check_special(tokens, n_blocks, topk=4):
 
 def test_no_rows():
     q, c = inputs(0, 2, 1, 40, 16)
-    assert gate.select_blocks(q, c, rows_of([], []), 3).shape == (2, 0, 3)
+    assert gate.select_blocks(q, centroids=c, rows=rows_of([], []), topk=3).shape == (2, 0, 3)
 
 
 GPU = {
@@ -247,7 +255,7 @@ class TestGPU:
         rest = {k: v for k, v in GPU[name].items() if k not in ("lengths", "block_size", "topk")}
         q, c = inputs(len(rows), *rest.pop("heads", (2, 1)), blocks, **rest, seed=3)
         for _ in range(5):
-            assert torch.equal(gate.select_blocks(q, c, rows, GPU[name]["topk"]), first)
+            assert torch.equal(gate.select_blocks(q, centroids=c, rows=rows, topk=GPU[name]["topk"]), first)
 
 
 class TestGPUOther:
@@ -265,8 +273,8 @@ class TestGPUOther:
 
     @pytest.mark.parametrize("n_blocks", [1024, 4096, 8192])
     @pytest.mark.parametrize("stride", [8, 16, 31, 32, 33, 48, 64, 128])
-    def test_favourites_at_regular_distances(self, n_blocks, stride):
-        q, c, rows = regular_favourites(n_blocks // 2, n_blocks, stride)
+    def test_regularly_spaced_preferences(self, n_blocks, stride):
+        q, c, rows = regular_preferences(n_blocks // 2, n_blocks, stride)
         assert_equal(q, c, rows, 8)
         assert listed(q, c, rows, 8) <= len(rows) * REGULAR_LISTED
 
@@ -274,34 +282,34 @@ class TestGPUOther:
     def test_reads_nothing_on_the_host(self, topk):
         rows, blocks = packed_rows([6400], 16)
         q, c = inputs(6400, 2, 1, blocks, 64)
-        gate.select_blocks(q, c, rows, topk)
+        gate.select_blocks(q, centroids=c, rows=rows, topk=topk)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            gate.select_blocks(q, c, rows, topk)
+            gate.select_blocks(q, centroids=c, rows=rows, topk=topk)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     def test_rows_alone_give_the_same(self):
-        """A row's selection does not depend on the rows beside it (random numbers: rounding would show)."""
+        """A row's selection does not depend on other rows (random numbers: rounding would show)."""
         rows, blocks = packed_rows([20000], 16)
         q = torch.randn(20000, 2, 128, device=DEVICE, dtype=torch.bfloat16)
         c = torch.randn(blocks, 2, 128, device=DEVICE, dtype=torch.bfloat16)
-        whole = gate.select_blocks(q, c, rows, 8)
+        whole = gate.select_blocks(q, centroids=c, rows=rows, topk=8)
         order = torch.randperm(20000, device=DEVICE)
         shuffled = rows_of(rows.block[order].cpu().numpy(), np.zeros(20000))
-        assert torch.equal(gate.select_blocks(q[order], c, shuffled, 8), whole[:, order])
+        assert torch.equal(gate.select_blocks(q[order], centroids=c, rows=shuffled, topk=8), whole[:, order])
 
     @pytest.mark.parametrize(("tokens", "block_size", "topk"), [(131072, 128, 8), (131072, 512, 8), (131072, 4096, 12)])
     @pytest.mark.parametrize("seed", range(5))
     def test_random_scores_at_full_size(self, tokens, block_size, topk, seed):
-        """Every selected block scores at least as high as every other candidate, up to fp32 rounding; none twice."""
+        """Each selected block scores at least as high as every other candidate, within fp32 rounding; none is selected twice."""
         generator = torch.Generator(DEVICE).manual_seed(seed)
         n_blocks = tokens // block_size
         q = torch.randn(tokens, 2, 128, device=DEVICE, generator=generator).bfloat16()
         c = (torch.randn(n_blocks, 1, 128, device=DEVICE, generator=generator) * block_size**-0.5).bfloat16()
         block = torch.arange(tokens, device=DEVICE) // block_size
         rows = rows_of(block.cpu().numpy(), np.zeros(tokens))
-        selected = gate.select_blocks(q, c, rows, topk).long()
+        selected = gate.select_blocks(q, centroids=c, rows=rows, topk=topk).long()
         assert torch.equal(selected[:, :, -1], block.expand(2, -1))
         real = selected[:, :, 1:] >= 0
         assert ((selected[:, :, 1:] > selected[:, :, :-1]) | ~real).all()

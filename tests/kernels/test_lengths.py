@@ -1,4 +1,4 @@
-"""On a GPU: one call at every length from one token to a million, checked on all rows' routing and on sampled rows and blocks."""
+"""On a GPU: calls of one token to a million. The routing of all rows is checked, and the results of sampled rows and blocks."""
 
 import runpy
 from pathlib import Path
@@ -28,9 +28,9 @@ def test_length(tokens: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -
     gradients = torch.autograd.grad(out, inputs, dout)
     assert all(x.isfinite().all() for x in (out, *gradients))
     if tokens <= 2:
-        return  # gradients that cancel to nothing have no relative error
+        return  # gradients cancel to zero and have no relative error
     found = checks["check_run"](q, k, v, dout, out, gradients, lse, selected, MoBAConfig(block_size, selected.shape[2]))
     assert found["wrong_rows"] == 0
-    # bf16 partial results carry 2 ** -9 each, averaged over a row; gradients are rounded once more.
+    # Each bf16 partial has a relative error up to 2 ** -9, averaged over a row; gradients are rounded once more.
     assert found["out_error"] < 3e-3
     assert max(found["dq_error"], found["dk_error"], found["dv_error"]) < 4e-3

@@ -1,6 +1,8 @@
-"""Routing lists: the torch backend's entries in the same order in every bin, and items that cover each of them once."""
+"""Routing lists: every bin has the torch backend's entries in the same order, and items cover each entry once."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ import torch
 from tests.kernels import interpreter
 
 lists = pytest.importorskip("moba_cp.kernels.lists")
-from moba_cp.kernels import torch_backend  # noqa: E402
-from moba_cp.kernels.types import selection_dtype  # noqa: E402
+from moba_cp.kernels import configs, torch_backend  # noqa: E402
+from moba_cp.kernels.types import RoutingLists, selection_dtype  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
 
@@ -20,16 +22,19 @@ def test_in_interpreter():
 
 @pytest.fixture(params=["sorted", "few blocks"])
 def few_entries(monkeypatch, request):
-    """The interpreter sorts slowly."""
-    monkeypatch.setattr(lists, "ENTRIES", 32)
-    monkeypatch.setattr(lists, "COUNT_ENTRIES", 64)
-    monkeypatch.setattr(lists, "FEW_TOKENS", 8)
+    """Few entries per program, because the interpreter sorts slowly."""
+    configure(monkeypatch, entries=32, count_entries=64, few_tokens=8)
     if request.param == "sorted":
-        monkeypatch.setattr(lists, "FEW_BLOCKS", 0)
+        configure(monkeypatch, few_blocks=0)
+
+
+def configure(monkeypatch, **changes):
+    """Change the configuration that `route` takes by default."""
+    monkeypatch.setattr(configs, "LISTS", replace(configs.LISTS, **changes))
 
 
 def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
-    """Sorted distinct blocks with some -1 first and the own block last, as `select_blocks` gives them."""
+    """Ascending distinct blocks with some -1 at the front and the own block last, as `select_blocks` returns them."""
     generator = torch.Generator().manual_seed(seed)
     own = torch.sort(torch.randint(n_blocks, (tokens,), generator=generator)).values
     scores = torch.rand(q_heads, tokens, n_blocks, generator=generator)
@@ -45,23 +50,27 @@ def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
 
 
 def check(selected, n_blocks, kv_heads, block_size):
-    actual = lists.route(selected, n_blocks, kv_heads, block_size)
+    actual = lists.route(selected, n_blocks=n_blocks, kv_heads=kv_heads, block_size=block_size)
+    shape = actual.shape
     q_heads = selected.shape[0]
-    expected = torch_backend.route(selected.cpu(), n_blocks, kv_heads, block_size)
+    expected = torch_backend.route(selected.cpu(), n_blocks=n_blocks, kv_heads=kv_heads, block_size=block_size)
     assert actual.pointer.dtype == torch.int32
     pointer = actual.pointer.tolist()
-    assert pointer == expected.pointer
+    assert pointer == expected.pointer.tolist()
     entry = actual.entry[: pointer[-1]].cpu().long()
-    slot = entry & ((1 << actual.slot_bits) - 1)
-    in_group = (entry >> actual.slot_bits) & ((1 << actual.head_bits) - 1)
-    token = entry >> (actual.slot_bits + actual.head_bits)
+    slot = entry & ((1 << shape.slot_bits) - 1)
+    in_group = (entry >> shape.slot_bits) & ((1 << shape.head_bits) - 1)
+    token = entry >> (shape.slot_bits + shape.head_bits)
     group = q_heads // kv_heads
-    assert actual.group_size == group
-    assert torch.equal(token, expected.token)
-    assert torch.equal(slot, expected.slot)
-    assert torch.equal(in_group, expected.head % group)
-    # Items: every bin in stretches of rows_per_item from its start, in order; the others are unused.
-    per_item = actual.rows_per_item
+    assert shape.group_size == group
+    assert shape.topk == selected.shape[2]
+    of_bins = [columns for _, _, columns in torch_backend.listed_bins(expected)]
+    expected_head, expected_token, expected_slot = (torch.cat(x) for x in zip(*of_bins, strict=True))
+    assert torch.equal(token, expected_token)
+    assert torch.equal(slot, expected_slot)
+    assert torch.equal(in_group, expected_head % group)
+    # Items: every bin in runs of rows_per_item entries from its start, in order; the other items are unused.
+    per_item = shape.rows_per_item
     wanted = [
         (bin_, start, min(start + per_item, pointer[bin_ + 1]))
         for bin_ in range(kv_heads * n_blocks)
@@ -88,8 +97,7 @@ CASES = {
 @pytest.mark.parametrize("block_size", [64, 512])
 @pytest.mark.parametrize("name", CASES)
 def test_small(name, block_size, monkeypatch):
-    for rows_name in ("ITEM_ROWS_SMALL", "ITEM_ROWS_LARGE"):
-        monkeypatch.setattr(lists, rows_name, 8)
+    configure(monkeypatch, item_rows_small=8, item_rows_large=8)
     q_heads, kv_heads, tokens, topk, n_blocks = CASES[name]
     selected = random_selection(q_heads, tokens, topk, n_blocks)
     check(selected, n_blocks, kv_heads, block_size)
@@ -98,8 +106,8 @@ def test_small(name, block_size, monkeypatch):
 @interpreter.interpreted
 @pytest.mark.usefixtures("few_entries")
 @pytest.mark.parametrize("programs", [1, 1 << 20])
-def test_several_parts_a_piece(programs, monkeypatch):
-    monkeypatch.setattr(lists, "PROGRAMS", programs)
+def test_several_batches_per_share(programs, monkeypatch):
+    configure(monkeypatch, programs=programs)
     selected = random_selection(4, 30, 4, 12, hot=True)
     check(selected, 12, 2, 128)
 
@@ -109,40 +117,53 @@ def test_several_parts_a_piece(programs, monkeypatch):
 def test_strided_view_and_wide_entries(monkeypatch):
     selected = random_selection(6, 60, 4, 9)
     check(selected[2:4, 7:40], 9, 2, 128)
-    monkeypatch.setattr(lists, "ENTRY_BITS", 3)
+    configure(monkeypatch, entry_bits=3)
     check(selected[2:4, 7:20], 9, 2, 128)
 
 
 @interpreter.interpreted
 def test_more_blocks_than_registers(monkeypatch):
     selected = random_selection(4, 9, 4, 9)
-    monkeypatch.setattr(lists, "REGISTER_BINS", 2)
+    configure(monkeypatch, register_bins=2)
     check(selected, 9, 2, 512)
     check(selected[2:4, 3:8], 9, 2, 128)
 
 
 @interpreter.interpreted
 @pytest.mark.usefixtures("few_entries")
-def test_more_slots_than_a_part(monkeypatch):
-    monkeypatch.setattr(lists, "ENTRIES", 4)
+def test_more_slots_than_a_batch(monkeypatch):
+    configure(monkeypatch, entries=4)
     selected = random_selection(2, 9, 7, 9)
     check(selected, 9, 2, 128)
 
 
 @interpreter.interpreted
 def test_many_items_and_many_unused(monkeypatch):
-    """A bin of more items than are written at once; most of the room for items left over."""
-    monkeypatch.setattr(lists, "ITEM_ROWS_SMALL", 1)
+    """A bin of more items than are written at once; most of the item table unused."""
+    configure(monkeypatch, item_rows_small=1)
     selected = random_selection(1, 70, 6, 9, hot=True)
     selected[:, :, 1:-1] = -1
     check(selected.sort(2).values, 9, 1, 128)
-    monkeypatch.setattr(lists, "ITEM_KERNEL_ITEMS", 4)
+    configure(monkeypatch, items_at_once=4)
     check(selected.sort(2).values, 9, 1, 128)
+
+
+def test_lists_are_restored_from_their_tensors():
+    """`from_tensors` restores lists from their shape and `tensors()`, all of them."""
+    made = torch_backend.route(random_selection(2, 6, 2, 3).cpu(), n_blocks=3, kv_heads=1, block_size=128)
+    again = RoutingLists.from_tensors(made.shape, made.tensors())
+    assert again.shape == made.shape
+    for name, value in vars(made).items():
+        if isinstance(value, torch.Tensor):
+            assert getattr(again, name) is value
+            assert any(value is x for x in made.tensors()), name
+    with pytest.raises(ValueError, match="5 tensors, got 4"):
+        RoutingLists.from_tensors(made.shape, made.tensors()[:4])
 
 
 def test_nothing_listed():
     selected = random_selection(2, 6, 1, 3)
-    empty = lists.route(selected[:, :0], 3, 1, 128)
+    empty = lists.route(selected[:, :0], n_blocks=3, kv_heads=1, block_size=128)
     assert empty.pointer.tolist() == [0] * 4
     assert empty.item_bin.numel() == empty.entry.numel() == 0
 
@@ -176,19 +197,19 @@ class TestGPU:
 
     def test_same_every_time(self):
         selected = random_selection(4, 20000, 8, 500)
-        first = lists.route(selected, 500, 2, 128)
+        first = lists.route(selected, n_blocks=500, kv_heads=2, block_size=128)
         for _ in range(20):
-            again = lists.route(selected, 500, 2, 128)
+            again = lists.route(selected, n_blocks=500, kv_heads=2, block_size=128)
             for name in ("pointer", "entry", "item_bin", "item_start", "item_end"):
                 valid = slice(int(first.pointer[-1])) if name == "entry" else slice(None)
                 valid = first.item_bin >= 0 if name in ("item_start", "item_end") else valid
                 assert torch.equal(getattr(again, name)[valid], getattr(first, name)[valid]), name
 
     def test_wide_entries(self):
-        """21 bits of token, 5 of head, 6 of slot."""
+        """Entries of 32 bits, 21 of token, 5 of head and 6 of slot, are int64."""
         tokens = (1 << 20) + 1
         own = torch.tensor([-1] * 32 + [1], dtype=torch.int32, device=DEVICE)
-        actual = lists.route(own.expand(17, tokens, 33), 2, 1, 128)
+        actual = lists.route(own.expand(17, tokens, 33), n_blocks=2, kv_heads=1, block_size=128)
         assert actual.pointer.tolist() == [0, 0, 17 * tokens]
         head = torch.arange(17, device=DEVICE)[:, None]
         expected = (torch.arange(tokens, device=DEVICE) << 11) | (head << 6) | 32
@@ -196,10 +217,10 @@ class TestGPU:
 
     def test_reads_nothing_on_the_host(self):
         selected = random_selection(4, 5000, 8, 500)
-        lists.route(selected, 500, 2, 128)
+        lists.route(selected, n_blocks=500, kv_heads=2, block_size=128)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            lists.route(selected, 500, 2, 128)
-            lists.route(selected, 500, 2, 512)
+            lists.route(selected, n_blocks=500, kv_heads=2, block_size=128)
+            lists.route(selected, n_blocks=500, kv_heads=2, block_size=512)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""`merge` and `merge_dq` in Triton equal plain torch's, leave unselected slots unread, and write through any strides."""
+"""`merge` and `merge_dq` in Triton equal plain torch's, do not read unselected slots, and write with any strides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.kernels import interpreter
 
 merge = pytest.importorskip("moba_cp.kernels.merge")
 from moba_cp.kernels import torch_backend  # noqa: E402
-from moba_cp.kernels.torch_backend import Partials  # noqa: E402
+from moba_cp.kernels.types import DqPartials, Partials  # noqa: E402
 from tests.kernels.forward_cases import relative  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
@@ -23,7 +23,7 @@ def test_in_interpreter():
 
 
 def make_partials(tokens, q_heads, topk, dim, dtype, selected_dtype=torch.int16, seed=0):
-    """Partials with NaN in unselected slots; log-sum-exps far apart, as different blocks' are; `selected` of a chunk."""
+    """Partials with NaN in unselected slots and widely different log-sum-exps; `selected` is a view of a chunk."""
     generator = torch.Generator(device=DEVICE).manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, device=DEVICE, generator=generator)  # noqa: E731
     out, lse = draw(q_heads, tokens, topk, dim).to(dtype), 20 * draw(q_heads, tokens, topk)
@@ -36,7 +36,7 @@ def make_partials(tokens, q_heads, topk, dim, dtype, selected_dtype=torch.int16,
 
 
 def strided(tokens, heads, dim, dtype):
-    """`[T, H, D]` inside a larger poisoned tensor, and that tensor."""
+    """A view `[T, H, D]` of a larger tensor of NaN, and that tensor."""
     whole = torch.full((tokens + 2, heads + 1, dim + 8), NAN, dtype=dtype, device=DEVICE)
     return whole[1 : tokens + 1, :heads, :dim], whole
 
@@ -45,13 +45,13 @@ def check_merge(tokens, q_heads, topk, dim, dtype, tolerance, selected_dtype=tor
     partials, selected = make_partials(tokens, q_heads, topk, dim, dtype, selected_dtype)
     out, whole = strided(tokens, q_heads, dim, dtype)
     lse = torch.full((q_heads, tokens + 7), NAN, device=DEVICE)
-    merge.merge(partials, selected, out, lse[:, 3 : tokens + 3])
+    merge.merge(partials, selected=selected, out=out, lse=lse[:, 3 : tokens + 3])
     expected_out, expected_lse = (
         torch.empty(tokens, q_heads, dim, device=DEVICE),
         torch.empty(q_heads, tokens, device=DEVICE),
     )
     natural = Partials(partials.out.float(), partials.lse / math.log2(math.e))
-    torch_backend.merge(natural, selected, expected_out, expected_lse)
+    torch_backend.merge(natural, selected=selected, out=expected_out, lse=expected_lse)
     assert relative(out, expected_out) < tolerance
     assert relative(lse[:, 3 : tokens + 3], expected_lse * math.log2(math.e)) < 1e-6
     assert int(whole.isnan().sum()) == whole.numel() - out.numel()
@@ -61,9 +61,9 @@ def check_merge(tokens, q_heads, topk, dim, dtype, tolerance, selected_dtype=tor
 def check_merge_dq(tokens, q_heads, topk, dim, dtype, tolerance, selected_dtype=torch.int16):
     partials, selected = make_partials(tokens, q_heads, topk, dim, dtype, selected_dtype)
     dq, whole = strided(tokens, q_heads, dim, dtype)
-    merge.merge_dq(partials, selected, dq)
+    merge.merge_dq(DqPartials(partials.out), selected=selected, dq=dq)
     expected = torch.empty(tokens, q_heads, dim, device=DEVICE)
-    torch_backend.merge_dq(Partials(partials.out.float(), partials.lse), selected, expected)
+    torch_backend.merge_dq(DqPartials(partials.out.float()), selected=selected, dq=expected)
     assert relative(dq, expected) < tolerance
     assert int(whole.isnan().sum()) == whole.numel() - dq.numel()
 
@@ -84,8 +84,8 @@ def test_no_rows():
     partials, selected = make_partials(4, 2, 3, 16, torch.float32)
     none = slice(0, 0)
     empty = Partials(partials.out[:, none], partials.lse[:, none])
-    merge.merge(empty, selected[:, none], torch.empty(0, 2, 16), torch.empty(2, 0))
-    merge.merge_dq(empty, selected[:, none], torch.empty(0, 2, 16))
+    merge.merge(empty, selected=selected[:, none], out=torch.empty(0, 2, 16), lse=torch.empty(2, 0))
+    merge.merge_dq(DqPartials(empty.out), selected=selected[:, none], dq=torch.empty(0, 2, 16))
 
 
 @interpreter.interpreted
@@ -94,7 +94,7 @@ def test_nan_stays_in_its_row():
     partials.out[0, 7, 2, 3] = NAN
     partials.lse[0, 9, 2] = NAN
     out, lse = torch.empty(40, 1, 16), torch.empty(1, 40)
-    merge.merge(partials, selected, out, lse)
+    merge.merge(partials, selected=selected, out=out, lse=lse)
     assert out.isnan().any(-1).nonzero()[:, 0].tolist() == [7, 9]
     assert lse.isnan().nonzero()[:, 1].tolist() == [9]
 
@@ -113,11 +113,11 @@ class TestOnGpu:
     def test_twenty_runs_and_chunks(self):
         partials, selected = make_partials(5000, 2, 8, 128, torch.bfloat16)
         out, lse = torch.empty(5000, 2, 128, device=DEVICE), torch.empty(2, 5000, device=DEVICE)
-        merge.merge(partials, selected, out, lse)
+        merge.merge(partials, selected=selected, out=out, lse=lse)
         for begin in range(0, 2000, 100):
             rows = slice(begin, begin + 3000)
             some = Partials(partials.out[:, rows].contiguous(), partials.lse[:, rows].contiguous())
             out_2, lse_2 = torch.empty(3000, 2, 128, device=DEVICE), torch.empty(2, 3000, device=DEVICE)
-            merge.merge(some, selected[:, rows], out_2, lse_2)
+            merge.merge(some, selected=selected[:, rows], out=out_2, lse=lse_2)
             assert torch.equal(out[rows], out_2)
             assert torch.equal(lse[:, rows], lse_2)

@@ -1,4 +1,4 @@
-"""The host's arithmetic on sizes says what Triton's does."""
+"""Host arithmetic on sizes equals Triton's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wanted pairs: a block counts for a kv head as soon as any row of its q heads selected it."""
+"""Wanted pairs: a (kv head, block) pair is wanted if any row of the kv head's q heads selected the block."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def check(q_heads, kv_heads, tokens, topk, n_blocks):
         -1, n_blocks, (q_heads, tokens + 3, topk), generator=generator, dtype=selection_dtype(n_blocks)
     )
     selected = selected.to(DEVICE)[:, 2 : tokens + 2]
-    actual = wanted.wanted_pairs(selected, n_blocks, kv_heads)
-    assert torch.equal(actual, torch_backend.wanted_pairs(selected, n_blocks, kv_heads))
+    actual = wanted.wanted_pairs(selected, n_blocks=n_blocks, kv_heads=kv_heads)
+    assert torch.equal(actual, torch_backend.wanted_pairs(selected, n_blocks=n_blocks, kv_heads=kv_heads))
     for head in range(kv_heads):
         of_head = selected.unflatten(0, (kv_heads, -1))[head]
         assert actual[head].nonzero().flatten().tolist() == sorted(set(of_head.flatten().tolist()) - {-1})

@@ -1,11 +1,11 @@
-"""Backward of block attention, the Hopper kernels: against plain torch and the portable kernels; timings with -s -k timing."""
+"""Backward of block attention, Hopper kernels: results equal plain torch's and the portable kernels'. Timings: -s -k timing."""
 
 import pytest
 import torch
 
-from moba_cp.kernels import backward, hopper_backward, lists
-from moba_cp.kernels.torch_backend import Partials
-from moba_cp.kernels.types import KVPart
+from moba_cp.kernels import backward, dispatch, lists
+from moba_cp.kernels.backward import segments
+from moba_cp.kernels.types import DqPartials, KVPart
 from tests.kernels.backward_cases import document_rows, make_case, relative
 from tests.kernels.interpreter import gpu
 from tests.kernels.test_backward import check, run
@@ -40,12 +40,12 @@ def hopper():
 @pytest.mark.parametrize("name", CASES)
 def test_matches_torch_and_portable(name, dtype):
     case = make_case(**CASES[name], dtype=dtype, device="cuda")
-    assert backward.backward_path(case.q, case.part, case.block_size) == "hopper"
+    assert dispatch.choose_variant(case.q, case.part, case.lists, case.dout) == "sm90"
     if name.startswith("hot"):
-        assert backward.piece_count(len(case.rows), 2, 1, 2, case.block_size)
-    first = check(case, path="hopper")
-    check(case, path="hopper", accumulate=True)
-    check(case, path="hopper", gradient=dtype)
+        assert segments.segment_count(len(case.rows), case.lists.shape)
+    first = check(case, variant="sm90")
+    check(case, variant="sm90", accumulate=True)
+    check(case, variant="sm90", gradient=dtype)
     portable = run(case)
     for x, y in zip(first, portable):
         x, y = (z[~z.isnan()] for z in (x, y))
@@ -55,53 +55,55 @@ def test_matches_torch_and_portable(name, dtype):
 @pytest.mark.parametrize("name", ["block 128", "block 512", "hot block"])
 def test_same_bits_every_time(name):
     case = make_case(**CASES[name], dtype=torch.bfloat16, device="cuda")
-    first = run(case, path="hopper")
+    first = run(case, variant="sm90")
     for _ in range(20):
-        for x, y in zip(first, run(case, path="hopper")):
+        for x, y in zip(first, run(case, variant="sm90")):
             assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("block_size", [128, 512])
 def test_dq_does_not_depend_on_the_other_rows(block_size):
     case = make_case([3000], block_size, 3, q_heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, device="cuda")
-    whole = run(case, path="hopper")[2]
+    whole = run(case, variant="sm90")[2]
     chunk = slice(701, 2345)
     rows, selected = case.rows.slice(chunk.start, chunk.stop), case.selected[:, chunk]
-    route = lists.route(selected, case.lists.n_blocks, 2, block_size)
+    route = lists.route(selected, n_blocks=case.lists.shape.n_blocks, kv_heads=2, block_size=block_size)
     dk, dv = (torch.empty(x.shape, device="cuda") for x in (case.part.k, case.part.v))
     dq = torch.full((*selected.shape, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
     backward.attend_backward(
-        case.q[chunk], case.dout[chunk], case.lse[:, chunk], case.delta[:, chunk], case.part, route, rows, selected,
-        case.scale, dk, dv, Partials(dq, torch.empty(0)), False, path="hopper",
+        case.part, route, rows, q=case.q[chunk], dout=case.dout[chunk], lse=case.lse[:, chunk],
+        delta=case.delta[:, chunk], scale=case.scale, dk=dk, dv=dv, dq_partials=DqPartials(dq), accumulate=False,
+        variant="sm90",
     )  # fmt: skip
     assert torch.equal(dq.nan_to_num(7.0), whole[:, chunk].nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("path", ["hopper", "portable"])
+@pytest.mark.parametrize("variant", ["sm90", "portable"])
 @pytest.mark.parametrize("topk", [1, 3])
 @pytest.mark.parametrize("block_size", [128, 512])
-def test_no_rows_give_zeros(block_size, topk, path):
-    """A rank with fewer rows than others has chunks without any: nothing may be read, and what others sent gets zeros."""
+def test_no_rows_give_zeros(block_size, topk, variant):
+    """Ranks with fewer rows have empty chunks: nothing may be read, and dK and dV are zero."""
     case = make_case([1000], block_size, topk, q_heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, device="cuda")
     rows, selected = case.rows.slice(300, 300), case.selected[:, 300:300]
-    route = lists.route(selected, case.lists.n_blocks, 2, block_size)
+    route = lists.route(selected, n_blocks=case.lists.shape.n_blocks, kv_heads=2, block_size=block_size)
     dk, dv = (torch.full(x.shape, float("nan"), device="cuda") for x in (case.part.k, case.part.v))
     dq = torch.empty(*selected.shape, 128, device="cuda", dtype=torch.bfloat16)
     backward.attend_backward(
-        case.q[300:300], case.dout[300:300], case.lse[:, 300:300], case.delta[:, 300:300], case.part, route, rows,
-        selected, case.scale, dk, dv, Partials(dq, torch.empty(0)), False, path=path,
+        case.part, route, rows, q=case.q[300:300], dout=case.dout[300:300], lse=case.lse[:, 300:300],
+        delta=case.delta[:, 300:300], scale=case.scale, dk=dk, dv=dv, dq_partials=DqPartials(dq), accumulate=False,
+        variant=variant,
     )  # fmt: skip
     torch.cuda.synchronize()
     assert not dk.any()
     assert not dv.any()
 
 
-def test_other_sizes_take_the_portable_path():
+def test_other_sizes_take_the_portable_kernels():
     for settings in ({"dim": 96}, {"dim": 128, "value_dim": 64}, {"dim": 256}):
         case = make_case([300], 128, 2, dtype=torch.bfloat16, device="cuda", **settings)
-        assert backward.backward_path(case.q, case.part, 128) == "portable"
+        assert dispatch.choose_variant(case.q, case.part, case.lists, case.dout) == "portable"
     case = make_case([300], 100, 2, dim=128, dtype=torch.bfloat16, device="cuda")
-    assert backward.backward_path(case.q, case.part, 100) == "portable"
+    assert dispatch.choose_variant(case.q, case.part, case.lists, case.dout) == "portable"
 
 
 def timed(call) -> float:
@@ -121,7 +123,7 @@ def timed(call) -> float:
 @pytest.mark.parametrize(("block_size", "topk"), [(128, 8), (512, 8), (4096, 12)])
 @pytest.mark.parametrize("dim", [128, 64])
 def test_timing(block_size, topk, dim):
-    """Prints milliseconds of `attend_backward` for 4 of 16 heads at 128K tokens, uniform routing, both paths."""
+    """Prints milliseconds of `attend_backward` for 4 of 16 heads at 128K tokens, uniform routing, both variants."""
     tokens, heads = 1 << 17, 4
     rows, start, length = document_rows([tokens], block_size, "cuda")
     n_blocks = start.numel()
@@ -135,16 +137,19 @@ def test_timing(block_size, topk, dim):
     selected = torch.stack(selected)
     q, k, v, dout = (torch.randn(tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     part = KVPart(k, v, start.expand(heads, n_blocks), length)
-    route = lists.route(selected, n_blocks, heads, block_size)
+    route = lists.route(selected, n_blocks=n_blocks, kv_heads=heads, block_size=block_size)
     lse, delta = torch.full((heads, tokens), 12.0, device="cuda"), torch.zeros(heads, tokens, device="cuda")
     dk, dv = (torch.empty(x.shape, device="cuda") for x in (k, v))
-    dq = Partials(torch.empty(*selected.shape, dim, device="cuda", dtype=torch.bfloat16), torch.empty(0))
-    for path in ("hopper", "portable"):
+    dq = DqPartials(torch.empty(*selected.shape, dim, device="cuda", dtype=torch.bfloat16))
+    for variant in ("sm90", "portable"):
 
-        def call(path=path):
+        def call(variant=variant):
             backward.attend_backward(
-                q, dout, lse, delta, part, route, rows, selected, dim**-0.5, dk, dv, dq, False, path=path
-            )
+                part, route, rows, q=q, dout=dout, lse=lse, delta=delta, scale=dim**-0.5, dk=dk, dv=dv, dq_partials=dq,
+                accumulate=False, variant=variant,
+            )  # fmt: skip
 
-        print(f"\nattend_backward {path} ({block_size}, {topk}) D={dim}: {timed(call):.2f} ms for 4 heads (x4 for 16)")
-    print(f"hopper kernels know Triton {hopper_backward.TRITON_VERSIONS}")
+        print(
+            f"\nattend_backward {variant} ({block_size}, {topk}) D={dim}: {timed(call):.2f} ms for 4 heads (x4 for 16)"
+        )
+    print(f"sm90 kernels know Triton {dispatch.TRITON_VERSIONS}")

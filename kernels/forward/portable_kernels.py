@@ -1,26 +1,26 @@
-"""Triton kernels of block attention, forward; `forward.py` says when they serve and launches them.
+"""Triton kernels of block attention, forward, for sm_80 and newer.
 
-Three kernels write the same thing, one normalised partial output and log-sum-exp (base 2) for each (q head, row, slot):
+All three write the same thing, one normalised partial output and log-sum-exp (base 2) per (q head, row, slot):
 
-- `stream_rows_kernel`, blocks of at most 128 keys: one program holds the block's K and V and streams up to 2048 rows by.
-- `hold_rows_kernel`, larger blocks: one program holds 128 rows and streams the block's K and V by; it leaves own blocks to
-- `own_blocks_kernel`: as `hold_rows_kernel`, but for consecutive rows, causally.
+- `stream_rows_kernel`, blocks of at most 128 keys: one program holds the block's K and V and streams up to 2048 rows.
+- `hold_rows_kernel`, larger blocks: one program holds up to 128 rows and streams the block's K and V. It skips own rows.
+- `own_blocks_kernel`, the own rows of larger blocks: as `hold_rows_kernel`, for consecutive rows, causally.
 
-Tiles of keys are aligned to the block's start and tile sizes are fixed (`configs`), so a row's partial does not depend
-on which other rows share its tile.
+Tiles of keys are aligned to the block's start and tile sizes are fixed (`configs`), so a row's partial does not depend on the
+rows that share its tile.
 """
 
 import triton
 import triton.language as tl
 
-# Counts and strides that change from chunk to chunk, int32 views that start anywhere: one compiled kernel serves all.
+# Counts and strides that change from chunk to chunk, and int32 views that start at any address: one compiled kernel serves all.
 _VARYING = ["tokens", "n_tiles", "n_blocks", "q_heads", "offset", "start_head"]
 _UNALIGNED = ["start", "length", "position", "entry", "item_bin", "item_start", "item_end", "own_tiles"]
 
 
 @triton.jit
 def _decode(e, HEAD_BITS: tl.constexpr, SLOT_BITS: tl.constexpr):
-    """Entry -> (token, head in group, slot). Bit fields: a division by a runtime length costs a fifth of the kernel."""
+    """Entry -> (token, head in group, slot). Bit fields, because dividing by a runtime length costs a fifth of the kernel."""
     slot = (e & ((1 << SLOT_BITS) - 1)).to(tl.int32)
     head = ((e >> SLOT_BITS) & ((1 << HEAD_BITS) - 1)).to(tl.int32)
     return (e >> (HEAD_BITS + SLOT_BITS)).to(tl.int64), head, slot
@@ -30,9 +30,9 @@ def _decode(e, HEAD_BITS: tl.constexpr, SLOT_BITS: tl.constexpr):
 def _load_tile(
     base, first, held, stride, KEYS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Rows `first + [0, KEYS)` of a block at `base`, zero from row `held` on (if MASKED) and in the padding columns.
+    """Rows `first + [0, KEYS)` of a block at `base`. Zero in the padding columns and, with MASKED, from row `held` on.
 
-    One 64-bit offset for the tile and 32-bit ones inside it: 64-bit pointers for every row would spill.
+    One 64-bit offset per tile and 32-bit offsets inside it: 64-bit offsets per row would spill.
     """
     row = tl.arange(0, KEYS)
     d = tl.arange(0, PADDED)
@@ -47,7 +47,7 @@ def _load_tile(
 
 @triton.jit
 def _load_to_end(base, first, held, stride, KEYS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """As `_load_tile`, but from row `held` on the last row again: for keys whose weight is 0. Needs no masks."""
+    """As `_load_tile`, but from row `held` on the last row is repeated, for keys whose weight is 0. Needs no masks."""
     row = tl.minimum(tl.arange(0, KEYS), held - first - 1)
     d = tl.arange(0, PADDED)
     pointers = base + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + d[None, :])
@@ -59,7 +59,7 @@ def _load_to_end(base, first, held, stride, KEYS: tl.constexpr, SIZE: tl.constex
 
 @triton.jit
 def _softmax_step(s, m, norm, acc, scale):
-    """One tile of scores into the running maximum, sum and output; returns the tile's weights too."""
+    """One tile of scores into the running maximum, sum and output; also returns the tile's weights."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     rescale = tl.exp2(m - m_new)
@@ -82,10 +82,10 @@ def stream_rows_kernel(
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one work item, entries of one (kv head, block), past and own rows alike.
+    """One program: one work item, the entries of one (kv head, block), past and own rows alike.
 
-    Reads the block's K and V once (2 * BLOCK * (D + DV) bytes), then for each entry 4-8 bytes of list and a row of q
-    (2 * D, mostly from L2: a bin's rows are one kv head's); writes 2 * DV + 4 bytes an entry.
+    Reads the block's K and V once (2 * BLOCK * (D + DV) bytes), then 4 or 8 bytes of list and 2 * D bytes of q per entry
+    (mostly from L2: the rows of a bin belong to one kv head); writes 2 * DV + 4 bytes per entry.
     """
     item = tl.program_id(0)
     bin_ = tl.load(item_bin + item)
@@ -94,7 +94,7 @@ def stream_rows_kernel(
     kv_head = bin_ // n_blocks
     block = bin_ - kv_head * n_blocks
     first_key = tl.load(start + kv_head * start_head + block)
-    if first_key < 0:  # another part's
+    if first_key < 0:  # another part has it
         return
     held = tl.load(length + block)
     begin = tl.load(item_start + item)
@@ -103,14 +103,14 @@ def stream_rows_kernel(
     key = tl.arange(0, KEYS)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, D_PADDED)
-    # A short block is the last of its document; only its own rows read it, and their position masks its end.
+    # A short block is the last of its document. Only its own rows read it, and their positions mask its end.
     first = tl.zeros([], tl.int32)
     k_base = k + first_key.to(tl.int64) * k_row + kv_head.to(tl.int64) * k_head
     v_base = v + first_key.to(tl.int64) * v_row + kv_head.to(tl.int64) * v_head
     k_tile = _load_tile(k_base, first, held, k_row, KEYS, D, D_PADDED, True)
     v_tile = _load_tile(v_base, first, held, v_row, KEYS, DV, DV_PADDED, True)
-    # Entries run a tile ahead in registers, so that the gather of q is the only load the compiler has to pipeline: behind a
-    # pipelined load of entries it would be asked for just before it is needed.
+    # Entries are loaded one tile ahead, into registers, so that the gather of q is the only load the compiler pipelines. If it
+    # had to pipeline the entries as well, it would issue the gather just before its result is needed.
     e_next = tl.load(entry + begin + r, mask=begin + r < end, other=0)
     for i in tl.range(begin, end, ROWS, num_stages=STAGES):
         valid = i + r < end
@@ -126,7 +126,7 @@ def stream_rows_kernel(
         s = tl.dot(q_tile, tl.trans(k_tile))
         if NEGATIVE:
             s = -s
-        # Rows of past blocks ask for no position, so most tiles wait for no second gather.
+        # Past rows load no position, so most tiles do not wait for a second gather.
         own = valid & (slot == TOPK - 1)
         last = tl.load(position + token, mask=own, other=BLOCK - 1)
         s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
@@ -149,14 +149,16 @@ def hold_rows_kernel(
 ):  # fmt: skip
     """One program: ROWS entries of one work item of one (kv head, block), against the whole block.
 
-    Reads ROWS rows of q and 2 * BLOCK * (D + DV) bytes of K and V (from L2: neighbours read the same block); writes
-    ROWS * (2 * DV + 4) bytes. With TMA, `k` and `v` are descriptors over [heads, rows, D]: the same tiles in the same
-    shared-memory layout, so the same bits. Past blocks are whole; WITH_OWN takes own rows too, with masks for them and for
-    short blocks; without it they are left out, and most of them fill programs of their own.
+    Reads 4 or 8 bytes of list and 2 * D of q per row, and 2 * BLOCK * (D + DV) bytes of K and V (from L2: neighbouring
+    programs read the same block); writes 2 * DV + 4 bytes per row.
+
+    With TMA, `k` and `v` are descriptors over [heads, rows, D]: the same tiles in the same shared-memory layout, so the same
+    bits. WITH_OWN includes own rows, with masks for them and for short blocks. Without it own rows are skipped; most of them
+    fill whole programs, which return.
     """
     SUB: tl.constexpr = ITEM // ROWS
     MASKED: tl.constexpr = WITH_OWN or BLOCK % KEYS != 0
-    # A program is short (few tiles of keys), so what it looks up before its first product is asked for as early as can be.
+    # A program is short (few tiles of keys), so all loads before its first product are issued as early as possible.
     item = tl.program_id(0) // SUB
     bin_ = tl.load(item_bin + item)
     begin = tl.load(item_start + item) + tl.program_id(0) % SUB * ROWS
@@ -170,7 +172,7 @@ def hold_rows_kernel(
     kv_head = bin_ // n_blocks
     block = bin_ - kv_head * n_blocks
     first_key = tl.load(start + kv_head * start_head + block)
-    if first_key < 0:  # another part's
+    if first_key < 0:  # another part has it
         return
     if WITH_OWN:
         held = tl.load(length + block)
@@ -214,7 +216,7 @@ def hold_rows_kernel(
         else:
             v_tile = _load_tile(v_base, i, held, v_row, KEYS, DV, DV_PADDED, MASKED)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
-    # Read again rather than kept: the loop needs every register. (The other policy keeps the compiler from merging loads.)
+    # Loaded again: the loop needs every register. The eviction policy keeps the compiler from merging these loads with the first.
     kv_head = tl.load(item_bin + item, eviction_policy="evict_first") // n_blocks
     valid = r < end
     e = tl.load(entry + r, mask=valid, other=0, eviction_policy="evict_first")
@@ -232,7 +234,7 @@ def _see_keys(
     NEGATIVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     DIAGONAL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Running maximum, sum and output of consecutive rows after the tiles of keys in `[begin, end)` of their block."""
+    """Tiles of keys `[begin, end)` of a block into the running maximum, sum and output of consecutive rows."""
     for i in tl.range(begin, end, KEYS, num_stages=STAGES):
         if TMA:
             k_tile = k.load([k_at, first_key + i, 0]).reshape(KEYS, D_PADDED)
@@ -268,16 +270,17 @@ def own_blocks_kernel(
 ):  # fmt: skip
     """One program: at most ROWS consecutive rows of one q head against the keys of their own block, causally.
 
-    Reads the rows of q and the block's keys up to the last row (2 * (D + DV) bytes each); writes 2 * DV + 4 bytes a
-    row, at slot TOPK - 1. Keys that every row sees come first, as in `hold_rows_kernel` (with TMA, `k_tiles` and `v_tiles` are
-    descriptors), then the tiles on the diagonal, masked. Where a tile of rows begins changes no bit of a row: a mask that
-    hides nothing selects the same scores of the same products, a tile hidden whole adds zeros, rescaled by one, and tiles
-    that no row of the program sees are left out.
+    Reads 2 * D bytes of q per row and 2 * (D + DV) bytes per key up to the last row; writes 2 * DV + 4 bytes per row, at slot
+    TOPK - 1. Tiles that every row sees in full come first, as in `hold_rows_kernel` (with TMA, `k_tiles` and `v_tiles` are
+    descriptors), then the tiles on the diagonal, masked.
+
+    The first row of the program changes no bit of any row: a mask that hides nothing selects the same scores of the same
+    products, a tile hidden in full adds zeros and rescales by one, and tiles that no row sees are skipped.
     """
     SUB: tl.constexpr = TILE // ROWS
     pid = tl.program_id(0)
     head = pid % q_heads
-    tile = n_tiles * SUB - 1 - pid // q_heads  # late rows have the most keys: long programs first
+    tile = n_tiles * SUB - 1 - pid // q_heads  # late rows see the most keys: long programs first
     fields = own_tiles + tile // SUB * 4
     skip = tile % SUB * ROWS
     count = tl.load(fields + 1) - skip
@@ -316,12 +319,12 @@ def own_blocks_kernel(
         m, norm, acc, q_tile, k_tiles, v_tiles, k_base, v_base, k_at, v_at, first_key, 0, whole, held, position_first,
         scale, k_row, v_row, D, D_PADDED, DV, DV_PADDED, NEGATIVE, ROWS, KEYS, STAGES, False, TMA,
     )  # fmt: skip
-    # By pointers: a descriptor would bring in what lies beyond a short block, where a NaN times a weight of 0 is NaN.
+    # By pointers: TMA would read past the end of a short block, and a NaN there times a weight of 0 is NaN.
     m, norm, acc = _see_keys(
         m, norm, acc, q_tile, k_tiles, v_tiles, k_base, v_base, k_at, v_at, first_key, whole, seen, held, position_first,
         scale, k_row, v_row, D, D_PADDED, DV, DV_PADDED, NEGATIVE, ROWS, KEYS, STAGES, True, False,
     )  # fmt: skip
-    # Read again rather than kept, as in `hold_rows_kernel`.
+    # Loaded again, as in `hold_rows_kernel`.
     count = tl.load(fields + 1, eviction_policy="evict_first") - skip
     token = tl.load(fields, eviction_policy="evict_first") + skip - offset + r
     valid = (r < count) & (token >= 0) & (token < tokens)

@@ -1,0 +1,147 @@
+"""The primitives of a backend, as the pipeline sees them: what each takes, returns and promises.
+
+`torch_backend` and `triton_backend` are modules that implement this protocol, and the type checker compares both with it.
+Parameters that share a type, above all tensors, are keyword-only, so that swapping two of them is a type error.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .types import DqPartials, KVPart, Partials, QueryRows, RoutingLists
+
+
+class Backend(Protocol):
+    """Primitives of block attention on one device.
+
+    Sums are fp64 for fp64 inputs and fp32 otherwise, which is called the accumulation dtype. The unit of log-sum-exps (natural or
+    base 2) is the backend's own: they only come back to its own backward. Tensors have unit stride in the last dimension.
+
+    Attributes:
+        NAME: "torch" or "triton".
+    """
+
+    NAME: str
+
+    def check_sizes(self, *, dim: int, dim_v: int, block_size: int) -> None:
+        """Raise ValueError for head and block sizes that this backend does not serve."""
+
+    def bytes_per_slot(self, dim: int, dtype: torch.dtype) -> int:
+        """Workspace bytes per (q head, row, slot) of partials with last size `dim`; `dtype` is the inputs'."""
+        ...
+
+    def new_partials(self, selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
+        """Uninitialised partial outputs for `selected` `[Hq, T, topk]`; `dtype` is the inputs'. Contiguous."""
+        ...
+
+    def new_dq_partials(self, selected: Tensor, dim: int, dtype: torch.dtype) -> DqPartials:
+        """Uninitialised partial dq for `selected` `[Hq, T, topk]`; `dtype` is the inputs'. Contiguous."""
+        ...
+
+    def new_lse(self, q: Tensor) -> Tensor:
+        """Uninitialised log-sum-exps of `q` `[T, Hq, D]`: `[Hq, T]`."""
+        ...
+
+    def centroids(self, k: Tensor, *, start: Tensor, block_size: int) -> Tensor:
+        """Means of complete blocks: accumulated in the accumulation dtype, rounded once to the dtype of `k`.
+
+        Args:
+            k: `[N, H, D]` keys.
+            start: int32 `[n]`, row of each block's first key; every block has `block_size` consecutive rows.
+            block_size: keys per block.
+
+        Returns:
+            `[n, H, D]` in the dtype of `k`.
+        """
+        ...
+
+    def select_blocks(self, q: Tensor, *, centroids: Tensor, rows: QueryRows, topk: int) -> Tensor:
+        """Per q head and row: its own block, and the `topk - 1` best-scored earlier blocks of its document.
+
+        Scores are `<q, centroid>`, unscaled. Of equal scores the later block wins; NaN ranks above every number.
+
+        Args:
+            q: `[T, Hq, D]`.
+            centroids: `[n_blocks, Hkv, D]`; those of blocks that are nobody's candidate may hold anything.
+            rows: positions of the `T` rows.
+            topk: most blocks per row, own block included.
+
+        Returns:
+            int16 `[Hq, T, topk]`, or int32 where int16 cannot number the blocks: ascending, -1 at the front where there
+            are fewer than `topk`. The last slot is the own block.
+        """
+        ...
+
+    def wanted_pairs(self, selected: Tensor, *, n_blocks: int, kv_heads: int) -> Tensor:
+        """bool `[kv_heads, n_blocks]`: pairs that any row of `selected` `[Hq, T, topk]` selected."""
+        ...
+
+    def route(self, selected: Tensor, *, n_blocks: int, kv_heads: int, block_size: int) -> RoutingLists:
+        """Routing lists for `attend` and its backward.
+
+        Args:
+            selected: `[Hq, T, topk]` of `select_blocks`: the q heads of `kv_heads` kv heads.
+            n_blocks: blocks in all.
+            kv_heads: kv heads being processed.
+            block_size: keys per block.
+        """
+        ...
+
+    def attend(
+        self, q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, scale: float, partials: Partials
+    ) -> None:
+        """Attention of every listed row to every block of the part: one normalised partial per (row, block).
+
+        Args:
+            q: `[T, Hq, D]`, the heads being processed.
+            part: keys and values. Pairs that it does not hold are left for another part.
+            lists: `route(selected, ...)`.
+            rows: positions of the rows.
+            scale: factor on the scores.
+            partials: `new_partials(selected, Dv, q.dtype)`; written at the slots of this part's blocks.
+        """
+
+    def merge(self, partials: Partials, *, selected: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Softmax-weighted sum of the partials, in block order.
+
+        Args:
+            partials: of `attend`, every slot with `selected >= 0` written.
+            selected: `[Hq, T, topk]` of `select_blocks`.
+            out: `[T, Hq, Dv]`, written.
+            lse: `[Hq, T]`, written: log-sum-exp over all keys of the row.
+        """
+
+    def delta(self, *, out: Tensor, dout: Tensor) -> Tensor:
+        """`sum(out * dout)` over the last dimension of `[T, Hq, Dv]`: `[Hq, T]` in the accumulation dtype."""
+        ...
+
+    def attend_backward(
+        self, part: KVPart, lists: RoutingLists, rows: QueryRows, *, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
+        scale: float, dk: Tensor, dv: Tensor, dq_partials: DqPartials, accumulate: bool,
+    ) -> None:  # fmt: skip
+        """Gradients of `attend` followed by `merge`, one part at a time.
+
+        Args:
+            part, lists, rows, scale: as in `attend`.
+            q, dout: `[T, Hq, D]`, `[T, Hq, Dv]`.
+            lse, delta: `[Hq, T]`, of `merge` and `delta`.
+            dk, dv: of the shapes of `part.k`, `part.v`, in the accumulation dtype or the keys'. Every row of a pair in the
+                part is written (zeros where no row selected it), or added to with `accumulate`.
+            dq_partials: `new_dq_partials(selected, D, q.dtype)`; written at the slots of this part's blocks.
+            accumulate: add to `dk` and `dv` instead of writing them.
+        """
+
+    def merge_dq(self, dq_partials: DqPartials, *, selected: Tensor, dq: Tensor) -> None:
+        """Sum of the partial dq, in block order, into `dq` `[T, Hq, D]`; `selected` is `[Hq, T, topk]`."""
+
+    def add_gradients(self, *, own_dk: Tensor, own_dv: Tensor, arrived: list[Tensor], dk: Tensor, dv: Tensor) -> None:
+        """dK and dV of this rank's blocks: its own sums and those of other ranks, added in order and rounded once.
+
+        Args:
+            own_dk, own_dv: `[N, H, D]`, `[N, H, Dv]` in the accumulation dtype. Their contents are lost.
+            arrived: `[N, H, D + Dv]` each, in the accumulation dtype.
+            dk, dv: the sums, written, in the dtype of the keys and values; any strides of the first two dimensions.
+        """

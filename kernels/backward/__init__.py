@@ -1,0 +1,53 @@
+"""Backward of block attention: dK, dV and partial dq.
+
+One program owns the dK and dV of a tile of one block's keys and walks the rows that selected the block, in list order, so sums
+have the same bits every time. The partial dq of a (row, block) goes to the row's slot: from the same program where one tile of
+keys holds a whole block, else from a second kernel in which rows stay on chip and keys stream.
+
+A bin (kv head, block) that very many rows selected would keep one program busy long after the others. Such bins are cut into
+segments (`segments.py`). Files: `portable.py` and `sm90.py` launch, `*_kernels.py` and `*_sm90.py` hold the kernels;
+`..dispatch` chooses.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..dispatch import SM90, choose_variant
+from ..types import DqPartials, KVPart, QueryRows, RoutingLists
+from . import portable
+from .call import Call
+from .deltas import delta
+from .segments import find_segments, segment_count
+
+__all__ = ["attend_backward", "delta"]
+
+
+def attend_backward(
+    part: KVPart, lists: RoutingLists, rows: QueryRows, *, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
+    scale: float, dk: Tensor, dv: Tensor, dq_partials: DqPartials, accumulate: bool, variant: str | None = None,
+) -> None:  # fmt: skip
+    """Gradients of `attend` followed by `merge`, one part at a time; see `backend.Backend.attend_backward`.
+
+    Args:
+        lse, delta: fp32 `[Hq, T]`, `lse` in base 2; any strides.
+        variant: "portable", or "sm90" where it serves; by default the fastest.
+
+    Raises:
+        ValueError: see `dispatch.choose_variant`; or partial dq whose slots are not evenly spaced.
+    """
+    shape = lists.shape
+    if shape.n_bins == 0 or part.k.shape[0] == 0:
+        return
+    variant = choose_variant(q, part, lists, dout, requested=variant)
+    n_segments = segment_count(q.shape[0], shape)
+    segment_bin = find_segments(lists.pointer, n_segments, shape.block_size) if n_segments else lists.pointer
+    call = Call(
+        part, lists, rows, q, dout, lse, delta, scale, dk, dv, dq_partials.dq, accumulate, n_segments, segment_bin
+    )
+    if variant == SM90:
+        from . import sm90  # Gluon is experimental: imported only where it runs
+
+        sm90.launch(call)
+    else:
+        portable.launch(call)

@@ -1,0 +1,208 @@
+"""Gluon kernel for dK and dV on Hopper, for blocks of more than one tile of keys.
+
+`gluon_rows.py` has the rules of ordering.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from ..gluon_rows import barrier, gather_layout, line_layout, product_layout, warp_layout
+from .portable_kernels import LOG2E, UNALIGNED, VARYING
+from .rows_sm90 import copy_rows, load_scalars, store_dkdv, unit_bounds, work_unit
+
+
+@gluon.jit
+def _copy_ahead(
+    q, dout, lse, delta, position, entry, i, count, held, line, cols, q_s, do_s, code_s,
+    q_token, q_head, dout_token, dout_head, lse_head, lse_token, delta_head, delta_token,
+    HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, ROWS: gl.constexpr, AHEAD: gl.constexpr,
+    GATHER: gl.constexpr, LINE: gl.constexpr,
+):  # fmt: skip
+    """At tile i: start copying the rows of tile i + AHEAD; load the scalars of tile i + 1 and the entries of i + AHEAD + 1.
+
+    Overwrites the stage of tile i - 2. All warps must have waited for that tile's products, and passed a barrier since.
+    """
+    STAGES: gl.constexpr = AHEAD + 2
+    stage = (i + AHEAD) % STAGES
+    copy_rows(
+        q, dout, code_s.index(stage).load(gl.SliceLayout(1, GATHER)), q_s.index(stage), do_s.index(stage), cols,
+        q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
+    )  # fmt: skip
+    row_lse, row_delta, limit = load_scalars(
+        lse, delta, position, code_s.index((i + 1) % STAGES).load(LINE), (i + 1) * ROWS + line < count, held,
+        lse_head, lse_token, delta_head, delta_token, HEAD_BITS, SLOT_BITS, TOPK,
+    )  # fmt: skip
+    line_code = gl.load(entry + gl.minimum((i + 1 + AHEAD) * ROWS + line, gl.maximum(count - 1, 0)))
+    return row_lse, row_delta, limit, line_code
+
+
+@gluon.jit
+def _unseen_rows(
+    entry, position, count, first_key, ROWS: gl.constexpr, WARPS: gl.constexpr, HEAD_BITS: gl.constexpr,
+    SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
+):  # fmt: skip
+    """Entries at the start of a bin's list, in whole tiles, that see no key from `first_key` on.
+
+    Entries ascend by (head, token), so the own rows of the group's first head come first. At most `first_key` of them see
+    no such key.
+    """
+    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])
+    index = gl.arange(0, 64 * WARPS, layout=SCAN)
+    seeing = gl.full([64 * WARPS], 2147483647, gl.int32, SCAN)
+    bound = gl.minimum(first_key, count)
+    for j in range(0, bound, 64 * WARPS):
+        here = j + index < bound
+        code = gl.load(entry + j + index, mask=here, other=0)
+        own = here & ((code & ((1 << SLOT_BITS) - 1)) == TOPK - 1)
+        row_position = gl.load(position + (code >> (HEAD_BITS + SLOT_BITS)), mask=own, other=2147483647)
+        seeing = gl.where(row_position < first_key, seeing, gl.minimum(seeing, j + index))
+    return gl.minimum(gl.min(seeing, 0), bound) // ROWS * ROWS
+
+
+@gluon.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
+def dkdv_kernel(
+    q, dout, k, v, lse, delta, position, pointer, entry, start, length, segment_bin, dk, dv, dq, sums,
+    q_token, q_head, dout_token, dout_head, k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head,
+    lse_head, lse_token, delta_head, delta_token, dq_head, dq_token, dq_slot, start_head, n_bins, n_blocks, group, scale,
+    D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, KEYS: gl.constexpr,
+    ROWS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
+    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, LATE: gl.constexpr,
+):  # fmt: skip
+    """One program: dK and dV of KEYS keys of one block, over the rows of its bin or of one segment of it.
+
+    Reads 4 * KEYS * D bytes of K and V once and 4 * D + 16 bytes per row; writes 2 * KEYS * D sums. Work units are those of
+    `portable_kernels.dkdv_kernel`. The products of a tile's dV and dK overlap with the next tile's S^T, so a stage is free
+    two tiles later: AHEAD + 2 stages.
+    """
+    STAGES: gl.constexpr = AHEAD + 2
+    unit = work_unit(n_bins, TILES)
+    tile = gl.program_id(0) % TILES
+    bin_, begin, count, first_key, held = unit_bounds(
+        unit, pointer, segment_bin, start, length, n_bins, n_blocks, start_head, SEGMENT
+    )
+    if (first_key < 0) | (tile * KEYS >= held) | ((count == 0) & ACCUMULATE):
+        return
+    kv_head = (bin_ // n_blocks).to(gl.int64)
+    first_head = kv_head * group
+    entry += begin
+
+    GATHER: gl.constexpr = gather_layout(D, WARPS)
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, GATHER))
+    key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, GATHER))
+    row = (first_key + key).to(gl.int64)
+    inside = (key < held)[:, None] & (cols >= 0)[None, :]
+    KEYS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], DTYPE)
+    ROWS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], DTYPE)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_s = gl.allocate_shared_memory(DTYPE, [KEYS, D], KEYS_LAYOUT)
+    v_s = gl.allocate_shared_memory(DTYPE, [KEYS, D], KEYS_LAYOUT)
+    # The wait for the first tile of rows covers these copies.
+    async_copy.async_copy_global_to_shared(
+        k_s, k + (row * k_row + kv_head * k_head)[:, None] + cols[None, :], mask=inside
+    )
+    async_copy.async_copy_global_to_shared(
+        v_s, v + (row * v_row + kv_head * v_head)[:, None] + cols[None, :], mask=inside
+    )
+    async_copy.commit_group()
+    q_s = gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D], ROWS_LAYOUT)
+    do_s = gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D], ROWS_LAYOUT)
+    # Two stages suffice: each is overwritten two tiles, and so two barriers, later.
+    lse_s = gl.allocate_shared_memory(gl.float32, [2, ROWS], FLAT)
+    delta_s = gl.allocate_shared_memory(gl.float32, [2, ROWS], FLAT)
+    limit_s = gl.allocate_shared_memory(gl.int32, [2, ROWS], FLAT)
+    code_s = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], FLAT)
+
+    SCORE: gl.constexpr = product_layout(ROWS, WARPS)
+    SUM: gl.constexpr = product_layout(D, WARPS)
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
+    BY_ROW: gl.constexpr = gl.SliceLayout(0, SCORE)
+    LINE: gl.constexpr = line_layout(WARPS)
+    WARP: gl.constexpr = warp_layout(ROWS, WARPS)
+    score_key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, SCORE))
+    zero = gl.zeros([KEYS, ROWS], gl.float32, SCORE)
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, GATHER))
+    line = gl.arange(0, ROWS, layout=LINE)
+    unseen = _unseen_rows(entry, position, count, tile * KEYS, ROWS, WARPS, HEAD_BITS, SLOT_BITS, TOPK)
+    entry += unseen
+    count -= unseen
+    q += first_head * q_head
+    dout += first_head * dout_head
+    lse += first_head * lse_head
+    delta += first_head * delta_head
+    last = gl.maximum(count - 1, 0)  # rows past the end repeat the last one with weight 0
+    last_key = tile * KEYS + KEYS - 1
+    factor = scale * LOG2E
+    n = (count + ROWS - 1) // ROWS
+    if n > 0:
+        for j in gl.static_range(AHEAD):
+            at = gl.minimum(j * ROWS + r, last)
+            copy_rows(
+                q, dout, gl.load(entry + at), q_s.index(j), do_s.index(j), cols, q_token, q_head, dout_token, dout_head,
+                HEAD_BITS, SLOT_BITS,
+            )  # fmt: skip
+    line_code = gl.load(entry + gl.minimum(line, last), mask=line < n * ROWS, other=0)
+    row_lse, row_delta, limit = load_scalars(
+        lse, delta, position, line_code, line < count, held, lse_head, lse_token, delta_head, delta_token,
+        HEAD_BITS, SLOT_BITS, TOPK,
+    )  # fmt: skip
+    for j in gl.static_range(1, AHEAD):
+        code_s.index(j).store(gl.load(entry + gl.minimum(j * ROWS + line, last), mask=line < n * ROWS, other=0))
+    line_code = gl.load(entry + gl.minimum(AHEAD * ROWS + line, last), mask=line < n * ROWS, other=0)
+    dk_sum = warpgroup_mma_init(gl.zeros([KEYS, D], gl.float32, SUM))
+    dv_sum = warpgroup_mma_init(gl.zeros([KEYS, D], gl.float32, SUM))
+    p_left = gl.zeros([KEYS, ROWS], DTYPE, LEFT)
+    ds_left = gl.zeros([KEYS, ROWS], DTYPE, LEFT)
+    for i in range(n):
+        stage = i % STAGES
+        nxt = (i + AHEAD) % STAGES
+        async_copy.wait_group(AHEAD - 1)
+        lse_s.index(i % 2).store(row_lse)
+        delta_s.index(i % 2).store(row_delta)
+        limit_s.index(i % 2).store(limit)
+        code_s.index(nxt).store(line_code)
+        fence_async_shared()
+        barrier()
+        if not LATE:
+            row_lse, row_delta, limit, line_code = _copy_ahead(
+                q, dout, lse, delta, position, entry, i, count, held, line, cols, q_s, do_s, code_s,
+                q_token, q_head, dout_token, dout_head, lse_head, lse_token, delta_head, delta_token,
+                HEAD_BITS, SLOT_BITS, TOPK, ROWS, AHEAD, GATHER, LINE,
+            )  # fmt: skip
+        q_i = q_s.index(stage)
+        do_i = do_s.index(stage)
+        s_run = warpgroup_mma(k_s, q_i.permute((1, 0)), zero, use_acc=False, is_async=True)
+        # Wait for the previous tile's dV and dK before issuing dP^T: all at once they would need too many registers.
+        p_left, ds_left = warpgroup_mma_wait(1, deps=(p_left, ds_left))
+        dp_run = warpgroup_mma(v_s, do_i.permute((1, 0)), zero, use_acc=False, is_async=True)
+        if LATE:
+            row_lse, row_delta, limit, line_code = _copy_ahead(
+                q, dout, lse, delta, position, entry, i, count, held, line, cols, q_s, do_s, code_s,
+                q_token, q_head, dout_token, dout_head, lse_head, lse_token, delta_head, delta_token,
+                HEAD_BITS, SLOT_BITS, TOPK, ROWS, AHEAD, GATHER, LINE,
+            )  # fmt: skip
+        masked = gl.min(limit_s.index(i % 2).load(WARP), 0) < last_key
+        s = warpgroup_mma_wait(1, deps=(s_run,))
+        p = gl.exp2(s * factor - lse_s.index(i % 2).load(BY_ROW)[None, :])
+        if masked:  # few tiles contain own rows
+            p = gl.where(score_key[:, None] <= limit_s.index(i % 2).load(BY_ROW)[None, :], p, 0.0)
+        p_left = gl.convert_layout(p.to(DTYPE), LEFT)
+        dv_sum = warpgroup_mma(p_left, do_i, dv_sum, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=(dp_run,))
+        # Zero where p is zero, so not masked again.
+        ds = p * (dp - delta_s.index(i % 2).load(BY_ROW)[None, :])
+        ds_left = gl.convert_layout(ds.to(DTYPE), LEFT)
+        dk_sum = warpgroup_mma(ds_left, q_i, dk_sum, is_async=True)
+    dv_sum, p_left, dk_sum, ds_left = warpgroup_mma_wait(0, deps=(dv_sum, p_left, dk_sum, ds_left))
+    async_copy.wait_group(0)
+    tile = gl.program_id(0) % TILES
+    store_dkdv(
+        dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, tile, dk_row, dk_head, dv_row, dv_head,
+        n_bins, n_blocks, start_head, D, KEYS, TILES, ACCUMULATE, WARPS,
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""What the Gluon kernels of the backward share: gathered rows with their scalars, work units, and stores of dK and dV."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
+
+from ..gluon_rows import decode, gather, offset_of
+
+
+@gluon.jit
+def copy_rows(
+    q, dout, code, q_s, do_s, cols, q_token, q_head, dout_token, dout_head,
+    HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of one tile of gathered rows of q and dout: those of the entries `code`."""
+    gather(q, code, q_s, cols, q_token, q_head, HEAD_BITS, SLOT_BITS)
+    gather(dout, code, do_s, cols, dout_token, dout_head, HEAD_BITS, SLOT_BITS)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def load_scalars(
+    lse, delta, position, code, valid, held, lse_head, lse_token, delta_head, delta_token,
+    HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp, delta and last visible key of a tile's rows. Infinity, with weight 0, where `valid` is false.
+
+    All loads are masked: without any rows the tensors are empty. Nothing is computed from the loaded values here, since an
+    instruction that waits for memory would delay the next product.
+    """
+    token, head = decode(code, HEAD_BITS, SLOT_BITS)
+    own = valid & ((code & ((1 << SLOT_BITS) - 1)) == TOPK - 1)
+    row_lse = gl.load(lse + offset_of(token, head, lse_token, lse_head, HEAD_BITS), mask=valid, other=float("inf"))
+    row_delta = gl.load(delta + offset_of(token, head, delta_token, delta_head, HEAD_BITS), mask=valid, other=0.0)
+    return row_lse, row_delta, gl.load(position + token, mask=own, other=held - 1)
+
+
+@gluon.jit
+def work_unit(n_bins, TILES: gl.constexpr):
+    """Bin or segment of a program, as `segments.work_unit`: segments take longest and come first."""
+    index = gl.program_id(0) // TILES
+    n_segments = gl.num_programs(0) // TILES - n_bins
+    return gl.where(index < n_segments, index + n_bins, index - n_segments)
+
+
+@gluon.jit
+def unit_bounds(unit, pointer, segment_bin, start, length, n_bins, n_blocks, start_head, SEGMENT: gl.constexpr):
+    """`(bin, first entry, entries, first key, keys)` of a work unit; first key -1 where there is nothing to do."""
+    is_segment = unit >= n_bins
+    c = gl.maximum(unit - n_bins, 0)
+    bin_ = gl.where(is_segment, gl.load(segment_bin + c, mask=is_segment, other=-1), unit)
+    here = bin_ >= 0
+    safe = gl.maximum(bin_, 0)
+    first = gl.load(pointer + safe)
+    last = gl.load(pointer + safe + 1)
+    first_key = gl.load(start + (safe // n_blocks).to(gl.int64) * start_head + safe % n_blocks)
+    held = gl.load(length + safe % n_blocks)
+    first_key = gl.where(here & ((last - first > 2 * SEGMENT) == is_segment), first_key, -1)
+    begin = gl.where(is_segment & (first // SEGMENT + 1 != c), c * SEGMENT, first)
+    end = gl.where(is_segment, gl.minimum(last, (c + 1) * SEGMENT), last)
+    return safe, begin, end - begin, first_key, held
+
+
+@gluon.jit
+def _unit_again(segment_bin, start, length, n_bins, n_blocks, start_head, TILES: gl.constexpr):
+    """`(unit, segment, kv head, first key, keys)` of a program that has something to do."""
+    unit = work_unit(n_bins, TILES)
+    c = gl.maximum(unit - n_bins, 0)
+    bin_ = gl.where(unit >= n_bins, gl.load(segment_bin + c, mask=unit >= n_bins, other=0), unit)
+    first_key = gl.load(start + (bin_ // n_blocks).to(gl.int64) * start_head + bin_ % n_blocks)
+    return unit, c, (bin_ // n_blocks).to(gl.int64), first_key, gl.load(length + bin_ % n_blocks)
+
+
+@gluon.jit
+def _store_sums(
+    total, target, sums, is_segment, c, first_key, kv_head, tile, held, target_row, target_head,
+    D: gl.constexpr, KEYS: gl.constexpr, TILES: gl.constexpr, ACCUMULATE: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Store or add a tile of dK or dV; a segment's goes to the buffer `sums`."""
+    key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+    mask = (key < held)[:, None] & (cols < D)[None, :]
+    total = gl.convert_layout(total, LAYOUT)
+    if is_segment:
+        sums_at = sums + (c.to(gl.int64) * TILES * KEYS + key)[:, None] * (2 * D) + cols[None, :]
+        gl.store(sums_at, total, mask=mask)
+    else:
+        at = target + ((first_key + key).to(gl.int64) * target_row + kv_head * target_head)[:, None] + cols[None, :]
+        if ACCUMULATE:
+            total += gl.load(at, mask=mask, other=0.0).to(gl.float32)
+        gl.store(at, total.to(target.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def store_dkdv(
+    dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, tile, dk_row, dk_head, dv_row, dv_head,
+    n_bins, n_blocks, start_head,
+    D: gl.constexpr, KEYS: gl.constexpr, TILES: gl.constexpr, ACCUMULATE: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Store a program's sums. The work unit is looked up again: values kept from the start would spill."""
+    unit, c, kv_head, first_key, held = _unit_again(segment_bin, start, length, n_bins, n_blocks, start_head, TILES)
+    STORE: gl.constexpr = gl.BlockedLayout([1, 4], [max(128 // D, 1), min(D // 4, 32)], [WARPS, 1], [1, 0])
+    _store_sums(
+        dk_sum * scale, dk, sums, unit >= n_bins, c, first_key, kv_head, tile, held, dk_row, dk_head,
+        D, KEYS, TILES, ACCUMULATE, STORE,
+    )  # fmt: skip
+    _store_sums(
+        dv_sum, dv, sums + D, unit >= n_bins, c, first_key, kv_head, tile, held, dv_row, dv_head,
+        D, KEYS, TILES, ACCUMULATE, STORE,
+    )  # fmt: skip

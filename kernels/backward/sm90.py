@@ -1,0 +1,58 @@
+"""Launches of the backward kernels for Hopper, in Gluon.
+
+Triton waits for each product of a warpgroup before it uses the result, so exponentials and products do not overlap inside a
+program. Here S^T and dP^T are issued together, exponentials overlap with dP^T, and the products into dK and dV with the next
+tile's S^T. Rows are gathered by `cp.async` one or two tiles ahead. Their log-sum-exps, deltas and list entries are kept in
+shared memory; in registers they would spill.
+"""
+
+from __future__ import annotations
+
+from .. import configs
+from ..configs import GluonConfig
+from ..descriptors import gluon_dtype
+from .call import Call
+from .dkdv_dq_sm90 import dkdv_dq_kernel
+from .dkdv_sm90 import dkdv_kernel
+from .dq_sm90 import dq_kernel
+from .segments import segment_rows, sum_segments
+
+
+def launch(call: Call) -> None:
+    """dK, dV and partial dq."""
+    block_size = call.lists.shape.block_size
+    config = configs.sm90_dkdv(call.q.shape[2], block_size)
+    launch_dkdv(call, config)
+    if config.keys < block_size:
+        launch_dq(call, configs.SM90_DQ)
+
+
+def launch_dkdv(call: Call, config: GluonConfig) -> None:
+    """dK and dV, and partial dq where one tile of keys holds a block."""
+    shape = call.lists.shape
+    tiles = shape.block_size // config.keys
+    sums = call.segment_sums(shape.block_size)
+    kernel, late = (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LATE": config.late})
+    kernel[((shape.n_bins + call.n_segments) * tiles,)](
+        *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), TILES=tiles, **late,
+        SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate, num_warps=config.num_warps,
+    )  # fmt: skip
+    sum_segments(call, sums, config.keys, tiles)
+
+
+def launch_dq(call: Call, config: GluonConfig) -> None:
+    """Partial dq by work items, for blocks of more than one tile of keys."""
+    shape, n_items = call.lists.shape, call.lists.item_bin.numel()
+    if shape.rows_per_item > config.rows:
+        raise ValueError(f"work items must have at most {config.rows} rows, got {shape.rows_per_item}")
+    if n_items:
+        dq_kernel[(n_items,)](
+            *call.dq_arguments(), **call.bits(), **_constants(call, config), num_warps=config.num_warps
+        )  # fmt: skip
+
+
+def _constants(call: Call, config: GluonConfig) -> dict:
+    return {
+        "D": call.q.shape[2], "ROWS": config.rows, "KEYS": config.keys, "AHEAD": config.ahead,
+        "WARPS": config.num_warps, "DTYPE": gluon_dtype(call.q.dtype),
+    }  # fmt: skip

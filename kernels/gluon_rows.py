@@ -1,0 +1,64 @@
+"""What the Gluon kernels for Hopper share: gathered rows, layouts, and the rules of ordering.
+
+Gluon leaves ordering to the kernel:
+
+- A tile copied by `cp.async` is read after `wait_group`, `fence_async_shared` and a barrier. The fence is needed because the
+  tensor cores read shared memory through another proxy than the one that copies and ordinary stores write it through.
+- A stage is overwritten only when every warp has waited for the products that read it, and a barrier has passed since.
+- Registers with the left operand of a product in flight stay untouched until the product has been waited for: they are
+  passed through the `deps` of the wait.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
+
+
+@gluon.constexpr_function
+def gather_layout(dim: int, warps: int) -> gl.BlockedLayout:
+    """Of gathered rows `[rows, dim]`: 16 bytes per thread, neighbouring lanes on one row."""
+    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def product_layout(columns: int, warps: int) -> gl.NVMMADistributedLayout:
+    """Of a warpgroup's product with `columns` columns; warps split the rows."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def line_layout(warps: int) -> gl.BlockedLayout:
+    """Of one number per row of a tile, rows split over warps."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.constexpr_function
+def warp_layout(rows: int, warps: int) -> gl.BlockedLayout:
+    """Of one number per row of a tile, all rows in every warp: a reduction needs no other warp."""
+    return gl.BlockedLayout([rows // 32], [32], [warps], [0])
+
+
+@gluon.jit
+def decode(code, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
+    """Token and head in the group of entries, 32 bits each, so that a product with a stride is one wide multiplication."""
+    return code >> (HEAD_BITS + SLOT_BITS), (code >> SLOT_BITS) & ((1 << HEAD_BITS) - 1)
+
+
+@gluon.jit
+def offset_of(token, head, token_stride, head_stride, HEAD_BITS: gl.constexpr):
+    """64-bit offset of a row from the first head of its group."""
+    offset = token.to(gl.int64) * token_stride
+    if HEAD_BITS > 0:
+        offset += head.to(gl.int64) * head_stride
+    return offset
+
+
+@gluon.jit
+def gather(x, code, x_s, cols, x_token, x_head, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
+    """Start the copy of the rows of the entries `code`; the caller commits it."""
+    token, head = decode(code, HEAD_BITS, SLOT_BITS)
+    async_copy.async_copy_global_to_shared(
+        x_s, x + offset_of(token, head, x_token, x_head, HEAD_BITS)[:, None] + cols[None, :]
+    )
