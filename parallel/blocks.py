@@ -15,7 +15,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from .layout import SequenceLayout, expand_runs
+from .layout import SequenceLayout
+from .partition import expand_runs
 
 
 @dataclass(frozen=True)
