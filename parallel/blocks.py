@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from .layout import SequenceLayout, expand_runs
+from .layout import SequenceLayout
+from .partition import expand_runs
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class BlockTable:
 
 @dataclass(frozen=True, eq=False)
 class HomePlan:
-    """Where every block lives, and the pieces of blocks that each rank holds.
+    """Where every block lives.
 
     Attributes:
         layout, block_size: what the plan was made of.
@@ -53,9 +55,7 @@ class HomePlan:
         home: int64 `[n_blocks]`, the rank that holds most of the block's tokens (the lowest of equals).
         home_row: int64 `[n_blocks]`, row of the block's first key among the keys at home there.
         home_tokens: int64 `[P]`, keys at home on each rank.
-        piece_rank, piece_row, piece_block, piece_position, piece_length: int64 `[pieces]`, stretches of tokens of one
-            block that lie side by side on one rank: the rank, its local row of the first token, the block, the first
-            token's position in the block, and the number of tokens. In order of (rank, local row).
+        whole: bool `[n_blocks]`, whether the home rank holds all of the block's tokens.
     """
 
     layout: SequenceLayout
@@ -64,16 +64,41 @@ class HomePlan:
     home: np.ndarray
     home_row: np.ndarray
     home_tokens: np.ndarray
-    piece_rank: np.ndarray
-    piece_row: np.ndarray
-    piece_block: np.ndarray
-    piece_position: np.ndarray
-    piece_length: np.ndarray
+    whole: np.ndarray
 
     @cached_property
     def has_fragments(self) -> bool:
-        """Whether any token lives on another rank than its block's home; every rank knows alike."""
-        return bool((self.home[self.piece_block] != self.piece_rank).any())
+        """Whether any token lives on another rank than its block's home; the same on every rank."""
+        return not bool(self.whole.all())
+
+    def pieces(self, rank: int) -> Pieces:
+        """What `rank` holds, cut at the boundaries of blocks."""
+        runs, blocks = self.layout.runs_of(rank), self.blocks
+        block_end = blocks.start + blocks.length
+        # A run [start, end) touches the blocks first..last: cut it there.
+        first = np.searchsorted(block_end, runs[:, 0], side="right")
+        last = np.searchsorted(blocks.start, runs[:, 1], side="left") - 1
+        of_run = np.repeat(np.arange(len(runs)), last - first + 1)
+        block = expand_runs(np.stack([first, last + 1], axis=1))
+        start = np.maximum(runs[of_run, 0], blocks.start[block])
+        length = np.minimum(runs[of_run, 1], block_end[block]) - start
+        return Pieces(np.cumsum(length) - length, block, start - blocks.start[block], length)
+
+
+class Pieces(NamedTuple):
+    """Consecutive tokens of one block in consecutive rows of one rank; int64 arrays of one length, in order of rows.
+
+    Attributes:
+        row: the rank's local row of the first token.
+        block: number of the block.
+        position: the first token's position in the block.
+        length: tokens.
+    """
+
+    row: np.ndarray
+    block: np.ndarray
+    position: np.ndarray
+    length: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,90 +149,45 @@ def block_table(cu_seqlens: np.ndarray, block_size: int) -> BlockTable:
 
 @lru_cache(maxsize=64)
 def home_plan(layout: SequenceLayout, block_size: int) -> HomePlan:
-    """Give every block its home rank. Costs O(blocks + runs) host work; kept for the last layouts seen."""
+    """Give every block its home rank. Costs O(blocks) host work, and O(runs) for a layout listed as runs."""
     blocks = block_table(layout.cu_seqlens_array, block_size)
-    n_ranks = layout.cp_size
-    run_rank = np.repeat(np.arange(n_ranks), [len(r) for r in layout.runs])
-    runs = np.concatenate(layout.runs)
-    block_end = blocks.start + blocks.length
-    # A run [start, end) touches the blocks first..last: cut it there.
-    first = np.searchsorted(block_end, runs[:, 0], side="right")
-    last = np.searchsorted(blocks.start, runs[:, 1], side="left") - 1
-    per_run = last - first + 1
-    of_run = np.repeat(np.arange(len(runs)), per_run)
-    piece_block = expand_runs(np.stack([first, last + 1], axis=1))
-    piece_start = np.maximum(runs[of_run, 0], blocks.start[piece_block])
-    piece_length = np.minimum(runs[of_run, 1], block_end[piece_block]) - piece_start
-    piece_rank = run_rank[of_run]
-    before = np.cumsum(piece_length) - piece_length
-    local_tokens = np.array([layout.local_tokens(r) for r in range(n_ranks)])
-    piece_row = before - (np.cumsum(local_tokens) - local_tokens)[piece_rank]
-
-    home = _largest_holder(piece_block, piece_rank, piece_length, len(blocks))
-    home_tokens = np.bincount(home, weights=blocks.length, minlength=n_ranks).astype(np.int64)
+    home, held = layout.partition.largest(blocks.start, blocks.start + blocks.length)
+    home_tokens = np.bincount(home, weights=blocks.length, minlength=layout.cp_size).astype(np.int64)
     by_home = np.argsort(home, kind="stable")
     row = np.cumsum(blocks.length[by_home]) - blocks.length[by_home]
     home_row = np.empty_like(home)
     home_row[by_home] = row - (np.cumsum(home_tokens) - home_tokens)[home[by_home]]
-    return HomePlan(
-        layout,
-        block_size,
-        blocks,
-        home,
-        home_row,
-        home_tokens,
-        piece_rank,
-        piece_row,
-        piece_block,
-        piece_start - blocks.start[piece_block],
-        piece_length,
-    )
-
-
-def _largest_holder(block: np.ndarray, rank: np.ndarray, tokens: np.ndarray, n_blocks: int) -> np.ndarray:
-    """For each block the rank that holds most of its tokens, the lowest of equals: int64 `[n_blocks]`."""
-    pair, index = np.unique(np.stack([block, rank], axis=1), axis=0, return_inverse=True)
-    held = np.bincount(index.reshape(-1), weights=tokens, minlength=len(pair)).astype(np.int64)
-    order = np.lexsort((pair[:, 1], -held, pair[:, 0]))
-    pair = pair[order]
-    first = np.ones(len(pair), dtype=bool)
-    first[1:] = pair[1:, 0] != pair[:-1, 0]
-    home = pair[first, 1]
-    assert home.size == n_blocks, "every block has a holder because the layout covers every token"
-    return home
+    return HomePlan(layout, block_size, blocks, home, home_row, home_tokens, held == blocks.length)
 
 
 @lru_cache(maxsize=64)
 def rank_plan(plan: HomePlan, rank: int) -> RankPlan:
-    """One rank's side of `plan`."""
-    home, n_ranks = plan.home[plan.piece_block], plan.layout.cp_size
-    mine = plan.piece_rank == rank
-    block = np.repeat(plan.piece_block[mine], plan.piece_length[mine])
-    position = _expand(plan.piece_position[mine], plan.piece_length[mine])
+    """One rank's side of `plan`. Costs O(blocks + what the rank holds and exchanges) host work."""
+    n_ranks, mine = plan.layout.cp_size, plan.pieces(rank)
+    block, position = np.repeat(mine.block, mine.length), _expand(mine.position, mine.length)
+    home = plan.home[mine.block]
 
-    def moved(here: np.ndarray, peer: np.ndarray) -> np.ndarray:
-        """Pieces `here` that do not stay, in the order of the wire: by (peer, block, position)."""
-        index = np.flatnonzero(here & (home != plan.piece_rank))
-        return index[np.lexsort((plan.piece_position[index], plan.piece_block[index], peer[index]))]
+    # Both sides of the wire have tokens in order of (peer, block, position).
+    sent = np.flatnonzero(home != rank)
+    sent = sent[np.lexsort((mine.position[sent], mine.block[sent], home[sent]))]
+    torn = np.flatnonzero((plan.home == rank) & ~plan.whole)
+    start = plan.blocks.start[torn]
+    found = plan.layout.partition.fragments(start, start + plan.blocks.length[torn])
+    others = np.flatnonzero(found.rank != rank)
+    others = others[np.lexsort((found.start[others], found.rank[others]))]
+    received_block, received_length = torn[found.interval[others]], found.length[others]
+    received_position = found.start[others] - plan.blocks.start[received_block]
 
-    sent = moved(mine, home)
-    received = moved(home == rank, plan.piece_rank)
-    tokens_of = lambda index, peer: np.bincount(  # noqa: E731
-        peer[index], weights=plan.piece_length[index], minlength=n_ranks
-    ).astype(np.int64)
-
-    home_row_of_piece = plan.home_row[plan.piece_block] + plan.piece_position
-    kept = np.flatnonzero(mine & (home == rank))
+    kept = np.flatnonzero(home == rank)
     home_from = np.empty(int(plan.home_tokens[rank]), dtype=np.int64)
     local_from = np.empty(block.size, dtype=np.int64)
-    kept_local = _expand(plan.piece_row[kept], plan.piece_length[kept])
-    kept_home = _expand(home_row_of_piece[kept], plan.piece_length[kept])
+    kept_local = _expand(mine.row[kept], mine.length[kept])
+    kept_home = _expand(plan.home_row[mine.block[kept]] + mine.position[kept], mine.length[kept])
     home_from[kept_home] = kept_local
     local_from[kept_local] = kept_home
-    home_from[_expand(home_row_of_piece[received], plan.piece_length[received])] = block.size + np.arange(
-        int(plan.piece_length[received].sum())
-    )
-    send_rows = _expand(plan.piece_row[sent], plan.piece_length[sent])
+    arriving = _expand(plan.home_row[received_block] + received_position, received_length)
+    home_from[arriving] = block.size + np.arange(arriving.size)
+    send_rows = _expand(mine.row[sent], mine.length[sent])
     local_from[send_rows] = home_from.size + np.arange(send_rows.size)
     in_place = home_from.size == block.size and bool((home_from == np.arange(home_from.size)).all())
 
@@ -219,13 +199,17 @@ def rank_plan(plan: HomePlan, rank: int) -> RankPlan:
         plan.blocks.first_of_document[block],
         position,
         send_rows,
-        tokens_of(sent, home),
-        tokens_of(received, plan.piece_rank),
+        _tokens_by_peer(home[sent], mine.length[sent], n_ranks),
+        _tokens_by_peer(found.rank[others], received_length, n_ranks),
         None if in_place else home_from,
         None if in_place else local_from,
         plan.home_row[candidate],
         candidate,
     )
+
+
+def _tokens_by_peer(peer: np.ndarray, tokens: np.ndarray, n_ranks: int) -> np.ndarray:
+    return np.bincount(peer, weights=tokens, minlength=n_ranks).astype(np.int64)
 
 
 def _expand(first: np.ndarray, length: np.ndarray) -> np.ndarray:

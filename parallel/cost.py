@@ -32,7 +32,7 @@ def visible_tokens(plan: HomePlan) -> np.ndarray:
     tokens = np.zeros((size, size), dtype=np.int64)
     for rank in range(size):
         seen = np.full(n_blocks, -1)
-        held = plan.piece_block[plan.piece_rank == rank]
+        held = plan.pieces(rank).block
         np.maximum.at(seen, first[held], held)  # the last block of each document that the rank holds a token of
         visible = np.arange(n_blocks) <= seen[first]
         tokens[rank] = np.bincount(plan.home[visible], weights=plan.blocks.length[visible], minlength=size)

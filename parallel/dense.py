@@ -87,7 +87,7 @@ def _runs_of_documents(layout: SequenceLayout, rank: int) -> dict[int, list[_Run
     boundaries = layout.cu_seqlens_array
     found: dict[int, list[_Run]] = {}
     row = 0
-    for start, end in layout.runs[rank].tolist():
+    for start, end in layout.runs_of(rank).tolist():
         first = int(np.searchsorted(boundaries, start, side="right"))
         while start < end:
             stop = min(end, int(boundaries[first]))
@@ -137,7 +137,7 @@ def choose_transport(layout: SequenceLayout, token_bytes: int) -> str:
         layout: who holds which token.
         token_bytes: of a token's keys and values, all kv heads.
     """
-    fewest = min(layout.local_tokens(rank) for rank in range(layout.cp_size))
+    fewest = min(layout.all_local_tokens)
     return "all_gather" if (layout.total_tokens - fewest) * token_bytes <= GATHER_BYTES else "ring"
 
 

@@ -5,10 +5,14 @@ token numbers. Two ranks, one document of 16 tokens::
 
     contiguous            rank 0: [0, 8)              rank 1: [8, 16)
     zigzag (4 chunks)     rank 0: [0, 4) [12, 16)     rank 1: [4, 8) [8, 12)
+
+Contiguous and zigzag layouts are kept as a rule (`moba_cp.parallel.partition`), so that a rank plans for itself without listing
+what the others hold.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import operator
 from collections.abc import Iterable, Sequence
@@ -18,17 +22,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .partition import Partition, chunked, expand_runs, merge_adjacent, partition_of
+
+_SHOWN_RANKS = 8
+"""Of so many ranks a layout shows how many tokens they hold."""
+
 
 class SequenceLayout:
     """Tokens of packed documents spread over the ranks of a context-parallel group.
 
     Make one with `contiguous`, `zigzag` or `from_runs`. Immutable, hashable, equal when it puts the same tokens of the
-    same documents at the same places.
+    same documents at the same places, however it was made.
 
     Attributes:
         cu_seqlens: `(0, end of document 0, end of document 1, ...)`; documents may be empty.
         cp_size: number of ranks.
-        runs: for each rank an int64 array `[n, 2]` of `[start, end)` token numbers, in the rank's own order.
+        partition: which rank holds which tokens, as a rule or as lists of runs.
 
     Example:
         >>> layout = SequenceLayout.zigzag([0, 5, 12], cp_size=2)   # each document is cut into 4 chunks
@@ -38,13 +47,10 @@ class SequenceLayout:
         [1, 2, 6, 7, 8, 9]
     """
 
-    def __init__(self, cu_seqlens: Iterable[int] | Tensor, runs: Sequence[np.ndarray]) -> None:
-        self._cu_seqlens = _host_cu_seqlens(cu_seqlens)
-        self._runs = tuple(_merge_adjacent(r) for r in runs)
-        _check_cover(self.runs, self.total_tokens)
-        for r in self.runs:
-            r.flags.writeable = False
+    def __init__(self, cu_seqlens: np.ndarray, partition: Partition) -> None:
+        self._cu_seqlens, self.partition = cu_seqlens, partition
         self._cu_seqlens.flags.writeable = False
+        self._local_tokens: dict[int, int] = {}
 
     @classmethod
     def contiguous(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int) -> SequenceLayout:
@@ -58,8 +64,7 @@ class SequenceLayout:
             TypeError, ValueError: an argument is not as said; the message carries its value.
         """
         cu = _host_cu_seqlens(cu_seqlens)
-        cut = np.arange(_check_cp_size(cp_size) + 1) * cu[-1] // cp_size
-        return cls(cu, list(np.stack([cut[:-1], cut[1:]], axis=1)[:, None]))
+        return cls(cu, chunked(cu, _check_cp_size(cp_size), mirrored=False, per_document=False))
 
     @classmethod
     def zigzag(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int, per_document: bool = True) -> SequenceLayout:
@@ -77,19 +82,15 @@ class SequenceLayout:
         if not isinstance(per_document, bool):
             raise TypeError(f"per_document must be True or False, got {per_document!r}")
         cu = _host_cu_seqlens(cu_seqlens)
-        chunks = 2 * _check_cp_size(cp_size)
-        bounds = cu if per_document else cu[[0, -1]]
-        length = np.diff(bounds)[:, None]
-        cut = bounds[:-1, None] + np.arange(chunks + 1) * length // chunks  # [documents, chunks + 1]
-        pair = np.stack([cut[:, :-1], cut[:, 1:]], axis=2)
-        return cls(cu, [pair[:, [r, chunks - 1 - r]].reshape(-1, 2) for r in range(cp_size)])
+        return cls(cu, chunked(cu, _check_cp_size(cp_size), mirrored=True, per_document=per_document))
 
     @classmethod
     def from_runs(cls, runs: Sequence[Sequence[tuple[int, int]]], cu_seqlens: Iterable[int] | Tensor) -> SequenceLayout:
         """Any layout: for each rank its runs `(start, end)` of token numbers, in the order it holds them.
 
         Args:
-            runs: one list a rank; a rank may hold nothing. Together they hold each token exactly once.
+            runs: one list per rank, of pairs or an integer array `[n, 2]`; a rank may hold nothing. Together they hold each
+                token exactly once.
             cu_seqlens: host ints: 0 and the end of each document.
 
         Raises:
@@ -99,15 +100,28 @@ class SequenceLayout:
             raise TypeError(f"runs must be a list with one list of (start, end) for each rank, got {runs!r}")
         if len(runs) < 1:
             raise ValueError("runs must have one list for each rank, got none")
-        return cls(cu_seqlens, [_host_runs(rank, r) for rank, r in enumerate(runs)])
+        cu = _host_cu_seqlens(cu_seqlens)
+        merged = [merge_adjacent(_host_runs(rank, r)) for rank, r in enumerate(runs)]
+        _check_cover(merged, int(cu[-1]))
+        return cls(cu, partition_of(merged, cu))
 
-    @property
+    @cached_property
     def runs(self) -> tuple[np.ndarray, ...]:
-        return self._runs
+        """For each rank a read-only int64 array `[n, 2]` of `[start, end)` token numbers, in the rank's own order.
+
+        Lists what every rank holds; `runs_of` does it for one.
+        """
+        return tuple(self.runs_of(rank) for rank in range(self.cp_size))
+
+    def runs_of(self, rank: int) -> np.ndarray:
+        """The runs of one rank: a read-only int64 array `[n, 2]`."""
+        runs = self.partition.runs(self._check_rank(rank))
+        runs.flags.writeable = False
+        return runs
 
     @property
     def cp_size(self) -> int:
-        return len(self.runs)
+        return self.partition.size
 
     @property
     def cu_seqlens(self) -> tuple[int, ...]:
@@ -122,22 +136,32 @@ class SequenceLayout:
     def total_tokens(self) -> int:
         return int(self._cu_seqlens[-1])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory, without `runs` of a layout kept as a rule."""
+        return self._cu_seqlens.nbytes + self.partition.nbytes
+
     def local_tokens(self, rank: int) -> int:
         """Number of tokens that `rank` holds."""
-        return self._held[self._check_rank(rank)]
+        rank = self._check_rank(rank)
+        if rank not in self._local_tokens:
+            runs = self.partition.runs(rank)
+            self._local_tokens[rank] = int((runs[:, 1] - runs[:, 0]).sum())
+        return self._local_tokens[rank]
 
     @cached_property
-    def _held(self) -> tuple[int, ...]:
-        return tuple(int((r[:, 1] - r[:, 0]).sum()) for r in self.runs)
+    def all_local_tokens(self) -> tuple[int, ...]:
+        """Number of tokens that each rank holds."""
+        return tuple(self.partition.tokens().tolist())
 
     @cached_property
     def most_local_tokens(self) -> int:
         """The most tokens that any rank holds."""
-        return max(self._held)
+        return max(self.all_local_tokens)
 
     def local_indices(self, rank: int) -> Tensor:
         """Global token numbers that `rank` holds, in its own order: int64 `[local tokens]`, on the host."""
-        return torch.from_numpy(expand_runs(self.runs[self._check_rank(rank)]))
+        return torch.from_numpy(expand_runs(self.runs_of(rank)))
 
     def shard(self, x: Tensor, rank: int, dim: int = 0) -> Tensor:
         """The tokens of `rank` out of a global tensor, along `dim`.
@@ -183,9 +207,7 @@ class SequenceLayout:
     def digest(self) -> bytes:
         """16 bytes that differ between layouts; equal layouts have equal digests on every rank."""
         h = hashlib.blake2b(digest_size=16)
-        h.update(np.int64(self._cu_seqlens.size).tobytes() + self._cu_seqlens.tobytes())
-        for r in self.runs:
-            h.update(np.int64(len(r)).tobytes() + np.ascontiguousarray(r).tobytes())
+        h.update(np.int64(self._cu_seqlens.size).tobytes() + self._cu_seqlens.tobytes() + self.partition.key)
         return h.digest()
 
     def __eq__(self, other: object) -> bool:
@@ -195,14 +217,11 @@ class SequenceLayout:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"SequenceLayout({len(self._cu_seqlens) - 1} documents, {self.total_tokens} tokens, held {list(self._held)})"
-
-
-def expand_runs(runs: np.ndarray) -> np.ndarray:
-    """Every number of the runs `[n, 2]`, in order: int64."""
-    length = runs[:, 1] - runs[:, 0]
-    total = int(length.sum())
-    return np.repeat(runs[:, 0] - (np.cumsum(length) - length), length) + np.arange(total)
+        """Equal for equal layouts; ranks show it to each other where they disagree."""
+        shown = [str(self.local_tokens(rank)) for rank in range(min(self.cp_size, _SHOWN_RANKS))]
+        more = f", ... on {self.cp_size} ranks" if self.cp_size > _SHOWN_RANKS else ""
+        documents = len(self._cu_seqlens) - 1
+        return f"SequenceLayout({documents} documents, {self.total_tokens} tokens, held [{', '.join(shown)}{more}])"
 
 
 def _integer(name: str, value: int) -> int:
@@ -252,7 +271,11 @@ def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndar
     return array
 
 
-def _host_runs(rank: int, runs: Sequence[tuple[int, int]]) -> np.ndarray:
+def _host_runs(rank: int, runs: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # whatever is wrong is named below
+        array = np.array(runs)
+        if array.dtype == np.int64 and array.ndim == 2 and array.shape[1] == 2:
+            return array
     try:
         array = np.array([[operator.index(a), operator.index(b)] for a, b in runs], dtype=np.int64).reshape(-1, 2)
     except OverflowError as error:
@@ -262,28 +285,13 @@ def _host_runs(rank: int, runs: Sequence[tuple[int, int]]) -> np.ndarray:
     return array
 
 
-def _merge_adjacent(runs: np.ndarray) -> np.ndarray:
-    """The same tokens in the same order with as few runs as can be, none of them empty or backward."""
-    runs = np.asarray(runs, dtype=np.int64)
-    backward = runs[runs[:, 1] < runs[:, 0]]
-    if len(backward):
-        raise ValueError(f"a run must not end before it starts, got {tuple(backward[0].tolist())}")
-    runs = runs[runs[:, 1] > runs[:, 0]]
-    if len(runs) == 0:
-        return runs.copy()
-    first = np.ones(len(runs), dtype=bool)
-    first[1:] = runs[1:, 0] != runs[:-1, 1]
-    last = np.append(first[1:], True)
-    return np.stack([runs[first, 0], runs[last, 1]], axis=1)
-
-
 def _check_cover(runs: Sequence[np.ndarray], total: int) -> None:
     whole = np.concatenate(runs) if len(runs) else np.zeros((0, 2), dtype=np.int64)
     whole = whole[np.argsort(whole[:, 0], kind="stable")]
     if len(whole) and whole[0, 0] < 0:
         raise ValueError(f"runs must hold tokens 0 to {total - 1}, got a run from {whole[0, 0]}")
     expected = 0
-    for start, end in _merge_adjacent(whole).tolist():
+    for start, end in merge_adjacent(whole).tolist():
         if start != expected:
             what = "no rank holds" if start > expected else "more than one rank or run holds"
             raise ValueError(

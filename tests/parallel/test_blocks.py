@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moba_cp import SequenceLayout
 from moba_cp.parallel.blocks import HomePlan, RankPlan, block_table, home_plan, rank_plan
 from moba_cp.parallel.home import centroid_start
+from moba_cp.parallel.partition import Listed
 from tests.cases import interleaved, layouts
 
 
@@ -53,11 +54,11 @@ def test_the_example_of_the_module() -> None:
     assert plan.home.tolist() == [0, 1, 1]
     assert plan.home_row.tolist() == [0, 0, 8]
     assert plan.home_tokens.tolist() == [8, 12]
-    assert plan.piece_rank.tolist() == [0, 0, 1, 1]
-    assert plan.piece_block.tolist() == [0, 1, 1, 2]
-    assert plan.piece_position.tolist() == [0, 0, 2, 0]
-    assert plan.piece_length.tolist() == [8, 2, 6, 4]
-    assert plan.piece_row.tolist() == [0, 8, 0, 6]
+    pieces = [plan.pieces(r) for r in range(2)]
+    assert [p.block.tolist() for p in pieces] == [[0, 1], [1, 2]]
+    assert [p.position.tolist() for p in pieces] == [[0, 0], [2, 0]]
+    assert [p.length.tolist() for p in pieces] == [[8, 2], [6, 4]]
+    assert [p.row.tolist() for p in pieces] == [[0, 8], [0, 6]]
     assert plan.has_fragments
     sender, receiver = rank_plan(plan, 0), rank_plan(plan, 1)
     assert sender.send_rows.tolist() == [8, 9]
@@ -94,8 +95,8 @@ def test_blocks_out_of_order_on_a_rank_are_put_in_order_without_traffic() -> Non
 @given(plan=plans())
 def test_pieces_hold_every_token_where_the_layout_says(plan: HomePlan) -> None:
     held: dict[int, list[int]] = {r: [] for r in range(plan.layout.cp_size)}
-    columns = (plan.piece_rank, plan.piece_row, plan.piece_block, plan.piece_position, plan.piece_length)
-    for rank, row, block, position, length in zip(*columns, strict=True):
+    of_ranks = [(r, *piece) for r in held for piece in zip(*plan.pieces(r), strict=True)]
+    for rank, row, block, position, length in of_ranks:
         assert length > 0
         assert row == len(held[rank])  # in order of (rank, local row), without gaps
         first = plan.blocks.start[block] + position
@@ -193,3 +194,15 @@ def test_many_documents_are_planned_quickly() -> None:
     plan = rank_plan(home_plan(layout, 64), 3)
     assert time.perf_counter() - begin < 3  # about 0.2 s; the rest is for a busy machine
     assert plan.block.size == layout.local_tokens(3)
+
+
+@given(lengths=st.lists(st.integers(0, 25), max_size=5), size=st.integers(1, 6), block_size=st.integers(1, 9))
+def test_plans_of_a_rule_are_those_of_its_runs(lengths: list[int], size: int, block_size: int) -> None:
+    cu = list(accumulate(lengths, initial=0))
+    for rule in (SequenceLayout.zigzag(cu, size), SequenceLayout.contiguous(cu, size)):
+        listed = SequenceLayout(rule.cu_seqlens_array, Listed(rule.runs))  # `from_runs` would find the rule
+        a, b = home_plan(rule, block_size), home_plan(listed, block_size)
+        assert a is not b
+        for plans_of in ((a, b), *((rank_plan(a, r), rank_plan(b, r)) for r in range(size))):
+            x, y = ({n: v for n, v in vars(p).items() if n not in ("layout", "blocks", "plan")} for p in plans_of)
+            assert all(np.array_equal(x[name], y[name]) for name in x)
