@@ -56,8 +56,8 @@ def kept_on_rank(rank: int, size: int, comm: str) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize(("size", "comm"), [(1, "auto"), (2, "ring"), (2, "fetch"), (2, "pull"), (2, "all_gather")])
 def test_nothing_is_kept_beside_saved_tensors(size: int, comm: str) -> None:
-    """512 rows of 4 heads with 16 slots: lists of 24 bytes per entry. Only counters of a few hundred bytes stay."""
+    """512 rows of 4 heads with 16 slots: 2 bytes each of the selection, 4 of the lists. Only counters stay."""
     for plain, checkpointed, offloaded in run_ranks(size, kept_on_rank, comm):
-        assert plain > 400_000 // size
+        assert plain > 6 * 512 * 4 * 16 // size
         assert checkpointed < 8192  # checkpoint keeps the state of the random generator, 5,056 bytes
         assert offloaded < 4096
