@@ -106,6 +106,7 @@ class MoBACoreAttention(MegatronModule):
         self.full_attention = False  # see moba_cp.megatron.schedule
         self.report_to: Callable[..., None] | None = None  # see moba_cp.megatron.reports
 
+    @torch.compiler.disable
     def forward(
         self,
         query: torch.Tensor,
