@@ -23,6 +23,7 @@ from .precision import as_given
 from .report import MoBAReport, make_report
 from .saving import put_tensors, take_tensors
 from .stages import Stages
+from .tracing import infer_output, without_numbers
 from .validation import call_facts, check_call, check_tensors, group_size
 
 DEFAULT_WORKSPACE_BYTES = 1280 << 20
@@ -64,6 +65,7 @@ def moba_attention(
 ) -> tuple[Tensor, MoBAReport]: ...
 
 
+@torch.compiler.disable
 def moba_attention(
     q: Tensor,
     k: Tensor,
@@ -82,6 +84,12 @@ def moba_attention(
     Each rank passes the tokens that `layout` gives it and gets their output; backward gives the full gradient of its own
     q, k and v, summed over every rank that used them and never divided by the group's size. The result does not depend on
     the layout, the number of ranks or `comm`. All ranks of the group must make the same call.
+
+    A NaN or infinity in a key or value reaches the rows that select its block and no others; inside a row's own block, also
+    one of a later token may reach it (0 times NaN). A NaN score ranks above every number.
+
+    `torch.compile` breaks the graph at the call. Tensors without numbers (`FakeTensorMode`, the meta device) give an output
+    without numbers: arguments are checked, nothing is sent.
 
     Args:
         q: `[T, Hq, D]`, fp64, fp32, bf16 or fp16; `T` is the number of local tokens, in the layout's order.
@@ -110,6 +118,11 @@ def moba_attention(
         RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
             share memory.
     """
+    if without_numbers(q, k, v):
+        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes)
+        if return_report:
+            raise ValueError("return_report=True needs tensors that hold numbers, got tensors under tracing or on meta")
+        return infer_output(q, k, v)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
     try:
         check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes)
@@ -148,6 +161,7 @@ def moba_attention(
     return out
 
 
+@torch.compiler.disable
 def moba_attn_varlen(
     q: Tensor,
     k: Tensor,
@@ -175,6 +189,8 @@ def moba_attn_varlen(
     """
     check_tensors(q, k, v)
     config = MoBAConfig(block_size=moba_chunk_size, topk=moba_topk)
+    if without_numbers(q, k, v) and without_numbers(cu_seqlens):
+        return infer_output(q, k, v)  # the lengths are not known either
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.is_meta:
         raise TypeError("cu_seqlens must hold numbers, got a tensor on the meta device")
     on_host = cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens

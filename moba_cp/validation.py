@@ -11,6 +11,7 @@ from .kernels import backend_for
 from .parallel.comm import check_group
 from .parallel.exchanges import COMMS
 from .parallel.layout import SequenceLayout
+from .tracing import TRACED
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,6 +23,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     for name, x in named.items():
+        _check_class(name, x)
         if x.layout != torch.strided or x.is_nested:
             kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
             raise TypeError(f"{name} must be an ordinary dense tensor, got {kind}")
@@ -35,10 +37,29 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"q, k and v must have one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got q {q.device}, k {k.device}, v {v.device}")
-    if q.device.type not in ("cpu", "cuda"):
+    if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"q, k and v must be on the CPU or a CUDA device, got {q.device}")
     if wrong := _wrong_shapes(q.shape, k.shape, v.shape):
         raise ValueError(f"{wrong}, got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+
+
+def _check_class(name: str, x: Tensor) -> None:
+    """`x` is a plain tensor or a parameter, or one that holds no numbers (see `tracing`).
+
+    Other subclasses are refused, also those that only override `__torch_function__`: what they mean would be lost on the way.
+    """
+    kind = type(x)
+    if kind is Tensor or kind is torch.nn.Parameter or x.is_nested or isinstance(x, TRACED):
+        return
+    if issubclass(kind, torch.nn.Parameter) and kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return
+    if hasattr(x, "to_local"):
+        remedy = f"pass this rank's part, {name}.to_local()"
+    elif hasattr(x, "wait"):
+        remedy = f"pass {name}.wait()"
+    else:
+        remedy = f"pass a plain tensor, for example {name}.as_subclass(torch.Tensor) if that means the same"
+    raise TypeError(f"{name} must be a plain tensor, got {kind.__name__}: {remedy}")
 
 
 def _wrong_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> str:

@@ -3,10 +3,11 @@
 Every call of a group begins with one small all-gather of what the ranks must have in common. It is read before the call goes
 on; on CUDA, where that read would stall the host, a rank whose call looks like one agreed on before reads it later.
 
-A rank that refuses its input leaves a note in the group's store. Where all ranks refuse theirs, they see it there and raise,
-and no collective is started. Otherwise the others wait in the all-gather and soon say so in the store; then the refusing rank
-takes part in it, with its refusal, and all raise, the group as usable as before. If nobody says that he waits, as the others
-come much later, the refusing rank raises alone and takes part in what it missed at its next call.
+A rank that refuses its input leaves a note in the group's store (`parallel.notes`). Where all ranks refuse theirs, they see it
+there and raise, and no collective is started. Otherwise the others wait in the all-gather and soon say so in the store; then
+the refusing rank takes part in it, with its refusal, and all raise, the group as usable as before. If the others come much
+later, the refusing rank raises alone; it takes part as soon as one of them says that it waits, at the latest at its next call.
+If it is gone by then, the others find its note.
 """
 
 from __future__ import annotations
@@ -17,37 +18,79 @@ import json
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from .comm import SideStream, process_group, start_all_gather
+from .notes import GRACE_S, PATIENCE_S, NoteReader, Refusal, rendezvous_of, sweep
 
 _HEADER_BYTES = 1024
-_PATIENCE_S = 0.3
-"""Seconds to wait for the others before saying so in the store, and looking there for a note that one refused its input."""
-_GRACE_S = 2.0
-"""Seconds that a refusing rank looks for others that refuse too, or that wait for it."""
-_POLL_S = 0.02
+_FACTS_BYTES = 1008
+"""Of a header; its other bytes hold the life of the group as the rank counts it."""
+_FIRST_PAUSE_S, _LONG_PAUSE_S = 2e-5, 0.02
 
 
 @dataclass
 class _GroupState:
-    """What this process remembers of a group."""
+    """What this process remembers of one life of a group.
 
+    Attributes:
+        name: of the group, and its ranks.
+        life: how many groups of this name and these ranks there were, this one included, as far as this process used them;
+            the ranks' largest number once an all-gather was read.
+        rendezvous: what tells lives apart where the backend gives it.
+        calls: so far.
+        owed: call and message of refusals whose all-gather this rank has not taken part in.
+        refusals: the threads that look after these.
+        agreed: facts that the ranks had in common before.
+        headers: by facts and device.
+        unread: headers of earlier calls on their way to the host.
+        keep: what all-gathers in flight use.
+        litter: prefixes of notes that nobody needs once an all-gather is complete.
+        lock: orders this rank's all-gathers.
+    """
+
+    name: tuple[str, tuple[int, ...]]
+    life: int
+    rendezvous: str
     calls: int = 0
-    owed: list[str] = field(default_factory=list)
+    owed: list[tuple[int, str]] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
     agreed: set[bytes] = field(default_factory=set)
     headers: dict[tuple[bytes, torch.device], Tensor] = field(default_factory=dict)
     unread: list[tuple[torch.cuda.Event, Tensor]] = field(default_factory=list)
     keep: list[object] = field(default_factory=list)
+    litter: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def prefix(self) -> str:
+        """Of the notes of the latest call."""
+        return f"moba_cp/{self.name[0]}/{self.rendezvous or self.life}/{self.calls}"
+
+    def learn_life(self, gathered: Tensor) -> None:
+        """The ranks' largest number, so that a rank that did not use an earlier life counts like the others."""
+        life = max(int(bytes(row).decode()) for row in gathered[:, _FACTS_BYTES:].tolist())
+        if life != self.life:
+            self.life = _lives[self.name] = life
+            self.headers.clear()
 
 
 _states: weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupState] = weakref.WeakKeyDictionary()
+_lives: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+
+def _state(group: dist.ProcessGroup) -> _GroupState:
+    state = _states.get(group)
+    if state is None:
+        name = group.group_name, tuple(dist.get_process_group_ranks(group))
+        _lives[name] += 1
+        state = _states.setdefault(group, _GroupState(name, _lives[name], rendezvous_of(group)))
+    return state
 
 
 def refuse(group: dist.ProcessGroup | None, error: Exception, tensor: object) -> None:
@@ -59,54 +102,26 @@ def refuse(group: dist.ProcessGroup | None, error: Exception, tensor: object) ->
         tensor: of this call; where it lies, the others' are as a rule.
     """
     group = process_group(group)
-    state = _states.setdefault(group, _GroupState())
+    state = _state(group)
     state.calls += 1
-    message = f"{type(error).__name__}: {error}"
-    state.owed.append(message)
-    note = f"{dist.get_rank(group)}|{message}"
-    refusal = _Refusal(_store(group), _key(group, state.calls), dist.get_world_size(group), note)
+    number, message = state.calls, f"{type(error).__name__}: {error}"
+    with state.lock:
+        state.owed.append((number, message))
+    state.litter.append(state.prefix())
+    weak, device = weakref.ref(group), _device(group, tensor)
+
+    def withdraw() -> None:
+        with state.lock:
+            state.owed = [owed for owed in state.owed if owed[0] != number]
+
+    def take_part() -> Callable[[], None]:
+        held = weak()
+        return (lambda: None) if held is None else _make_up(held, state, device, number)
+
+    refusal = Refusal(group, state.prefix(), f"{dist.get_rank(group)}|{message}", withdraw, take_part)
+    state.refusals.append(refusal)
     refusal.start()
-    match refusal.outcome():
-        case "none started":
-            state.owed.pop()
-        case "waiting":
-            _make_up(group, state, _device(group, tensor))
-
-
-class _Refusal(threading.Thread):
-    """Tells the others of a refusal, and finds out what becomes of the call's all-gather; in a thread of its own: a store
-    whose host stalls never answers."""
-
-    def __init__(self, store: dist.Store | None, key: str, size: int, note: str) -> None:
-        super().__init__(daemon=True)
-        self.store, self.key, self.size, self.note = store, key, size, note
-        self.found, self.end = "owed", time.monotonic() + _GRACE_S
-
-    def outcome(self) -> str:
-        """ "none started": all ranks refused; "waiting": some wait in the all-gather; "owed": neither, in good time."""
-        self.join(_GRACE_S + 0.5)
-        return self.found
-
-    def run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the host is gone
-            if self.store is not None:
-                self.found = self._look(self.store)
-
-    def _look(self, store: dist.Store) -> str:
-        store.set(f"{self.key}/refused", self.note)
-        refusals = store.add(f"{self.key}/refusals", 1)
-        while time.monotonic() < self.end:
-            if refusals == self.size:  # but one of them may have given up before, and owes the all-gather: then all do
-                return self._decide(store, "none started")
-            if store.check([f"{self.key}/waiting"]):
-                return "waiting"
-            time.sleep(_POLL_S)
-            refusals = store.add(f"{self.key}/refusals", 0)
-        return self._decide(store, "owed")
-
-    def _decide(self, store: dist.Store, outcome: str) -> str:
-        """What the first to decide said."""
-        return store.compare_set(f"{self.key}/decision", "", outcome).decode()
+    refusal.wait()
 
 
 def _device(group: dist.ProcessGroup, tensor: object) -> torch.device:
@@ -120,11 +135,24 @@ def _device(group: dist.ProcessGroup, tensor: object) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if "cuda:nccl" in served else torch.device("cpu")
 
 
-def _make_up(group: dist.ProcessGroup, state: _GroupState, device: torch.device) -> None:
-    """Take part in the all-gathers that this rank left out."""
-    for message in state.owed:
-        state.keep.append(_gather(group, _encode({"refused": message}, device)))
-    state.owed.clear()
+def _make_up(
+    group: dist.ProcessGroup, state: _GroupState, device: torch.device, last: int | None = None
+) -> Callable[[], None]:
+    """Take part in the all-gathers that this rank left out, up to call `last`; the result waits for them."""
+    works = []
+    with state.lock:
+        while state.owed and (last is None or state.owed[0][0] <= last):
+            _, message = state.owed.pop(0)
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                started = _gather(group, _encode({"refused": message}, device, state.life))
+            state.keep.append(started)
+            works.append(started[0])
+
+    def finish() -> None:
+        for work in works:
+            work.wait()
+
+    return finish
 
 
 def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.device) -> None:
@@ -140,25 +168,39 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
         RuntimeError: a rank did not come within the group's timeout.
     """
     group = process_group(group)
-    state = _states.setdefault(group, _GroupState())
+    state = _state(group)
     state.calls += 1
     _read_late(state)
-    _make_up(group, state, device)
-    payload = json.dumps(facts).encode()
-    header = state.headers.get((payload, device))
-    if header is None:
-        if len(state.headers) > 64:
-            state.headers.clear()
-        header = state.headers.setdefault((payload, device), _encode(facts, device))
-    if device.type == "cuda":
-        _check_cuda(group, state, header, payload)
-    else:
-        work, gathered = _gather(group, header)
-        _wait(group, state, work.is_completed)
-        try:
+    try:
+        if state.refusals:
+            for refusal in state.refusals:
+                refusal.stop()
+            state.refusals.clear()
+            _make_up(group, state, device)
+        payload = json.dumps(facts).encode()
+        header = state.headers.get((payload, device))
+        if header is None:
+            if len(state.headers) > 64:
+                state.headers.clear()
+            header = state.headers.setdefault((payload, device), _encode(facts, device, state.life))
+        if device.type == "cuda":
+            gathered = _gather_on_cuda(group, state, header, payload)
+        else:
+            work, gathered = _gather(group, header)
+            _wait(group, state, work.is_completed)
             work.wait()
-        except RuntimeError as error:
-            raise RuntimeError(_waiting(group, f"it did not come ({error})")) from error
+    except RuntimeError as error:
+        reader = NoteReader(group, state.prefix(), waits=False)
+        reader.start()
+        reader.join(1.0)
+        _raise_refusal(reader.note, error)
+        raise RuntimeError(_waiting(group, f"it did not come ({error})")) from error
+    if gathered is not None:
+        if state.litter:
+            sweep(group, state.litter)
+            state.litter = []
+        if not state.agreed:
+            state.learn_life(gathered)
         _compare(gathered)
     if len(state.agreed) > 64:
         state.agreed.clear()
@@ -166,8 +208,9 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
     state.keep.clear()
 
 
-def _check_cuda(group: dist.ProcessGroup, state: _GroupState, header: Tensor, payload: bytes) -> None:
-    """Beside the caller's stream; read at once only where this rank comes with facts that were not agreed on before."""
+def _gather_on_cuda(group: dist.ProcessGroup, state: _GroupState, header: Tensor, payload: bytes) -> Tensor | None:
+    """Headers `[P, bytes]` on the host, gathered beside the caller's stream; None where these facts were agreed on before,
+    and the headers are read later."""
     side = SideStream(header.device, "agreement")
     side.mark()
     with side.use():
@@ -179,9 +222,9 @@ def _check_cuda(group: dist.ProcessGroup, state: _GroupState, header: Tensor, pa
         event.record()
     if payload in state.agreed:
         state.unread.append((event, host))
-        return
+        return None
     _wait(group, state, event.query)
-    _compare(host)
+    return host
 
 
 def _read_late(state: _GroupState) -> None:
@@ -198,49 +241,35 @@ def _gather(group: dist.ProcessGroup, header: Tensor) -> tuple[dist.Work, Tensor
 def _wait(group: dist.ProcessGroup, state: _GroupState, done: Callable[[], bool]) -> None:
     """Wait until `done()`; when it takes long, say so in the store, and look there for a refusal."""
     begin = time.monotonic()
-    pause, notes = 2e-5, None
+    pause, reader = _FIRST_PAUSE_S, None
     try:
         while not done():
             time.sleep(pause)
-            if notes is None and time.monotonic() - begin > _PATIENCE_S:
-                pause, notes = _POLL_S, _NoteReader(_store(group), _key(group, state.calls))
-                notes.start()
-            # A refusing rank that still looks for those who wait completes the all-gather soon, which tells as much.
-            if notes is not None and notes.found is not None and time.monotonic() - notes.found_at > _GRACE_S:
-                rank, _, message = notes.found.partition("|")
-                raise ValueError(f"rank {rank} refused its input: {message}")
+            if reader is None and time.monotonic() - begin > PATIENCE_S:
+                pause, reader = _LONG_PAUSE_S, NoteReader(group, state.prefix())
+                reader.start()
+                state.litter.append(state.prefix())
+            # A refusing rank that is still there completes the all-gather soon, which tells as much.
+            if reader is not None and reader.note is not None and time.monotonic() - reader.found_at > GRACE_S:
+                _raise_refusal(reader.note, None)
     finally:
-        if notes is not None:
-            notes.stop = True
+        if reader is not None:
+            reader.stop()
 
 
-class _NoteReader(threading.Thread):
-    """Says in the store that this rank waits, and looks for a note there, in a thread of its own: a store whose host stalls
-    never answers."""
-
-    def __init__(self, store: dist.Store | None, key: str) -> None:
-        super().__init__(daemon=True)
-        self.store, self.key, self.stop = store, key, False
-        self.found: str | None = None
-        self.found_at = 0.0
-
-    def run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the host is gone; the all-gather will tell
-            if self.store is not None:
-                self.store.set(f"{self.key}/waiting", "yes")
-            while self.store is not None and not self.stop:
-                if self.store.check([f"{self.key}/refused"]):
-                    self.found_at = time.monotonic()
-                    self.found = self.store.get(f"{self.key}/refused").decode()
-                    return
-                time.sleep(_POLL_S)
+def _raise_refusal(note: str | None, cause: Exception | None) -> None:
+    """Raise what another rank's note says, if there is one."""
+    if note is not None:
+        rank, _, message = note.partition("|")
+        raise ValueError(f"rank {rank} refused its input: {message}") from cause
 
 
-def _encode(facts: dict[str, str], device: torch.device) -> Tensor:
+def _encode(facts: dict[str, str], device: torch.device, life: int) -> Tensor:
     room = 96 if len(facts) > 1 else 440  # a refusal may hold quotation marks, which take two bytes each
     text = json.dumps({name: _short(value, room) for name, value in facts.items()}).encode()
-    assert len(text) <= _HEADER_BYTES, text
-    return torch.tensor(list(text.ljust(_HEADER_BYTES)), dtype=torch.uint8).to(device)
+    assert len(text) <= _FACTS_BYTES, text
+    header = text.ljust(_FACTS_BYTES) + str(life).zfill(_HEADER_BYTES - _FACTS_BYTES).encode()
+    return torch.tensor(list(header), dtype=torch.uint8).to(device)
 
 
 def _short(value: str, room: int) -> str:
@@ -253,6 +282,7 @@ def _short(value: str, room: int) -> str:
 
 def _compare(gathered: Tensor) -> None:
     """Raise where two ranks' headers `[P, bytes]` differ."""
+    gathered = gathered[:, :_FACTS_BYTES]
     different = (gathered != gathered[:1]).any(1).nonzero()
     if not len(different):
         return
@@ -264,19 +294,6 @@ def _compare(gathered: Tensor) -> None:
     names = [name for name in first if first[name] != second.get(name)]
     values = "; ".join(f"{n}: rank 0 has {first[n]}, rank {other} has {second.get(n)}" for n in names)
     raise ValueError(f"the ranks of the context-parallel group disagree on {values}")
-
-
-def _store(group: dist.ProcessGroup) -> dist.Store | None:
-    """The store the group was made with."""
-    try:
-        return distributed_c10d._world.pg_map[group][1]
-    except (AttributeError, KeyError, IndexError):
-        return None
-
-
-def _key(group: dist.ProcessGroup, call: int) -> str:
-    """Under which the ranks of a group speak of one call in its store."""
-    return f"moba_cp/{group.group_name}/{call}"
 
 
 def _waiting(group: dist.ProcessGroup, why: str) -> str:

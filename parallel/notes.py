@@ -1,0 +1,185 @@
+"""Notes that the ranks of a group leave in its store when one of them refuses its input, or waits for the others for long.
+
+All notes of one call stand under one prefix: the group's name, its life and the number of the call. A group made again under
+the same name is another life. The threads here talk to the store so that a store whose host stalls stalls nobody else.
+
+    refused     rank and error of the latest refusing rank
+    refusals    how many ranks refused
+    decision    what becomes of the call's all-gather, by the first rank that decided: "none started" or "owed"
+    waiting     written by a rank that has waited in the all-gather for `PATIENCE_S`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+PATIENCE_S = 0.3
+"""Seconds that a rank waits for the others before it says so in the store and looks there for a refusal."""
+GRACE_S = 2.0
+"""Seconds that a refusing rank holds its caller back to find out what the others do."""
+_NAMES = ("refused", "refusals", "decision", "waiting")
+_FIRST_POLL_S = 0.02
+_LONGEST_POLL_S = 1.0
+_LONGEST_REFUSING_POLL_S = 0.1, 0.5
+"""While the caller is held back, and after."""
+
+
+def store_of(group: dist.ProcessGroup | None) -> dist.Store | None:
+    """The store the group was made with; None for a group that was left, or that torch does not know."""
+    try:
+        return None if group is None else distributed_c10d._world.pg_map[group][1]
+    except (AttributeError, KeyError, IndexError):
+        return None
+
+
+def rendezvous_of(group: dist.ProcessGroup) -> str:
+    """What tells this life of a gloo group from an earlier one of the same name: the address under which rank 0 was found.
+    Empty for other backends, whose stores know nothing of the kind."""
+    store, key = store_of(group), "cpu//0/0"
+    with contextlib.suppress(RuntimeError):
+        if store is not None and store.check([key]):
+            return hashlib.blake2b(store.get(key), digest_size=8).hexdigest()
+    return ""
+
+
+def sweep(group: dist.ProcessGroup, prefixes: Sequence[str]) -> None:
+    """Delete all notes under `prefixes`, in a thread."""
+    threading.Thread(target=_sweep, args=(weakref.ref(group), prefixes), daemon=True).start()
+
+
+def _sweep(group: weakref.ref[dist.ProcessGroup], prefixes: Sequence[str]) -> None:
+    with contextlib.suppress(RuntimeError):  # the host is gone
+        for prefix in prefixes:
+            for name in _NAMES:
+                if (store := store_of(group())) is not None:
+                    store.delete_key(f"{prefix}/{name}")
+
+
+class Refusal(threading.Thread):
+    """Tells the others of a refusal, and finds out what becomes of the call's all-gather.
+
+    The caller waits for the outcome for `GRACE_S`. After that the thread goes on to look for ranks that wait, so that they
+    need not wait until this rank's next call.
+
+    Args:
+        group: the group; the thread keeps neither it nor its store alive.
+        prefix: of the call's notes.
+        note: rank and error.
+        withdraw: called once if no rank starts the all-gather, since all refused.
+        take_part: called once if some rank waits in the all-gather; waits for its end.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        prefix: str,
+        note: str,
+        withdraw: Callable[[], None],
+        take_part: Callable[[], Callable[[], None]],
+    ) -> None:
+        super().__init__(daemon=True)
+        self._group, self._size = weakref.ref(group), dist.get_world_size(group)
+        self._prefix, self._note = prefix, note
+        self._withdraw, self._take_part = withdraw, take_part
+        self._known, self._stopped = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        """Until the outcome is known, `GRACE_S` at the most."""
+        self._known.wait(GRACE_S + 0.5)
+
+    def stop(self) -> None:
+        """The caller takes part in the all-gather itself."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the host is gone
+            self._look()
+        self._known.set()
+
+    def _look(self) -> None:
+        begin, decided = time.monotonic(), False
+        with self._open() as store:
+            store.set(f"{self._prefix}/refused", self._note)
+            refusals = store.add(f"{self._prefix}/refusals", 1)
+        for pause in _pauses(lambda: _LONGEST_REFUSING_POLL_S[self._known.is_set()]):
+            with self._open() as store:
+                late = time.monotonic() - begin > GRACE_S
+                if not decided and (late or refusals == self._size):
+                    # One rank may have given up before the last one refused; it owes the all-gather, and so do all.
+                    wish = "none started" if refusals == self._size else "owed"
+                    if store.compare_set(f"{self._prefix}/decision", "", wish) == b"none started":
+                        self._withdraw()
+                        return
+                    decided = True
+                if store.check([f"{self._prefix}/waiting"]):
+                    finish = self._take_part()
+                    self._known.set()
+                    finish()
+                    sweep_now = self._group()
+                    if sweep_now is not None:
+                        _sweep(self._group, [self._prefix])
+                    return
+                if decided:
+                    self._known.set()
+                else:
+                    refusals = store.add(f"{self._prefix}/refusals", 0)
+            if self._stopped.wait(pause):
+                return
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[dist.Store]:
+        """The group's store, for as long as it is asked something: on its host it may be the server too."""
+        store = store_of(self._group())
+        if store is None:
+            raise RuntimeError("the group was left")
+        yield store
+
+
+class NoteReader(threading.Thread):
+    """Says in the store that this rank waits, and looks for the note of a rank that refused its input.
+
+    Attributes:
+        note: rank and error, once found.
+        found_at: when it was found.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, prefix: str, waits: bool = True) -> None:
+        super().__init__(daemon=True)
+        self._store, self._prefix, self._waits = store_of(group), prefix, waits
+        self._stopped = threading.Event()
+        self.note: str | None = None
+        self.found_at = 0.0
+
+    def stop(self) -> None:
+        """Nobody waits any more."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        if self._store is None:
+            return
+        with contextlib.suppress(RuntimeError):  # the host is gone; the all-gather will tell
+            if self._waits:
+                self._store.set(f"{self._prefix}/waiting", "yes")
+            for pause in _pauses(lambda: _LONGEST_POLL_S):
+                if self._store.check([f"{self._prefix}/refused"]):
+                    self.found_at = time.monotonic()
+                    self.note = self._store.get(f"{self._prefix}/refused").decode()
+                if self.note is not None or not self._waits or self._stopped.wait(pause):
+                    break
+        self._store = None
+
+
+def _pauses(longest: Callable[[], float]) -> Iterator[float]:
+    """Seconds between looks, each twice the one before, up to `longest()`."""
+    pause = _FIRST_POLL_S
+    while True:
+        yield min(pause, longest())
+        pause = min(2 * pause, _LONGEST_POLL_S)
