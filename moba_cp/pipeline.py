@@ -80,16 +80,16 @@ class Saved:
     """What backward needs of a forward pass, besides its inputs.
 
     Attributes:
-        selected: `[Hq, T, topk]`, of the gate.
         out: `[T, Hq, Dv]`.
         lse: `[Hq, T]`.
+        selected: `[Hq, T, topk]`, of the gate.
         lists: routing lists of the chunks in turn, if they are kept; else empty.
         route: what the exchange decided.
     """
 
-    selected: Tensor
     out: Tensor
     lse: Tensor
+    selected: Tensor
     lists: tuple[RoutingLists, ...]
     route: Route
 
@@ -115,7 +115,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
                 kept.append(lists)
             _forward_chunk(call, chunk, lists, q, rows, selected, exchange.forward(visit, number), out, lse)
             del lists
-    return Saved(selected, out, lse, tuple(kept), route)
+    return Saved(out, lse, selected, tuple(kept), route)
 
 
 def _forward_chunk(
