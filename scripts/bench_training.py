@@ -4,7 +4,8 @@
     python scripts/bench_training.py --config configs/quickstart.yaml --device cpu --steps 8 --out t.json \\
         -- data.seq_length=192 optimizer.warmup_steps=2
 
-Every run is `scripts/train.py` with the YAML file, the overrides after `--`, and no evaluation, checkpoint or picture:
+Every run is `examples/megatron_gpt/train.py` with the YAML file, the overrides after `--`, and no evaluation, checkpoint or
+picture:
 
     cp2    two processes, parallel.context=2 (and cp2_ring, ... for more names in --comm)
     cp1    one process, parallel.context=1
@@ -48,7 +49,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from moba_cp.megatron.training.config import TrainConfig
+    from examples.megatron_gpt.config import TrainConfig
 
 WARMUP_STEPS = 5
 """First steps that speed leaves out: they compile."""
@@ -105,7 +106,7 @@ def main(
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex, Transformer Engine: optional
     import megatron.core
 
-    from moba_cp.megatron.training.config import load_config
+    from examples.megatron_gpt.config import load_config
 
     changes = [*(overrides or []), f"run.steps={steps}", *PLAIN]
     settings = load_config(config, changes)

@@ -1,4 +1,4 @@
-"""Start scripts/train.py, or one that takes the same arguments, through torchrun, for the scripts beside it that compare runs."""
+"""Start a program of examples/megatron_gpt through torchrun, for the scripts here that compare runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def command(
 
     Args:
         device: ``"cpu"`` hides the GPUs; ``"cuda"`` takes one GPU a process.
-        script: its name beside this file.
+        script: its name in examples/megatron_gpt.
     """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
@@ -28,7 +28,12 @@ def command(
         environment["CUDA_VISIBLE_DEVICES"] = ""
     # By number: the host's own name need not resolve where there is no network.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    training = [str(REPOSITORY / "scripts" / f"{script}.py"), str(config), f"run.device={device}", *overrides]
+    training = [
+        str(REPOSITORY / "examples" / "megatron_gpt" / f"{script}.py"),
+        str(config),
+        f"run.device={device}",
+        *overrides,
+    ]
     return [*torchrun, "--nproc-per-node", str(processes), *training], environment
 
 

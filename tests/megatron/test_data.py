@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("megatron.core")
 
+from examples.megatron_gpt.batches import Sharding, micro_batches
+from examples.megatron_gpt.data import SEPARATOR, Corpus, PackedText
 from moba_cp.megatron.layout import packed_layout
-from moba_cp.megatron.training.batches import Sharding, micro_batches
-from moba_cp.megatron.training.data import SEPARATOR, Corpus, PackedText
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("megatron.core")
 
-from moba_cp.megatron.training.config import load_config
+from examples.megatron_gpt.config import load_config
 from tests.ranks import run_fresh_ranks
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -22,11 +22,11 @@ def errors_on_rank(rank: int, world_size: int) -> dict[str, float]:
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
 
+    from examples.megatron_gpt.data import PADDED_VOCAB_SIZE
+    from examples.megatron_gpt.model import block_spec, transformer
+    from examples.megatron_gpt.parts import split_tokens
+    from examples.megatron_gpt.plain import PlainGPT
     from moba_cp.megatron.cpu import use_cpu_as_cuda
-    from moba_cp.megatron.training.data import PADDED_VOCAB_SIZE
-    from moba_cp.megatron.training.model import block_spec, transformer
-    from moba_cp.megatron.training.parts import split_tokens
-    from moba_cp.megatron.training.plain import PlainGPT
 
     use_cpu_as_cuda()
     parallel_state.initialize_model_parallel()

@@ -1,4 +1,4 @@
-"""scripts/train.py from the command line: losses do not depend on the context-parallel size, and resuming is exact."""
+"""The GPT example from the command line: losses do not depend on the context-parallel size, and resuming is exact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from moba_cp.megatron.training.progress import Reporter, read_metrics
+from examples.megatron_gpt.progress import Reporter, read_metrics
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["data.seq_length=192", "run.steps=4", "run.eval_interval=4", "run.eval_batches=1", "optimizer.warmup_steps=1"]
@@ -22,7 +22,7 @@ SMALL = ["data.seq_length=192", "run.steps=4", "run.eval_interval=4", "run.eval_
 def train(directory: Path, processes: int, *overrides: str) -> str:
     """Run the script over ``processes`` processes on CPU; what it printed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    script = [str(ROOT / "scripts" / "train.py"), str(ROOT / "configs" / "quickstart.yaml")]
+    script = [str(ROOT / "examples" / "megatron_gpt" / "train.py"), str(ROOT / "configs" / "quickstart.yaml")]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [*launch, *script, *SMALL, f"run.directory={directory}", *overrides]
@@ -64,7 +64,7 @@ def test_losses_do_not_depend_on_context_parallelism_and_resuming_is_exact(tmp_p
 
 
 def test_mistakes_end_the_run_with_their_names() -> None:
-    main = runpy.run_path(str(ROOT / "scripts" / "train.py"))["main"]
+    main = runpy.run_path(str(ROOT / "examples" / "megatron_gpt" / "train.py"))["main"]
     with pytest.raises(SystemExit, match=r"quickstart.yaml: Key 'colour' not in 'RunConfig'"):
         main(ROOT / "configs" / "quickstart.yaml", ["run.colour=red"])
     with pytest.raises(SystemExit, match=r"No such file.*nowhere.yaml"):

@@ -11,10 +11,10 @@ pytest.importorskip("megatron.core")
 
 from omegaconf.errors import OmegaConfBaseException
 
+from examples.megatron_gpt.config import load_config
+from examples.megatron_gpt.data import PADDED_VOCAB_SIZE
 from moba_cp import MoBAConfig
 from moba_cp.megatron.flops import step_flops
-from moba_cp.megatron.training.config import load_config
-from moba_cp.megatron.training.data import PADDED_VOCAB_SIZE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TRAINING = sorted(p for p in CONFIGS.glob("*.yaml") if "\nrun:" in p.read_text())

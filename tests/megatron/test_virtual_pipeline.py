@@ -34,9 +34,9 @@ class Run:
     """One training run of this process, from its start or from the newest checkpoint in a folder."""
 
     def __init__(self, directory: Path, text: Any, overrides: list[str], port: int, resume: bool) -> None:
-        from moba_cp.megatron.training import checkpoint, distributed, model
-        from moba_cp.megatron.training.batches import Sharding, micro_batches
-        from moba_cp.megatron.training.config import load_config
+        from examples.megatron_gpt import checkpoint, distributed, model
+        from examples.megatron_gpt.batches import Sharding, micro_batches
+        from examples.megatron_gpt.config import load_config
 
         os.environ["MASTER_PORT"] = str(port)
         self.directory = directory
@@ -51,26 +51,26 @@ class Run:
 
     def step(self) -> tuple[float, float]:
         """Loss (NaN on the first stage) and gradient norm."""
-        from moba_cp.megatron.training.checkpoint import Progress
-        from moba_cp.megatron.training.step import train_step
+        from examples.megatron_gpt.checkpoint import Progress
+        from examples.megatron_gpt.step import train_step
 
         result = train_step(self.trainer, self.batches, self.config, self.ranks)
         self.progress = Progress(self.progress.step + 1, self.progress.consumed_samples + 4, "text")
         return result.loss, result.grad_norm
 
     def save(self) -> None:
-        from moba_cp.megatron.training.checkpoint import save
+        from examples.megatron_gpt.checkpoint import save
 
         save(self.directory, self.trainer, self.progress)
 
 
 def train(rank: int, directory: str, ports: list[int]) -> None:
     """What one process found, as a JSON file in ``directory``."""
+    from examples.megatron_gpt import distributed
+    from examples.megatron_gpt.data import Corpus, PackedText
+    from examples.megatron_gpt.step import evaluate, routing
     from moba_cp.megatron import MoBASchedule
     from moba_cp.megatron.schedule import moba_layers
-    from moba_cp.megatron.training import distributed
-    from moba_cp.megatron.training.data import Corpus, PackedText
-    from moba_cp.megatron.training.step import evaluate, routing
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from ..layout import sbhd_layout
-from ..packing import Packing
+from moba_cp.megatron.layout import sbhd_layout
+from moba_cp.megatron.packing import Packing
+
 from .data import SEPARATOR, PackedText
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from ..reports import LayerReport, collect_reports
-from ..routing import routing_statistics
+from moba_cp.megatron.reports import LayerReport, collect_reports
+from moba_cp.megatron.routing import routing_statistics
+
 from .batches import MicroBatch
 from .config import TrainConfig
 from .distributed import Ranks

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+if not __package__:  # run by its path: the package is found from the repository's root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex and Transformer Engine are optional
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # new names for old collectives
 
@@ -19,16 +21,16 @@ import typer  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
+from examples.megatron_gpt import checkpoint, distributed  # noqa: E402
+from examples.megatron_gpt.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
+from examples.megatron_gpt.config import TrainConfig, load_config  # noqa: E402
+from examples.megatron_gpt.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
+from examples.megatron_gpt.model import build, count_parameters, moba_settings  # noqa: E402
+from examples.megatron_gpt.progress import Reporter  # noqa: E402
+from examples.megatron_gpt.step import evaluate, last_layer_report, routing, train_step  # noqa: E402
 from moba_cp import diagnostics  # noqa: E402
 from moba_cp.megatron import MoBASchedule  # noqa: E402
 from moba_cp.megatron.flops import peak_flops, step_flops  # noqa: E402
-from moba_cp.megatron.training import checkpoint, distributed  # noqa: E402
-from moba_cp.megatron.training.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
-from moba_cp.megatron.training.config import TrainConfig, load_config  # noqa: E402
-from moba_cp.megatron.training.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
-from moba_cp.megatron.training.model import build, count_parameters, moba_settings  # noqa: E402
-from moba_cp.megatron.training.progress import Reporter  # noqa: E402
-from moba_cp.megatron.training.step import evaluate, last_layer_report, routing, train_step  # noqa: E402
 
 
 def main(
@@ -37,9 +39,9 @@ def main(
 ) -> None:
     """Train a GPT with MoBA attention on text, its sequences sharded over processes.
 
-    torchrun --nproc-per-node 2 scripts/train.py configs/quickstart.yaml parallel.context=2 run.name=cp2
+    torchrun --nproc-per-node 2 examples/megatron_gpt/train.py configs/quickstart.yaml parallel.context=2 run.name=cp2
 
-    Every key is explained in moba_cp/megatron/training/config.py. GPUs are used if there are any, over NCCL; otherwise
+    Every key is explained in examples/megatron_gpt/config.py. GPUs are used if there are any, over NCCL; otherwise
     the CPU, over gloo. Started again, a run continues from its newest checkpoint.
     """
     try:

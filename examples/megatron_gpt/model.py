@@ -18,10 +18,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import MoBAConfig
+from moba_cp.megatron.norm import TorchNorm
+from moba_cp.megatron.settings import MoBASettings
+from moba_cp.megatron.spec import with_moba
 
-from ..norm import TorchNorm
-from ..settings import MoBASettings
-from ..spec import with_moba
 from .config import TrainConfig
 from .data import PADDED_VOCAB_SIZE
 from .distributed import Ranks

@@ -11,8 +11,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from ..cpu import use_cpu_as_cuda
+from moba_cp.megatron.cpu import use_cpu_as_cuda
+
 from .config import TrainConfig
+
+PROGRAM = "examples/megatron_gpt/train.py"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def start(config: TrainConfig) -> Ranks:
         ValueError: sizes that do not fit the number of processes.
     """
     if "LOCAL_RANK" not in os.environ:
-        raise RuntimeError("start this with torchrun: torchrun --nproc-per-node N scripts/train.py configs/NAME.yaml")
+        raise RuntimeError(f"start this with torchrun: torchrun --nproc-per-node N {PROGRAM} configs/NAME.yaml")
     # Megatron demands it below compute capability 10, so that overlapped collectives start before the next kernel. The
     # driver reads it when CUDA is first asked for anything.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -1,29 +1,33 @@
-"""Train the GPT of a configuration in plain torch, from the weights that scripts/train.py would begin with."""
+"""Train the GPT of a configuration in plain torch, from the weights that examples/megatron_gpt/train.py would begin with."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
+
+if not __package__:  # run by its path: the package is found from the repository's root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import typer
 from megatron.core.utils import unwrap_model
 
-from moba_cp.megatron.training import distributed
-from moba_cp.megatron.training.config import load_config
-from moba_cp.megatron.training.data import Corpus, PackedText
-from moba_cp.megatron.training.model import build
-from moba_cp.megatron.training.plain import PlainGPT
+from examples.megatron_gpt import distributed
+from examples.megatron_gpt.config import load_config
+from examples.megatron_gpt.data import Corpus, PackedText
+from examples.megatron_gpt.model import build
+from examples.megatron_gpt.plain import PlainGPT
 
 
 def main(
-    config_file: Annotated[Path, typer.Argument(help="YAML file, as for scripts/train.py")],
+    config_file: Annotated[Path, typer.Argument(help="YAML file, as for examples/megatron_gpt/train.py")],
     overrides: Annotated[list[str] | None, typer.Argument(help="single keys, as section.key=value")] = None,
 ) -> None:
     """Train the GPT of a configuration on one process, in plain torch around moba_cp.reference.
 
-    torchrun --nproc-per-node 1 scripts/train_plain.py configs/quickstart.yaml run.name=plain run.device=cpu
+    torchrun --nproc-per-node 1 examples/megatron_gpt/train_plain.py configs/quickstart.yaml run.name=plain run.device=cpu
 
     Weights and learning rates are those of Megatron; the rest is torch. Losses go to the run's metrics.jsonl.
     """

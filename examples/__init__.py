@@ -1,0 +1,1 @@
+"""Complete programs that use moba_cp; not part of the package."""
