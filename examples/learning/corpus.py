@@ -1,0 +1,340 @@
+"""The corpus: long documents of code and technical prose, deduplicated, split by document and tokenised.
+
+    pip install tokenizers datasketch pyyaml
+    python -m examples.learning.corpus fetch --config configs/learning/corpus.yaml --out .cache/learning
+    python -m examples.learning.corpus build --config configs/learning/corpus.yaml --out .cache/learning
+
+`fetch` downloads the packages (pip, apt-get); `build` writes `corpus.json` (facts, document offsets, needles) and
+`corpus.xz` (uint16 tokens, LZMA). The text is not kept. A machine that trains needs these two files alone.
+
+1. Files: text files of the packages in order of path; tables of numbers and files of over-long lines are left out.
+2. Near-duplicates: MinHash over three-line shingles (64 permutations, Jaccard similarity of 0.7 and more) drops a file.
+3. Documents: neighbouring files of one package, each after a line with its path, until `document_bytes` are full.
+4. Split by document; BPE trained on training documents only; documents under `min_tokens` are dropped. Packages under
+   `no_eval` hold a manual in two formats: what would be held out of them is not used at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import html
+import io
+import json
+import lzma
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+SUFFIXES = {
+    ".c",
+    ".h",
+    ".py",
+    ".pyi",
+    ".pyx",
+    ".rst",
+    ".txt",
+    ".el",
+    ".html",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".md",
+    ".cuh",
+    ".cu",
+}
+LARGEST_FILE = 1_500_000
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}]
+Document = tuple[str, str, str]  # source, name, text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["fetch", "build"])
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    config = yaml.safe_load(args.config.read_text())
+    if args.what == "fetch":
+        fetch(config, args.out / "downloads")
+    else:
+        facts = build(config, args.out)
+        print(json.dumps({k: v for k, v in facts.items() if k not in ("documents", "needles")}, indent=1))
+
+
+def fetch(config: dict[str, Any], folder: Path) -> None:
+    """Download the packages by name: wheels into `folder/wheels`, Debian packages into `folder/debs`."""
+    for kind, name, command in (
+        ("wheel", "wheels", [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]),
+        ("deb", "debs", ["apt-get", "download"]),
+    ):
+        packages = [s[kind] for s in config["sources"] if kind in s]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        if packages:
+            subprocess.run([*command, *packages], cwd=folder / name, check=True)
+
+
+def build(config: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write `corpus.json` and `corpus.xz` to `out`; return what `corpus.json` holds."""
+    documents, sources = [], []
+    duplicates = Duplicates()
+    for source in config["sources"]:
+        files, kept, dropped = [], 0, 0
+        for path, text in read_source(source, out / "downloads"):
+            if kept >= source["megabytes"] * 1e6:
+                break
+            if not is_prose_or_code(text):
+                continue
+            if duplicates.seen(text):
+                dropped += 1
+                continue
+            kept += len(text)
+            files.append((path, text))
+        name = source_name(source)
+        documents += join_files(name, files, config["document_bytes"])
+        sources.append(
+            {
+                "name": name,
+                "licence": source["licence"],
+                "files": len(files),
+                "characters": kept,
+                "near_duplicates": dropped,
+            }
+        )
+        print(f"{name}: {len(files)} files, {kept / 1e6:.1f} MB, {dropped} near-duplicates", file=sys.stderr)
+    random.Random(0).shuffle(documents)
+    evaluation = [in_eval(name, config["eval_share"]) for _, name, _ in documents]
+    encode, identity = tokenizer(config, [d[2] for d, held in zip(documents, evaluation) if not held], out)
+
+    tokens, table, taken = [], [], 0
+    for (source, name, text), held in zip(documents, evaluation):
+        if not held and taken >= config["train_tokens"]:
+            continue
+        ids = np.array(encode(text), dtype=np.uint16)
+        if ids.size < config["min_tokens"]:
+            continue
+        taken += 0 if held else ids.size
+        tokens.append(ids)
+        table.append(
+            {
+                "source": source,
+                "name": name,
+                "tokens": int(ids.size),
+                "eval": held,
+                "skip": held and source in config.get("no_eval", []),
+            }
+        )
+    stream = np.concatenate(tokens)
+    facts = {
+        "vocabulary": config["vocabulary"],
+        "tokenizer": identity,
+        "train_tokens": sum(d["tokens"] for d in table if not d["eval"]),
+        "eval_tokens": sum(d["tokens"] for d in table if d["eval"] and not d["skip"]),
+        "train_documents": sum(not d["eval"] for d in table),
+        "eval_documents": sum(d["eval"] and not d["skip"] for d in table),
+        "characters_per_token": round(
+            sum(len(d[2]) for d in documents[:50]) / sum(len(encode(d[2])) for d in documents[:50]), 3
+        ),
+        "fingerprint": hashlib.sha256(stream.tobytes()).hexdigest(),
+        "sources": sources,
+        "needles": needles(encode),
+        "documents": table,
+    }
+    (out / "corpus.json").write_text(json.dumps(facts, separators=(",", ":")))
+    (out / "corpus.xz").write_bytes(lzma.compress(stream.tobytes(), format=lzma.FORMAT_XZ, filters=FILTERS))
+    return facts
+
+
+def source_name(source: dict[str, Any]) -> str:
+    return source.get("deb") or source.get("wheel") or source["folder"]
+
+
+def read_source(source: dict[str, Any], downloads: Path) -> Iterator[tuple[str, str]]:
+    """(path, text) of the source's files in order of path."""
+    name = source_name(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        if "folder" in source:
+            root = Path(name)
+        elif "wheel" in source:
+            [archive] = (downloads / "wheels").glob(f"{name.replace('-', '_')}-*.whl")
+            zipfile.ZipFile(archive).extractall(scratch)
+            root = Path(scratch)
+        else:
+            [archive] = (downloads / "debs").glob(f"{name}_*.deb")
+            subprocess.run(["dpkg", "-x", str(archive), scratch], check=True)
+            root = Path(scratch)
+            for inner in root.rglob("linux-source-*.tar.xz"):
+                extract_text(inner, root)
+        for path in sorted(root.rglob("*")):
+            relative = f"/{path.relative_to(root)}"
+            packed = path.name.endswith(".gz")
+            suffix = Path(path.name[:-3]).suffix if packed else path.suffix
+            if suffix not in SUFFIXES or not path.is_file() or path.is_symlink() or path.stat().st_size > LARGEST_FILE:
+                continue
+            if source["paths"] and not any(part in relative for part in source["paths"]):
+                continue
+            data = (
+                subprocess.run(["gzip", "-dc", str(path)], capture_output=True, check=True).stdout
+                if packed
+                else path.read_bytes()
+            )
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                continue
+            yield relative, strip_html(text) if suffix == ".html" else text
+
+
+def extract_text(archive: Path, to: Path) -> None:
+    """Unpack only the text files of a tar archive."""
+    with tarfile.open(archive) as tar:
+        wanted = (m for m in tar if m.isfile() and Path(m.name).suffix in SUFFIXES and m.size <= LARGEST_FILE)
+        tar.extractall(to, members=wanted, filter="data")
+
+
+def strip_html(text: str) -> str:
+    text = re.sub(r"(?s)<(script|style|head).*?</\1>", "", text)
+    text = html.unescape(re.sub(r"<[^>]*>", "", text))
+    return re.sub(r"\n\s*\n+", "\n\n", text)
+
+
+def is_prose_or_code(text: str) -> bool:
+    """False for short files, over-long lines, and tables of numbers."""
+    if len(text) < 500:
+        return False
+    lines = text.count("\n") + 1
+    sample = text[:20000]
+    digits = sum(c.isdigit() for c in sample) / len(sample)
+    return len(text) / lines < 150 and digits < 0.12
+
+
+class Duplicates:
+    """Near-duplicate files: MinHash where `datasketch` is installed; else exact duplicates of whole files are found."""
+
+    def __init__(self) -> None:
+        try:
+            import datasketch
+        except ImportError:
+            self.index, self.exact = None, set[bytes]()
+            return
+        self.minhash = lambda: datasketch.MinHash(num_perm=64, hashfunc=zlib.crc32)
+        self.index, self.count = datasketch.MinHashLSH(threshold=0.7, num_perm=64), 0
+
+    def seen(self, text: str) -> bool:
+        """Whether a near-duplicate came before; the text is remembered if not."""
+        if self.index is None:
+            digest = hashlib.sha256(text.encode()).digest()
+            known = digest in self.exact
+            self.exact.add(digest)
+            return known
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        shingles = {"\n".join(lines[i : i + 3]).encode() for i in range(max(1, len(lines) - 2))}
+        sketch = self.minhash()
+        sketch.update_batch(list(shingles))
+        if self.index.query(sketch):
+            return True
+        self.index.insert(self.count, sketch)
+        self.count += 1
+        return False
+
+
+def join_files(source: str, files: list[tuple[str, str]], size: int) -> list[Document]:
+    """Documents of `size` characters and more: neighbouring files, each after a line with its path."""
+    documents, parts, length = [], [], 0
+    for path, text in files:
+        parts.append(f"==> {source}{path} <==\n{text}\n")
+        length += len(parts[-1])
+        if length >= size:
+            documents.append((source, parts[0].split("\n", 1)[0], "".join(parts)))
+            parts, length = [], 0
+    if parts:
+        documents.append((source, parts[0].split("\n", 1)[0], "".join(parts)))
+    return documents
+
+
+def in_eval(name: str, share: float) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32 < share
+
+
+def tokenizer(config: dict[str, Any], train: list[str], out: Path) -> tuple[Callable[[str], list[int]], str]:
+    """The encoding function and its identity: bytes for a vocabulary of 256, else a byte-level BPE trained on `train`."""
+    if config["vocabulary"] == 256:
+        return lambda text: list(text.encode()), "bytes"
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=config["vocabulary"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(train[:200], trainer)
+    bpe.save(str(out / "tokenizer.json"))
+    return lambda text: bpe.encode(text).ids, f"byte-level BPE, tokenizers {tokenizers.__version__}"
+
+
+def needles(encode: Callable[[str], list[int]], count: int = 96) -> list[dict[str, list[int]]]:
+    """Facts to hide in text: the statement's tokens, the question's and the answer's.
+
+    The statement is the question followed by the answer: to answer, the model must find the statement and copy.
+    """
+    rng = random.Random(1)
+    words = ["amber", "basil", "cedar", "delta", "ember", "flint", "grove", "haven", "ivory", "jade", "karst", "lunar"]
+    made = []
+    names = {f"{a}_{b}" for a in words for b in words if a != b}
+    for name in sorted(names)[:: max(1, len(names) // count)][:count]:
+        question = encode(f"\n# The access code of {name} is ")
+        answer = encode(str(rng.randrange(10000, 100000)))
+        made.append({"question": question, "answer": answer, "end": encode(".\n")})
+    return made
+
+
+class Corpus:
+    """Tokens and documents, read from the files that `build` wrote.
+
+    Attributes:
+        facts: what `corpus.json` holds.
+        tokens: uint16 `[n]`, all documents behind each other.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.facts = json.loads((folder / "corpus.json").read_text())
+        unpacked = folder / "corpus.npy"
+        if unpacked.exists():
+            self.tokens = np.load(unpacked, mmap_mode="r")
+        else:
+            with lzma.open(folder / "corpus.xz") as file:
+                self.tokens = np.frombuffer(io.BytesIO(file.read()).getbuffer(), dtype=np.uint16)
+        if self.tokens.size != sum(d["tokens"] for d in self.facts["documents"]):
+            raise ValueError(f"{folder}: {self.tokens.size} tokens, but corpus.json says otherwise")
+
+    def unpack(self, folder: Path) -> None:
+        """Check the fingerprint and write `corpus.npy`, so that processes map one copy."""
+        found = hashlib.sha256(self.tokens.tobytes()).hexdigest()
+        if found != self.facts["fingerprint"]:
+            raise ValueError(f"the tokens' fingerprint is {found}, corpus.json says {self.facts['fingerprint']}")
+        np.save(folder / "corpus.npy", self.tokens)
+
+    def windows(self, length: int, evaluation: bool) -> np.ndarray:
+        """int64 `[n]`: starts of non-overlapping windows of `length + 1` tokens, each within one document."""
+        starts, offset = [], 0
+        for document in self.facts["documents"]:
+            if document["eval"] == evaluation and not document["skip"]:
+                starts += range(offset, offset + document["tokens"] - length, length)
+            offset += document["tokens"]
+        return np.array(starts, dtype=np.int64)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""A GPT with grouped-query attention, RoPE, RMSNorm and SwiGLU; fp32 weights, bf16 arithmetic, tied head.
+
+What stands around attention is three functions of tensors alone: `before`, `after` and `token_losses`. Each is compiled once
+and serves all layers; attention itself runs outside the compiled code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moba_cp import MoBAReport, SequenceLayout
+
+from .attention import Attention, attend
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the model; `head_dim` need not be `hidden / heads`."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float
+
+
+class Layer(nn.Module):
+    """Weights of one layer, fp32."""
+
+    def __init__(self, s: Sizes) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.Parameter(torch.ones(s.hidden)), nn.Parameter(torch.ones(s.hidden))
+        self.qkv = nn.Parameter(torch.empty((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden))
+        self.out = nn.Parameter(torch.empty(s.hidden, s.heads * s.head_dim))
+        self.up = nn.Parameter(torch.empty(2 * s.mlp, s.hidden))
+        self.down = nn.Parameter(torch.empty(s.hidden, s.mlp))
+
+
+class GPT(nn.Module):
+    """The model.
+
+    Args:
+        sizes: its sizes.
+        seed: of the initial weights, drawn on the CPU: equal on every device.
+        compiled: run `before`, `after` and `token_losses` through `torch.compile`.
+        dtype: of the arithmetic.
+    """
+
+    def __init__(self, sizes: Sizes, seed: int, *, compiled: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.sizes, self.dtype = sizes, dtype
+        self.embedding = nn.Parameter(torch.empty(sizes.vocabulary, sizes.hidden))
+        self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.layers))
+        self.norm = nn.Parameter(torch.ones(sizes.hidden))
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                residual = name.endswith((".out", ".down"))
+                std = 0.02 / (2 * sizes.layers) ** 0.5 if residual else 0.02
+                nn.init.normal_(weight, std=std, generator=generator)
+        self.fast = [
+            torch.compile(f, dynamic=False, fullgraph=True) if compiled else f for f in (before, after, token_losses)
+        ]
+
+    def weights_hash(self) -> str:
+        """SHA-256 of all weights."""
+        digest = hashlib.sha256()
+        for weight in self.parameters():
+            digest.update(weight.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        attention: tuple[Attention, ...],
+        layout: SequenceLayout,
+        length: int,
+        *,
+        group: dist.ProcessGroup | None = None,
+        theta: float | None = None,
+        compiled: bool = True,
+        reports: list[MoBAReport] | None = None,
+    ) -> Tensor:
+        """Last hidden states `[T, hidden]`, before the last norm.
+
+        Args:
+            tokens: `[T]`, this rank's tokens of packed sequences of `length` tokens.
+            attention: one per layer.
+            layout: of the sequences over the group.
+            length: tokens a sequence.
+            group: the context-parallel group.
+            theta: RoPE's base; None for the model's own.
+            compiled: False runs the plain functions, for shapes that occur once.
+            reports: gets one report per MoBA layer.
+        """
+        s = self.sizes
+        if len(attention) != s.layers:
+            raise ValueError(f"attention must have {s.layers} entries, got {len(attention)}")
+        rank = dist.get_rank(group) if layout.cp_size > 1 else 0
+        positions = (layout.local_indices(rank) % length).to(tokens.device, torch.float32)
+        half = torch.arange(s.head_dim // 2, device=tokens.device, dtype=torch.float32) / (s.head_dim // 2)
+        angles = positions[:, None] * (theta or s.rope_theta) ** -half
+        cos, sin = angles.cos(), angles.sin()
+        pre, post, _ = self.fast if compiled else (before, after, token_losses)
+        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        for layer, spec in zip(self.layers, attention):
+            q, k, v = pre(x, layer.norm1, layer.qkv, cos, sin, s.heads, s.kv_heads, s.head_dim)
+            attended = attend(spec, q, k, v, layout, length, group, reports)
+            x = post(x, attended, layer.out, layer.norm2, layer.up, layer.down)
+        return x
+
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy `[T]`, fp32, of `targets [T]` given hidden states."""
+        return self.fast[2](x, self.norm, self.embedding, targets)
+
+
+def before(
+    x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q `[T, heads, dim]`, k and v `[T, kv_heads, dim]` of `x [T, hidden]`, rotated."""
+    projected = F.linear(rms_norm(x, norm), qkv.to(x.dtype)).unflatten(1, (-1, dim))
+    q, k, v = projected.split([heads, kv_heads, kv_heads], 1)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
+
+
+def after(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The residual stream after attention's projection and the MLP."""
+    x = x + F.linear(attended.flatten(1), out.to(x.dtype))
+    gate, value = F.linear(rms_norm(x, norm), up.to(x.dtype)).chunk(2, 1)
+    return x + F.linear(F.silu(gate) * value, down.to(x.dtype))
+
+
+def token_losses(x: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits(x, norm, embedding).float(), targets, reduction="none")
+
+
+def logits(x: Tensor, norm: Tensor, embedding: Tensor) -> Tensor:
+    return F.linear(rms_norm(x, norm), embedding.to(x.dtype))
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * weight).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of `[T, H, D]`, halves rotated; `cos` and `sin` are `[T, D / 2]`."""
+    a, b = x.float().chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

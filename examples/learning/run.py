@@ -1,0 +1,212 @@
+"""Take the runs of a plan in order of priority, one process per GPU, until all are done or the time is up.
+
+    python -m examples.learning.run --plan configs/learning/first.yaml --corpus .cache/learning --out out --time-limit 560
+
+`<out>/learning.json` holds every result so far and is replaced whenever one arrives; `--previous` names an earlier one, whose
+finished runs are kept and not repeated. Selections of seed 0 go to `<out>/selections_<arm>.npz`.
+Checkpoints of unfinished runs stay in `--work`: where that folder outlives the call, the next call resumes them, elsewhere they
+begin again. On a machine without a GPU runs go one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .corpus import Corpus
+from .train import Task, write_json
+
+MARGIN_S = 25
+"""Between the deadline that runs are told and the limit: time to write a checkpoint and to stop."""
+
+LAST_S = 5
+"""A run is started if it should end this long before the limit."""
+
+
+@dataclass
+class Started:
+    """A run under way."""
+
+    task: Task
+    gpus: list[int]
+    began: float
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+
+class Plan:
+    """Runs to do, results so far, and what runs."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.limit = args, time.time() + args.time_limit
+        self.plan = yaml.safe_load(args.plan.read_text())
+        if args.steps:
+            self.plan["optimizer"]["steps"] = args.steps
+        self.config = {key: self.plan[key] for key in ("model", "data", "optimizer", "measures")}
+        unknown = [r["arm"] for r in self.plan["runs"] if r["arm"] not in self.plan["arms"]]
+        if unknown:
+            raise ValueError(f"runs of unknown arms: {unknown}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.work.mkdir(parents=True, exist_ok=True)
+        self.results: list[dict[str, Any]] = []
+        if args.previous and args.previous.exists():
+            self.results = json.loads(args.previous.read_text())["runs"]
+        done = {
+            (r["arm"], r["seed"])
+            for r in self.results
+            if (r["complete"] or r.get("diverged")) and r["config"] == self.config
+        }
+        self.waiting = [r for r in self.plan["runs"] if (r["arm"], r["seed"]) not in done]
+        if args.only:
+            self.waiting = [r for r in self.waiting if r["arm"] in args.only]
+        self.n_gpus = torch.cuda.device_count()
+        self.free = list(range(max(1, self.n_gpus)))
+        self.running: list[Started] = []
+        self.took: dict[str, float] = {}
+        corpus = Corpus(args.corpus)
+        if not (args.work / "corpus.npy").exists():
+            corpus.unpack(args.work)
+            shutil.copy(args.corpus / "corpus.json", args.work / "corpus.json")
+        self.about = {
+            "commit": args.commit or commit(),
+            "plan": str(args.plan),
+            "machine_gpus": self.n_gpus,
+            "corpus": {k: v for k, v in corpus.facts.items() if k not in ("documents", "needles")},
+        }
+
+    def go(self) -> None:
+        while self.running or self.waiting:
+            while self.start_one():
+                pass
+            if not self.running:
+                break
+            time.sleep(0.2)
+            for started in list(self.running):
+                self.watch(started)
+        self.write()
+        for run in self.waiting:
+            print(f"not started: {run['arm']} seed {run['seed']}", flush=True)
+
+    def start_one(self) -> bool:
+        """Start the first waiting run that the remaining time and the free GPUs hold."""
+        for run in self.waiting:
+            spec = self.plan["arms"][run["arm"]]
+            cp = spec.get("cp", 1)
+            wanted = cp if self.n_gpus else 1
+            if wanted > max(1, self.n_gpus):
+                continue
+            usual = max(self.took.values(), default=self.plan["expected_s"])
+            if time.time() + self.took.get(run["arm"], usual) > self.limit - LAST_S:
+                continue
+            if wanted > len(self.free):
+                return False  # it waits for GPUs; a later run does not overtake it
+            self.waiting.remove(run)
+            gpus, self.free = self.free[:wanted], self.free[wanted:]
+            name = f"{run['arm']}_s{run['seed']}"
+            deadline = self.limit - MARGIN_S
+            task = Task(
+                name, run["arm"], spec, run["seed"], self.config, str(self.args.work), str(self.args.work), deadline
+            )
+            path = self.args.work / "tasks" / f"{name}.json"
+            write_json(path, asdict(task))
+            (self.args.work / "results" / f"{name}.json").unlink(missing_ok=True)
+            started = Started(task, gpus, time.time())
+            port = free_port()
+            for rank in range(cp):
+                env = os.environ | {
+                    "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)) if self.n_gpus else "",
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(cp),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "TORCHINDUCTOR_CACHE_DIR": str(self.args.work.resolve() / "inductor"),
+                    "TRITON_CACHE_DIR": str(self.args.work.resolve() / "triton"),
+                    "TORCHINDUCTOR_COMPILE_THREADS": "8",
+                }
+                if not self.n_gpus:
+                    env["OMP_NUM_THREADS"] = "1"  # tensors of a CPU run are too small for more
+                command = [sys.executable, "-u", "-m", "examples.learning.train", "--task", str(path)]
+                started.processes.append(subprocess.Popen(command, env=env))
+            self.running.append(started)
+            print(f"{self.left():4.0f} s left: {name} on {gpus}", flush=True)
+            return True
+        return False
+
+    def left(self) -> float:
+        return self.limit - time.time()
+
+    def watch(self, started: Started) -> None:
+        """Collect a run that ended; end one that is past the limit, or whose other rank died."""
+        codes = [p.poll() for p in started.processes]
+        over = self.left() < 3 or any(c not in (None, 0) for c in codes)
+        if over:
+            for process in started.processes:
+                process.kill()
+        elif None in codes:
+            return
+        codes = [p.wait() for p in started.processes]
+        self.running.remove(started)
+        self.free = sorted(self.free + started.gpus)
+        task = started.task
+        path = self.args.work / "results" / f"{task.name}.json"
+        result = {"arm": task.arm, "seed": task.seed, "spec": task.spec, "config": self.config, "complete": False}
+        if path.exists():
+            result |= json.loads(path.read_text())
+        if any(codes) and "error" not in result:
+            result["error"] = f"ended with {codes}"
+        if result["complete"]:
+            self.took[task.arm] = time.time() - started.began
+        self.results = [r for r in self.results if (r["arm"], r["seed"]) != (task.arm, task.seed)]
+        self.results.append(result)
+        selections = path.with_suffix(".npz")
+        if selections.exists():
+            shutil.copy(selections, self.args.out / f"selections_{task.arm}.npz")
+        self.write()
+        shown = {k: result.get(k) for k in ("complete", "diverged", "eval_loss", "tokens_per_second", "error")}
+        print(f"{self.left():4.0f} s left: {task.name} {shown}", flush=True)
+
+    def write(self) -> None:
+        write_json(self.args.out / "learning.json", self.about | {"runs": self.results})
+
+
+def commit() -> str:
+    """The commit of the working tree, or "unknown" outside one."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument(
+        "--corpus", type=Path, default=Path(".cache/learning"), help="folder of corpus.json and corpus.xz"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--work", type=Path, default=Path(".cache/learning/work"), help="caches, checkpoints, logs")
+    parser.add_argument("--previous", type=Path, help="results to go on from")
+    parser.add_argument("--time-limit", type=float, default=1e9, help="seconds")
+    parser.add_argument("--steps", type=int, help="instead of the plan's")
+    parser.add_argument("--only", nargs="*", help="arms to run; all others wait for another call")
+    parser.add_argument("--commit", help="recorded in the results where git does not know it")
+    Plan(parser.parse_args()).go()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""One run: train a model with an arm's attention, measure it, write the result.
+
+Started by `examples.learning.run`, one process per GPU; `--task` names a JSON file with everything the run needs. Results go to
+`<work>/results/<name>.json` (and `.npz` for selections), a checkpoint of an unfinished run to `<work>/checkpoints`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moba_cp import SequenceLayout
+
+from . import measure
+from .attention import Phase, check, phases
+from .corpus import Corpus
+from .model import GPT, Sizes
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one run needs.
+
+    Attributes:
+        name: of its files.
+        arm: name of the arm; `spec` says what it is.
+        seed: of weights and of the order of the data.
+        config: the plan without its runs: `model`, `data`, `optimizer`, `measures`.
+        corpus, work: folders.
+        deadline: seconds since the epoch; an unfinished run then writes a checkpoint and stops.
+    """
+
+    name: str
+    arm: str
+    spec: dict[str, Any]
+    seed: int
+    config: dict[str, Any]
+    corpus: str
+    work: str
+    deadline: float
+
+
+class Run:
+    """Model, optimizer and data of a run."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.config = task, task.config
+        self.began = time.time()
+        self.cp = task.spec.get("cp", 1)
+        self.group, self.rank = None, 0
+        cuda = torch.cuda.is_available()
+        if self.cp > 1:
+            self.rank = int(os.environ["RANK"])
+            if cuda:
+                torch.cuda.set_device(self.rank)
+            dist.init_process_group("nccl" if cuda else "gloo", rank=self.rank, world_size=self.cp)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        data, optimizer = self.config["data"], self.config["optimizer"]
+        self.length, self.batch, self.steps = data["length"], data["batch"], optimizer["steps"]
+        sizes = Sizes(**self.config["model"])
+        self.corpus = Corpus(Path(task.corpus))
+        if self.corpus.facts["vocabulary"] != sizes.vocabulary:
+            raise ValueError(f"vocabulary is {sizes.vocabulary}, the corpus has {self.corpus.facts['vocabulary']}")
+        self.phases = phases(task.spec, sizes.layers)
+        self.tokens = torch.from_numpy(self.corpus.tokens.astype(np.int32)).to(self.device)
+        self.order = data_order(self.corpus, self.length, self.batch * self.steps, task.seed)
+        dtype = torch.bfloat16 if cuda else torch.float32
+        kinds = dict.fromkeys(spec for phase in self.phases for spec in phase.layers)
+        self.errors = {str(s): check(s, self.device, dtype, sizes.heads, sizes.kv_heads, sizes.head_dim) for s in kinds}
+        self.model = GPT(sizes, task.seed, compiled=cuda, dtype=dtype)
+        self.init_hash = self.model.weights_hash()
+        self.model.to(self.device)
+        decayed = [w for w in self.model.parameters() if w.dim() == 2]
+        plain = [w for w in self.model.parameters() if w.dim() == 1]
+        self.adam = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": optimizer["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
+            betas=(optimizer["beta1"], optimizer["beta2"]),
+            lr=optimizer["lr"],
+            fused=True,
+        )
+        tokens_per_step = self.batch * self.length
+        starts = [i * self.length for i in range(self.batch + 1)]
+        self.layout = SequenceLayout.contiguous(starts, 1) if self.cp == 1 else SequenceLayout.zigzag(starts, self.cp)
+        self.share = self.layout.local_indices(self.rank).to(self.device)
+        self.tokens_per_step = tokens_per_step
+        self.curve = torch.full((self.steps,), math.nan, device=self.device)
+        self.norms = torch.full((self.steps,), math.nan, device=self.device)
+        self.step, self.train_seconds, self.timed_steps = 0, 0.0, 0
+        self.routing: list[dict[str, Any]] = []
+        self.selections: dict[str, np.ndarray] = {}
+        self.diverged = False
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.task.work) / "checkpoints" / f"{self.task.name}.pt"
+
+    def phase(self, step: int) -> Phase:
+        return [p for p in self.phases if step >= round(p.start * self.steps)][-1]
+
+    def train(self) -> bool:
+        """Train to the last step; False where the deadline came first."""
+        self._load()
+        measured = {round(share * self.steps) for share in self.config["measures"]["routing_at"]}
+        clock, clock_step = None, 0
+        for step in range(self.step, self.steps):
+            self._train_step(step)
+            self.step = step + 1
+            if clock is None and step >= 5:
+                self._wait()
+                clock, clock_step = time.time(), self.step
+            if self.step in measured and self.cp == 1:
+                clock, clock_step = self._pause(clock, clock_step)
+                self._measure_routing()
+                self._wait()
+                clock = time.time()
+            if self.step % 25 == 0:
+                if not math.isfinite(float(self.curve[step])):  # waits for the GPU
+                    self.diverged = True
+                    break
+                if self._late():
+                    self._pause(clock, clock_step)
+                    self._save()
+                    return False
+        self._pause(clock, clock_step)
+        return True
+
+    def _late(self) -> bool:
+        """Whether the deadline has come, decided on the first rank for all."""
+        late = torch.tensor([time.time() > self.task.deadline], device=self.device, dtype=torch.int32)
+        if self.cp > 1:
+            dist.broadcast(late, 0)
+        return bool(late.item())
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _pause(self, clock: float | None, first: int) -> tuple[float | None, int]:
+        """Add the time since `clock` to the time of training."""
+        self._wait()
+        if clock is not None:
+            self.train_seconds += time.time() - clock
+            self.timed_steps += self.step - first
+        return time.time(), self.step
+
+    def _train_step(self, step: int) -> None:
+        optimizer = self.config["optimizer"]
+        inputs, targets = measure.window_batch(
+            self.tokens, self.order[step * self.batch : (step + 1) * self.batch], self.length
+        )
+        inputs, targets = inputs[self.share], targets[self.share]
+        x = self.model.hidden(inputs, self.phase(step).layers, self.layout, self.length, group=self.group)
+        loss = self.model.losses(x, targets).sum() / self.tokens_per_step
+        loss.backward()
+        shown = loss.detach()
+        if self.cp > 1:
+            gradients = [w.grad for w in self.model.parameters()]
+            flat = torch.cat([shown.float().view(1), *[g.flatten() for g in gradients]])
+            dist.all_reduce(flat)
+            shown, *parts = flat.split([1, *[g.numel() for g in gradients]])
+            for g, part in zip(gradients, parts):
+                g.copy_(part.view_as(g))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optimizer["clip"], foreach=True)
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate(optimizer, step)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        self.curve[step], self.norms[step] = shown.view(()), norm
+
+    def _measure_routing(self) -> None:
+        layers = self.phase(self.step - 1).layers
+        if all(spec.kind != "moba" for spec in layers):
+            return
+        starts = self.corpus.windows(self.length, evaluation=True)[: self.batch]
+        inputs, _ = measure.window_batch(self.tokens, starts, self.length)
+        facts, selections = measure.routing(self.model, layers, inputs, self.length)
+        self.routing += [{"step": self.step, **fact} for fact in facts]
+        chosen = self.config["measures"]["recorded_layers"]
+        self.selections = {f"layer_{f['layer']}": s for f, s in zip(facts, selections) if f["layer"] in chosen}
+
+    def _save(self) -> None:
+        if self.rank:
+            return
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": self.model.state_dict(),
+            "adam": self.adam.state_dict(),
+            "curve": self.curve,
+            "norms": self.norms,
+            "step": self.step,
+            "seconds": self.train_seconds,
+            "timed": self.timed_steps,
+            "routing": self.routing,
+            "hashes": self._hashes(),
+        }
+        torch.save(state, self.checkpoint)
+
+    def _load(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if state["hashes"] != self._hashes():
+            raise ValueError(f"{self.checkpoint} is of other data or weights: {state['hashes']} != {self._hashes()}")
+        self.model.load_state_dict(state["model"])
+        self.adam.load_state_dict(state["adam"])
+        self.curve, self.norms, self.step, self.routing = (
+            state["curve"],
+            state["norms"],
+            state["step"],
+            state["routing"],
+        )
+        self.train_seconds, self.timed_steps = state["seconds"], state["timed"]
+
+    def _hashes(self) -> dict[str, str]:
+        return {
+            "data": self.corpus.facts["fingerprint"],
+            "order": hashlib.sha256(self.order.astype("<i8").tobytes()).hexdigest(),
+            "init": self.init_hash,
+        }
+
+    def result(self, complete: bool) -> dict[str, Any]:
+        """Everything the run says about itself; measures of a complete run included."""
+        curve = self.curve[: self.step].double().cpu().numpy()
+        finite = bool(np.isfinite(curve).all())
+        if finite and self.step > 100:
+            self.diverged |= bool(curve[-20:].mean() > curve[80:100].mean() + 0.1)
+        rate = self.timed_steps * self.tokens_per_step / self.train_seconds if self.train_seconds else None
+        cuda = self.device.type == "cuda"
+        result: dict[str, Any] = {
+            "arm": self.task.arm,
+            "seed": self.task.seed,
+            "complete": complete and not self.diverged,
+            "diverged": self.diverged or not finite,
+            "parameters": sum(w.numel() for w in self.model.parameters()),
+            "steps": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "spec": self.task.spec,
+            "config": self.config,
+            "hashes": self._hashes(),
+            "attention_check": {k: round(v, 5) for k, v in self.errors.items()},
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "gpus": self.cp,
+            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+            "tokens_per_second": rate,
+            "seconds_per_step": self.train_seconds / self.timed_steps if self.timed_steps else None,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "loss_curve": [round(float(x), 4) if math.isfinite(x) else None for x in curve],
+            "gradient_norms": [
+                round(x, 3) if math.isfinite(x) else None for x in self.norms[: self.step : 10].double().cpu().tolist()
+            ],
+            "routing": self.routing,
+        }
+        return result
+
+    def measures(self) -> dict[str, Any]:
+        """Held-out loss and retrieval of the trained model, on one rank."""
+        layers, settings = self.phase(self.steps - 1).layers, self.config["measures"]
+        found = measure.held_out(
+            self.model, layers, self.tokens, self.corpus, self.length, self.batch, settings["eval_windows"]
+        )
+        return found
+
+    def retrieval(self) -> list[dict[str, Any]]:
+        settings = self.config["measures"]
+        return measure.retrieval(
+            self.model,
+            self.phase(self.steps - 1).layers,
+            self.tokens,
+            self.corpus,
+            trained_length=self.length,
+            lengths=settings["retrieval_lengths"],
+            trials=settings["retrieval_trials"],
+            most_tokens=max(self.batch * self.length, max(settings["retrieval_lengths"])),
+        )
+
+
+def data_order(corpus: Corpus, length: int, count: int, seed: int) -> np.ndarray:
+    """int64 `[count]`: starts of the training windows in the order of use; every epoch is a new permutation."""
+    starts, rng = corpus.windows(length, evaluation=False), np.random.default_rng(seed)
+    if not len(starts):
+        raise ValueError(f"the corpus has no training window of {length} tokens")
+    epochs = [rng.permutation(starts) for _ in range(-(-count // len(starts)))]
+    return np.concatenate(epochs)[:count]
+
+
+def learning_rate(optimizer: dict[str, Any], step: int) -> float:
+    """Linear warm-up, then a cosine down to `min_lr_share` of the peak."""
+    warmup, steps, low = optimizer["warmup"], optimizer["steps"], optimizer["min_lr_share"]
+    if step < warmup:
+        return optimizer["lr"] * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return optimizer["lr"] * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    part.replace(path)
+
+
+def execute(task: Task) -> None:
+    """The run from start to end. What fails is in the result; what was measured before stays."""
+    path = Path(task.work) / "results" / f"{task.name}.json"
+    result: dict[str, Any] = {"arm": task.arm, "seed": task.seed, "spec": task.spec, "complete": False}
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        run = Run(task)
+        print(
+            f"{task.name}: ready after {time.time() - run.began:.0f} s, attention within {max(run.errors.values()):.2%}",
+            flush=True,
+        )
+        done = run.train()
+        result = run.result(done)
+        if rank == 0:
+            write_json(path, result)
+            print(f"{task.name}: {result['tokens_per_second']} tokens/s, {run.step} steps", flush=True)
+            if done and not run.diverged:
+                result |= run.measures()
+                write_json(path, result)
+                if run.selections and task.seed == 0:
+                    np.savez_compressed(
+                        path.with_suffix(".npz"),
+                        block_size=task.spec["attention"]["block_size"],
+                        kv_heads=run.model.sizes.kv_heads,
+                        step=run.step,
+                        **run.selections,
+                    )
+                result["retrieval"] = run.retrieval()
+                run.checkpoint.unlink(missing_ok=True)
+        result["wall_seconds"] = time.time() - run.began
+    except Exception as error:  # the result must say so; other runs go on
+        result["error"] = f"{type(error).__name__}: {error}"[:2000]
+        traceback.print_exc()
+    if rank == 0:
+        write_json(path, result)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", type=Path, required=True)
+    execute(Task(**json.loads(parser.parse_args().task.read_text())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The whole experiment, small: corpus, three arms, all measures, one arm that fails, the page."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: object) -> str:
+    done = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_plan_runs_from_text_to_page(tmp_path: Path) -> None:
+    run("examples.learning.corpus", "build", "--config", "configs/learning/corpus_tiny.yaml", "--out", tmp_path)
+    plan = [
+        "examples.learning.run",
+        "--plan",
+        "configs/learning/tiny.yaml",
+        "--corpus",
+        tmp_path,
+        "--work",
+        tmp_path / "work",
+    ]
+    out = tmp_path / "out"
+    run(*plan, "--out", out, "--only", "full", "broken", "moba_32_3", "window_96")
+    results = json.loads((out / "learning.json").read_text())
+    runs = {r["arm"]: r for r in results["runs"]}
+    assert "block_size must be at least 1, got 0" in runs.pop("broken")["error"]  # and the arms after it ran
+    assert set(runs) == {"full", "moba_32_3", "window_96"}
+    for r in runs.values():
+        assert r["complete"], r.get("error")
+        assert not r["diverged"]
+        assert "error" not in r
+        assert r["tokens"] == 8 * 2 * 256 == r["steps"] * 512
+        assert len(r["loss_curve"]) == 8
+        assert r["loss_curve"][-1] < r["loss_curve"][0]
+        assert {(e["length"], e["needles"]) for e in r["retrieval"]} == {(n, k) for n in (256, 512) for k in (0, 1, 4)}
+        assert len(r["by_position"]) == 32
+    assert len({json.dumps(r["hashes"]) for r in runs.values()}) == 1
+    assert {(f["step"], f["layer"]) for f in runs["moba_32_3"]["routing"]} == {(s, i) for s in (4, 8) for i in (0, 1)}
+    saved = np.load(out / "selections_moba_32_3.npz")
+    assert saved["layer_0"].shape == (4, 256, 3)
+    assert saved["layer_0"].dtype == np.int16
+    assert saved["block_size"] == 32
+
+    again = tmp_path / "again"
+    shown = run(*plan, "--out", again, "--only", "full", "--previous", out / "learning.json")
+    assert "s left" not in shown  # nothing was started
+    assert json.loads((again / "learning.json").read_text())["runs"] == results["runs"]
+
+    pytest.importorskip("matplotlib")
+    run("examples.learning.report", "--results", out / "learning.json", "--docs", tmp_path)
+    page = (tmp_path / "learning.md").read_text()
+    assert "{{" not in page
+    assert "Not finished: `broken` seed 0: ValueError" in page
+    assert "one order and one initialisation" in page
+    for arm in runs:
+        assert f"| {arm} |" in page
+    assert (tmp_path / "learning_loss.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_runs_that_the_time_does_not_hold_are_not_started(tmp_path: Path) -> None:
+    run("examples.learning.corpus", "build", "--config", "configs/learning/corpus_tiny.yaml", "--out", tmp_path)
+    shown = run("examples.learning.run", "--plan", "configs/learning/tiny.yaml", "--corpus", tmp_path, "--work", tmp_path / "w",
+                "--out", tmp_path, "--time-limit", 20, "--only", "full")  # fmt: skip
+    assert "not started: full seed 0" in shown
+    assert json.loads((tmp_path / "learning.json").read_text())["runs"] == []
