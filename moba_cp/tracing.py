@@ -21,10 +21,10 @@ _TRACING_MODES = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
 
 
 def without_numbers(*tensors: object) -> bool:
-    """Whether a call with these arguments can only infer shapes."""
-    for x in tensors:
-        if isinstance(x, Tensor) and (isinstance(x, TRACED) or x.is_meta or torch._is_functional_tensor(x)):
-            return True
+    """Whether a call with these arguments can only infer shapes. A mixture with ordinary tensors is bad input instead."""
+    given = [x for x in tensors if isinstance(x, Tensor)]
+    if given and all(isinstance(x, TRACED) or x.is_meta or torch._is_functional_tensor(x) for x in given):
+        return True
     if not torch._C._len_torch_dispatch_stack():
         return False
     return any(isinstance(mode, _TRACING_MODES) for mode in _get_current_dispatch_mode_stack())
