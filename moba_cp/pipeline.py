@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -314,12 +314,12 @@ def _kv_part(call: Call, part: Part) -> KVPart:
     return KVPart(part.k, part.v, part.start, _block_length(call.plan.plan, part.k.device))
 
 
-@lru_cache(maxsize=64)
 def device_rows(plan: RankPlan, device: torch.device) -> QueryRows:
-    """Where the rank's rows stand, on the device."""
-    return query_rows(plan.block, plan.first_block, plan.position, device)
+    """Where the rank's rows stand, on the device; kept with the plan."""
+    make = lambda: query_rows(plan.block, plan.first_block, plan.position, device)  # noqa: E731
+    return plan.plan.memo.get(("query rows", plan.rank, device), make)
 
 
-@lru_cache(maxsize=64)
 def _block_length(plan: HomePlan, device: torch.device) -> Tensor:
-    return torch.from_numpy(plan.blocks.length.astype(np.int32)).to(device)
+    make = lambda: torch.from_numpy(plan.blocks.length.astype(np.int32)).to(device)  # noqa: E731
+    return plan.memo.get(("block length", device), make)

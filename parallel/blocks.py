@@ -10,14 +10,15 @@ Everything here is a pure function of host integers. Two ranks, contiguous, one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from .layout import SequenceLayout
 from .partition import expand_runs
+from .plan_cache import PLANS, Memo
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class HomePlan:
         home_row: int64 `[n_blocks]`, row of the block's first key among the keys at home there.
         home_tokens: int64 `[P]`, keys at home on each rank.
         whole: bool `[n_blocks]`, whether the home rank holds all of the block's tokens.
+        memo: what was made of the plan: its ranks' sides, and index tensors on devices.
     """
 
     layout: SequenceLayout
@@ -65,6 +67,7 @@ class HomePlan:
     home_row: np.ndarray
     home_tokens: np.ndarray
     whole: np.ndarray
+    memo: Memo = field(default_factory=Memo, repr=False)
 
     @cached_property
     def has_fragments(self) -> bool:
@@ -147,9 +150,13 @@ def block_table(cu_seqlens: np.ndarray, block_size: int) -> BlockTable:
     )
 
 
-@lru_cache(maxsize=64)
 def home_plan(layout: SequenceLayout, block_size: int) -> HomePlan:
-    """Give every block its home rank. Costs O(blocks) host work, and O(runs) for a layout listed as runs."""
+    """Give every block its home rank. Costs O(blocks) host work, and O(runs) for a layout listed as runs; kept in
+    `plan_cache.PLANS`."""
+    return PLANS.get((layout, block_size), lambda: _home_plan(layout, block_size))
+
+
+def _home_plan(layout: SequenceLayout, block_size: int) -> HomePlan:
     blocks = block_table(layout.cu_seqlens_array, block_size)
     home, held = layout.partition.largest(blocks.start, blocks.start + blocks.length)
     home_tokens = np.bincount(home, weights=blocks.length, minlength=layout.cp_size).astype(np.int64)
@@ -160,9 +167,12 @@ def home_plan(layout: SequenceLayout, block_size: int) -> HomePlan:
     return HomePlan(layout, block_size, blocks, home, home_row, home_tokens, held == blocks.length)
 
 
-@lru_cache(maxsize=64)
 def rank_plan(plan: HomePlan, rank: int) -> RankPlan:
-    """One rank's side of `plan`. Costs O(blocks + what the rank holds and exchanges) host work."""
+    """One rank's side of `plan`, kept with it. Costs O(blocks + what the rank holds and exchanges) host work."""
+    return plan.memo.get(("rank", rank), lambda: _rank_plan(plan, rank))
+
+
+def _rank_plan(plan: HomePlan, rank: int) -> RankPlan:
     n_ranks, mine = plan.layout.cp_size, plan.pieces(rank)
     block, position = np.repeat(mine.block, mine.length), _expand(mine.position, mine.length)
     home = plan.home[mine.block]

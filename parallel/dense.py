@@ -16,7 +16,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from .comm import CommGroup, Pending
 from .cost import GATHER_BYTES
 from .layout import SequenceLayout
+from .plan_cache import PLANS, Memo
 from .relay import GradientRelay, Relay
 
 COMMS = ("auto", "all_gather", "ring")
@@ -53,7 +53,6 @@ class _Run:
         return self.row + self.end - self.start
 
 
-@lru_cache(maxsize=256)
 def visible_pairs(layout: SequenceLayout, rank: int, source: int) -> tuple[Pair, ...]:
     """What the queries of `rank` see of the keys of `source`, in as few pairs as can be.
 
@@ -63,7 +62,19 @@ def visible_pairs(layout: SequenceLayout, rank: int, source: int) -> tuple[Pair,
         queries of rank 1 of 2      own keys 2 3 4 5     keys of rank 0: 0 1 6 7
           2 3 4 5                   causal               all four see 0 1; none sees 6 7
     """
-    queries, keys = _runs_of_documents(layout, rank), _runs_of_documents(layout, source)
+    return _memo(layout).get(("pairs", rank, source), lambda: _visible_pairs(layout, rank, source))
+
+
+def _memo(layout: SequenceLayout) -> Memo:
+    """What was made of the layout for full attention."""
+    return PLANS.get((layout, "full attention"), Memo)
+
+
+def _visible_pairs(layout: SequenceLayout, rank: int, source: int) -> tuple[Pair, ...]:
+    queries, keys = (
+        _memo(layout).get(("runs", r), lambda r=r: _runs_of_documents(layout, r))  # type: ignore[misc]
+        for r in (rank, source)
+    )
     pairs: list[Pair] = []
     for document, mine in queries.items():
         if rank != source:
@@ -81,7 +92,6 @@ def equal_documents(layout: SequenceLayout) -> bool:
     return len(set(np.diff(layout.cu_seqlens_array).tolist()) - {0}) <= 1
 
 
-@lru_cache(maxsize=256)
 def _runs_of_documents(layout: SequenceLayout, rank: int) -> dict[int, list[_Run]]:
     """This rank's runs by document, in the order of its rows."""
     boundaries = layout.cu_seqlens_array

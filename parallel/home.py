@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -74,7 +72,6 @@ def send_back(plan: RankPlan, dk: Tensor, dv: Tensor, comm: CommGroup) -> tuple[
     return packed[..., :width], packed[..., width:]
 
 
-@lru_cache(maxsize=64)
 def centroid_start(plan: RankPlan, device: torch.device) -> Tensor:
     """int32 on the device: home row of the first key of each block of which this rank makes a centroid.
 
@@ -82,6 +79,10 @@ def centroid_start(plan: RankPlan, device: torch.device) -> Tensor:
     may have too few keys for a centroid: the first candidate stands in for them, and nobody reads it there. In a larger group
     they are the rank's `centroid_blocks`.
     """
+    return plan.plan.memo.get(("centroid start", plan.rank, device), lambda: _centroid_start(plan, device))
+
+
+def _centroid_start(plan: RankPlan, device: torch.device) -> Tensor:
     rows = plan.centroid_rows
     if plan.plan.layout.cp_size == 1 and rows.size:
         rows = np.where(plan.plan.blocks.is_last, rows[0], plan.plan.home_row)
@@ -107,10 +108,9 @@ def gather_centroids(plan: RankPlan, local: Tensor, comm: CommGroup) -> Tensor:
     return gathered.flatten(0, 1)[index_tensor(plan, "centroid_order", local.device)]
 
 
-@lru_cache(maxsize=64)
 def _most_centroids(plan: HomePlan) -> int:
-    counts = np.bincount(plan.home[~plan.blocks.is_last], minlength=plan.layout.cp_size)
-    return int(counts.max(initial=0))
+    counts = lambda: np.bincount(plan.home[~plan.blocks.is_last], minlength=plan.layout.cp_size)  # noqa: E731
+    return plan.memo.get("most centroids", lambda: int(counts().max(initial=0)))
 
 
 def _centroid_order(plan: HomePlan) -> np.ndarray:
@@ -132,9 +132,12 @@ def _return_rows(plan: RankPlan) -> np.ndarray:
     return received[np.argsort(plan.home_from[received])]
 
 
-@lru_cache(maxsize=64)
 def index_tensor(plan: RankPlan, name: str, device: torch.device) -> Tensor | None:
     """An index array of the plan on `device`, int64; None where the plan says nothing has to move."""
+    return plan.plan.memo.get((name, plan.rank, device), lambda: _index_tensor(plan, name, device))
+
+
+def _index_tensor(plan: RankPlan, name: str, device: torch.device) -> Tensor | None:
     match name:
         case "return_rows":
             array = _return_rows(plan)
@@ -145,8 +148,18 @@ def index_tensor(plan: RankPlan, name: str, device: torch.device) -> Tensor | No
     return None if array is None else torch.from_numpy(array).to(device)
 
 
-@lru_cache(maxsize=256)
+_STARTS_BYTES = 8 << 20
+"""Starts of all ranks are kept on the device up to this size; of larger groups they are made at each use."""
+
+
 def home_start(plan: HomePlan, rank: int, device: torch.device) -> Tensor:
     """int32 `[n_blocks]`: row of each block's first key among the home keys of `rank`; -1 for blocks elsewhere."""
-    start = np.where(plan.home == rank, plan.home_row, -1)
-    return torch.from_numpy(start.astype(np.int32)).to(device)
+    home, row = plan.memo.get(("home and row", device), lambda: _home_and_row(plan, device))
+    make = lambda: torch.where(home == rank, row, -1)  # noqa: E731
+    if plan.layout.cp_size * len(plan.blocks) * 4 > _STARTS_BYTES:
+        return make()
+    return plan.memo.get(("home start", rank, device), make)
+
+
+def _home_and_row(plan: HomePlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.from_numpy(x.astype(np.int32)).to(device) for x in (plan.home, plan.home_row))  # type: ignore[return-value]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -46,7 +45,9 @@ def exchange_wanted(mine: Tensor, plan: RankPlan, comm: CommGroup) -> Wanted:
     return Wanted(masks.view(torch.bool), to_host(tokens.transpose(1, 2).contiguous()))
 
 
-@lru_cache(maxsize=64)
 def home_and_length(plan: HomePlan, device: torch.device) -> tuple[Tensor, Tensor]:
     """Home rank and length of every block: int64 `[n_blocks]` twice, on the device."""
-    return torch.from_numpy(plan.home).to(device), torch.from_numpy(plan.blocks.length).to(device)
+    return plan.memo.get(
+        ("home and length", device),
+        lambda: (torch.from_numpy(plan.home).to(device), torch.from_numpy(plan.blocks.length).to(device)),
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -64,9 +63,12 @@ class AllGather(AtOnce):
         return finish
 
 
-@lru_cache(maxsize=64)
 def _remote_start(plan: RankPlan, device: torch.device) -> Tensor:
     """int32 `[n_blocks]`: row of each block's first key in the flattened gathered keys; -1 for home blocks."""
-    home = plan.plan.home
-    start = np.where(home == plan.rank, -1, home * int(plan.plan.home_tokens.max()) + plan.plan.home_row)
-    return torch.from_numpy(start.astype(np.int32)).to(device)
+
+    def make() -> Tensor:
+        home = plan.plan.home
+        start = np.where(home == plan.rank, -1, home * int(plan.plan.home_tokens.max()) + plan.plan.home_row)
+        return torch.from_numpy(start.astype(np.int32)).to(device)
+
+    return plan.plan.memo.get(("gathered start", plan.rank, device), make)

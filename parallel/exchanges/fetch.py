@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -149,7 +148,6 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows // n_heads, rows % n_heads]
 
 
-@lru_cache(maxsize=64)
 def _home_length(plan: HomePlan, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which blocks are at home on `rank` (bool `[n_blocks]`) and the lengths of all (int64 `[n_blocks]`)."""
     home, length = home_and_length(plan, device)

@@ -1,0 +1,146 @@
+"""The one cache of plans: few, found by value, limited by bytes.
+
+Planning a layout takes milliseconds, and every layer of a step asks for the same plan; with packed data the next step brings
+another layout. So the latest plans are kept, the least recently used ones are dropped, and what is kept is counted. A plan in
+use lives on: the call holds it.
+
+Everything made of a plan (index tensors on a device, one rank's side) is kept with the plan and dropped with it. On CUDA a
+dropped tensor may have readers on side streams, but the caller's stream has joined them before the call that held the plan
+ended, and it is on the caller's stream that the memory is used next.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+MOST_HOST_BYTES = 96 << 20
+"""Plans are dropped where more is kept on the host, but never the newest."""
+MOST_DEVICE_BYTES = 96 << 20
+"""The same for all CUDA devices together."""
+MOST_PLANS = 64
+"""No more plans are kept, however small."""
+
+
+@dataclass(frozen=True)
+class KeptBytes:
+    """Bytes kept from call to call: in host memory, and on CUDA devices."""
+
+    host: int
+    device: int
+
+    def __add__(self, other: KeptBytes) -> KeptBytes:
+        return KeptBytes(self.host + other.host, self.device + other.device)
+
+
+class Memo:
+    """What was made of a plan; kept as long as the plan."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned the first time for `key`. Tensors made in inference mode would be of no use outside it, so they
+        are ordinary ones."""
+        if key not in self._made:
+            with torch.inference_mode(False):
+                self._made[key] = make()
+        return self._made[key]
+
+    def values(self) -> Iterator[Any]:
+        yield from self._made.values()
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+class PlanCache:
+    """Plans by value, the latest used last."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Hashable, Any] = OrderedDict()
+        self._sizes: dict[Hashable, tuple[int, KeptBytes]] = {}  # with how much had been made of the plan by then
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The plan of `key`: kept, or made now."""
+        if key in self._plans:
+            self._plans.move_to_end(key)
+            return self._plans[key]
+        plan = make()
+        self._plans[key] = plan
+        total = self.kept_bytes()
+        while len(self._plans) > 1 and (
+            len(self._plans) > MOST_PLANS or total.host > MOST_HOST_BYTES or total.device > MOST_DEVICE_BYTES
+        ):
+            oldest, _ = self._plans.popitem(last=False)
+            _, dropped = self._sizes.pop(oldest)
+            total = KeptBytes(total.host - dropped.host, total.device - dropped.device)
+        return plan
+
+    def kept_bytes(self) -> KeptBytes:
+        """What all plans take."""
+        for key, plan in self._plans.items():
+            made = len(plan if isinstance(plan, Memo) else plan.memo)
+            if key not in self._sizes or self._sizes[key][0] != made:
+                self._sizes[key] = made, bytes_of(plan)
+        return sum((size for _, size in self._sizes.values()), KeptBytes(0, 0))
+
+    def clear(self) -> None:
+        """Drop all plans."""
+        self._plans.clear()
+        self._sizes.clear()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+
+PLANS = PlanCache()
+
+
+def bytes_of(x: object) -> KeptBytes:
+    """Bytes of the arrays and tensors that `x` holds, each memory once."""
+    seen: dict[int, KeptBytes] = {}
+    _collect(x, seen, set())
+    return sum(seen.values(), KeptBytes(0, 0))
+
+
+def _collect(x: Any, seen: dict[int, KeptBytes], visited: set[int]) -> None:
+    """Bytes by address of memory."""
+    if isinstance(x, Tensor):
+        storage = x.untyped_storage()
+        size = storage.nbytes()
+        if size:
+            seen[storage.data_ptr()] = KeptBytes(0, size) if x.is_cuda else KeptBytes(size, 0)
+        return
+    if isinstance(x, np.ndarray):
+        base = x if x.base is None or not isinstance(x.base, np.ndarray) else x.base
+        if base.size:
+            seen[base.__array_interface__["data"][0]] = KeptBytes(base.nbytes, 0)
+        return
+    if x is None or isinstance(x, (str, bytes, int, float, bool, torch.device, torch.dtype)) or id(x) in visited:
+        return
+    visited.add(id(x))
+    if isinstance(x, Memo):
+        for value in x.values():
+            _collect(value, seen, visited)
+    elif isinstance(x, (tuple, list)):
+        if x and isinstance(x[0], (int, float)):
+            seen[id(x)] = KeptBytes(sys.getsizeof(x), 0)
+            return
+        for value in x:
+            _collect(value, seen, visited)
+    elif is_dataclass(x):
+        seen[id(x)] = KeptBytes(sys.getsizeof(x) + sys.getsizeof(getattr(x, "__dict__", ())), 0)
+        for field in fields(x):
+            _collect(getattr(x, field.name), seen, visited)
+    elif isinstance(layout_bytes := getattr(x, "nbytes", None), int):
+        seen[id(x)] = KeptBytes(layout_bytes, 0)
