@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..blocks import HomePlan
+from ..blocks import RankPlan
 from ..comm import CommGroup, Pending, SideStream
 from ..home import HomeBlocks
 from ..rows import pack
@@ -112,31 +113,40 @@ class Fetch(AtOnce):
     def _rows_to_send(self, heads: slice, sent: list[int]) -> Tensor:
         """int64: home token x heads at work + head, of every key to send, by (destination, kv head, block)."""
         device, rank = self.home.k.device, self.comm.rank
-        plan = self.home.plan.plan
-        mine, length = _home_length(plan, rank, device)
-        wanted = self.wanted.masks[:, heads] & mine  # [P, H, n_blocks]
+        mine, begin, length = _home_blocks(self.home.plan, device)
+        wanted = self.wanted.of_blocks(mine, heads)  # [P, H, home blocks]
         wanted[rank] = False
         n_heads, n_blocks = wanted.shape[1:]
         keys = torch.where(wanted, length, 0).flatten()
         total = sum(sent)
         pair = torch.repeat_interleave(torch.arange(keys.numel(), device=device), keys, output_size=total)
         offset = torch.arange(total, device=device) - (torch.cumsum(keys, 0) - keys)[pair]
-        token = self.home.start.long()[pair % n_blocks] + offset
+        token = begin[pair % n_blocks] + offset
         return token * n_heads + pair // n_blocks % n_heads
 
     def _start_rows(self, heads: slice) -> Tensor:
-        """int32 `[H, n_blocks]`: row of each fetched pair's first key among the keys received; -1 for the others."""
+        """int32 `[H, n_blocks]`: row of each fetched pair's first key among the keys received; -1 for the others.
+
+        A source sends its pairs by (kv head, block), so a pair begins where its (source, head) begins, after the pairs of
+        lower blocks.
+        """
         device, rank, size = self.home.k.device, self.comm.rank, self.comm.size
         plan = self.home.plan.plan
-        wanted = self.wanted.masks[rank, heads]
-        n_heads, n_blocks = wanted.shape
+        wanted = self.wanted.of_rank(rank, heads)
         source, length = home_and_length(plan, device)
+        order = plan.memo.get(("blocks by home", device), lambda: torch.argsort(source, stable=True))
         remote = wanted & (source != rank)
-        # By (source, kv head, block), as each source sends them.
-        by_source = torch.zeros(size, n_heads, n_blocks, dtype=torch.int64, device=device)
-        by_source.scatter_(0, source.expand(1, n_heads, -1), torch.where(remote, length, 0)[None])
-        first = (torch.cumsum(by_source.flatten(), 0) - by_source.flatten()).view_as(by_source)
-        start = first.gather(0, source.expand(1, n_heads, -1))[0]
+        keys = torch.where(remote, length, 0)
+        by_source = torch.zeros(keys.shape[0], size, dtype=torch.int64, device=device).index_add_(1, source, keys)
+        in_order = keys[:, order]
+        before = torch.empty_like(keys)
+        before[:, order] = (
+            torch.cumsum(in_order, 1) - in_order
+        )  # of the head: pairs of lower sources, then of lower blocks
+        sent_first = torch.cumsum(by_source, 1) - by_source  # of the head: pairs of lower sources
+        flat = by_source.T.flatten()
+        begins = (torch.cumsum(flat, 0) - flat).view(size, -1).T  # of each (head, source) among the keys received
+        start = before + (begins - sent_first)[:, source]
         return torch.where(remote, start, -1).to(torch.int32)
 
 
@@ -148,7 +158,12 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows // n_heads, rows % n_heads]
 
 
-def _home_length(plan: HomePlan, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which blocks are at home on `rank` (bool `[n_blocks]`) and the lengths of all (int64 `[n_blocks]`)."""
-    home, length = home_and_length(plan, device)
-    return home == rank, length
+def _home_blocks(plan: RankPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks at home on this rank, ascending: int64 numbers, rows of their first keys, and lengths."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        mine = np.flatnonzero(plan.plan.home == plan.rank)
+        arrays = (mine, plan.plan.home_row[mine], plan.plan.blocks.length[mine])
+        return tuple(torch.from_numpy(x).to(device) for x in arrays)  # type: ignore[return-value]
+
+    return plan.plan.memo.get(("home blocks", plan.rank, device), make)

@@ -127,7 +127,7 @@ def test_fetch_moves_each_wanted_pair_once_and_nothing_else() -> None:
     case = replace(CASE, topk=2)
     inputs = routed(case, [[0, 1, 2], [2, 1, 0]])
     first, second = stages(case, TWO, "fetch", inputs=inputs)
-    masks = (1, 8, 8)  # one byte for each of 2 heads x 4 blocks
+    masks = (1, 2, 2)  # for each of 2 heads 4 blocks, 8 to a byte
     pairs = 2 * 4 * TOKEN
     assert first[0] == {"centroids": CENTROIDS, "wanted pairs": masks, "fetch keys and values": (1, pairs, 0)}
     assert second[0] == {"centroids": CENTROIDS, "wanted pairs": masks, "fetch keys and values": (1, 0, pairs)}
@@ -215,7 +215,7 @@ def test_routing_exchanges_centroids_only(comm: str) -> None:
 
 def test_fetch_moves_no_key_where_every_block_is_at_home() -> None:
     for forward, backward, *_ in stages(replace(CASE, topk=1), TWO, "fetch"):
-        assert sum(s[1] + s[2] for s in forward.values()) == 2 * 8  # the masks of wanted pairs
+        assert sum(s[1] + s[2] for s in forward.values()) == 2 * 2  # the masks of wanted pairs
         assert sum(s[1] + s[2] for s in backward.values()) == 0
 
 
