@@ -1,4 +1,7 @@
-"""Turns `docs/results/*.json` of the benchmark scripts into the README's tables and plots beside the JSON files.
+"""Turns `docs/results/*.json` of the benchmark scripts into tables and plots.
+
+Tables go between the comments `<!-- results:NAME -->` and `<!-- /results:NAME -->` in README.md and docs/*.md; plots go
+beside the JSON files.
 
 python3 scripts/make_tables.py            # writes all
 python3 scripts/make_tables.py --print    # the tables only, to standard output
@@ -23,25 +26,61 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--print", action="store_true", help="print the table, write nothing")
     options = parser.parse_args()
-    about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
-    text = table(about, results, dense)
-    layer = layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))])
-    training = json.loads((RESULTS / "training.json").read_text())
-    equality = equality_table(json.loads((RESULTS / "parallel_equality.json").read_text()))
-    pretrain = pretrain_table(json.loads((RESULTS / "pretrain_gpt.json").read_text()))
     if options.print:
-        print(text, layer, training_table(training), equality, pretrain, sep="\n\n")
+        print(*blocks().values(), sep="\n\n")
         return
-    replace_between(ROOT / "README.md", "results:equality", equality)
-    replace_between(ROOT / "README.md", "results:pretrain", pretrain)
-    replace_between(ROOT / "README.md", "results:layer", layer)
-    replace_between(
-        ROOT / "README.md", "results:kernels", text + "\n\n![Time against tokens](docs/results/kernels.png)"
-    )
-    plot(about, results, dense, RESULTS / "kernels.png")
-    training_plot(training, RESULTS / "training.png")
-    picture = "![Loss curves and their differences](docs/results/training.png)"
-    replace_between(ROOT / "README.md", "results:training", f"{training_table(training)}\n\n{picture}")
+    fill(blocks(), [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+    plot(*load(sorted(RESULTS.glob("kernels*.json"))), RESULTS / "kernels.png")
+    training_plot(json.loads((RESULTS / "training.json").read_text()), RESULTS / "training.png")
+
+
+def blocks() -> dict[str, str]:
+    """Markdown of every table, by the name of the block that it goes into."""
+    about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
+    training = json.loads((RESULTS / "training.json").read_text())
+    return {
+        "results:headline": headline(results, dense, training),
+        "results:kernels": table(about, results, dense),
+        "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
+        "results:training": training_table(training),
+        "results:equality": equality_table(json.loads((RESULTS / "parallel_equality.json").read_text())),
+        "results:pretrain": pretrain_table(json.loads((RESULTS / "pretrain_gpt.json").read_text())),
+    }
+
+
+def fill(blocks: dict[str, str], files: list[Path]) -> None:
+    """Write every block wherever a file is marked for it.
+
+    Raises:
+        ValueError: no file is marked for a block.
+    """
+    for name, text in blocks.items():
+        marked = [file for file in files if f"<!-- {name} -->" in file.read_text()]
+        if not marked:
+            raise ValueError(
+                f"none of {', '.join(file.name for file in files)} has lines <!-- {name} --> and <!-- /{name} -->"
+            )
+        for file in marked:
+            replace_between(file, name, text)
+
+
+def headline(results: list[dict], dense: dict[tuple, dict], training: dict[str, Any]) -> str:
+    """Markdown: full attention against MoBA at 128K tokens, one layer, and the training step of `bench_training.py`."""
+    lines = ["| 128K tokens | full attention | MoBA | times as fast |", "|---|---|---|---|"]
+    for r in results:
+        reference = dense.get((*case(r), DENSE))
+        if r["tokens"] == 1 << 17 and reference is not None:
+            what = f"layer, {r['q_heads']}/{r['kv_heads']} heads, ({r['block_size']}, {r['topk']})"
+            lines.append(f"| {what} | {both(reference)} ms | **{both(r)} ms** | {faster(r, reference)} |")
+    setup, moba = training["setup"], training["setup"]["moba"]
+    for name in ("cp1", "cp2"):
+        run = training["runs"].get(name)
+        if run and run["steps"]:
+            gpus = f"{run['context']} GPU" + "s" * (run["context"] > 1)
+            what = f"training step, {run['parameters'] / 1e6:.0f}M, ({moba['block_size']}, {moba['topk']}), {gpus}"
+            seconds = setup["tokens_per_step"] / run["tokens_per_second"]
+            lines.append(f"| {what} | not measured | {seconds:.2f} s | |")
+    return "\n".join(lines)
 
 
 def load(files: list[Path]) -> tuple[dict[str, Any], list[dict], dict[tuple, dict]]:
