@@ -96,7 +96,7 @@ class Saved:
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
     """Output, log-sum-exp and selected blocks of the local rows."""
-    q, k, v = (unit_stride(x) for x in (q, k, v))
+    q, k, v = (readable(x) for x in (q, k, v))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)
@@ -142,7 +142,7 @@ def _forward_chunk(
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the local rows; dk and dv summed over every rank that used them."""
-    q, k, v, dout = (unit_stride(x) for x in (q, k, v, dout))
+    q, k, v, dout = (readable(x) for x in (q, k, v, dout))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)
@@ -298,6 +298,18 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Ranges:
     head_bytes = call.topk * call.backend.bytes_per_slot(width, q.dtype)
     most = call.plan.plan.layout.most_local_tokens
     return ranges_of(len(q), most, q.shape[1], k.shape[1], head_bytes, call.workspace_bytes)
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x`, copied only where its last dimension is not dense, or where its rows are not aligned as those of a new tensor.
+
+    Which variant of a kernel runs depends on alignment (`kernels.dispatch`), and variants of the backward agree to rounding
+    only. Parts that come from other ranks are aligned, so the local part has to be: dq must not depend on the layout.
+    """
+    x = unit_stride(x)
+    if x.shape[-1] % 16 or (x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def unit_stride(x: Tensor) -> Tensor:
