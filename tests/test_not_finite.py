@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ def outputs(rank: int, size: int, comm: str, which: str, value: float) -> Tensor
     return moba_cp.moba_attention(*qkv, CONFIG, layout=LAYOUT, comm=comm)
 
 
+@cache
 def output(comm: str, which: str, value: float) -> Tensor:
     return LAYOUT.unshard(run_ranks(2, outputs, comm, which, value))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from torch.distributed import distributed_c10d
 import moba_cp
 from moba_cp import MoBAConfig
 from moba_cp.parallel import notes
-from tests.ranks import run_fresh_ranks
+from tests.ranks import RankOutcome, run_fresh_ranks
 from tests.test_errors import good_call, outcome
 
 LATE = notes.GRACE_S + 1.5  # seconds: the refusing rank has raised by then
@@ -20,6 +22,13 @@ LATE = notes.GRACE_S + 1.5  # seconds: the refusing rank has raised by then
 
 def bad_call(rank: int) -> dict:
     return good_call(rank) | {"config": MoBAConfig(4, 2), "comm": "smoke"}
+
+
+def side_by_side(fn, variants: Sequence[object], group_timeout: float) -> list[list[RankOutcome]]:
+    """Fresh ranks for each variant, all at once: they sleep most of the time."""
+    with ThreadPoolExecutor(len(variants)) as pool:
+        runs = [pool.submit(run_fresh_ranks, 2, fn, v, group_timeout=group_timeout, timeout=60.0) for v in variants]
+    return [run.result() for run in runs]
 
 
 def made_again(rank: int, size: int) -> tuple[str, str]:
@@ -30,7 +39,9 @@ def made_again(rank: int, size: int) -> tuple[str, str]:
     dist.barrier()
     name, store = first.group_name, distributed_c10d._world.pg_map[first][1]
     dist.destroy_process_group(first)
-    store.delete_key(f"cpu//0/{rank}")  # torch's own rendezvous may find the first group's addresses otherwise
+    # gloo leaves its addresses in the store. A rank that makes the second group first would find the first group's there and
+    # connect to those; then `new_group` itself hangs on both ranks now and then, before moba_cp is called.
+    store.delete_key(f"cpu//0/{rank}")
     dist.barrier()
     second = dist.new_group([0, 1], use_local_synchronization=True)
     assert second.group_name == name
@@ -59,8 +70,8 @@ def leaves(rank: int, size: int, warm: bool) -> tuple[float, str]:
 
 def test_every_rank_can_leave_after_a_refusal() -> None:
     """Also if the refusing rank does something else by then, outside of any call."""
-    for warm in (False, True):
-        for found in run_fresh_ranks(2, leaves, warm, group_timeout=30.0, timeout=60.0):
+    for outcomes in side_by_side(leaves, (False, True), group_timeout=30.0):
+        for found in outcomes:
             assert found.result is not None, found
             assert found.result[0] < 2.0
             assert "smoke" in found.result[1]
@@ -78,8 +89,7 @@ def gone(rank: int, size: int, how: str) -> str:
 
 
 def test_the_reason_is_read_when_its_rank_is_gone() -> None:
-    for how in ("left", "ended"):
-        found = run_fresh_ranks(2, gone, how, group_timeout=20.0, timeout=60.0)[0]
+    for found, _ in side_by_side(gone, ("left", "ended"), group_timeout=20.0):
         assert found.result is not None, found
         assert "rank 1 refused its input: ValueError: comm must be one of" in found.result
         assert found.seconds < LATE + 6.0
