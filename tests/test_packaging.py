@@ -49,7 +49,8 @@ def _python_files(folder: Path) -> set[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this working tree without what git ignores, so that no earlier build can lend it files."""
     copy = tmp_path_factory.mktemp("checkout")
-    names = ["moba_cp", "kernels", "parallel", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
+    names = ["moba_cp", "kernels", "parallel", "examples", "scripts", "configs", "tests"]
+    names += ["pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
     present = [name for name in names if (REPO / name).exists()]
     tar = ["tar", "--exclude=__pycache__", "-cf", "-", *present]
     archive = subprocess.run(tar, cwd=REPO, check=True, capture_output=True).stdout
@@ -75,6 +76,11 @@ def test_wheel_holds_every_module_of_the_tree(wheel: Path) -> None:
     for half in ("kernels", "parallel"):  # the links; rglob does not follow them
         expected |= {f"moba_cp/{half}/{name}" for name in _python_files(REPO / half)}
     assert _python_files(wheel) == expected
+
+
+def test_wheel_holds_no_trainer_and_no_examples(wheel: Path) -> None:
+    names = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*")}
+    assert [n for n in names if "examples" in n or "megatron/training" in n or n.endswith("/train.py")] == []
 
 
 def test_wheel_of_the_sdist_is_the_wheel_of_the_checkout(checkout: Path, wheel: Path, tmp_path: Path) -> None:
