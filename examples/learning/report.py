@@ -54,6 +54,13 @@ def arms(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
     return found
 
 
+def compared(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
+    """Runs by arm, of the seeds that every arm has: means of other runs would compare seeds. All runs where no seed is in all."""
+    found = arms(runs)
+    common = set.intersection(*(set(seeds) for seeds in found.values())) if found else set()
+    return {arm: {s: r for s, r in seeds.items() if s in common} for arm, seeds in found.items()} if common else found
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error (nan of one value)."""
     error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
@@ -90,17 +97,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def loss_table(results: dict[str, Any], runs: list[Run]) -> str:
     found = arms(runs)
     full = found.get("full", {})
-    target = max((np.mean(r["loss_curve"][-SMOOTH:]) for r in runs), default=math.nan)
+    ends = [np.mean(r["loss_curve"][-SMOOTH:]) for seeds in compared(runs).values() for r in seeds.values()]
+    target = max(ends, default=math.nan)
     rows = []
+    means = compared(runs)
     for arm, seeds in found.items():
-        each = list(seeds.values())
+        each = list(means[arm].values())
         seconds = [s for s in (seconds_to(r, target) for r in each) if s is not None]
         speeds = [r["tokens_per_second"] for r in each if r["tokens_per_second"]]
         peak = [r["peak_memory_bytes"] for r in each if r.get("peak_memory_bytes")]
         rows.append(
             [
                 arm,
-                str(len(each)),
+                ", ".join(map(str, sorted(seeds))),
                 shown([r["eval_loss"] for r in each]),
                 "0" if arm == "full" else shown(gaps(seeds, full), sign=True),
                 shown([r["trailing_2k"] for r in each]),
@@ -324,7 +333,7 @@ def pictures(results: dict[str, Any], folder: Path) -> None:
     from matplotlib import pyplot
 
     runs = finished(results)
-    found, smooth = arms(runs), min(SMOOTH, min(len(r["loss_curve"]) for r in runs))
+    found, smooth = compared(runs), min(SMOOTH, min(len(r["loss_curve"]) for r in runs))
     average = lambda curve: np.convolve(np.array(curve, float), np.ones(smooth) / smooth, "valid")  # noqa: E731
     full = found.get("full", {})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
