@@ -1,5 +1,7 @@
 """MoBA attention (Mixture of Block Attention, arXiv 2502.13189) over a context-parallel group."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from . import diagnostics, reference
 from .attention import moba_attention, moba_attn_varlen
 from .config import MoBAConfig
@@ -7,11 +9,17 @@ from .memory import KeptMemory, kept_bytes
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
 
+try:
+    __version__ = version("moba_cp")
+except PackageNotFoundError:  # a checkout on PYTHONPATH
+    __version__ = "0.1.0+checkout"
+
 __all__ = [
     "KeptMemory",
     "MoBAConfig",
     "MoBAReport",
     "SequenceLayout",
+    "__version__",
     "diagnostics",
     "kept_bytes",
     "moba_attention",

@@ -10,7 +10,7 @@ REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$REPO"
 
 TORCH_WITHOUT_GPU=("torch==2.13.0" "triton==3.6.0") # where pip finds torch's build for CPUs
-TORCH_OF_ANY_BUILD=("torch==2.13.0" "triton>=3.6,<3.8") # builds for GPUs bring a triton of their own; gigabytes
+TORCH_OF_ANY_BUILD=("torch==2.13.0" "triton>=3.6,<3.9") # builds for GPUs bring a triton of their own; gigabytes
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
