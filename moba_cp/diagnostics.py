@@ -186,25 +186,39 @@ def plot_distance_histogram(
     path: str | os.PathLike[str],
     *,
     layout: SequenceLayout | None = None,
+    group: dist.ProcessGroup | None = None,
     title: str | None = None,
 ) -> Path:
-    """Bars: the share of selections by how many blocks they lie before the query's own. Rank-local: no communication.
+    """Bars: the share of selections by how many blocks they lie before the query's own.
 
     Args:
         report: the report; its histogram is of the whole group already.
         path: file to write; its folder is made if need be.
         layout: the layout of the call; with it, the picture also shows what uniformly random routing would give.
+        group: the context-parallel group: all its ranks call this together, and its rank 0 writes the file. None: this rank
+            draws alone, without communication.
         title: None for a standing title.
 
     Returns:
-        `path`.
+        `path`, on every rank.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the layout is not the report's.
+        TypeError, ValueError: the layout is not the report's, or `group` is no process group of the report's ranks.
     """
-    _check_report(report)
+    if group is None:
+        _check_report(report)
+    else:
+        _check_together(report, layout, group)
     drawing.matplotlib()
+    if group is not None:
+        if layout is not None:
+            _begin(report, layout, group, "plot_distance_histogram")
+        elif dist.get_world_size(group) != report.attended_keys.size:
+            ranks = report.attended_keys.size
+            raise ValueError(f"group has {dist.get_world_size(group)} ranks, but the report is of {ranks}")
+        if dist.get_rank(group) > 0:
+            return Path(path)
     labels, counts = _distances(report)
     uniform = None
     if layout is not None:

@@ -169,10 +169,12 @@ def draw_traffic(
         ends = {"xmin": x - 0.4, "xmax": x + 0.4}
         lines = [
             axes.hlines(
-                visible / unit, **ends, color=_GREY, linestyle=(0, (2, 1)), linewidth=2, label="all keys, values in sight"
+                fewest / unit, **ends, color=_INK, linewidth=3.5, zorder=3, label=f"fewest possible,\n{passes}"
             ),
+            # On top and in another colour: where everything in sight is wanted, both are at the same height.
             axes.hlines(
-                fewest / unit, **ends, color=_INK, linewidth=2, label=f"fewest possible,\n{passes}"
+                visible / unit, **ends, color=_ORANGE, linestyle=(0, (2, 1)), linewidth=1.6, zorder=4,
+                label="all keys, values in sight",
             ),
         ]  # fmt: skip
         _legend(axes, handles=[*stages[::-1], *lines], loc="upper left", bbox_to_anchor=(1.0, 1.02))

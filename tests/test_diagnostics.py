@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout, diagnostics, drawing
@@ -146,6 +147,8 @@ def draw_on_ranks(rank: int, world_size: int, folder: str) -> str:
         diagnostics.plot_traffic(report, f"{folder}/traffic.png"),
         diagnostics.plot_block_selection(report, f"{folder}/of_rank_{rank}.png"),
         diagnostics.plot_distance_histogram(report, f"{folder}/distance_{rank}.png", layout=layout),
+        diagnostics.plot_distance_histogram(report, f"{folder}/group.png", layout=layout, group=dist.group.WORLD),
+        diagnostics.plot_distance_histogram(report, f"{folder}/no_layout.png", group=dist.group.WORLD),
     ]
     assert "matplotlib.pyplot" not in sys.modules
     return " ".join(path.name for path in paths)
