@@ -1,13 +1,14 @@
 """Checkpoints with Megatron's distributed checkpointing: saved by any parallel sizes, resumed bit for bit by the same ones.
 
-``<run>/checkpoints/step_00000100/`` holds the sharded model and optimizer; ``latest`` names the newest complete one and
-is written last, so a run that dies while saving resumes from the one before. Nothing random happens after
+A checkpoint is written to a folder that ends in ``.tmp``, renamed, and only then named by ``latest``
+(:mod:`.checkpoint_files`), so a run that dies while saving resumes from the one before. Nothing random happens after
 initialisation (no dropout, and the data order follows from the seed), so there is no random state to keep.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
+from . import checkpoint_files as files
+from .distributed import TrainingError, agree, largest
 from .model import Trainer
 
 # Optimizer state as one tensor per parameter, whatever the sizes of the parallel groups.
@@ -33,43 +37,141 @@ class Progress:
     corpus: str = ""  # fingerprint of the training text
 
 
-def save(directory: Path, trainer: Trainer, progress: Progress) -> Path:
-    """Write a checkpoint; every rank must call this. Returns its folder."""
-    target = directory / f"step_{progress.step:08d}"
-    if dist.get_rank() == 0:
-        target.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    state = _sharded_state(trainer, is_loading=False) | {"progress": asdict(progress)}
-    dist_checkpointing.save(state, str(target), content_metadata=_FORMAT)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        pointer = directory / "latest.tmp"
-        pointer.write_text(target.name + "\n")
-        os.replace(pointer, directory / "latest")
-    dist.barrier()
-    return target
+def save(
+    directory: Path, trainer: Trainer, progress: Progress, *, moba: dict[str, Any] | None = None, keep: int = 0
+) -> Path:
+    """Write a checkpoint; every rank must call this. Returns its folder.
 
-
-def load_latest(directory: Path, trainer: Trainer, corpus: str) -> Progress | None:
-    """Restore the newest checkpoint, or return None if there is none; every rank must call this.
+    Args:
+        directory: folder of the run's checkpoints.
+        trainer: what to save.
+        progress: recorded with it.
+        moba: settings of attention, from :func:`.model.moba_record`; recorded with it.
+        keep: checkpoints that stay, this one included; 0 for all.
 
     Raises:
-        ValueError: the checkpoint was trained on other text than ``corpus`` (a fingerprint).
+        TrainingError: a parameter is not finite, or a rank could not write (a full disk). ``latest`` still names the
+            checkpoint before, and nothing of this one is left.
     """
-    pointer = directory / "latest"
-    if not pointer.exists():
+    device = next(trainer.model[0].parameters()).device
+    broken = not all(bool(p.isfinite().all()) for chunk in trainer.model for p in chunk.parameters())
+    if largest(int(broken), device):
+        raise TrainingError(f"parameters are not finite after step {progress.step}: not saved")
+    name, is_first = f"step_{progress.step:08d}", dist.get_rank() == 0
+    with _together(directory, name):
+        if is_first:
+            files.prepare(directory, name)
+    unfinished = directory / f"{name}.tmp"
+    with _together(directory, name):
+        state = _sharded_state(trainer, is_loading=False) | {"progress": asdict(progress), "moba": moba}
+        dist_checkpointing.save(state, str(unfinished), content_metadata=_FORMAT)
+    with _together(directory, name):
+        if is_first:
+            files.publish(directory, name, keep)
+    return directory / name
+
+
+@contextmanager
+def _together(directory: Path, name: str) -> Iterator[None]:
+    """Errors of the ``with`` block on one rank become one `TrainingError` on all, and the unfinished folder goes."""
+    error = None
+    try:
+        yield
+    except (Exception, CheckpointException) as raised:  # torch's is no Exception
+        lines = [line for line in str(_cause(raised)).splitlines() if line.strip()]
+        error = f"checkpoint {directory / name} could not be written: {lines[-1].strip() if lines else repr(raised)}"
+    try:
+        agree(error)
+    except TrainingError:
+        if dist.get_rank() == 0 and directory.is_dir():
+            with suppress(OSError):
+                files.remove_unfinished(directory)
+        raise
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What an error of a checkpoint writer started with; torch gathers the errors of the ranks in one."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        return _cause(next(iter(failures.values()))[0])
+    return _cause(error.__cause__) if error.__cause__ is not None else error
+
+
+def load_latest(
+    directory: Path,
+    trainer: Trainer,
+    corpus: str,
+    *,
+    moba: dict[str, Any] | None = None,
+    allow_moba_change: bool = False,
+    notes: list[str] | None = None,
+) -> Progress | None:
+    """Restore the newest whole checkpoint, or return None if there is none; every rank must call this.
+
+    Args:
+        directory: folder of the run's checkpoints.
+        trainer: what to restore.
+        corpus: fingerprint of the training text.
+        moba: settings of attention, from :func:`.model.moba_record`; None: do not compare them.
+        allow_moba_change: report other settings in ``notes`` instead of refusing them.
+        notes: receives what the user should know, one line each.
+
+    Raises:
+        TrainingError: no checkpoint is whole, or the chosen one was trained on other text or with other settings.
+    """
+    notes = [] if notes is None else notes
+    path = _choose(directory, notes)
+    if path is None:
         return None
-    path = directory / pointer.read_text().strip()
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    progress = Progress(**common["progress"])
+    if progress.corpus != corpus:
+        raise TrainingError(
+            f"the training text has changed since {path} was saved: resuming would not continue that run"
+        )
+    _compare_moba(path, common.get("moba"), moba, allow_moba_change, notes)
     _allocate_adam_state(trainer.optimizer)
     state = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(path))
-    progress = Progress(**state["progress"])
-    if progress.corpus != corpus:
-        raise ValueError(f"the training text has changed since {path} was saved: resuming would not continue that run")
     for number, chunk in enumerate(unwrap_model(trainer.model)):
         chunk.load_state_dict(state[f"model{number}"])
     _load_optimizer(trainer.optimizer, state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     return progress
+
+
+def _choose(directory: Path, notes: list[str]) -> Path | None:
+    """Rank 0 looks at the files, for all ranks."""
+    found: list[Any] = [None, [], None]
+    if dist.get_rank() == 0:
+        try:
+            found[:2] = files.choose(directory)
+        except (OSError, ValueError) as error:
+            found[2] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    path, said, problem = found
+    if problem:
+        raise TrainingError(problem)
+    notes.extend(said)
+    return path
+
+
+def _compare_moba(
+    path: Path, saved: dict[str, Any] | None, wanted: dict[str, Any] | None, allowed: bool, notes: list[str]
+) -> None:
+    """Refuse settings that change what the weights compute; transports and the schedule do not."""
+    if saved is None or wanted is None:
+        return
+    changes = [
+        f"moba.{name} {saved[name]} -> {wanted[name]}"
+        for name in ("block_size", "topk", "layers")
+        if saved[name] != wanted[name]
+    ]
+    if not changes:
+        return
+    line = f"{path} was trained with other settings: {', '.join(changes)}"
+    if not allowed:
+        raise TrainingError(f"{line}; run.allow_moba_change=true resumes all the same")
+    notes.append(line)
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:

@@ -99,8 +99,11 @@ class RunConfig:
     routing_interval: int = 0  # steps between routing statistics of every layer in TensorBoard; 0: never
     save_interval: int = 0  # 0: only at the end
     save_last: bool = True
+    keep_checkpoints: int = 0  # newest ones that are kept; 0: all
     routing_picture: bool = True  # at the end: which blocks the last layer's queries select, as a heatmap
     resume: bool = True  # from the newest checkpoint of this run, if there is one
+    allow_moba_change: bool = False  # resume although the checkpoint has other blocks, topk or MoBA layers
+    timeout_seconds: float = 600.0  # how long a collective waits for the other ranks before the run fails
 
 
 @dataclass
@@ -156,6 +159,10 @@ def _check(config: TrainConfig) -> None:
     for name in ("eval_interval", "routing_interval", "save_interval"):
         if getattr(run, name) < 0:
             raise ValueError(f"run.{name} must not be negative (0: never), got {getattr(run, name)}")
+    if run.keep_checkpoints < 0:
+        raise ValueError(f"run.keep_checkpoints must not be negative (0: all), got {run.keep_checkpoints}")
+    if not run.timeout_seconds > 0:
+        raise ValueError(f"run.timeout_seconds must be positive, got {run.timeout_seconds}")
     _divides("model.num_attention_heads", model.num_attention_heads, "model.hidden_size", model.hidden_size)
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     _divides("parallel.tensor", parallel.tensor, "model.num_attention_heads", model.num_attention_heads)

@@ -18,6 +18,10 @@ from .config import TrainConfig
 PROGRAM = "examples/megatron_gpt/train.py"
 
 
+class TrainingError(ValueError):
+    """The run cannot go on. Raised on every rank with the same message, which the program prints once."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Where this process stands."""
@@ -70,21 +74,23 @@ def start(config: TrainConfig) -> Ranks:
     # Megatron demands it below compute capability 10, so that overlapped collectives start before the next kernel. The
     # driver reads it when CUDA is first asked for anything.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    timeout = timedelta(seconds=config.run.timeout_seconds)
     device = _choose_device(config.run.device, int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu":
         use_cpu_as_cuda()
-        dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("gloo", timeout=timeout)
     else:
         torch.cuda.set_device(device)
         # Without device_id: with it, all of Megatron's groups, dozens, would open NCCL communicators now; most are never
         # used.
-        dist.init_process_group("nccl", timeout=timedelta(minutes=10))
+        dist.init_process_group("nccl", timeout=timeout)
     _check_sizes(config, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
         virtual_pipeline_model_parallel_size=config.parallel.model_chunks,
         context_parallel_size=config.parallel.context,
+        distributed_timeout_minutes=config.run.timeout_seconds / 60,  # Megatron's groups have their own
     )
     torch.manual_seed(config.run.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
@@ -97,14 +103,31 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
+def largest(value: int, device: torch.device) -> int:
+    """The largest ``value`` of any rank; every rank must call this."""
+    most = torch.tensor(value, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
+def agree(error: str | None) -> None:
+    """Pass if no rank brings an error; every rank must call this.
+
+    Raises:
+        TrainingError: the first error by rank, on every rank.
+    """
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for first in filter(None, errors):
+        raise TrainingError(first)
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes that torch has held at once on a GPU since the run started, over all ranks; None on CPU. Every rank must
     call this."""
     if device.type == "cpu":
         return None
-    most = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
+    return largest(torch.cuda.max_memory_allocated(device), device)
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:

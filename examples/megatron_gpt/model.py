@@ -170,6 +170,18 @@ def moba_settings(config: TrainConfig) -> MoBASettings:
     )
 
 
+def moba_record(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint, the log and TensorBoard say about attention; ``layers`` has 1 for MoBA and 0 for full attention."""
+    settings, count = moba_settings(config), config.model.num_layers
+    return {
+        "block_size": settings.moba.block_size,
+        "topk": settings.moba.topk,
+        "layers": [int(settings.computes_moba(number, count)) for number in range(1, count + 1)],
+        "fraction": config.moba.fraction,
+        "comm": settings.comm,
+    }
+
+
 def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
     section = config.optimizer
     return OptimizerConfig(

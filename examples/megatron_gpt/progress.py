@@ -84,6 +84,15 @@ class Reporter:
             self._write("model", 0, {"parameters": parameters})
             self.say(f"{parameters:,} parameters")
 
+    def moba(self, settings: dict[str, Any]) -> None:
+        """Record what attention computes, once for each start of the run (kind ``moba``; in TensorBoard a text)."""
+        if self.active:
+            self.file.write(json.dumps({"kind": "moba", "step": 0} | settings) + "\n")
+            self.file.flush()
+            line = ", ".join(f"{name}={value}" for name, value in settings.items())
+            self.writer.add_text("moba", line, 0)
+            self.say(f"MoBA: {line}")
+
     def step(self, step: int, flops: float = 0.0, peak_memory: int | None = None, **metrics: float) -> None:
         """Record the metrics of a training step, among them ``loss``; adds tokens per second since the last call.
 
@@ -143,7 +152,7 @@ class Reporter:
 
 
 def read_metrics(directory: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Lines of a run's ``metrics.jsonl`` of one kind (``train``, ``eval``, ``routing`` or ``model``), in the order written."""
+    """Lines of a run's ``metrics.jsonl`` of one kind, in the order written: train, eval, routing, model or moba."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
 

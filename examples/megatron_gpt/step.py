@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from moba_cp.megatron.routing import routing_statistics
 
 from .batches import MicroBatch
 from .config import TrainConfig
-from .distributed import Ranks
+from .distributed import Ranks, TrainingError, largest
 from .model import Trainer
 
 
@@ -32,17 +33,30 @@ class StepResult:
 
 
 def train_step(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks) -> StepResult:
-    """Forward and backward over one global batch, then one optimizer step."""
+    """Forward and backward over one global batch, then one optimizer step.
+
+    Raises:
+        TrainingError: the loss (before the parameters change) or the gradient norm (after) is NaN or infinite.
+    """
     for chunk in trainer.model:
         chunk.train()
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     loss = _run_batch(trainer, batches, config, ranks, forward_only=False)
+    _check_finite("loss", loss if ranks.is_last_stage else 0.0, ranks)
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
     succeeded, grad_norm, _ = trainer.optimizer.step()
     if succeeded:
+        _check_finite("gradient norm", float(grad_norm or 0.0), ranks)
         trainer.scheduler.step(increment=config.run.global_batch_size)
     return StepResult(loss, float(grad_norm or 0.0), learning_rate, skipped=not succeeded)
+
+
+def _check_finite(what: str, value: float, ranks: Ranks) -> None:
+    """Raise on every rank if ``value`` is NaN or infinite on any."""
+    worst = largest(2 if math.isnan(value) else int(math.isinf(value)), ranks.device)
+    if worst:
+        raise TrainingError(f"the {what} is {('infinite', 'NaN')[worst - 1]}")
 
 
 @torch.no_grad()

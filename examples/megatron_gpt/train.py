@@ -25,8 +25,9 @@ from examples.megatron_gpt import checkpoint, distributed  # noqa: E402
 from examples.megatron_gpt.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
 from examples.megatron_gpt.config import TrainConfig, load_config  # noqa: E402
 from examples.megatron_gpt.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
-from examples.megatron_gpt.model import build, count_parameters, moba_settings  # noqa: E402
+from examples.megatron_gpt.model import build, count_parameters, moba_record, moba_settings  # noqa: E402
 from examples.megatron_gpt.progress import Reporter  # noqa: E402
+from examples.megatron_gpt.signals import Stop, note_signals  # noqa: E402
 from examples.megatron_gpt.step import evaluate, last_layer_report, routing, train_step  # noqa: E402
 from moba_cp import diagnostics  # noqa: E402
 from moba_cp.megatron import MoBASchedule  # noqa: E402
@@ -42,25 +43,41 @@ def main(
     torchrun --nproc-per-node 2 examples/megatron_gpt/train.py configs/quickstart.yaml parallel.context=2 run.name=cp2
 
     Every key is explained in examples/megatron_gpt/config.py. GPUs are used if there are any, over NCCL; otherwise
-    the CPU, over gloo. Started again, a run continues from its newest checkpoint.
+    the CPU, over gloo. Started again, a run continues from its newest checkpoint. SIGTERM and SIGINT save and end it.
     """
     try:
         config = load_config(config_file, overrides or [])
     except (OSError, ValueError, OmegaConfBaseException) as error:
         sys.exit(f"{config_file}: {error}")
-    ranks = distributed.start(config)
-    train(config, ranks)
+    try:
+        ranks = distributed.start(config)
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"{config_file}: {error}")
+    try:
+        with note_signals() as stop:
+            train(config, ranks, stop)
+    except distributed.TrainingError as error:  # on every rank
+        if ranks.is_reporter:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        dist.barrier()  # torchrun ends the others as soon as one has failed
+        distributed.stop()
+        sys.exit(1)
     # Not after an error: leaving NCCL's groups may wait for ranks that wait for this one, and nobody would see the error.
     distributed.stop()
 
 
-def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
+def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
     run, data = config.run, config.data
 
     # Text. Every rank reads the same samples and keeps the tokens that are its own.
-    train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
-    train_text = PackedText(train_corpus, data.seq_length, run.seed)
-    eval_text = PackedText(eval_corpus, data.seq_length, run.seed)
+    missing = None
+    try:
+        train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
+        train_text = PackedText(train_corpus, data.seq_length, run.seed)
+        eval_text = PackedText(eval_corpus, data.seq_length, run.seed)
+    except (OSError, ValueError) as error:
+        missing = f"data.paths={data.paths}: {error}"
+    distributed.agree(missing)
     parallel = config.parallel
     sharding = Sharding(
         ranks.dp_rank,
@@ -77,7 +94,16 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
     # Model, optimizer, and where the last attempt got to.
     trainer = build(config, ranks)
     checkpoints = config.run_directory / "checkpoints"
-    restored = checkpoint.load_latest(checkpoints, trainer, train_corpus.fingerprint) if run.resume else None
+    moba, notes, restored = moba_record(config), list[str](), None
+    if run.resume:
+        restored = checkpoint.load_latest(
+            checkpoints,
+            trainer,
+            train_corpus.fingerprint,
+            moba=moba,
+            allow_moba_change=run.allow_moba_change,
+            notes=notes,
+        )
     progress = restored or checkpoint.Progress(corpus=train_corpus.fingerprint)
     batches = read(train_text, progress.consumed_samples)
 
@@ -104,11 +130,17 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
     ) as reporter:
         reporter.say(describe(config, ranks, train_corpus))
         reporter.model(count_parameters(trainer, ranks))
+        reporter.moba(moba)
+        for note in notes:
+            reporter.say(note)
         if restored:
             reporter.say(f"resumed after step {progress.step}")
         for step in range(progress.step + 1, run.steps + 1):
             schedule.apply(trainer.model, step)
-            result = train_step(trainer, batches, config, ranks)
+            try:
+                result = train_step(trainer, batches, config, ranks)
+            except distributed.TrainingError as error:
+                raise distributed.TrainingError(f"step {step}: {error}; training stops, nothing is saved") from error
             if ranks.is_reporter:
                 flops += flops_of(step, progress.consumed_samples)
             progress = checkpoint.Progress(step, progress.consumed_samples + run.global_batch_size, progress.corpus)
@@ -130,9 +162,15 @@ def train(config: TrainConfig, ranks: distributed.Ranks) -> None:
             if run.routing_interval and step % run.routing_interval == 0:
                 with reporter.pause():
                     reporter.routing(step, routing(trainer, read(eval_text, 0), config, ranks))
-            if (run.save_interval and step % run.save_interval == 0) or (run.save_last and step == run.steps):
+            stopped = distributed.largest(int(bool(stop.name)), ranks.device)
+            due = (run.save_interval and step % run.save_interval == 0) or (run.save_last and step == run.steps)
+            if due or stopped:
                 with reporter.pause():
-                    reporter.say(f"saved {checkpoint.save(checkpoints, trainer, progress)}")
+                    path = checkpoint.save(checkpoints, trainer, progress, moba=moba, keep=run.keep_checkpoints)
+                    reporter.say(f"saved {path}")
+            if stopped:
+                reporter.say(f"stopped by {stop.name or 'a signal to another rank'} after step {step}")
+                return
 
         if run.routing_picture:
             layer = last_layer_report(
@@ -151,10 +189,13 @@ def describe(config: TrainConfig, ranks: distributed.Ranks, corpus: Corpus) -> s
     """The configuration, the text and where the run runs, for the top of the log."""
     parallel, text = config.parallel, corpus.total_tokens / 1e6
     pipeline = f"{parallel.pipeline}" + f" ({parallel.virtual_pipeline} chunks each)" * bool(parallel.model_chunks)
+    whole = ""
+    if parallel.context == 1 and ranks.dp_size > 1:
+        whole = f"\nparallel.context=1: no sequence is sharded, {ranks.dp_size} model replicas train data-parallel"
     return (
         f"{OmegaConf.to_yaml(OmegaConf.structured(config))}"
         f"{len(corpus.paths):,} documents, {text:.1f} M tokens; {ranks.device.type}, "
-        f"tensor {parallel.tensor} x context {parallel.context} x pipeline {pipeline} x data {ranks.dp_size}"
+        f"tensor {parallel.tensor} x context {parallel.context} x pipeline {pipeline} x data {ranks.dp_size}{whole}"
     )
 
 

@@ -1,0 +1,98 @@
+"""The files of checkpoints: which are whole, which is the newest, which may go. Plain files, no collectives.
+
+``step_00000100/`` holds a checkpoint and ``files.json``, which lists the bytes of every other file in it. ``latest`` names
+the newest checkpoint. Folders that end in ``.tmp`` are unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+_MANIFEST = "files.json"
+
+
+def prepare(directory: Path, name: str) -> Path:
+    """Remove what unfinished saves left, and make the folder that the next one writes to."""
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(directory)
+    unfinished = directory / f"{name}.tmp"
+    unfinished.mkdir()
+    return unfinished
+
+
+def publish(directory: Path, name: str, keep: int) -> None:
+    """Give a finished folder its name, let ``latest`` name it, and remove all but the ``keep`` newest (0: none)."""
+    unfinished, target, replaced = directory / f"{name}.tmp", directory / name, directory / f"{name}.old.tmp"
+    sizes = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in _files(unfinished)}
+    (unfinished / _MANIFEST).write_text(json.dumps(sizes))
+    if target.exists():
+        os.replace(target, replaced)
+    os.replace(unfinished, target)
+    pointer = directory / "latest.tmp"
+    pointer.write_text(name + "\n")
+    os.replace(pointer, directory / "latest")
+    remove_unfinished(directory)
+    if keep:
+        for old in [path for path in _steps(directory) if path.name <= name][:-keep]:
+            shutil.rmtree(old)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove whatever ends in ``.tmp``."""
+    for path in directory.glob("*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def choose(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, from the one that ``latest`` names downwards, and what the user should know about it.
+
+    Raises:
+        ValueError: there is a ``latest``, but no whole checkpoint.
+    """
+    pointer = directory / "latest"
+    if not pointer.exists():
+        return None, []
+    name, notes, candidates = pointer.read_text().strip(), [], _steps(directory)
+    if name:
+        candidates = [path for path in candidates if path.name < name] + [directory / name]
+    else:
+        notes.append(f"{pointer} is empty")
+    for path in reversed(candidates):
+        damage = _damage(path)
+        if damage is None:
+            return path, [*notes, f"resuming from {path}"] if notes else []
+        notes.append(f"checkpoint {path} is damaged ({damage})")
+    raise ValueError(
+        "; ".join([*notes, f"no whole checkpoint in {directory}: remove it, or start with run.resume=false"])
+    )
+
+
+def _damage(path: Path) -> str | None:
+    if not path.is_dir():
+        return "missing"
+    manifest = path / _MANIFEST
+    if not manifest.exists():  # saved before there were lists of files
+        return None if any(path.iterdir()) else "empty"
+    try:
+        sizes = json.loads(manifest.read_text())
+    except ValueError:
+        return f"{_MANIFEST} cannot be read"
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).exists() else 0
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def _steps(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.glob("step_*") if p.is_dir() and p.suffix != ".tmp")
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]

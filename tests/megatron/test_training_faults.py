@@ -1,0 +1,173 @@
+"""The GPT example under faults: NaN, damaged and partial checkpoints, a full disk, signals, other settings."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from examples.megatron_gpt import checkpoint_files
+from examples.megatron_gpt.config import load_config
+from examples.megatron_gpt.progress import read_metrics
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "data.seq_length=192",
+    "model.num_layers=1",
+    "run.eval_interval=0",
+    "run.routing_picture=false",
+    "run.global_batch_size=2",
+    "run.save_interval=1",
+    "run.steps=2",
+    "optimizer.warmup_steps=1",
+    "run.name=a",
+]
+ENVIRONMENT = os.environ | {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
+
+
+def command(folder: Path, processes: int, *overrides: str) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    script = [str(ROOT / "examples" / "megatron_gpt" / "train.py"), str(ROOT / "configs" / "quickstart.yaml")]
+    return [*launch, "--nproc-per-node", str(processes), *script, *SMALL, f"run.directory={folder}", *overrides]
+
+
+def run(folder: Path, processes: int, *overrides: str, file_bytes: int | None = None) -> tuple[int, str]:
+    """Exit status and output of a run; ``file_bytes``: no file may become larger, as on a full disk."""
+
+    def limit() -> None:
+        if file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+    done = subprocess.run(
+        command(folder, processes, *overrides),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        preexec_fn=limit,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def make(directory: Path, name: str, keep: int = 0) -> None:
+    (checkpoint_files.prepare(directory, name) / "weights").write_bytes(b"12345678")
+    checkpoint_files.publish(directory, name, keep)
+
+
+def test_files_fall_back_past_damage_and_name_it(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, f"step_{step}")
+    assert checkpoint_files.choose(tmp_path) == (tmp_path / "step_3", [])
+    (tmp_path / "step_3" / "weights").write_bytes(b"123")
+    path, notes = checkpoint_files.choose(tmp_path)
+    assert path == tmp_path / "step_2"
+    assert f"{tmp_path / 'step_3'} is damaged (weights has 3 of 8 bytes)" in notes[0]
+    assert notes[1] == f"resuming from {path}"
+
+    (tmp_path / "latest").write_text("")
+    path, notes = checkpoint_files.choose(tmp_path)
+    assert path == tmp_path / "step_2"
+    assert notes[0] == f"{tmp_path / 'latest'} is empty"
+    for step in (1, 2):
+        (tmp_path / f"step_{step}" / "weights").unlink()
+    with pytest.raises(ValueError, match=r"is empty.*no whole checkpoint"):
+        checkpoint_files.choose(tmp_path)
+
+
+def test_files_keep_the_newest_and_remove_unfinished_ones(tmp_path: Path) -> None:
+    (tmp_path / "step_9.tmp").mkdir()
+    for step in (1, 2, 3, 3):
+        make(tmp_path, f"step_{step}", keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_2", "step_3"]
+    assert checkpoint_files.choose(tmp_path) == (tmp_path / "step_3", [])
+
+
+@pytest.mark.parametrize("override", ["run.keep_checkpoints=-1", "run.timeout_seconds=0"])
+def test_settings_that_cannot_work_are_refused(override: str) -> None:
+    with pytest.raises(ValueError, match=override.split("=")[0]):
+        load_config(ROOT / "configs" / "quickstart.yaml", [override])
+
+
+@pytest.mark.slow
+def test_a_run_stops_at_nan_on_all_ranks_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    status, output = run(tmp_path, 2, "optimizer.lr=1e30", "optimizer.min_lr=1e30", "run.steps=6")
+    assert status
+    assert "parallel.context=1: no sequence is sharded, 2 model replicas train data-parallel" in output
+    assert "is NaN; training stops, nothing is saved" in output or "parameters are not finite" in output
+    assert "Traceback (most recent call last):\n  File" not in output.split("error: ")[0]
+    checkpoints = tmp_path / "a" / "checkpoints"
+    saved = sorted(p.name for p in checkpoints.glob("*"))
+    assert not [name for name in saved if name.endswith(".tmp")]
+    steps = [entry["step"] for entry in read_metrics(tmp_path / "a")]
+    assert len(steps) < 6
+
+
+@pytest.mark.slow
+def test_resuming_with_other_moba_settings_and_from_a_truncated_checkpoint(tmp_path: Path) -> None:
+    assert run(tmp_path, 1)[0] == 0
+    checkpoints = tmp_path / "a" / "checkpoints"
+    (entry,) = read_metrics(tmp_path / "a", "moba")
+    assert (entry["block_size"], entry["topk"], entry["layers"]) == (48, 4, [1])
+
+    status, output = run(tmp_path, 1, "moba.topk=2", "run.steps=3")
+    assert status
+    assert "moba.topk 4 -> 2; run.allow_moba_change=true resumes all the same" in output
+
+    largest = max((checkpoints / "step_00000002").iterdir(), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    status, output = run(tmp_path, 1, "moba.topk=2", "run.allow_moba_change=true", "run.steps=3")
+    assert status == 0, output
+    text = "".join(output.split())  # the console wraps long lines
+    assert f"checkpoint{checkpoints / 'step_00000002'}isdamaged({largest.name}has" in text
+    assert f"resumingfrom{checkpoints / 'step_00000001'}" in text
+    assert "moba.topk4->2" in text
+    assert (checkpoints / "latest").read_text() == "step_00000003\n"
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_partial(tmp_path: Path) -> None:
+    status, output = run(tmp_path, 2, "parallel.context=2", file_bytes=200_000)
+    assert status
+    target = tmp_path / "a" / "checkpoints" / "step_00000001"
+    assert f"error: checkpoint {target} could not be written: " in output
+    assert not list((tmp_path / "a" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_saves_and_ends_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
+    line = command(tmp_path, 2, "run.steps=100000", "run.save_interval=0")
+    log = tmp_path / "log"
+    with log.open("w") as out, subprocess.Popen(line, env=ENVIRONMENT, stdout=out, stderr=out) as process:
+        deadline = time.monotonic() + 120
+        while "step 2 " not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(number)
+        process.wait(60)
+    output = log.read_text()
+    assert "stopped by " in output, output
+    latest = (tmp_path / "a" / "checkpoints" / "latest").read_text().strip()
+    assert checkpoint_files.choose(tmp_path / "a" / "checkpoints") == (tmp_path / "a" / "checkpoints" / latest, [])
+
+
+def test_missing_text_and_a_start_without_torchrun_take_one_line(tmp_path: Path) -> None:
+    status, output = run(tmp_path, 1, "data.paths=[/nowhere]")
+    assert status
+    assert "error: data.paths=['/nowhere']: no text found at '/nowhere'\n" in output
+    script = command(tmp_path, 1)[command(tmp_path, 1).index("1") + 1 :]
+    done = subprocess.run([sys.executable, *script], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode
+    assert "start this with torchrun: torchrun --nproc-per-node" in done.stderr
+    assert "Traceback" not in done.stderr
