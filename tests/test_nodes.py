@@ -185,7 +185,7 @@ def train(rank: int, size: int, folder: str, overrides: list[str]) -> None:
     train.main(ROOT / "configs" / "quickstart.yaml", overrides)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_cut_link_ends_training_on_every_rank(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     for number in range(8):

@@ -100,7 +100,7 @@ def test_settings_that_cannot_work_are_refused(override: str) -> None:
         load_config(ROOT / "configs" / "quickstart.yaml", [override])
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_run_stops_at_nan_on_all_ranks_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     status, output = run(tmp_path, 2, "optimizer.lr=1e30", "optimizer.min_lr=1e30", "run.steps=6")
     assert status
@@ -114,7 +114,7 @@ def test_a_run_stops_at_nan_on_all_ranks_and_keeps_the_checkpoint_before(tmp_pat
     assert len(steps) < 6
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_resuming_with_other_moba_settings_and_from_a_truncated_checkpoint(tmp_path: Path) -> None:
     assert run(tmp_path, 1)[0] == 0
     checkpoints = tmp_path / "a" / "checkpoints"
@@ -136,7 +136,7 @@ def test_resuming_with_other_moba_settings_and_from_a_truncated_checkpoint(tmp_p
     assert (checkpoints / "latest").read_text() == "step_00000003\n"
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_partial(tmp_path: Path) -> None:
     status, output = run(tmp_path, 2, "parallel.context=2", file_bytes=200_000)
     assert status
@@ -145,7 +145,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_partial(tmp_pat
     assert not list((tmp_path / "a" / "checkpoints").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_and_ends_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
     line = command(tmp_path, 2, "run.steps=100000", "run.save_interval=0")
@@ -162,6 +162,7 @@ def test_a_signal_saves_and_ends_all_ranks(tmp_path: Path, number: signal.Signal
     assert checkpoint_files.choose(tmp_path / "a" / "checkpoints") == (tmp_path / "a" / "checkpoints" / latest, [])
 
 
+@pytest.mark.heavy
 def test_missing_text_and_a_start_without_torchrun_take_one_line(tmp_path: Path) -> None:
     status, output = run(tmp_path, 1, "data.paths=[/nowhere]")
     assert status
