@@ -22,6 +22,8 @@ from torch import Tensor
 
 from .comm import SideStream, named_error, process_group, start_all_gather
 
+AT_ONCE = ("cpu",)
+"""Types of devices where numbers are compared at the beginning of each call's backward."""
 _SHOWN = 14
 """Numbers of a pass that travel as they are, to name the first difference; a digest stands for all."""
 
@@ -32,15 +34,15 @@ class _Order:
 
     Attributes:
         calls: numbers taken.
-        backward: numbers whose backward has begun in the pass under way, in order.
+        passes: by autograd's number of the backward pass under way, the calls whose backward has begun in it, in order.
         seen: orders that were compared at once, as distances from the latest call.
         unread: gathered numbers on their way to the host.
     """
 
     calls: int = 0
-    backward: list[int] = field(default_factory=list)
+    passes: dict[int, list[int]] = field(default_factory=dict)
     seen: set[tuple[int, ...]] = field(default_factory=set)
-    unread: list[tuple[torch.cuda.Event, Tensor]] = field(default_factory=list)
+    unread: list[tuple[torch.cuda.Event | None, Tensor]] = field(default_factory=list)
 
 
 _orders: weakref.WeakKeyDictionary[dist.ProcessGroup, _Order] = weakref.WeakKeyDictionary()
@@ -73,30 +75,36 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
     """
     group = process_group(group)
     order = _orders.setdefault(group, _Order())
-    if device.type != "cuda":
+    if device.type in AT_ONCE:
         with _named(group, f"begin the backward of call {number}"):
             gathered, work = _gather(group, torch.tensor([[number]]))
             work.wait()
         _compare(gathered)
         return
     _read_arrived(order)
-    order.backward.append(number)
-    if len(order.backward) == 1:
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _end_of_pass(group, order, device))
+    task = torch._C._current_graph_task_id()
+    if task not in order.passes:
+        if len(order.passes) > 8:  # of passes that ended with an error
+            order.passes.clear()
+        order.passes[task] = []
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _end_of_pass(group, order, task, device))
+    order.passes[task].append(number)
 
 
-def _end_of_pass(group: dist.ProcessGroup, order: _Order, device: torch.device) -> None:
-    numbers, order.backward = order.backward, []
+def _end_of_pass(group: dist.ProcessGroup, order: _Order, task: int, device: torch.device) -> None:
+    numbers = order.passes.pop(task)
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest()
     text = [*numbers[:_SHOWN], *[0] * (_SHOWN - len(numbers)), len(numbers), int.from_bytes(digest, "big")]
     side = SideStream(device, "backward order")
     with side.alone(), _named(group, f"end the backward pass of call {numbers[0]}"):
         gathered, work = _gather(group, torch.tensor([text]).to(device))
         work.wait()
-        host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
-        host.copy_(gathered, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        event, host = None, gathered
+        if device.type == "cuda":
+            host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
+            host.copy_(gathered, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
     pattern = tuple(order.calls - number for number in numbers)
     if pattern in order.seen:
         order.unread.append((event, host))
@@ -104,7 +112,8 @@ def _end_of_pass(group: dist.ProcessGroup, order: _Order, device: torch.device) 
     if len(order.seen) > 64:
         order.seen.clear()
     order.seen.add(pattern)
-    event.synchronize()
+    if event is not None:
+        event.synchronize()
     _compare(host)
 
 
@@ -121,7 +130,7 @@ def _gather(group: dist.ProcessGroup, numbers: Tensor) -> tuple[Tensor, dist.Wor
 
 def _read_arrived(order: _Order) -> None:
     """Compare the numbers of earlier backward passes that have arrived by now."""
-    while order.unread and order.unread[0][0].query():
+    while order.unread and (order.unread[0][0] is None or order.unread[0][0].query()):
         _compare(order.unread.pop(0)[1])
 
 

@@ -9,8 +9,10 @@ import torch.distributed as dist
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.dense import causal_attention
+from moba_cp.parallel import backward_order
 from tests.cases import TRANSPORTS
 from tests.ranks import run_fresh_ranks
+from tests.recorder import recorded
 
 CONFIG, LAYOUT = MoBAConfig(8, 3), SequenceLayout.zigzag([0, 64], 2)
 
@@ -52,3 +54,42 @@ def test_different_orders_raise_on_every_rank(comm: str, dtype: torch.dtype) -> 
             "the ranks of the context-parallel group run backward passes in different orders: rank 0 is at call 5 of the "
             "group, rank 1 at call 6. Gradients would be mixed up"
         )
+
+
+def compared_at_the_end(rank: int, size: int) -> tuple[list[str], int]:
+    """As on GPUs: one comparison per backward pass. Messages of a swapped pass and of one of many calls; gathers of a pass."""
+    backward_order.AT_ONCE = ()
+    messages = []
+
+    def call() -> torch.Tensor:
+        q, k, v = (LAYOUT.shard(torch.randn(64, 2, 8), rank).requires_grad_() for _ in range(3))
+        q.register_hook(lambda gradient: gradient if not fails else 1 // 0)
+        return moba_cp.moba_attention(q, k, v, CONFIG, layout=LAYOUT, comm="ring").sum()
+
+    fails = False
+    for _ in range(3):
+        torch.stack([call(), call()]).sum().backward()
+    fails = True  # a pass that fails half-way leaves nothing behind
+    out = call()
+    with pytest.raises(ZeroDivisionError):
+        out.backward()
+    fails = False
+    with recorded() as events:
+        torch.stack([call(), call()]).sum().backward()
+    gathers = sum(getattr(e, "sent", 0) == 16 * 8 for e in events)
+    outs = [call(), call()]
+    for index in (0, 1) if rank == 0 else (1, 0):
+        try:
+            outs[index].backward()
+        except ValueError as error:
+            messages.append(str(error))
+    return messages, gathers
+
+
+def test_a_pass_is_compared_once_at_its_end() -> None:
+    for outcome in run_fresh_ranks(2, compared_at_the_end):
+        assert outcome.exception is None, outcome.exception
+        messages, gathers = outcome.result
+        assert gathers == 1
+        assert messages
+        assert "rank 0 is at call 10 of the group, rank 1 at call 11" in messages[0]
