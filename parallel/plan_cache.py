@@ -8,7 +8,8 @@ Everything made of a plan is kept with the plan and dropped with it: index tenso
 plan (one rank's side) beside it in the cache. So no plan refers to itself: a dropped plan is freed at once, where a cycle would
 keep its tensors until the garbage collector runs, which large tensors do not hasten. On CUDA a
 dropped tensor may have readers on side streams, but the caller's stream has joined them before the call that held the plan
-ended, and it is on the caller's stream that the memory is used next.
+ended. Its memory is used next on the stream that allocated it: the caller's, or a side stream, which then waits for what the
+caller's stream had enqueued by its next `SideStream.mark`.
 """
 
 from __future__ import annotations
