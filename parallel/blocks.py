@@ -57,7 +57,7 @@ class HomePlan:
         home_row: int64 `[n_blocks]`, row of the block's first key among the keys at home there.
         home_tokens: int64 `[P]`, keys at home on each rank.
         whole: bool `[n_blocks]`, whether the home rank holds all of the block's tokens.
-        memo: what was made of the plan: its ranks' sides, and index tensors on devices.
+        memo: what was made of the plan and does not refer to it: index tensors on devices.
     """
 
     layout: SequenceLayout
@@ -168,8 +168,9 @@ def _home_plan(layout: SequenceLayout, block_size: int) -> HomePlan:
 
 
 def rank_plan(plan: HomePlan, rank: int) -> RankPlan:
-    """One rank's side of `plan`, kept with it. Costs O(blocks + what the rank holds and exchanges) host work."""
-    return plan.memo.get(("rank", rank), lambda: _rank_plan(plan, rank))
+    """One rank's side of `plan`, kept beside it in `plan_cache.PLANS`. Costs O(blocks + what the rank holds and exchanges) host
+    work."""
+    return PLANS.beside((plan.layout, plan.block_size), plan, rank, lambda: _rank_plan(plan, rank))
 
 
 def _rank_plan(plan: HomePlan, rank: int) -> RankPlan:

@@ -4,9 +4,12 @@ Planning a layout takes milliseconds, and every layer of a step asks for the sam
 another layout. So the latest plans are kept, the least recently used ones are dropped, and what is kept is counted. A plan in
 use lives on: the call holds it.
 
-Everything made of a plan (index tensors on a device, one rank's side) is kept with the plan and dropped with it. On CUDA a
+Everything made of a plan is kept with the plan and dropped with it: index tensors in the plan's own memo, what refers to the
+plan (one rank's side) beside it in the cache. So no plan refers to itself: a dropped plan is freed at once, where a cycle would
+keep its tensors until the garbage collector runs, which large tensors do not hasten. On CUDA a
 dropped tensor may have readers on side streams, but the caller's stream has joined them before the call that held the plan
-ended, and it is on the caller's stream that the memory is used next.
+ended. Its memory is used next on the stream that allocated it: the caller's, or a side stream, which then waits for what the
+caller's stream had enqueued by its next `SideStream.mark`.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class KeptBytes:
 
 
 class Memo:
-    """What was made of a plan; kept as long as the plan."""
+    """What was made of a plan; kept as long as the plan, to which nothing here may refer (see `PlanCache.beside`)."""
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
@@ -63,20 +66,33 @@ class Memo:
         return len(self._made)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A plan, and what refers to it."""
+
+    plan: Any
+    beside: Memo
+
+    @property
+    def made(self) -> int:
+        """How much has been made of the plan so far."""
+        return len(self.beside) + len(self.plan if isinstance(self.plan, Memo) else self.plan.memo)
+
+
 class PlanCache:
     """Plans by value, the latest used last."""
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[Hashable, Any] = OrderedDict()
+        self._plans: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._sizes: dict[Hashable, tuple[int, KeptBytes]] = {}  # with how much had been made of the plan by then
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The plan of `key`: kept, or made now."""
         if key in self._plans:
             self._plans.move_to_end(key)
-            return self._plans[key]
+            return self._plans[key].plan
         plan = make()
-        self._plans[key] = plan
+        self._plans[key] = _Kept(plan, Memo())
         total = self.kept_bytes()
         while len(self._plans) > 1 and (
             len(self._plans) > MOST_PLANS or total.host > MOST_HOST_BYTES or total.device > MOST_DEVICE_BYTES
@@ -86,12 +102,17 @@ class PlanCache:
             total = KeptBytes(total.host - dropped.host, total.device - dropped.device)
         return plan
 
+    def beside(self, key: Hashable, plan: object, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned the first time for `name`; it may refer to `plan`, the plan of `key`. Made anew at each call
+        once the plan has been dropped."""
+        kept = self._plans.get(key)
+        return kept.beside.get(name, make) if kept is not None and kept.plan is plan else make()
+
     def kept_bytes(self) -> KeptBytes:
         """What all plans take."""
-        for key, plan in self._plans.items():
-            made = len(plan if isinstance(plan, Memo) else plan.memo)
-            if key not in self._sizes or self._sizes[key][0] != made:
-                self._sizes[key] = made, bytes_of(plan)
+        for key, kept in self._plans.items():
+            if key not in self._sizes or self._sizes[key][0] != kept.made:
+                self._sizes[key] = kept.made, bytes_of(kept)
         return sum((size for _, size in self._sizes.values()), KeptBytes(0, 0))
 
     def clear(self) -> None:

@@ -188,8 +188,9 @@ class Pull(Streaming):
         """Start to read the part of one step."""
         heads, source = visit.heads, self.comm.source(step)
         wanted, shared = self._wanted[heads], self._keys(source, heads)
-        start = home_start(self._plan, source, wanted.device)
         with self._side.use():
+            # Made here: the side stream would not wait for what the caller's stream makes after the last `mark`.
+            start = home_start(self._plan, source, wanted.device)
             packed = torch.empty_like(shared)
             if self._whole(self._memory.wanted_of, source, source):
                 packed.copy_(shared)

@@ -6,6 +6,8 @@ Blocks 0 and 1 are at home on rank 0, blocks 2 and 3 on rank 1. A token of one k
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
 
@@ -15,6 +17,7 @@ import torch
 import moba_cp
 from moba_cp import SequenceLayout
 from moba_cp.kernels.torch_backend import accumulate_dtype
+from moba_cp.parallel.comm import SideStream
 from moba_cp.parallel.exchanges import pull
 from tests.cases import COMMS, TRANSPORTS, Case, every_layout, on_rank
 from tests.ranks import run_ranks
@@ -198,6 +201,34 @@ def test_what_pull_reads_changes_no_bit(name: str, workspace: int) -> None:
     for results in run_ranks(4, whole_or_not, case, every_layout(case.cu_seqlens, 4)[name], workspace):
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def where_starts_are_made(rank: int, size: int, case: Case, layout: SequenceLayout) -> list[bool]:
+    """For each look-up of starts by `pull`: whether the side stream, which reads them, was the current one."""
+    inside, seen = [False], []
+    use, home_start = SideStream.use, pull.home_start
+
+    @contextlib.contextmanager
+    def noted_use(side: SideStream) -> Iterator[None]:
+        inside.append(True)
+        with use(side):
+            yield
+        inside.pop()
+
+    def noted_start(*args: object) -> torch.Tensor:
+        seen.append(inside[-1])
+        return home_start(*args)  # type: ignore[arg-type]
+
+    with mock.patch.object(SideStream, "use", noted_use), mock.patch.object(pull, "home_start", noted_start):
+        on_rank(rank, size, case, layout, "pull")
+    return seen
+
+
+def test_pull_makes_starts_on_the_stream_that_reads_them() -> None:
+    """Starts come from a kernel the first time: on the caller's stream it may run long after the side stream reads."""
+    for seen in run_ranks(2, where_starts_are_made, EIGHT, SequenceLayout.contiguous([0, 32], 2)):
+        assert len(seen) >= 2  # forward and backward
+        assert all(seen)
 
 
 @pytest.mark.parametrize("comm", TRANSPORTS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -96,6 +98,39 @@ def test_large_groups_keep_no_starts_of_other_ranks() -> None:
         start = home_start(plan, rank, CPU)
         assert int((start >= 0).sum()) == int((plan.home == rank).sum())
     assert bytes_of(plan).host - before < 2 << 20
+
+
+def test_dropped_plans_are_freed_without_the_garbage_collector() -> None:
+    """Large tensors do not hasten the collector: a plan that refers to itself would keep them long after it was dropped."""
+    layouts = [SequenceLayout.contiguous([0, 41 + i, 64], 1) for i in range(3)]
+    PLANS.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        plans, sides = [], []
+        for layout in layouts:
+            call(layout)  # with a backward pass
+            plans.append(weakref.ref(home_plan(layout, 8)))
+            sides.append(weakref.ref(rank_plan(home_plan(layout, 8), 0)))
+        assert all(ref() is not None for ref in plans + sides)
+        PLANS.clear()
+        assert all(ref() is None for ref in plans + sides)
+    finally:
+        gc.enable()
+
+
+def test_a_plan_in_use_outlives_its_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
+    PLANS.clear()
+    layout, other = (SequenceLayout.contiguous([0, n, 64], 1) for n in (41, 50))
+    plan = planned(layout, block_size=8)
+    made = len(plan.plan.memo)  # type: ignore[attr-defined]
+    monkeypatch.setattr(plan_cache, "MOST_PLANS", 1)
+    planned(other, block_size=8)
+    assert len(PLANS) == 1
+    assert made == len(plan.plan.memo) > 0  # type: ignore[attr-defined]
+    again = planned(layout, block_size=8)
+    assert again is not plan
+    assert np.array_equal(again.position, plan.position)  # type: ignore[attr-defined]
 
 
 def call(layout: SequenceLayout) -> torch.Tensor:
