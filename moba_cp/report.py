@@ -136,8 +136,8 @@ def _over_ranks(
     if comm.size > 1:
         with named_error(f"rank {comm.rank} of {comm.size} waited for the all-reduce of the report"):
             dist.all_reduce(numbers, group=comm.group)
-    counts, histogram, every = np.split(numbers.cpu().numpy(), [counts.size, counts.size + histogram.size])
-    return counts, histogram, every.reshape(mine.size, comm.size)
+    counts, histogram, gathered = np.split(numbers.cpu().numpy(), [counts.size, counts.size + histogram.size])
+    return counts, histogram, gathered.reshape(mine.size, comm.size)
 
 
 def _entropy(counts: np.ndarray, first_of_document: np.ndarray) -> float:
