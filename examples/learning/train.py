@@ -6,7 +6,6 @@ Started by `examples.learning.run`, one process per GPU; `--task` names a JSON f
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -15,11 +14,12 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import typer
 
 from moba_cp import SequenceLayout
 
@@ -371,11 +371,10 @@ def execute(task: Task) -> None:
         dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", type=Path, required=True)
-    execute(Task(**json.loads(parser.parse_args().task.read_text())))
+def main(task: Annotated[Path, typer.Option(help="JSON file of the fields of `Task`")]) -> None:
+    """Execute one run."""
+    execute(Task(**json.loads(task.read_text())))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
