@@ -10,7 +10,7 @@ from .config import MoBAConfig
 from .kernels import backend_for
 from .parallel.comm import check_group
 from .parallel.layout import SequenceLayout
-from .parallel.splits import COMMS, check_split
+from .parallel.splits import COMMS, HEADS, check_split
 from .tracing import TRACED
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -121,7 +121,9 @@ def check_comm(comm: str, known: tuple[str, ...]) -> None:
     if not isinstance(comm, str):
         raise TypeError(f"comm must be a string, got {comm!r}")
     if comm not in known:
-        raise ValueError(f"comm must be one of {', '.join(known)}; got {comm!r}")
+        flat = ", ".join(name for name in known if not name.startswith(HEADS))
+        heads = f"{HEADS}, {HEADS}+<exchange> or " if HEADS in known else ""
+        raise ValueError(f"comm must be {heads}one of {flat}; got {comm!r}")
 
 
 def check_placement(q: Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:

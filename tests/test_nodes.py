@@ -69,6 +69,7 @@ def readme_example() -> str:
 def examples(rank: int, size: int, code: str, comms: list[str]) -> dict[str, tuple[list[torch.Tensor], str, str]]:
     """By comm: out and gradients, transport, and what the example printed."""
     found = {}
+    os.environ["MOBA_CP_NODE"] = str(rank // 2)  # so that heads are split alike on one host
     for number, comm in enumerate(comms):
         # Another port each time: a rank may be late to leave the store before.
         os.environ["MASTER_PORT"] = str(PORT + number)
