@@ -34,6 +34,7 @@ DISAGREEMENTS: dict[str, tuple[dict, list[str]]] = {
     ),
     "report": ({"return_report": True}, ["return_report", "True", "False"]),
     "workspace": ({"workspace_bytes": 4096}, ["workspace_bytes", "4096"]),
+    "head_parallel": ({"comm": "a2a", "head_parallel": 2}, ["comm", "rank 1 has a2a", "head_parallel"]),
     "gradients": ({"q": zeros(8, 4, 8).requires_grad_()}, ["gradients", "rank 1 has wanted"]),
 }
 
