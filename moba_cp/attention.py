@@ -158,7 +158,7 @@ def moba_attention(
     divided = wide.divide(comm, head_parallel, comm_group, sizes, layout, q.device, return_report)
     call = pipeline.Call(
         config=config,
-        plan=rank_plan(home_plan(divided.layout, config.block_size), divided.wide_rank),
+        plan=rank_plan(home_plan(divided.layout, config.block_size, divided.split.size > 1), divided.wide_rank),
         comm=divided.sequence,
         backend=backend_for(q.device, q.dtype),
         requested=divided.split.exchange,

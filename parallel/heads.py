@@ -16,8 +16,9 @@ has all heads, and lies where it is needed when it arrives on the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import gcd
 
 import numpy as np
@@ -108,12 +109,32 @@ def head_groups(comm: CommGroup, size: int, device: torch.device) -> tuple[CommG
     return heads, sequence
 
 
-class HeadTransfer:
-    """Heads in and heads out over one head group, beside the caller's stream on CUDA; see the module.
+@dataclass(frozen=True)
+class Share:
+    """A tensor of which each member gets some heads. Any tensor whose heads are split evenly may travel, whatever it holds.
 
-    Tensors are `[tokens, heads, width]`. `heads` are a range of one member's heads; every member sends and receives that range of
-    each other's. Any tensor whose heads are split evenly may travel, whatever it holds. All members make the same calls in the
-    same order. What `start_in` and `start_out` return is called once, and gives the result to the caller's stream.
+    Attributes:
+        x: `[T, H, W]`, all heads of this rank's tokens, unit stride in the last dimension.
+        heads: range of a member's heads that travels: every member gets that range of its own.
+        per_member: heads of a member.
+        copies: members' head `e` is head `e // copies` of `x`; see `HeadSplit`.
+    """
+
+    x: Tensor
+    heads: slice
+    per_member: int
+    copies: int = 1
+
+    @property
+    def count(self) -> int:
+        """Heads of a member that travel."""
+        return self.heads.stop - self.heads.start
+
+
+class HeadTransfer:
+    """Heads in and heads out over one head group by all-to-all, beside the caller's stream on CUDA; see the module.
+
+    All members make the same calls in the same order.
 
     Args:
         comm: the head group.
@@ -124,90 +145,87 @@ class HeadTransfer:
         self.comm, self.tokens = comm, tokens
 
     @property
-    def wide_tokens(self) -> int:
-        """Tokens of the whole group."""
-        return sum(self.tokens)
+    def mine(self) -> int:
+        """Tokens of this rank."""
+        return self.tokens[self.comm.rank]
 
     def without_traffic(self) -> HeadTransfer:
         """The same, for what is not traffic of the call."""
-        return HeadTransfer(CommGroup(self.comm.group, self.comm.size), self.tokens)
+        return type(self)(CommGroup(self.comm.group, self.comm.size), self.tokens)
 
-    def start_in(self, x: Tensor, heads: slice, per_member: int, copies: int = 1) -> Callable[[], Tensor]:
-        """Start to bring a range of this member's heads of all tokens of the group.
-
-        Args:
-            x: `[T, H, W]`, all heads of this rank's tokens, unit stride in the last dimension.
-            heads: range of a member's heads.
-            per_member: heads of a member.
-            copies: members' head `e` is head `e // copies` of `x`; see `HeadSplit`.
+    def start_in(self, shares: Sequence[Share]) -> Callable[[], list[Tensor]]:
+        """Start to bring heads of all tokens of the group.
 
         Returns:
-            A function that waits for `[tokens of the group, h, W]`, contiguous.
+            A function, called once, that waits and gives `[tokens of the group, h, W]` of each share, contiguous, to the
+            current stream.
         """
-        count, size, mine = heads.stop - heads.start, self.comm.size, len(x)
-        side = SideStream(x.device, IN)
+        size, device = self.comm.size, shares[0].x.device
+        side = SideStream(device, IN)
         side.mark()
+        pending = []
         with side.use():
-            packed = take_heads(x, size, heads.start, count, per_member, copies)
-            pending = self.comm.all_to_all(packed.flatten(0, 1), [mine] * size, self.tokens, IN)
-        side.uses(x)
-        return pending.wait
+            for share in shares:
+                packed = take_heads(share.x, size, share.heads.start, share.count, share.per_member, share.copies)
+                pending.append(self.comm.all_to_all(packed.flatten(0, 1), [self.mine] * size, self.tokens, IN))
+        side.uses(*(share.x for share in shares))
+        return lambda: [x.wait() for x in pending]
 
-    def start_out(self, x: Tensor) -> Callable[[], Tensor]:
-        """Start to send a range of this member's heads to the ranks that hold the tokens.
+    def start_out(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Start to send heads of this member to the ranks that hold the tokens; on CUDA from the current stream.
 
         Args:
-            x: `[tokens of the group, h, W]`, contiguous.
+            parts: `[tokens of the group, h, W]` each.
 
         Returns:
-            A function that waits for `[U, T, h, W]`: the same range of each member's heads, of this rank's tokens.
+            A function that waits and gives `[U, T, h, W]` of each to the current stream: the same heads of each member, of this
+            rank's tokens. They are to be read before the next `start_out`.
         """
-        size, mine = self.comm.size, self.tokens[self.comm.rank]
-        side = SideStream(x.device, OUT)
-        side.mark()
-        with side.use():
-            pending = self.comm.all_to_all(x, self.tokens, [mine] * size, OUT)
-        side.uses(x)
-        return lambda: pending.wait().unflatten(0, (size, mine))
+        size = self.comm.size
+        pending = [self.comm.all_to_all(x, self.tokens, [self.mine] * size, OUT) for x in parts]
+        return lambda: [x.wait().unflatten(0, (size, self.mine)) for x in pending]
 
 
 class HeadsBack:
-    """Gathers ranges of heads that come back into one tensor of all heads.
+    """Gathers ranges of heads that come back into whole tensors.
 
     Args:
         transfer: the head group.
-        heads: members' heads in all: `U * per_member`.
-        width, dtype, device: of what comes back.
+        wholes: `[T, H, W]` each, uninitialized, for the results; `H` is a multiple of the group's size.
     """
 
-    def __init__(
-        self, transfer: HeadTransfer, heads: int, width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._transfer, self._per_member = transfer, heads // transfer.comm.size
-        mine = transfer.tokens[transfer.comm.rank]
-        self._result = torch.empty(mine, heads, width, dtype=dtype, device=device)
-        self._side = SideStream(device, "heads back")
-        self._side.mark()  # the result's memory is free for it
-        self._coming: list[tuple[Callable[[], Tensor], int]] = []
+    def __init__(self, transfer: HeadTransfer, wholes: Sequence[Tensor]) -> None:
+        self._transfer, self._wholes = transfer, wholes
+        self._cuda = wholes[0].is_cuda
+        self._side = SideStream(wholes[0].device, OUT)
+        self._coming: Callable[[], None] = _nothing
 
-    def start(self, x: Tensor, heads: slice) -> None:
-        """Send `[tokens of the group, h, W]`, this member's `heads`."""
-        self._put(1)
-        self._coming.append((self._transfer.start_out(x), heads.start))
+    def start(self, parts: Sequence[Tensor], heads: Sequence[slice]) -> None:
+        """Send `[tokens of the group, h, W]`, this member's `heads`, for each of the wholes."""
+        self._coming()
+        self._side.mark()
+        with self._side.use():
+            arrived = self._transfer.start_out(parts)
+            self._coming = partial(self._put, arrived, heads)
+            if self._cuda:  # the stream waits, not the host
+                self._coming()
+        self._side.uses(*parts)
 
-    def finish(self) -> Tensor:
-        """`[T, heads, W]`, for the caller's stream."""
-        self._put(0)
+    def finish(self) -> None:
+        """The wholes are complete for the current stream."""
+        with self._side.use():
+            self._coming()
         self._side.join(self._side.done())
-        self._side.uses(self._result)
-        return self._result
+        self._side.uses(*self._wholes)
 
-    def _put(self, most: int) -> None:
-        """Take what came, but for the latest `most`."""
-        while len(self._coming) > most:
-            wait, first = self._coming.pop(0)
-            with self._side.use():
-                put_heads(wait(), self._result, first, self._per_member)
+    def _put(self, arrived: Callable[[], list[Tensor]], heads: Sequence[slice]) -> None:
+        self._coming = _nothing
+        for packed, whole, of in zip(arrived(), self._wholes, heads, strict=True):
+            put_heads(packed, whole, of.start, whole.shape[1] // self._transfer.comm.size)
+
+
+def _nothing() -> None:
+    """Nothing is on its way."""
 
 
 def add_copies(x: Tensor, copies: int, dtype: torch.dtype) -> Tensor:
