@@ -169,7 +169,9 @@ def moba_attention(
         number=number,
         rounds=divided.heads.copies == 1,
     )
-    out, selected, route = _MoBAFunction.apply(q, k, v, wide.widen(call, divided, sizes, return_report), divided.whole)
+    out, selected, route = _MoBAFunction.apply(
+        q, k, v, wide.widen(call, divided, sizes, q.device, return_report), divided.whole
+    )
     if return_report:
         flat = replace(call, plan=rank_plan(home_plan(layout, config.block_size), comm_group.rank), comm=divided.whole)
         return out, make_report(flat, divided.split, route, selected, sizes)

@@ -20,13 +20,21 @@ from .kernels.torch_backend import accumulate_dtype
 from .parallel.comm import CommGroup
 from .parallel.cost import CallSizes
 from .parallel.exchanges import Route
-from .parallel.heads import HeadsBack, HeadSplit, HeadTransfer, Share, add_copies, head_groups, head_split, wide_layout
+from .parallel.heads import (
+    HeadsBack,
+    HeadSplit,
+    HeadTransfer,
+    Share,
+    add_copies,
+    head_groups,
+    head_split,
+    head_transfer,
+    wide_layout,
+)
 from .parallel.layout import SequenceLayout
 from .parallel.splits import Split, choose_split, needs_topology
 from .parallel.topology import topology_of
 
-MOST_SLABS = 4
-"""Slabs of one call at most: each costs the host one more pass through the pipeline."""
 SLAB_BYTES = 32 << 20
 """A slab's queries on the longest wide rank take at least this many bytes: less would not hide what a slab costs the host."""
 
@@ -161,12 +169,14 @@ def divide(
     )
 
 
-def widen(call: pipeline.Call, divided: Division, sizes: CallSizes, returns_selected: bool) -> pipeline.Call | WideCall:
+def widen(
+    call: pipeline.Call, divided: Division, sizes: CallSizes, device: torch.device, returns_selected: bool
+) -> pipeline.Call | WideCall:
     """`call`, which is one among the sequence ranks, with heads in and out around it where heads are split."""
     if divided.split.size == 1:
         return call
     slabs = slabs_of(divided.heads, divided.layout.most_local_tokens * sizes.dim * sizes.itemsize)
-    transfer = HeadTransfer(divided.neighbours, divided.tokens)
+    transfer = head_transfer(divided.neighbours, divided.tokens, device)
     return WideCall(call, transfer, divided.heads, slabs, returns_selected)
 
 
@@ -192,11 +202,21 @@ def number_of(call: pipeline.Call | WideCall) -> int:
 
 
 def slabs_of(split: HeadSplit, head_bytes: int) -> tuple[Slab, ...]:
-    """Slabs of a call whose longest wide rank has `head_bytes` bytes of queries per q head."""
-    group = split.q_heads // split.kv_heads
-    per_slab = max(1, -(-split.kv_heads // MOST_SLABS), -(-SLAB_BYTES // max(1, group * head_bytes)))
-    starts = range(0, split.kv_heads, per_slab)
-    ends = [min(start + per_slab, split.kv_heads) for start in starts]
+    """Slabs of a call whose longest wide rank has `head_bytes` bytes of queries per q head.
+
+    A quarter of the heads, half of them, and a quarter: nothing hides how the first slab comes in and how the last one goes out,
+    and each slab more costs the host another pass through the pipeline.
+    """
+    heads, group = split.kv_heads, split.q_heads // split.kv_heads
+    least = max(1, -(-SLAB_BYTES // max(1, group * head_bytes)))
+    quarter = max(least, -(-heads // 4))
+    if heads < 2 * least or heads < 2:
+        ends = [heads]
+    elif heads - 2 * quarter < 1:
+        ends = [heads - heads // 2, heads]
+    else:
+        ends = [quarter, heads - quarter, heads]
+    starts = [0, *ends[:-1]]
     return tuple(Slab(slice(a, b), slice(a * group, b * group)) for a, b in zip(starts, ends, strict=True))
 
 

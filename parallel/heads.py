@@ -16,10 +16,11 @@ has all heads, and lies where it is needed when it arrives on the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +30,14 @@ from .comm import CommGroup, SideStream
 from .head_rows import put_heads, take_heads
 from .layout import SequenceLayout
 from .partition import merge_adjacent, partition_of
+from .peer_memory import PeerMemory, aligned, can_share, peer_memory
 from .plan_cache import PLANS, Memo
 from .subgroups import sub_group
 
 IN, OUT = "heads in", "heads out"
 """Stages of the traffic: towards attention, and back."""
+BARRIERS = "heads barriers"
+"""On the CPU, where members wait for each other by a collective."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,11 @@ class HeadTransfer:
         """Tokens of this rank."""
         return self.tokens[self.comm.rank]
 
+    @property
+    def wide_tokens(self) -> int:
+        """Tokens of the whole group."""
+        return sum(self.tokens)
+
     def without_traffic(self) -> HeadTransfer:
         """The same, for what is not traffic of the call."""
         return type(self)(CommGroup(self.comm.group, self.comm.size), self.tokens)
@@ -184,6 +193,93 @@ class HeadTransfer:
         size = self.comm.size
         pending = [self.comm.all_to_all(x, self.tokens, [self.mine] * size, OUT) for x in parts]
         return lambda: [x.wait().unflatten(0, (size, self.mine)) for x in pending]
+
+
+class PeerHeadTransfer(HeadTransfer):
+    """Heads in and heads out through memory that members read and write directly, for members who can (`can_share`).
+
+    In: each member packs its shares into its own shared memory; after a barrier each reads its part of everybody's. Out: each
+    writes what it has into the memory of the ranks that hold the tokens; after a barrier they put it in place. What crosses is
+    contiguous, so copy engines move it and leave the multiprocessors to attention. Buffers are used in halves; see
+    `PeerMemory.next_half`.
+    """
+
+    def start_in(self, shares: Sequence[Share]) -> Callable[[], list[Tensor]]:
+        device, rank = shares[0].x.device, self.comm.rank
+        memory, at = self._memory(IN, device, [(share.x, share.count) for share in shares])
+        wholes = [share.x.new_empty(self.wide_tokens, share.count, share.x.shape[2]) for share in shares]
+        side = SideStream(device, IN)
+        side.mark()
+        with side.use():
+            for share, offset in zip(shares, at, strict=True):
+                packed = self._view(memory, rank, offset, share.x, share.count)
+                take_heads(
+                    share.x, self.comm.size, share.heads.start, share.count, share.per_member, share.copies, packed
+                )
+            memory.barrier(self.comm, BARRIERS)
+            for whole, offset in zip(wholes, at, strict=True):
+                for source, rows in self._others_first():
+                    rows.of(whole).copy_(self._view(memory, source, offset, whole, whole.shape[1])[rank])
+                self._count(IN, whole, self.wide_tokens - self.mine)
+            done = side.done()
+        side.uses(*(share.x for share in shares), *wholes)
+
+        def wait() -> list[Tensor]:
+            side.join(done)
+            return wholes
+
+        return wait
+
+    def start_out(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        rank = self.comm.rank
+        memory, at = self._memory(OUT, parts[0].device, [(x, x.shape[1]) for x in parts])
+        for x, offset in zip(parts, at, strict=True):
+            for target, rows in self._others_first():
+                self._view(memory, target, offset, x, x.shape[1])[rank].copy_(rows.of(x))
+            self._count(OUT, x, (self.comm.size - 1) * self.mine)
+        memory.barrier(self.comm, BARRIERS)
+        return lambda: [self._view(memory, rank, offset, x, x.shape[1]) for x, offset in zip(parts, at, strict=True)]
+
+    def _memory(
+        self, purpose: str, device: torch.device, shapes: Sequence[tuple[Tensor, int]]
+    ) -> tuple[PeerMemory, list[int]]:
+        """The buffer, and where what each of some tensors sends begins in the half that is used next: tensors like `x` with so
+        many heads of each member."""
+        most = self.comm.size * max(self.tokens)
+        sizes = [aligned(most * count * x.shape[2] * x.itemsize) for x, count in shapes]
+        memory = peer_memory(self.comm, device, purpose, 2 * sum(sizes))
+        begin = memory.next_half()
+        return memory, [begin + sum(sizes[:i]) for i in range(len(sizes))]
+
+    def _view(self, memory: PeerMemory, rank: int, offset: int, x: Tensor, count: int) -> Tensor:
+        """`[U, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`."""
+        return memory.view(rank, offset, (self.comm.size, self.tokens[rank], count, x.shape[2]), x.dtype)
+
+    def _others_first(self) -> Iterator[tuple[int, _Rows]]:
+        """Each member with its rows among the tokens of the group: members start with different ones, and end with themselves."""
+        for step in range(1, self.comm.size + 1):
+            member = (self.comm.rank + step) % self.comm.size
+            yield member, _Rows(sum(self.tokens[:member]), sum(self.tokens[: member + 1]))
+
+    def _count(self, stage: str, x: Tensor, tokens: int) -> None:
+        size = tokens * x.shape[1] * x.shape[2] * x.itemsize
+        self.comm.traffic.add_read(stage, lambda: size)
+
+
+class _Rows(NamedTuple):
+    """Consecutive rows."""
+
+    start: int
+    end: int
+
+    def of(self, x: Tensor) -> Tensor:
+        return x[self.start : self.end]
+
+
+def head_transfer(comm: CommGroup, tokens: tuple[int, ...], device: torch.device) -> HeadTransfer:
+    """How heads move between these members: directly where GPUs can access each other's memory; alike on all of them."""
+    direct = device.type == "cuda" and can_share(comm, device)
+    return (PeerHeadTransfer if direct else HeadTransfer)(comm, tokens)
 
 
 class HeadsBack:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import moba_cp
 from moba_cp import SequenceLayout, wide
 from moba_cp.parallel.comm import StageTraffic
+from moba_cp.parallel.heads import HeadTransfer, PeerHeadTransfer
 from tests.cases import (
     NAMES,
     TRANSPORTS,
@@ -46,12 +47,38 @@ def comms(u: int, size: int) -> list[str]:
 
 
 def on_rank_in_slabs(rank: int, size: int, calls: list[tuple]) -> list[tuple[torch.Tensor, ...]]:
-    """`on_rank` for each `(case, layout, comm, head_parallel, workspace)`; every kv head is a slab, up to four."""
-    with mock.patch.object(wide, "SLAB_BYTES", 1):
-        return [
-            on_rank(rank, size, case, layout, comm, FP64, workspace, head_parallel=u)[0]
-            for case, layout, comm, u, workspace in calls
-        ]
+    """`on_rank` for each `(case, layout, comm, head_parallel, workspace)`; in several slabs, by all-to-all and through each other's
+    memory in turn."""
+    found = []
+    for number, (case, layout, comm, u, workspace) in enumerate(calls):
+        how = (HeadTransfer, PeerHeadTransfer)[number % 2]
+        with (
+            mock.patch.object(wide, "SLAB_BYTES", 1),
+            mock.patch.object(wide, "head_transfer", lambda *a, how=how: how(*a[:2])),
+        ):
+            found += on_rank(rank, size, case, layout, comm, FP64, workspace, head_parallel=u)
+    return found
+
+
+def ways_on_rank(rank: int, size: int, case: Case, layout: SequenceLayout, u: int) -> list[tuple[torch.Tensor, ...]]:
+    """By all-to-all and through each other's memory, in several slabs, three times in turn."""
+    found = []
+    for how in (HeadTransfer, PeerHeadTransfer) * 3:
+        with (
+            mock.patch.object(wide, "SLAB_BYTES", 1),
+            mock.patch.object(wide, "head_transfer", lambda *a, how=how: how(*a[:2])),
+        ):
+            found += on_rank(rank, size, case, layout, "a2a" if u == size else "a2a+ring", head_parallel=u)
+    return found
+
+
+@pytest.mark.parametrize("u", [2, 4])
+@pytest.mark.parametrize("kind", every_layout([0, 1], 1))
+def test_how_heads_travel_changes_no_bit(kind: str, u: int) -> None:
+    case = Case((61, 0, 3, 22, 1), 5, 3, 16, 8, 8, 5)
+    for first, *others in run_ranks(4, ways_on_rank, case, every_layout(case.cu_seqlens, 4)[kind], u):
+        for other in others:
+            assert all(map(torch.equal, first, other))
 
 
 def run_calls(size: int, calls: list[tuple], timeout: float = 120.0) -> list[tuple[torch.Tensor, ...]]:
@@ -79,7 +106,8 @@ def problems(draw: st.DrawFn, size: int) -> tuple:
 @given(data=st.data())
 def test_equals_the_definition(size: int, data: st.DataObject) -> None:
     problem = data.draw(problems(size))
-    assert_close(run_calls(size, [problem])[0], reference(problem[0]), TO_DEFINITION, problem)
+    for result in run_calls(size, [problem] * 2):
+        assert_close(result, reference(problem[0]), TO_DEFINITION, problem)
 
 
 @pytest.mark.heavy
@@ -88,7 +116,8 @@ def test_equals_the_definition(size: int, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_equals_the_definition_often(size: int, data: st.DataObject) -> None:
     problem = data.draw(problems(size))
-    assert_close(run_calls(size, [problem])[0], reference(problem[0]), TO_DEFINITION, problem)
+    for result in run_calls(size, [problem] * 2):
+        assert_close(result, reference(problem[0]), TO_DEFINITION, problem)
 
 
 @pytest.mark.parametrize("kv_heads", [12, 4, 1])
