@@ -8,6 +8,7 @@ from .config import MoBAConfig
 from .memory import KeptMemory, kept_bytes
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
+from .selection import Selection
 
 try:
     __version__ = version("moba_cp")
@@ -18,6 +19,7 @@ __all__ = [
     "KeptMemory",
     "MoBAConfig",
     "MoBAReport",
+    "Selection",
     "SequenceLayout",
     "__version__",
     "diagnostics",

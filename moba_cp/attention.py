@@ -22,9 +22,19 @@ from .parallel.peer_memory import host
 from .precision import as_given
 from .report import MoBAReport, make_report
 from .saving import put_tensors, take_tensors
+from .selection import (
+    BY_Q_AND_K,
+    Routing,
+    Selection,
+    check_routing,
+    made_selection,
+    make_routing,
+    place,
+    routing_fact,
+)
 from .stages import Stages
 from .tracing import infer_output, without_numbers
-from .validation import call_facts, check_call, check_tensors, group_size
+from .validation import call_facts, check_call, check_flags, check_tensors, group_size
 
 DEFAULT_WORKSPACE_BYTES = 1280 << 20
 """Default of `workspace_bytes`: 1.25 GiB, which holds 128K tokens of a group of four q heads at topk 8 and D 128."""
@@ -43,6 +53,10 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | None = ...,
     comm: str = ...,
+    selection: Tensor | None = ...,
+    check_selection: bool = ...,
+    routing: tuple[Tensor, Tensor] | None = ...,
+    return_selection: Literal[False] = ...,
     return_report: Literal[False] = ...,
     workspace_bytes: int = ...,
     exchange_bytes: int = ...,
@@ -59,10 +73,54 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | None = ...,
     comm: str = ...,
+    selection: Tensor | None = ...,
+    check_selection: bool = ...,
+    routing: tuple[Tensor, Tensor] | None = ...,
+    return_selection: Literal[True],
+    return_report: Literal[False] = ...,
+    workspace_bytes: int = ...,
+    exchange_bytes: int = ...,
+) -> tuple[Tensor, Selection]: ...
+
+
+@overload
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    *,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None = ...,
+    comm: str = ...,
+    selection: Tensor | None = ...,
+    check_selection: bool = ...,
+    routing: tuple[Tensor, Tensor] | None = ...,
+    return_selection: Literal[False] = ...,
     return_report: Literal[True],
     workspace_bytes: int = ...,
     exchange_bytes: int = ...,
 ) -> tuple[Tensor, MoBAReport]: ...
+
+
+@overload
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    *,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None = ...,
+    comm: str = ...,
+    selection: Tensor | None = ...,
+    check_selection: bool = ...,
+    routing: tuple[Tensor, Tensor] | None = ...,
+    return_selection: Literal[True],
+    return_report: Literal[True],
+    workspace_bytes: int = ...,
+    exchange_bytes: int = ...,
+) -> tuple[Tensor, Selection, MoBAReport]: ...
 
 
 @torch.compiler.disable
@@ -75,10 +133,14 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | None = None,
     comm: str = "auto",
+    selection: Tensor | None = None,
+    check_selection: bool = True,
+    routing: tuple[Tensor, Tensor] | None = None,
+    return_selection: bool = False,
     return_report: bool = False,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     exchange_bytes: int = DEFAULT_EXCHANGE_BYTES,
-) -> Tensor | tuple[Tensor, MoBAReport]:
+) -> Tensor | tuple[Tensor, Selection] | tuple[Tensor, MoBAReport] | tuple[Tensor, Selection, MoBAReport]:
     """Mixture of Block Attention over the ranks of a context-parallel group; differentiable in q, k and v.
 
     Each rank passes the tokens that `layout` gives it and gets their output; backward gives the full gradient of its own
@@ -101,6 +163,16 @@ def moba_attention(
         comm: how keys and values travel: "all_gather", "ring", "fetch" (selected blocks only, by all-to-all), "pull"
             (selected blocks, read out of the other ranks' memory; for ranks of one host), or "auto", which takes one of
             these by the rules in `moba_cp.parallel.cost`: of long sequences pull, where GPUs can access each other's memory.
+        selection: what each row attends to, instead of what the gate would choose: int16, int32 or int64
+            `[Hq or Hkv or 1, T, k]` with `k <= topk`, block numbers within the row's document, -1 for none, in any order. The
+            row's own block is always attended to, listed or not, and counts in `topk`. Blocks after it, numbers below -1 and
+            blocks listed twice are refused.
+        check_selection: read whether `selection` breaks a rule. On CUDA the host waits for the device, once per call. With
+            False nothing waits, and what breaks a rule counts as -1: no row reads what it may not see.
+        routing: `(q_gate, k_gate)`, what to score with instead of q and k: `[T, Hq or Hkv or 1, Dg]` and `[T, Hc, Dg]`, where
+            `Hc` divides the heads of `q_gate`. Blocks are scored by `<q_gate, mean of k_gate over the block>`. No gradient
+            flows to them; `block_scores` is for training them.
+        return_selection: also return a `Selection`: the selected blocks and their shares of attention.
         return_report: also return a `MoBAReport` of routing and traffic; costs a few small collectives.
         workspace_bytes: most bytes of partial results in memory at once; kv heads, then query rows, are processed in
             groups to stay under it. At least one kv head and 128 rows are processed together.
@@ -109,7 +181,7 @@ def moba_attention(
             travel once per group of rows; `MoBAReport.walks` tells.
 
     Returns:
-        `[T, Hq, Dv]` in the dtype of `q`, and the report if asked for.
+        `[T, Hq, Dv]` in the dtype of `q`; then the selection and the report, if asked for.
 
     Raises:
         TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
@@ -118,25 +190,33 @@ def moba_attention(
         RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
             share memory.
     """
-    if without_numbers(q, k, v):
-        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes)
-        if return_report:
-            raise ValueError("return_report=True needs tensors that hold numbers, got tensors under tracing or on meta")
-        return infer_output(q, k, v)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
+    inferred = without_numbers(q, k, v)
     try:
         check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes)
+        check_flags(check_selection=check_selection, return_selection=return_selection)
+        if selection is not None or routing is not None:
+            check_routing(selection, routing, q, k, config)
+        if inferred:
+            if return_report or return_selection:
+                raise ValueError(
+                    "return_report=True and return_selection=True need tensors that hold numbers, got tensors under tracing or "
+                    "on meta"
+                )
+            return infer_output(q, k, v)
         if layout.cp_size > 1:
             facts = call_facts(q, k, v, layout, comm, gradients) | {
                 "config": repr(config),
+                "routing": routing_fact(selection, routing),
                 "return_report": str(return_report),
                 "workspace_bytes": str(workspace_bytes),
                 "exchange_bytes": str(exchange_bytes),
             }
             if comm in EXCHANGES and EXCHANGES[comm].same_host:
                 facts[f"host ({comm} is for ranks of one)"] = host()
+        placed = None if selection is None else _place(selection, q, config, layout, group, check_selection)
     except (TypeError, ValueError) as error:
-        if group_size(layout, group) > 1:
+        if group_size(layout, group) > 1 and not inferred:
             agreement.refuse(group, error, q)
         raise
     comm_group = CommGroup(group, layout.cp_size)
@@ -155,10 +235,31 @@ def moba_attention(
         keep_lists=gradients,
         number=backward_order.take_number(group) if comm_group.size > 1 else 0,
     )
-    out, selected, route = _MoBAFunction.apply(q, k, v, call)
+    source = BY_Q_AND_K
+    if placed is not None or routing is not None or return_selection:
+        source = make_routing(q, call.topk, placed, routing, return_selection)
+    out, selected, route = _MoBAFunction.apply(q, k, v, call, source)
+    results: list[Any] = [out]
+    if return_selection:
+        results.append(made_selection(selected, pipeline.device_rows(plan, q.device), source))
     if return_report:
-        return out, make_report(call, route, selected, k.shape[1], (k.shape[2] + v.shape[2]) * k.itemsize)
-    return out
+        results.append(make_report(call, route, selected, k.shape[1], (k.shape[2] + v.shape[2]) * k.itemsize))
+    return out if len(results) == 1 else tuple(results)
+
+
+def _place(
+    selection: Tensor,
+    q: Tensor,
+    config: MoBAConfig,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None,
+    check: bool,
+) -> Tensor:
+    """The caller's selection, checked if asked for, before any collective."""
+    plan = rank_plan(home_plan(layout, config.block_size), dist.get_rank(group) if layout.cp_size > 1 else 0)
+    rows, slots = pipeline.device_rows(plan, q.device), pipeline.slots_of(config, plan)
+    with torch.no_grad(), torch.cuda.device_of(q):
+        return place(selection, q.shape[1], plan, rows, slots, backend_for(q.device, q.dtype), check)
 
 
 @torch.compiler.disable
@@ -210,9 +311,11 @@ class _MoBAFunction(torch.autograd.Function):
     """Forward and backward of the pipeline as one autograd function; also gives the selected blocks and the route."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call) -> tuple[Tensor, Tensor, Route]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call, routing: Routing
+    ) -> tuple[Tensor, Tensor, Route]:
         with torch.cuda.device_of(q), as_given(q):  # kernels are launched on the current device
-            saved = pipeline.forward(call, q, k, v)
+            saved = pipeline.forward(call, q, k, v, routing)
         tensors = [q, k, v]
         ctx.call, ctx.saved = call, take_tensors(saved, tensors)
         ctx.save_for_backward(*tensors)
@@ -229,4 +332,4 @@ class _MoBAFunction(torch.autograd.Function):
             backward_order.check(call.comm.group, call.number, dout.device)
         with as_given(dout):
             gradients = pipeline.backward(call, q, k, v, put_tensors(ctx.saved, tensors), dout)
-        return *gradients, None
+        return *gradients, None, None
