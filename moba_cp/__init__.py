@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import diagnostics, reference
+from . import diagnostics, operators, reference
 from .attention import moba_attention, moba_attn_varlen
 from .config import MoBAConfig
 from .memory import KeptMemory, kept_bytes
@@ -26,5 +26,6 @@ __all__ = [
     "kept_bytes",
     "moba_attention",
     "moba_attn_varlen",
+    "operators",
     "reference",
 ]

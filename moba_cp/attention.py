@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import pipeline
-from .config import MoBAConfig
+from .compiled import MOST_SLOTS, compiled_attention, compiled_varlen
+from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .kernels import backend_for
 from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
-from .parallel.comm import CommGroup
+from .parallel.comm import CommGroup, process_group_of
 from .parallel.exchanges import EXCHANGES, Route
 from .parallel.layout import SequenceLayout
 from .parallel.peer_memory import host
@@ -34,13 +35,7 @@ from .selection import (
 )
 from .stages import Stages
 from .tracing import infer_output, without_numbers
-from .validation import call_facts, check_call, check_flags, check_tensors, group_size
-
-DEFAULT_WORKSPACE_BYTES = 1280 << 20
-"""Default of `workspace_bytes`: 1.25 GiB, which holds 128K tokens of a group of four q heads at topk 8 and D 128."""
-
-DEFAULT_EXCHANGE_BYTES = 4 << 30
-"""Default of `exchange_bytes`: 4 GiB, which holds one kv head of 2.7M remote tokens with its gradients at D = Dv = 128."""
+from .validation import call_facts, check_call, check_flags, check_longest, check_tensors, group_size
 
 
 @overload
@@ -51,7 +46,7 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | None = ...,
+    group: dist.ProcessGroup | DeviceMesh | None = ...,
     comm: str = ...,
     selection: Tensor | None = ...,
     check_selection: bool = ...,
@@ -71,7 +66,7 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | None = ...,
+    group: dist.ProcessGroup | DeviceMesh | None = ...,
     comm: str = ...,
     selection: Tensor | None = ...,
     check_selection: bool = ...,
@@ -91,7 +86,7 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | None = ...,
+    group: dist.ProcessGroup | DeviceMesh | None = ...,
     comm: str = ...,
     selection: Tensor | None = ...,
     check_selection: bool = ...,
@@ -111,7 +106,7 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | None = ...,
+    group: dist.ProcessGroup | DeviceMesh | None = ...,
     comm: str = ...,
     selection: Tensor | None = ...,
     check_selection: bool = ...,
@@ -123,7 +118,6 @@ def moba_attention(
 ) -> tuple[Tensor, Selection, MoBAReport]: ...
 
 
-@torch.compiler.disable
 def moba_attention(
     q: Tensor,
     k: Tensor,
@@ -131,7 +125,7 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     comm: str = "auto",
     selection: Tensor | None = None,
     check_selection: bool = True,
@@ -150,7 +144,9 @@ def moba_attention(
     A NaN or infinity in a key or value reaches the rows that select its block and no others; inside a row's own block, also
     one of a later token may reach it (0 times NaN). A NaN score ranks above every number.
 
-    `torch.compile` breaks the graph at the call. Tensors without numbers (`FakeTensorMode`, the meta device) give an output
+    `torch.compile` and `torch.export` put the call into the graph as one operator, with new layouts and numbers of tokens at no
+    new compilation (`moba_cp.operators`). The graph breaks at the call for `return_report` and for a `topk` above 128.
+    Tensors without numbers (`FakeTensorMode`, the meta device) give an output
     without numbers: arguments are checked, nothing is sent.
 
     Args:
@@ -159,7 +155,8 @@ def moba_attention(
         v: `[T, Hkv, Dv]`.
         config: block size, top-k and scale.
         layout: which rank holds which tokens.
-        group: the context-parallel group; None for the default group, or for none at all when `layout.cp_size == 1`.
+        group: the context-parallel group, or a `DeviceMesh` of one dimension; None for the default group, or for none at all
+            when `layout.cp_size == 1`.
         comm: how keys and values travel: "all_gather", "ring", "fetch" (selected blocks only, by all-to-all), "pull"
             (selected blocks, read out of the other ranks' memory; for ranks of one host), or "auto", which takes one of
             these by the rules in `moba_cp.parallel.cost`: of long sequences pull, where GPUs can access each other's memory.
@@ -190,7 +187,63 @@ def moba_attention(
         RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
             share memory.
     """
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
+    group = process_group_of(group)
+    if torch.compiler.is_compiling():
+        if return_report or config.topk > MOST_SLOTS:
+            return _outside_the_graph(
+                q, k, v, config, layout=layout, group=group, comm=comm, selection=selection,
+                check_selection=check_selection, routing=routing, return_selection=return_selection,
+                return_report=return_report, workspace_bytes=workspace_bytes, exchange_bytes=exchange_bytes,
+            )  # fmt: skip
+        return compiled_attention(
+            q, k, v, config, layout.description, group, comm, selection, check_selection, routing, return_selection,
+            workspace_bytes, exchange_bytes,
+        )  # fmt: skip
+    call, source = prepare(
+        q, k, v, config, layout, group, comm, selection, check_selection, routing, return_selection, return_report,
+        workspace_bytes, exchange_bytes, needs_gradients(q, k, v),
+    )  # fmt: skip
+    if call is None:
+        return infer_output(q, k, v)
+    out, selected, route = _MoBAFunction.apply(q, k, v, call, source)
+    results: list[Any] = [out]
+    if return_selection:
+        results.append(made_selection(selected, pipeline.device_rows(call.plan, q.device), source))
+    if return_report:
+        results.append(make_report(call, route, selected, k.shape[1], (k.shape[2] + v.shape[2]) * k.itemsize))
+    return out if len(results) == 1 else tuple(results)
+
+
+_outside_the_graph = torch.compiler.disable(moba_attention)
+
+
+def needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there will be a backward pass."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None,
+    comm: str,
+    selection: Tensor | None,
+    check_selection: bool,
+    routing: tuple[Tensor, Tensor] | None,
+    return_selection: bool,
+    return_report: bool,
+    workspace_bytes: int,
+    exchange_bytes: int,
+    gradients: bool,
+) -> tuple[pipeline.Call | None, Routing]:
+    """Check the arguments of `moba_attention`, agree with the other ranks, and plan; no call where tensors hold no numbers.
+
+    Args:
+        gradients: whether there will be a backward pass. The others are those of `moba_attention`.
+    """
     inferred = without_numbers(q, k, v)
     try:
         check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes)
@@ -203,7 +256,7 @@ def moba_attention(
                     "return_report=True and return_selection=True need tensors that hold numbers, got tensors under tracing or "
                     "on meta"
                 )
-            return infer_output(q, k, v)
+            return None, BY_Q_AND_K
         if layout.cp_size > 1:
             facts = call_facts(q, k, v, layout, comm, gradients) | {
                 "config": repr(config),
@@ -238,13 +291,7 @@ def moba_attention(
     source = BY_Q_AND_K
     if placed is not None or routing is not None or return_selection:
         source = make_routing(q, call.topk, placed, routing, return_selection)
-    out, selected, route = _MoBAFunction.apply(q, k, v, call, source)
-    results: list[Any] = [out]
-    if return_selection:
-        results.append(made_selection(selected, pipeline.device_rows(plan, q.device), source))
-    if return_report:
-        results.append(make_report(call, route, selected, k.shape[1], (k.shape[2] + v.shape[2]) * k.itemsize))
-    return out if len(results) == 1 else tuple(results)
+    return call, source
 
 
 def _place(
@@ -262,7 +309,6 @@ def _place(
         return place(selection, q.shape[1], plan, rows, slots, backend_for(q.device, q.dtype), check)
 
 
-@torch.compiler.disable
 def moba_attn_varlen(
     q: Tensor,
     k: Tensor,
@@ -288,6 +334,10 @@ def moba_attn_varlen(
     Raises:
         TypeError, ValueError: an argument is not as said.
     """
+    if torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor):
+        if moba_topk > MOST_SLOTS:
+            return _varlen_outside_the_graph(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, moba_topk)
+        return compiled_varlen(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, moba_topk)
     check_tensors(q, k, v)
     config = MoBAConfig(block_size=moba_chunk_size, topk=moba_topk)
     if without_numbers(q, k, v) and without_numbers(cu_seqlens):
@@ -296,15 +346,11 @@ def moba_attn_varlen(
         raise TypeError("cu_seqlens must hold numbers, got a tensor on the meta device")
     on_host = cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens
     layout = SequenceLayout.contiguous(on_host, 1)
-    boundaries = layout.cu_seqlens
-    longest = max((b - a for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)), default=0)
-    try:
-        max_seqlen = operator.index(max_seqlen)
-    except TypeError as error:
-        raise TypeError(f"max_seqlen must be an int, got {max_seqlen!r}") from error
-    if max_seqlen < longest:
-        raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a document of {longest} tokens")
+    check_longest(max_seqlen, layout)
     return moba_attention(q, k, v, config, layout=layout)
+
+
+_varlen_outside_the_graph = torch.compiler.disable(moba_attn_varlen)
 
 
 class _MoBAFunction(torch.autograd.Function):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -114,6 +117,17 @@ def check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_longest(max_seqlen: int, layout: SequenceLayout) -> None:
+    """`max_seqlen` is at least the longest document of `layout`."""
+    try:
+        max_seqlen = operator.index(max_seqlen)
+    except TypeError as error:
+        raise TypeError(f"max_seqlen must be an int, got {max_seqlen!r}") from error
+    longest = int(np.diff(layout.cu_seqlens_array).max(initial=0))
+    if max_seqlen < longest:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a document of {longest} tokens")
 
 
 def check_bytes(name: str, value: int, least: int) -> None:
