@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, overload
 
 import torch
@@ -10,16 +12,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import pipeline
-from .compiled import MOST_SLOTS, compiled_attention, compiled_varlen
+from . import pipeline, wide
+from .compiled import compiled_attention, compiled_varlen, fits_a_graph
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .kernels import backend_for
 from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import CommGroup, process_group_of
+from .parallel.cost import CallSizes
 from .parallel.exchanges import EXCHANGES, Route
 from .parallel.layout import SequenceLayout
-from .parallel.peer_memory import host
+from .parallel.topology import host
 from .precision import as_given
 from .report import MoBAReport, make_report
 from .saving import put_tensors, take_tensors
@@ -48,6 +51,7 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | DeviceMesh | None = ...,
     comm: str = ...,
+    head_parallel: int | None = ...,
     selection: Tensor | None = ...,
     check_selection: bool = ...,
     routing: tuple[Tensor, Tensor] | None = ...,
@@ -68,6 +72,7 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | DeviceMesh | None = ...,
     comm: str = ...,
+    head_parallel: int | None = ...,
     selection: Tensor | None = ...,
     check_selection: bool = ...,
     routing: tuple[Tensor, Tensor] | None = ...,
@@ -88,6 +93,7 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | DeviceMesh | None = ...,
     comm: str = ...,
+    head_parallel: int | None = ...,
     selection: Tensor | None = ...,
     check_selection: bool = ...,
     routing: tuple[Tensor, Tensor] | None = ...,
@@ -108,6 +114,7 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | DeviceMesh | None = ...,
     comm: str = ...,
+    head_parallel: int | None = ...,
     selection: Tensor | None = ...,
     check_selection: bool = ...,
     routing: tuple[Tensor, Tensor] | None = ...,
@@ -127,6 +134,7 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | DeviceMesh | None = None,
     comm: str = "auto",
+    head_parallel: int | None = None,
     selection: Tensor | None = None,
     check_selection: bool = True,
     routing: tuple[Tensor, Tensor] | None = None,
@@ -145,7 +153,8 @@ def moba_attention(
     one of a later token may reach it (0 times NaN). A NaN score ranks above every number.
 
     `torch.compile` and `torch.export` put the call into the graph as one operator, with new layouts and numbers of tokens at no
-    new compilation (`moba_cp.operators`). The graph breaks at the call for `return_report` and for a `topk` above 128.
+    new compilation (`moba_cp.operators`). The graph breaks at the call for
+    `return_report`, for a `topk` above 128, and where `comm` or `head_parallel` split heads, which "auto" does not in graphs.
     Tensors without numbers (`FakeTensorMode`, the meta device) give an output
     without numbers: arguments are checked, nothing is sent.
 
@@ -160,6 +169,11 @@ def moba_attention(
         comm: how keys and values travel: "all_gather", "ring", "fetch" (selected blocks only, by all-to-all), "pull"
             (selected blocks, read out of the other ranks' memory; for ranks of one host), or "auto", which takes one of
             these by the rules in `moba_cp.parallel.cost`: of long sequences pull, where GPUs can access each other's memory.
+            "a2a" splits heads over all ranks instead: an all-to-all gives each rank all tokens of its share of the q heads,
+            which the number of ranks must divide. "a2a+ring", "a2a+fetch", "a2a+all_gather" and "a2a+pull" split heads
+            over neighbouring ranks of a node, and move keys and values between ranks of equal heads.
+        head_parallel: how many neighbouring ranks split heads; divides `Hq` and the ranks of the layout. None: with "a2a" all
+            ranks, with "a2a+..." as many ranks of a node as `Hq` allows, with "auto" what takes least time on the wire.
         selection: what each row attends to, instead of what the gate would choose: int16, int32 or int64
             `[Hq or Hkv or 1, T, k]` with `k <= topk`, block numbers within the row's document, -1 for none, in any order. The
             row's own block is always attended to, listed or not, and counts in `topk`. Blocks after it, numbers below -1 and
@@ -183,34 +197,36 @@ def moba_attention(
     Raises:
         TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
             any tensor is sent; or the ranks disagree on layout, config, dtype, shapes, comm, whether gradients are wanted,
-            `return_report` or `workspace_bytes`.
+            `return_report`, `workspace_bytes` or `head_parallel`; or "a2a+pull" is asked for, and ranks of equal heads are on
+            several nodes.
         RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
             share memory.
     """
-    group = process_group_of(group)
+    ranks = process_group_of(group)
     if torch.compiler.is_compiling():
-        if return_report or config.topk > MOST_SLOTS:
+        if return_report or not fits_a_graph(config.topk, comm, head_parallel):
             return _outside_the_graph(
-                q, k, v, config, layout=layout, group=group, comm=comm, selection=selection,
+                q, k, v, config, layout=layout, group=ranks, comm=comm, head_parallel=head_parallel, selection=selection,
                 check_selection=check_selection, routing=routing, return_selection=return_selection,
                 return_report=return_report, workspace_bytes=workspace_bytes, exchange_bytes=exchange_bytes,
             )  # fmt: skip
         return compiled_attention(
-            q, k, v, config, layout.description, group, comm, selection, check_selection, routing, return_selection,
+            q, k, v, config, layout.description, ranks, comm, selection, check_selection, routing, return_selection,
             workspace_bytes, exchange_bytes,
         )  # fmt: skip
-    call, source = prepare(
-        q, k, v, config, layout, group, comm, selection, check_selection, routing, return_selection, return_report,
-        workspace_bytes, exchange_bytes, needs_gradients(q, k, v),
+    prepared = prepare(
+        q, k, v, config, layout, ranks, comm, head_parallel, selection, check_selection, routing, return_selection,
+        return_report, workspace_bytes, exchange_bytes, needs_gradients(q, k, v),
     )  # fmt: skip
-    if call is None:
+    if prepared is None:
         return infer_output(q, k, v)
-    out, selected, route = _MoBAFunction.apply(q, k, v, call, source)
+    out, selected, route = _MoBAFunction.apply(q, k, v, prepared.call, prepared.routing, prepared.divided.whole)
     results: list[Any] = [out]
     if return_selection:
-        results.append(made_selection(selected, pipeline.device_rows(call.plan, q.device), source))
+        rows = pipeline.device_rows(prepared.flat.plan, q.device)
+        results.append(made_selection(selected, rows, prepared.routing))
     if return_report:
-        results.append(make_report(call, route, selected, k.shape[1], (k.shape[2] + v.shape[2]) * k.itemsize))
+        results.append(make_report(prepared.flat, prepared.divided.split, route, selected, prepared.sizes))
     return out if len(results) == 1 else tuple(results)
 
 
@@ -222,6 +238,33 @@ def needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A call that is checked, agreed on and planned.
+
+    Attributes:
+        layout: of the call.
+        inner: the call among ranks of the same heads.
+        call: the same, with heads in and out around it where heads are split.
+        routing: where the selection of this rank's tokens comes from.
+        divided, sizes: how the group is divided, and the sizes of the call.
+    """
+
+    layout: SequenceLayout
+    inner: pipeline.Call
+    call: pipeline.Call | wide.WideCall
+    routing: Routing
+    divided: wide.Division
+    sizes: CallSizes
+
+    @cached_property
+    def flat(self) -> pipeline.Call:
+        """The call as if no heads were split."""
+        whole = self.divided.whole
+        plan = rank_plan(home_plan(self.layout, self.inner.config.block_size), whole.rank)
+        return replace(self.inner, plan=plan, comm=whole)
+
+
 def prepare(
     q: Tensor,
     k: Tensor,
@@ -230,6 +273,7 @@ def prepare(
     layout: SequenceLayout,
     group: dist.ProcessGroup | None,
     comm: str,
+    head_parallel: int | None,
     selection: Tensor | None,
     check_selection: bool,
     routing: tuple[Tensor, Tensor] | None,
@@ -238,15 +282,15 @@ def prepare(
     workspace_bytes: int,
     exchange_bytes: int,
     gradients: bool,
-) -> tuple[pipeline.Call | None, Routing]:
-    """Check the arguments of `moba_attention`, agree with the other ranks, and plan; no call where tensors hold no numbers.
+) -> Prepared | None:
+    """Check the arguments of `moba_attention`, agree with the other ranks, and plan; None where tensors hold no numbers.
 
     Args:
         gradients: whether there will be a backward pass. The others are those of `moba_attention`.
     """
     inferred = without_numbers(q, k, v)
     try:
-        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes)
+        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)
         check_flags(check_selection=check_selection, return_selection=return_selection)
         if selection is not None or routing is not None:
             check_routing(selection, routing, q, k, config)
@@ -256,14 +300,16 @@ def prepare(
                     "return_report=True and return_selection=True need tensors that hold numbers, got tensors under tracing or "
                     "on meta"
                 )
-            return None, BY_Q_AND_K
+            return None
         if layout.cp_size > 1:
             facts = call_facts(q, k, v, layout, comm, gradients) | {
                 "config": repr(config),
                 "routing": routing_fact(selection, routing),
+                "return_selection": str(return_selection),
                 "return_report": str(return_report),
                 "workspace_bytes": str(workspace_bytes),
                 "exchange_bytes": str(exchange_bytes),
+                "head_parallel": str(head_parallel),
             }
             if comm in EXCHANGES and EXCHANGES[comm].same_host:
                 facts[f"host ({comm} is for ranks of one)"] = host()
@@ -275,23 +321,33 @@ def prepare(
     comm_group = CommGroup(group, layout.cp_size)
     if comm_group.size > 1:
         agreement.check(group, facts, q.device)
-    plan = rank_plan(home_plan(layout, config.block_size), comm_group.rank)
+    number = backward_order.take_number(group) if comm_group.size > 1 else 0
+    sizes = wide.call_sizes(q, k, v, layout, gradients)
+    divided = wide.divide(comm, head_parallel, comm_group, sizes, layout, q.device, return_report)
     call = pipeline.Call(
         config=config,
-        plan=plan,
-        comm=comm_group,
+        plan=rank_plan(home_plan(divided.layout, config.block_size, divided.split.size > 1), divided.wide_rank),
+        comm=divided.sequence,
         backend=backend_for(q.device, q.dtype),
-        requested=comm,
+        requested=divided.split.exchange,
         workspace_bytes=workspace_bytes,
         exchange_bytes=exchange_bytes,
         stage=Stages(q.device),
         keep_lists=gradients,
-        number=backward_order.take_number(group) if comm_group.size > 1 else 0,
+        number=number,
+        rounds=divided.heads.copies == 1,
     )
     source = BY_Q_AND_K
     if placed is not None or routing is not None or return_selection:
         source = make_routing(q, call.topk, placed, routing, return_selection)
-    return call, source
+    around = wide.widen(call, divided, sizes, q.device, return_report or return_selection)
+    prepared = Prepared(layout, call, around, source, divided, sizes)
+    if source.q_gate is not None and divided.split.size > 1:
+        # Gates have heads of their own number: each rank selects for its own tokens, and the selection travels with the heads.
+        with torch.no_grad(), torch.cuda.device_of(q), as_given(q):
+            selected = pipeline.select_by_gates(prepared.flat, source, q.shape[1])
+        prepared = replace(prepared, routing=replace(source, selected=selected, q_gate=None, k_gate=None))
+    return prepared
 
 
 def _place(
@@ -335,7 +391,7 @@ def moba_attn_varlen(
         TypeError, ValueError: an argument is not as said.
     """
     if torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor):
-        if moba_topk > MOST_SLOTS:
+        if not fits_a_graph(moba_topk):
             return _varlen_outside_the_graph(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, moba_topk)
         return compiled_varlen(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, moba_topk)
     check_tensors(q, k, v)
@@ -358,24 +414,28 @@ class _MoBAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call, routing: Routing
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: pipeline.Call | wide.WideCall,
+        routing: Routing,
+        group: CommGroup,
     ) -> tuple[Tensor, Tensor, Route]:
         with torch.cuda.device_of(q), as_given(q):  # kernels are launched on the current device
-            saved = pipeline.forward(call, q, k, v, routing)
-        tensors = [q, k, v]
-        ctx.call, ctx.saved = call, take_tensors(saved, tensors)
+            done = wide.run_forward(call, q, k, v, routing)
+        tensors: list[Tensor] = []
+        ctx.call, ctx.group, ctx.kept = call, group, take_tensors(done.kept, tensors)
         ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(saved.selected)
-        return saved.out, saved.selected, saved.route
+        ctx.mark_non_differentiable(done.selected)
+        return done.out, done.selected, done.route
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
-        call: pipeline.Call = ctx.call
-        tensors = ctx.saved_tensors
-        q, k, v, *_ = tensors
-        if call.comm.size > 1:
-            backward_order.check(call.comm.group, call.number, dout.device)
+        group: CommGroup = ctx.group
+        if group.size > 1:
+            backward_order.check(group.group, wide.number_of(ctx.call), dout.device)
         with as_given(dout):
-            gradients = pipeline.backward(call, q, k, v, put_tensors(ctx.saved, tensors), dout)
-        return *gradients, None, None
+            gradients = wide.run_backward(ctx.call, put_tensors(ctx.kept, ctx.saved_tensors), dout)
+        return *gradients, None, None, None

@@ -17,6 +17,11 @@ MOST_SLOTS = 128
 """Largest `topk` of a call inside a graph: saved blocks have `topk` slots there, however few blocks a document has."""
 
 
+def fits_a_graph(topk: int, comm: str = "auto", head_parallel: int | None = None) -> bool:
+    """Whether such a call can be part of a graph. What is saved of a call that splits heads has sizes that its layout decides."""
+    return topk <= MOST_SLOTS and not comm.startswith("a2a") and head_parallel in (None, 1)
+
+
 def compiled_attention(
     q: Tensor,
     k: Tensor,

@@ -92,19 +92,20 @@ def attention(
         made = SequenceLayout.contiguous(layout.cpu(), 1)
         check_longest(max_seqlen, made)
     routing = None if q_gate is None or k_gate is None else (q_gate, k_gate)
-    call, source = prepare(
-        q, k, v, config, made, _group_of(group), comm, selection, check_selection, routing, return_selection, False,
+    prepared = prepare(
+        q, k, v, config, made, _group_of(group), comm, 1, selection, check_selection, routing, return_selection, False,
         workspace_bytes, exchange_bytes, gradients,
     )  # fmt: skip
-    assert call is not None, "operators run on tensors that hold numbers"
+    assert prepared is not None, "operators run on tensors that hold numbers"
+    call = prepared.inner
     with torch.cuda.device_of(q), as_given(q):
-        saved = pipeline.forward(replace(call, keep_lists=False), q, k, v, source)
+        saved = pipeline.forward(replace(call, keep_lists=False), q, k, v, prepared.routing)
         rows = pipeline.device_rows(call.plan, q.device)
         lse, selected, blocks, weights = _empty_extras(q)
         if gradients:
             lse, selected = saved.lse, _at_the_end(saved.selected.to(torch.int32), topk, -1)
         if return_selection:
-            found = made_selection(saved.selected, rows, source)
+            found = made_selection(saved.selected, rows, prepared.routing)
             blocks, weights = _at_the_end(found.blocks, topk, -1), _at_the_end(found.weights, topk, 0)
     return saved.out, lse, selected, blocks, weights, _route_tensor(saved.route, call.number, made)
 
@@ -168,6 +169,7 @@ def attention_backward(
         stage=Stages(q.device),
         keep_lists=False,
         number=number,
+        rounds=True,
     )
     with torch.cuda.device_of(q), as_given(dout):
         chosen = selected[:, :, topk - call.topk :].to(selection_dtype(call.n_blocks))

@@ -50,6 +50,7 @@ class Call:
         stage: names the steps in profiles.
         keep_lists: keep routing lists for backward: `4 * topk` bytes per (q head, row).
         number: the call's number in its group; see `parallel.backward_order`.
+        rounds: round dk and dv to the dtype of k and v; if not, they stay in the accumulation dtype, for callers who add to them.
     """
 
     config: MoBAConfig
@@ -62,6 +63,7 @@ class Call:
     stage: Stages
     keep_lists: bool
     number: int
+    rounds: bool = True
 
     @cached_property
     def topk(self) -> int:
@@ -161,8 +163,8 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     with call.stage("delta"):
         delta = call.backend.delta(out=saved.out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
+    dtype = k.dtype if call.rounds else accumulate_dtype(k.dtype)
+    dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (home.k, home.v))
     lists_of = iter(saved.lists) if saved.lists else routed_ahead(call, ranges, saved.selected)
     in_place = call.comm.size == 1 and all(len(of_range) == 1 for _, of_range in ranges)
     side = SideStream(torch.device("cpu") if in_place else q.device, "gradients")  # in place, nothing is left to add
@@ -282,14 +284,20 @@ def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows, rout
     """Centroids of home blocks, all-gathered; then the gate: `[Hq, T, topk]`. Nothing of that where the caller selected."""
     if routing.selected is not None:
         return routing.selected
-    backend, k = call.backend, home.k
-    if routing.q_gate is not None and routing.k_gate is not None and call.topk > 1:
-        q_heads, q = q.shape[1], unit_stride(routing.q_gate)
-        backend = backend_for(q.device, q.dtype)
-        k_gate = unit_stride(routing.k_gate)
-        k = bring_home(call.plan, k_gate, k_gate[..., :0], call.comm).k
-        return over_heads(_gate(call, backend, q, k, rows), q_heads)
-    return _gate(call, backend, q, k, rows)
+    if routing.q_gate is not None:
+        return select_by_gates(call, routing, q.shape[1])
+    return _gate(call, call.backend, q, home.k, rows)
+
+
+def select_by_gates(call: Call, routing: Routing, q_heads: int) -> Tensor:
+    """`[Hq, T, topk]` by the scores of `routing.q_gate` and `routing.k_gate`."""
+    assert routing.q_gate is not None
+    assert routing.k_gate is not None
+    q, k = unit_stride(routing.q_gate), unit_stride(routing.k_gate)
+    if call.topk > 1:
+        k = bring_home(call.plan, k, k[..., :0], call.comm).k
+    selected = _gate(call, backend_for(q.device, q.dtype), q, k, device_rows(call.plan, q.device))
+    return over_heads(selected, q_heads)
 
 
 def _gate(call: Call, backend: Backend, q: Tensor, home_k: Tensor, rows: QueryRows) -> Tensor:

@@ -136,13 +136,29 @@ def test_other_tensors_route_over_every_exchange(cp_size: int) -> None:
             assert_close(result, expected[option[0]], 1e-10, (layout, *option))
 
 
-def same_bits_on_rank(rank: int, size: int, case: Case, layout: SequenceLayout, comms: list[str]) -> list[str]:
+@pytest.mark.parametrize(("cp_size", "options"), [(3, {"comm": "a2a"}), (4, {"comm": "a2a+fetch", "head_parallel": 2})])
+def test_selections_travel_with_the_heads(cp_size: int, options: dict) -> None:
+    layout = every_layout(CASE.cu_seqlens, cp_size)["interleaved"]
+    listed, pair = random_selection(CASE, 1, 3), gates(CASE, (3, 1), 4)
+    for given, blocks in (({"selection": listed}, listed.long()), ({"routing": pair}, routed_selection(CASE, *pair))):
+        (result,) = run(cp_size, CASE, layout, [given | options])
+        assert_close(result, by_definition(CASE, blocks), 1e-10, (given.keys(), options))
+    flat, split = (
+        run_ranks(cp_size, same_bits_on_rank, CASE, layout, [comm], more)
+        for comm, more in (("ring", {}), (options["comm"], {k: v for k, v in options.items() if k != "comm"}))
+    )
+    assert flat == split == [[]] * cp_size
+
+
+def same_bits_on_rank(
+    rank: int, size: int, case: Case, layout: SequenceLayout, comms: list[str], more: dict | None = None
+) -> list[str]:
     """What differs from a call that routes by q and k, if its selection, or q and k themselves, are given."""
     wrong = []
     for i, comm in enumerate(comms):
         dtype, workspace = (torch.float64, torch.bfloat16)[i % 2], WORKSPACES[i // 2 % 2]
         *qkv, dout = (layout.shard(x, rank).requires_grad_() for x in case.inputs(dtype))
-        fixed = {"layout": layout, "comm": comm, "workspace_bytes": workspace, "return_selection": True}
+        fixed = {"layout": layout, "comm": comm, "workspace_bytes": workspace, "return_selection": True, **(more or {})}
 
         def call(options: dict, qkv=qkv, dout=dout, fixed=fixed) -> tuple[Tensor, ...]:
             out, selection = moba_cp.moba_attention(*qkv, case.config, **fixed, **options)
