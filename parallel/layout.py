@@ -25,7 +25,7 @@ from torch import Tensor
 from .partition import Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
 
 _SHOWN_RANKS = 8
-"""Of so many ranks a layout shows how many tokens they hold."""
+"""`repr` of a layout shows the token counts of at most this many ranks."""
 
 
 class SequenceLayout:
