@@ -52,7 +52,7 @@ def _wanted_kernel(
 
 @triton.jit
 def _copy_row(source_at, packed_at, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Copy rows of WIDTH elements, by the addresses of their first ones."""
+    """Copy rows of WIDTH elements, given the addresses of their first elements."""
     column = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (column < WIDTH)
     tl.store(packed_at[:, None] + column, tl.load(source_at[:, None] + column, mask=mask), mask=mask)
