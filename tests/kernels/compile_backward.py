@@ -111,7 +111,7 @@ def build_small(dim, dtype, capability) -> dict[str, dict]:
 
 
 def build_moving(dim, value_dim, dtype, capability) -> dict[str, dict]:
-    """Kernels around the exchange: packing, also of heads, wanted rows of keys, values and gradients, the last sum of dK and dV."""
+    """Kernels around the exchange: packing, also of heads; wanted rows of keys, values and gradients; the sum of dK and dV."""
     from moba_cp.kernels import gradients
     from moba_cp.parallel import head_rows_kernel, rows_kernel
 
