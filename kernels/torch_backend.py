@@ -238,3 +238,38 @@ def merge_dq(dq_partials: DqPartials, *, selected: Tensor, dq: Tensor) -> None:
     for slot in range(selected.shape[2]):
         total += torch.where((selected[:, :, slot] >= 0)[:, :, None], dq_partials.dq[:, :, slot], 0)
     dq.copy_(total.transpose(0, 1))
+
+
+def update_centroids(
+    k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, count: Tensor, centroids: Tensor, block_size: int,
+    at_most: int,
+) -> None:  # fmt: skip
+    """See `backend.Backend.update_centroids`."""
+    known = torch.minimum(count[:, 0], before // block_size).tolist()
+    complete = (lengths // block_size).tolist()
+    for sample, (first, end) in enumerate(zip(known, complete, strict=True)):
+        if end > first:
+            slot = slots[sample, first * block_size : end * block_size].long().unflatten(0, (-1, block_size))
+            centroids[sample, first:end] = ordered_mean(k[sample, slot].to(accumulate_dtype(k.dtype))).to(k.dtype)
+    count.copy_((lengths // block_size)[:, None].expand_as(count))
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, *, slots: Tensor, position: Tensor, selected: Tensor, blocks: int, block_size: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """See `backend.Backend.attend_selected`."""
+    acc = accumulate_dtype(q.dtype)
+    samples, q_heads, _ = q.shape
+    group = q_heads // k.shape[2]
+    out = q.new_zeros(samples, q_heads, v.shape[3])
+    offset = torch.arange(block_size, device=q.device)
+    for sample, last in enumerate(position.tolist()):
+        for head in range(q_heads if last >= 0 else 0):
+            chosen = selected[head, sample].long()
+            at = ((chosen[chosen >= 0] - sample * blocks) * block_size)[:, None] + offset
+            slot = slots[sample, at[at <= last]].long()
+            keys, values = k[sample, slot, head // group].to(acc), v[sample, slot, head // group].to(acc)
+            weight = torch.softmax((keys @ q[sample, head].to(acc)) * scale, 0)
+            out[sample, head] = (weight @ values).to(q.dtype)
+    return out

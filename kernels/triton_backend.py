@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backward import attend_backward, delta
 from .centroids import centroids
+from .decode import attend_selected, update_centroids
 from .forward import attend
 from .gate import select_blocks
 from .gradients import add_gradients
@@ -24,6 +25,7 @@ __all__ = [
     "add_gradients",
     "attend",
     "attend_backward",
+    "attend_selected",
     "bytes_per_slot",
     "centroids",
     "check_sizes",
@@ -35,6 +37,7 @@ __all__ = [
     "new_partials",
     "route",
     "select_blocks",
+    "update_centroids",
     "wanted_pairs",
 ]
 
