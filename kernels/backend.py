@@ -157,11 +157,29 @@ class Backend(Protocol):
             slots: int32 `[samples, slots]`, slot of each sample's content in order. Its last dimension is dense.
             before, lengths: int32 `[samples]`, content before this step, and with it. Content before it may have shrunk
                 since the last step: `count` then covers too much.
-            count: int32 `[samples, H]`, contiguous: centroids known of each sample; updated.
+            count: int32 `[samples, H, tiles]`, contiguous: known centroids of each tile of `COUNT_TILE` blocks; updated.
             centroids: `[samples, n, H, D]` in the dtype of `k`, contiguous; missing ones are written.
             block_size: keys per block.
-            at_most: no sample misses more centroids than this, unless `count` is wrong; decides the grid only.
+            at_most: about how many centroids a sample misses at most; decides the grid only.
         """
+
+    def select_for_decoding(
+        self, q: Tensor, k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor,
+        rows: QueryRows, count: Tensor, centroids: Tensor, block_size: int, topk: int,
+    ) -> Tensor:  # fmt: skip
+        """`update_centroids`, and `select_blocks` for one query per sample.
+
+        Args:
+            q: `[samples, Hq, D]`.
+            k, slots, before, lengths, count, centroids, block_size: as in `update_centroids`.
+            position: int32 `[samples]`, position of the query in the sample's content; -1 where there is none.
+            rows: the same, as rows among `n` blocks per sample.
+            topk: most blocks per row, own block included.
+
+        Returns:
+            `[Hq, samples, topk]`, as of `select_blocks`: block j of sample i has number `i * n + j`.
+        """
+        ...
 
     def attend_selected(
         self, q: Tensor, k: Tensor, v: Tensor, *, slots: Tensor, position: Tensor, selected: Tensor, blocks: int,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .types import DqPartials, KVPart, Partials, QueryRows, RoutingLists, list_shape, selection_dtype
+from .types import COUNT_TILE, DqPartials, KVPart, Partials, QueryRows, RoutingLists, list_shape, selection_dtype
 
 NAME = "torch"
 _GATE_ROWS = 1024
@@ -245,13 +245,27 @@ def update_centroids(
     at_most: int,
 ) -> None:  # fmt: skip
     """See `backend.Backend.update_centroids`."""
-    known = torch.minimum(count[:, 0], before // block_size).tolist()
+    first = torch.arange(count.shape[2], dtype=torch.int32, device=count.device) * COUNT_TILE
+    in_tiles = lambda x: (x[:, None] // block_size - first).clamp(0, COUNT_TILE)  # noqa: E731
+    known = torch.minimum(count[:, 0], in_tiles(before)).sum(1).tolist()
     complete = (lengths // block_size).tolist()
-    for sample, (first, end) in enumerate(zip(known, complete, strict=True)):
-        if end > first:
-            slot = slots[sample, first * block_size : end * block_size].long().unflatten(0, (-1, block_size))
-            centroids[sample, first:end] = ordered_mean(k[sample, slot].to(accumulate_dtype(k.dtype))).to(k.dtype)
-    count.copy_((lengths // block_size)[:, None].expand_as(count))
+    for sample, (begin, end) in enumerate(zip(known, complete, strict=True)):
+        if end > begin:
+            slot = slots[sample, begin * block_size : end * block_size].long().unflatten(0, (-1, block_size))
+            centroids[sample, begin:end] = ordered_mean(k[sample, slot].to(accumulate_dtype(k.dtype))).to(k.dtype)
+    count.copy_(in_tiles(lengths)[:, None].expand_as(count))
+
+
+def select_for_decoding(
+    q: Tensor, k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor, rows: QueryRows,
+    count: Tensor, centroids: Tensor, block_size: int, topk: int,
+) -> Tensor:  # fmt: skip
+    """See `backend.Backend.select_for_decoding`."""
+    update_centroids(
+        k, slots=slots, before=before, lengths=lengths, count=count, centroids=centroids, block_size=block_size,
+        at_most=1,
+    )  # fmt: skip
+    return select_blocks(q, centroids=centroids.flatten(0, 1), rows=rows, topk=topk)
 
 
 def attend_selected(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backward import attend_backward, delta
 from .centroids import centroids
-from .decode import attend_selected, update_centroids
+from .decode import attend_selected, select_for_decoding, update_centroids
 from .forward import attend
 from .gate import select_blocks
 from .gradients import add_gradients
@@ -37,6 +37,7 @@ __all__ = [
     "new_partials",
     "route",
     "select_blocks",
+    "select_for_decoding",
     "update_centroids",
     "wanted_pairs",
 ]

@@ -20,6 +20,7 @@ from .attention import DEFAULT_WORKSPACE_BYTES
 from .chunks import ranges_of
 from .config import MoBAConfig
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
+from .kernels.types import COUNT_TILE
 from .pipeline import readable
 from .precision import as_given
 from .validation import check_config, check_tensors
@@ -156,7 +157,7 @@ class CentroidCache:
 
     Attributes:
         values: `[samples, n, Hkv, D]`, room for `n` blocks per sample; None before the first call.
-        count: int32 `[samples, Hkv]`, known centroids.
+        count: int32 `[samples, Hkv, tiles]`, known centroids of each tile of `COUNT_TILE` blocks.
     """
 
     def __init__(self) -> None:
@@ -169,34 +170,32 @@ class CentroidCache:
         """Bytes on the device."""
         return sum(x.nbytes for x in (self.values, self.count) if x is not None)
 
-    def update(self, backend: Backend, k: Tensor, tokens: CachedTokens, block_size: int) -> Tensor:
-        """All centroids of complete blocks of `k` `[samples, slots, Hkv, D]`: `[samples, n, Hkv, D]`, others undefined.
+    def make_room(self, k: Tensor, block_size: int) -> tuple[Tensor, Tensor, bool]:
+        """`values` and `count` for the cache `k` `[samples, slots, Hkv, D]`, and whether they are new.
 
         Raises:
             ValueError: the object was used with other shapes, dtype or block size.
         """
         samples, slots, heads, dim = k.shape
         blocks = blocks_per_sample(slots, block_size)
-        at_most = -(-tokens.query_position.shape[1] // block_size) + 1
+        tiles = -(-blocks // COUNT_TILE)
         if self.values is None or self.count is None:
             self.values = k.new_empty(samples, blocks, heads, dim)
-            self.count = torch.zeros(samples, heads, dtype=torch.int32, device=k.device)
+            self.count = torch.zeros(samples, heads, tiles, dtype=torch.int32, device=k.device)
             self._block_size = block_size
-            at_most = blocks
-        elif self._block_size != block_size or self.values[:, 0].shape != k[:, 0].shape or self.values.dtype != k.dtype:
+            return self.values, self.count, True
+        known = self.values.shape
+        if (self._block_size, known[0], known[2:], self.values.dtype) != (block_size, samples, k.shape[2:], k.dtype):
             raise ValueError(
                 f"a CentroidCache made for blocks of {self._block_size} keys, {tuple(self.values[:, 0].shape)} "
                 f"{self.values.dtype}, got blocks of {block_size} keys, {tuple(k[:, 0].shape)} {k.dtype}"
             )
-        elif self.values.shape[1] < blocks:
-            grown = k.new_empty(samples, blocks, heads, dim)
-            grown[:, : self.values.shape[1]] = self.values
-            self.values = grown
-        backend.update_centroids(
-            k, slots=tokens.slots, before=tokens.before, lengths=tokens.lengths, count=self.count,
-            centroids=self.values, block_size=block_size, at_most=at_most,
-        )  # fmt: skip
-        return self.values
+        if known[1] < blocks:
+            values, count = k.new_empty(samples, blocks, heads, dim), self.count.new_zeros(samples, heads, tiles)
+            values[:, : known[1]] = self.values
+            count[:, :, : self.count.shape[2]] = self.count
+            self.values, self.count = values, count
+        return self.values, self.count, False
 
 
 def blocks_per_sample(slots: int, block_size: int) -> int:
@@ -245,9 +244,16 @@ def moba_attention_cached(
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     centroids = CentroidCache() if centroids is None else centroids
     with torch.no_grad(), torch.cuda.device_of(q), as_given(q):
-        means = centroids.update(backend, k, tokens, config.block_size)
-        if q.shape[1] == 1:
-            return _decode(backend, q, k, v, config, tokens, means)
+        means, count, new = centroids.make_room(k, config.block_size)
+        one_each = q.shape[1] == 1
+        if new or not one_each:
+            most = means.shape[1] if new else -(-q.shape[1] // config.block_size) + 1
+            backend.update_centroids(
+                k, slots=tokens.slots, before=tokens.before, lengths=tokens.lengths, count=count, centroids=means,
+                block_size=config.block_size, at_most=most,
+            )  # fmt: skip
+        if one_each:
+            return _decode(backend, q, k, v, config, tokens, means, count)
         return _chunk(backend, q, k, v, config, tokens, means, workspace_bytes)
 
 
@@ -278,14 +284,19 @@ def _topk(config: MoBAConfig, blocks: int) -> int:
 
 
 def _decode(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, tokens: CachedTokens, means: Tensor
-) -> Tensor:
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, tokens: CachedTokens, means: Tensor,
+    count: Tensor,
+) -> Tensor:  # fmt: skip
     blocks = means.shape[1]
     q = q[:, 0] if q.stride(-1) == 1 else q[:, 0].contiguous()
-    rows = tokens.rows(blocks, config.block_size, one_each=True)
-    selected = backend.select_blocks(q, centroids=means.flatten(0, 1), rows=rows, topk=_topk(config, blocks))
+    position = tokens.query_position[:, 0]
+    selected = backend.select_for_decoding(
+        q, k, slots=tokens.slots, before=tokens.before, lengths=tokens.lengths, position=position,
+        rows=tokens.rows(blocks, config.block_size, one_each=True), count=count, centroids=means,
+        block_size=config.block_size, topk=_topk(config, blocks),
+    )  # fmt: skip
     return backend.attend_selected(
-        q, k, v, slots=tokens.slots, position=tokens.query_position[:, 0], selected=selected, blocks=blocks,
+        q, k, v, slots=tokens.slots, position=position, selected=selected, blocks=blocks,
         block_size=config.block_size, scale=config.scale(q.shape[2]),
     )[:, None]  # fmt: skip
 

@@ -63,10 +63,7 @@ def moba_attention_forward(
         ValueError: what MoBA attention does not compute, named.
     """
     _refuse(module, dropout, kwargs)
-    settings = settings_of(module.config)
-    layers, index = int(module.config.num_hidden_layers), int(module.layer_idx)  # type: ignore[arg-type, union-attr]
-    settings.check_layers(layers)
-    moba = settings.computes_moba(index, layers)
+    settings, moba = settings_of(module)
     config = MoBAConfig(settings.block_size, settings.topk, scaling)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [samples, tokens, heads, head size]
     if moba_layout is not None:

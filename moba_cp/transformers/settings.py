@@ -104,19 +104,28 @@ def configure(
         model_or_config._attn_implementation = IMPLEMENTATION
 
 
-def settings_of(config: Any) -> Settings:
-    """The settings in a text model's config.
+def settings_of(module: Any) -> tuple[Settings, bool]:
+    """The settings in the config of an attention module, and whether its layer computes MoBA.
+
+    Kept with the module until they change: decoding asks for them in every layer of every token.
 
     Raises:
-        ValueError: there are none, or they are wrong.
+        ValueError: there are none, they are wrong, or for another number of layers.
     """
-    kept = getattr(config, IMPLEMENTATION, None)
+    kept, layers = getattr(module.config, IMPLEMENTATION, None), module.config.num_hidden_layers
+    known = getattr(module, "_moba_settings", None)
+    if known is not None and known[0] == (kept, layers):
+        return known[1]
     if not isinstance(kept, dict):
         raise ValueError(
             f"the model's config has no MoBA settings (config.{IMPLEMENTATION} is {kept!r}): call "
             "moba_cp.transformers.configure(model, MoBAConfig(...)) first"
         )
     try:
-        return Settings(**kept)
+        settings = Settings(**kept)
     except TypeError as error:
         raise ValueError(f"config.{IMPLEMENTATION} must hold the fields of Settings, got {kept!r}") from error
+    settings.check_layers(layers)
+    found = settings, settings.computes_moba(module.layer_idx, layers)
+    module._moba_settings = ((dict(kept), layers), found)
+    return found
