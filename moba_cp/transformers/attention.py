@@ -80,7 +80,7 @@ def moba_attention_forward(
             )
         ends = _documents(q, position_ids, cu_seq_lens_q, cu_seq_lens_k)
         layout = SequenceLayout.contiguous(ends, 1)
-        out = _attend(moba, *(x.flatten(0, 1) for x in (q, k, v)), config, layout)
+        out = _attend(moba, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), config, layout)
         kept.hook(module)
         return out.unflatten(0, q.shape[:2]), None
     if cu_seq_lens_q is not None:
@@ -188,8 +188,8 @@ def _prefill(moba: bool, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, to
         q, k, v = (x[:, :queries].flatten(0, 1) for x in (q, k, v))
         return _attend(moba, q, k, v, config, layout).unflatten(0, (samples, queries))
     rows = torch.from_numpy(at).to(q.device)
-    content = [x[:, :queries].flatten(0, 1).index_select(0, rows) for x in (q, k, v)]
-    out = _attend(moba, *content, config, layout)
+    q, k, v = (x[:, :queries].flatten(0, 1).index_select(0, rows) for x in (q, k, v))
+    out = _attend(moba, q, k, v, config, layout)
     padded = out.new_zeros(samples * queries, *out.shape[1:]).index_copy(0, rows, out)
     return padded.unflatten(0, (samples, queries))
 

@@ -11,8 +11,7 @@ import transformers
 
 import moba_cp.transformers.attention as attention_module
 from moba_cp import MoBAConfig, SequenceLayout
-from tests.ranks import run_ranks
-from tests.transformers.models import CONFIG, KINDS, TOLERANCE, text, tiny, use_reference, whole
+from tests.transformers.models import KINDS, TOLERANCE, text, tiny, use_reference, whole
 
 LENGTHS = (11, 1, 17, 7)
 TOKENS = sum(LENGTHS)
@@ -131,33 +130,13 @@ def test_the_scale_is_the_models() -> None:
     assert (plain - scaled).abs().max() > 0.01
 
 
-def trained_on_rank(rank: int, world_size: int, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of the rank's tokens, and the gradients of all ranks' summed loss."""
-    import torch.distributed as dist
-
-    model = tiny(full_last=1)
-    layout = SequenceLayout.zigzag(ENDS.tolist(), world_size)
-    positions = layout.shard(POSITIONS[0], rank)[None]
-    here = layout.shard(ids[0], rank)[None]
-    logits = model(
-        here, position_ids=positions, use_cache=False, moba_layout=layout, moba_group=dist.group.WORLD
-    ).logits
-    torch.nn.functional.cross_entropy(logits[0], here[0], reduction="sum").backward()
-    for p in model.parameters():
-        dist.all_reduce(p.grad)
-    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def test_context_parallelism() -> None:
-    """A layout as an argument of the forward pass: logits and summed gradients of one rank that holds all."""
+def test_the_layout_reaches_every_layer() -> None:
+    """As an argument of the model's forward pass, also through gradient checkpointing."""
     model, ids = tiny(full_last=1), text(1, TOKENS)
-    logits = model(ids, position_ids=POSITIONS, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits[0], ids[0], reduction="sum").backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
-    ranks = run_ranks(2, trained_on_rank, ids)
-    layout = SequenceLayout.zigzag(ENDS.tolist(), 2)
-    together = layout.unshard([part[0] for part, _ in ranks])
-    torch.testing.assert_close(together, logits[0].detach(), **TOLERANCE)
-    for _, found in ranks:
-        assert_same(found, expected, 1e-4)  # fp32 sums in another order
-    assert CONFIG.block_size < max(LENGTHS)
+    more = {"position_ids": POSITIONS}
+    plain = gradients(model, ids, **more)
+    model.gradient_checkpointing_enable()
+    more |= {"moba_layout": SequenceLayout.contiguous(ENDS.tolist(), 1)}
+    assert_same(gradients(model, ids, **more), plain, 0)
+    with pytest.raises(ValueError, match="36 tokens"):
+        whole(model, ids[:, :20], moba_layout=more["moba_layout"])
