@@ -1,4 +1,4 @@
-"""The attention function under context parallelism; in a file of its own, since ranks import it, and models take long to import."""
+"""The attention function under context parallelism; in its own file, since ranks import it, and models take long to import."""
 
 from __future__ import annotations
 
