@@ -2,13 +2,14 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import diagnostics, reference
+from . import diagnostics, operators, reference
 from .attention import moba_attention, moba_attn_varlen
 from .cached import CachedTokens, CentroidCache, moba_attention_cached
 from .config import MoBAConfig
 from .memory import KeptMemory, kept_bytes
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
+from .selection import Selection
 
 try:
     __version__ = version("moba_cp")
@@ -21,6 +22,7 @@ __all__ = [
     "KeptMemory",
     "MoBAConfig",
     "MoBAReport",
+    "Selection",
     "SequenceLayout",
     "__version__",
     "diagnostics",
@@ -28,5 +30,6 @@ __all__ = [
     "moba_attention",
     "moba_attention_cached",
     "moba_attn_varlen",
+    "operators",
     "reference",
 ]

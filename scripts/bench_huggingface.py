@@ -1,89 +1,89 @@
 """The attention function of moba_cp.transformers against transformers' own SDPA, on one GPU: prefill, a chunk, decoding.
 
-    python scripts/bench_huggingface.py --out docs/results/huggingface.json
+    python -m scripts.bench_huggingface --out docs/results/huggingface.json
 
 Each function is called as a model's attention layer calls it, bf16, with a cache of `--tokens` tokens. Decoding walks over
-`--layers` caches, as a model does, so that no cache stays in L2; it is timed called from Python and as a CUDA graph. Every
-time is a median over `--iterations` rounds, with the 10th and 90th percentile. Every MoBA output is compared with an fp32
-evaluation of the definition for rows of the very run that was timed: all of a decoding step, sampled ones of a prefill.
+`--layers` caches, as a model does, so that no cache stays in L2; it is timed called from Python and as a CUDA graph, per
+layer. Every MoBA output is compared with an fp32 evaluation of the definition for rows of the very run that was timed: all of
+a decoding step, sampled ones of a prefill.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import transformers
-from bench_about import about
+import typer
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba_cp import CachedTokens, MoBAConfig
-from moba_cp.transformers.attention import moba_attention_forward
-from moba_cp.transformers.masks import pack
-from moba_cp.transformers.settings import Settings
 
-HEAD_DIM = 128
+from .harness import options
+from .harness.inputs import HEAD_DIM
+from .harness.records import Results, about
+from .harness.timing import Times, time_calls
+
 SCALE = HEAD_DIM**-0.5
 SAMPLED_ROWS = 16
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file, written after every configuration")
-    parser.add_argument("--tokens", type=int, default=131072)
-    parser.add_argument(
-        "--chunk", type=int, default=4096, help="queries of the chunk that is timed at the end of the cache"
-    )
-    parser.add_argument("--heads", default="32/8", help="q/kv heads")
-    parser.add_argument("--configs", default="512:8,128:8,4096:12", help="block size:topk, comma-separated")
-    parser.add_argument("--layers", type=int, default=8, help="caches that a decoding step walks over")
-    parser.add_argument("--iterations", type=int, default=11)
-    parser.add_argument("--commit", default="", help="git commit to note, where the checkout has no .git")
-    options = parser.parse_args()
-    q_heads, kv_heads = (int(x) for x in options.heads.split("/"))
-    results: list[dict[str, Any]] = []
-    facts = about(options.commit) | {"transformers": transformers.__version__}
-    bench = Bench(options.tokens, options.chunk, q_heads, kv_heads, options.layers, options.iterations)
-    for config in (None, *(MoBAConfig(*(int(n) for n in text.split(":"))) for text in options.configs.split(","))):
+def main(
+    out: Annotated[Path, typer.Option(help="JSON file, written after every case")],
+    tokens: Annotated[int, typer.Option(help="tokens in the cache")] = 131072,
+    chunk: Annotated[int, typer.Option(help="queries of the chunk that is timed at the end of the cache")] = 4096,
+    heads: Annotated[str, typer.Option(help="q/kv heads")] = "32/8",
+    configs: Annotated[str, typer.Option(help="block size:topk, comma-separated")] = "512:8,128:8,4096:12",
+    layers: Annotated[int, typer.Option(help="caches that a decoding step walks over")] = 8,
+    iterations: Annotated[int, typer.Option(help="timed calls of each figure")] = 11,
+    device_name: Annotated[str, typer.Option("--device", help="cuda, or cpu to try the program")] = "cuda",
+    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+) -> None:
+    """Run every case and write the file."""
+    import transformers
+
+    device = options.device(device_name)
+    ((q_heads, kv_heads),) = options.heads(heads)
+    results = Results(out, about(commit) | {"transformers": transformers.__version__}, "results")
+    bench = Bench(tokens, chunk, q_heads, kv_heads, layers, iterations, device)
+    for config in (None, *(MoBAConfig(*pair) for pair in options.configs(configs))):
+        case: dict[str, Any] = {"attention": "sdpa"} if config is None else {"attention": "moba"}
+        case |= {"tokens": tokens, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM}
+        if config is not None:
+            case |= {"block_size": config.block_size, "topk": config.topk}
         for name, measure in (("prefill", bench.prefill), ("chunk", bench.chunk), ("decode", bench.decode)):
-            result = {"what": name, "attention": "sdpa" if config is None else "moba", "tokens": options.tokens}
-            result |= {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM}
-            if config is not None:
-                result |= {"block_size": config.block_size, "topk": config.topk}
-            try:
-                result |= measure(config)
-            except Exception as error:
-                result["error"] = f"{type(error).__name__}: {error}"[:500]
-            results.append(result)
-            print(
-                {key: value for key, value in result.items() if key not in ("q_heads", "kv_heads", "head_dim")},
-                flush=True,
-            )
-            options.out.write_text(json.dumps({"about": facts, "results": results}, indent=1) + "\n")
-            torch.cuda.empty_cache()
+            results.attempt("results", {"what": name} | case, lambda measure=measure, config=config: measure(config))
+    if results.failed:
+        raise typer.Exit(1)
 
 
 class Bench:
     """Inputs, and one method per thing that is timed."""
 
-    def __init__(self, tokens: int, chunk: int, q_heads: int, kv_heads: int, layers: int, iterations: int) -> None:
-        self.tokens, self.queries, self.q_heads, self.iterations = tokens, chunk, q_heads, iterations
-        generator = torch.Generator("cuda").manual_seed(0)
-        normal = lambda *shape: torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    def __init__(
+        self, tokens: int, chunk: int, q_heads: int, kv_heads: int, layers: int, iterations: int, device: torch.device
+    ) -> None:
+        self.tokens, self.queries, self.q_heads, self.iterations, self.device = (
+            tokens,
+            chunk,
+            q_heads,
+            iterations,
+            device,
+        )
+        generator = torch.Generator(device).manual_seed(0)
+        normal = lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)  # noqa: E731
         self.keys = [normal(1, kv_heads, tokens, HEAD_DIM) for _ in range(layers)]
         self.values = [normal(1, kv_heads, tokens, HEAD_DIM) for _ in range(layers)]
         self.q = normal(1, tokens, q_heads, HEAD_DIM).transpose(1, 2)  # as a projection makes it
 
     def module(self, config: MoBAConfig | None) -> Any:
         """What the attention functions read of a model's attention layer."""
-        module = torch.nn.Module()
+        from moba_cp.transformers import Settings
+
+        module: Any = torch.nn.Module()
         settings = {} if config is None else {"moba": vars(Settings(config.block_size, config.topk))}
         module.config = SimpleNamespace(num_hidden_layers=1, **settings)
         module.layer_idx, module.is_causal = 0, True
@@ -92,11 +92,16 @@ class Bench:
 
     def function(self, config: MoBAConfig | None, queries: int) -> Callable[[Tensor, int], Tensor]:
         """The attention of the last `queries` queries to cache number i, as a function of both."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        from moba_cp.transformers.attention import moba_attention_forward
+        from moba_cp.transformers.masks import pack
+
         module = self.module(config)
         if config is None:
             mask = None
             if 1 < queries < self.tokens:  # what transformers makes for a chunk
-                position = torch.arange(self.tokens, device="cuda")
+                position = torch.arange(self.tokens, device=self.device)
                 mask = (position <= position[-queries:, None])[None, None]
             return lambda q, i: sdpa_attention_forward(
                 module, q, self.keys[i], self.values[i], mask, scaling=SCALE, is_causal=True
@@ -110,7 +115,7 @@ class Bench:
                     queries=queries,
                     slots=self.tokens,
                     offset=self.tokens - queries,
-                    device=self.q.device,
+                    device=self.device,
                 )
             )
 
@@ -134,12 +139,12 @@ class Bench:
 
     def _once(self, config: MoBAConfig | None, queries: int) -> dict[str, Any]:
         attend, q = self.function(config, queries), self.q[:, :, -queries:]
-        times, out = timed(lambda: attend(q, 0), self.iterations)
+        times, out = self.timed(lambda: attend(q, 0))
         self._forget()
-        result = {"queries": queries} | times
+        result = {"queries": queries, "ms": times.record()}
         if config is not None:
             rows = torch.linspace(0, queries - 1, SAMPLED_ROWS).long().tolist()
-            result["error"] = max(
+            result["output_error"] = max(
                 self._error(out[0, row], q[0, :, row], self.tokens - queries + row, 0, config) for row in rows
             )
         return result
@@ -154,12 +159,15 @@ class Bench:
             out[:] = [attend(q, i) for i in range(layers)]
             return out
 
-        called, _ = timed(step, self.iterations, layers)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        replayed, _ = timed(graph.replay, self.iterations, layers)
-        result: dict[str, Any] = {"queries": 1, "layers": layers, "called": called, "graph": replayed}
+        result: dict[str, Any] = {"queries": 1, "layers": layers, "called_ms": self.timed(step)[0].record()}
+        if self.device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            result["graph_ms"] = self.timed(graph.replay)[0].record()
+        for name in ("called_ms", "graph_ms"):
+            if name in result:
+                result[name] |= {key: round(x / layers, 5) for key, x in result[name].items() if key != "count"}
         if config is not None:
             read = [self._selected(q[0, :, 0], self.tokens - 1, i, config) for i in range(layers)]
             wanted = statistics.mean(int(chosen.sum()) for chosen in read)
@@ -168,7 +176,7 @@ class Bench:
             key_bytes = config.block_size * HEAD_DIM * 4
             result["bytes_read_once_per_q_head"] = int(wanted * key_bytes)
             result["bytes_read_once_per_kv_head"] = int(shared * key_bytes)
-            result["error"] = max(
+            result["output_error"] = max(
                 self._error(out[i][0, 0], q[0, :, 0], self.tokens - 1, i, config) for i in range(layers)
             )
         else:
@@ -205,24 +213,15 @@ class Bench:
             expected[head] = torch.softmax(scores.masked_fill(~visible[head], float("-inf")), 0) @ values
         return float((out.float() - expected).norm() / expected.norm())
 
+    def timed(self, step: Callable[[], Any]) -> tuple[Times, Any]:
+        """Times of `step`, and what the last timed call returned."""
+        last: list[Any] = [None]
 
-def timed(step: Callable[[], Any], iterations: int, per: int = 1) -> tuple[dict[str, Any], Any]:
-    """Milliseconds of `step`, divided by `per`, and what the last timed call returned."""
-    for _ in range(3):
-        step()
-    times, result = [], None
-    for _ in range(iterations):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        begin.record()
-        result = step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / per)
-    times.sort()
-    low, high = times[len(times) // 10], times[-1 - len(times) // 10]
-    return {"ms": statistics.median(times), "p10_ms": low, "p90_ms": high, "iterations": iterations}, result
+        def call() -> None:
+            last[0] = step()
+
+        return time_calls(call, self.device, iterations=self.iterations, warmup=3), last[0]
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
