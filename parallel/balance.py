@@ -22,25 +22,42 @@ KEY_WORK, CANDIDATE_WORK = 7, 1
 """Work per attended key and per scored candidate: FLOPs of forward and backward in units of 2 D (4 D + 10 D, and 2 D)."""
 
 
-def work_before(position: np.ndarray, block_size: int, topk: int) -> np.ndarray:
-    """Work of the rows before a position of a document, per q head.
+def keys_before(position: np.ndarray, block_size: int, topk: int) -> np.ndarray:
+    """Keys that the rows before a position of a document attend to, per q head: int64 of the same shape.
 
     Args:
         position: int64, counted from the document's start.
         block_size, topk: of the attention.
-
-    Returns:
-        int64 of the same shape, in units of 2 D FLOPs; see `KEY_WORK`.
     """
     position = np.asarray(position, dtype=np.int64)
     block, rest = position // block_size, position % block_size
+    keys = block_size * block_size * _past_before(block, topk) + block * (block_size * (block_size + 1) // 2)
+    return keys + rest * np.minimum(block, topk - 1) * block_size + rest * (rest + 1) // 2
+
+
+def pairs_before(position: np.ndarray, block_size: int, topk: int) -> np.ndarray:
+    """Blocks that these rows attend to, own ones among them: one partial result each."""
+    position = np.asarray(position, dtype=np.int64)
+    block, rest = position // block_size, position % block_size
+    return block_size * (_past_before(block, topk) + block) + rest * (np.minimum(block, topk - 1) + 1)
+
+
+def candidates_before(position: np.ndarray, block_size: int) -> np.ndarray:
+    """Blocks that these rows score."""
+    position = np.asarray(position, dtype=np.int64)
+    block, rest = position // block_size, position % block_size
+    return block_size * (block * (block - 1) // 2) + rest * block
+
+
+def _past_before(block: np.ndarray, topk: int) -> np.ndarray:
+    """Sum of min(topk - 1, j) over the blocks j before one: a triangle, then a rectangle."""
     past = np.minimum(block, topk - 1)
-    # Sum over whole blocks j of min(topk - 1, j): a triangle, then a rectangle.
-    pasts = past * (past - 1) // 2 + (block - past) * (topk - 1)
-    keys = block_size * block_size * pasts + block * (block_size * (block_size + 1) // 2)
-    keys += rest * past * block_size + rest * (rest + 1) // 2
-    candidates = block_size * (block * (block - 1) // 2) + rest * block
-    return KEY_WORK * keys + CANDIDATE_WORK * candidates
+    return past * (past - 1) // 2 + (block - past) * (topk - 1)
+
+
+def work_before(position: np.ndarray, block_size: int, topk: int) -> np.ndarray:
+    """Work of these rows, in units of 2 D FLOPs; see `KEY_WORK`."""
+    return KEY_WORK * keys_before(position, block_size, topk) + CANDIDATE_WORK * candidates_before(position, block_size)
 
 
 def balanced_runs(cu_seqlens: np.ndarray, size: int, block_size: int, topk: int) -> list[np.ndarray]:
