@@ -13,6 +13,7 @@ over and goes on. `--time-limit` ends between cases. The file's format: `harness
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -38,8 +39,8 @@ QUIET = (
     *("forward_ms_all", "forward_backward_ms_all", "stages_ms_rank0", "traffic_rank0", "attended_keys", "reason", "walks"),
     *("lower_bound_bytes", "visible_bytes", "forward_ms_spread", "forward_backward_ms_spread", "fingerprint"),
 )
-FIRST_CASE_S, PER_CASE_S, FLOPS = 10.0, 1.0, 2e14
-"""A first guess of how long a case takes: compiling, other fixed cost, and forward FLOPs per second and rank."""
+FIRST_FLOPS, FIRST_OVERHEAD_S = 2e14, 4.0
+"""First guesses: forward FLOPs per second and rank, and seconds of a case beside its calls (inputs, compiling, checks)."""
 
 
 def main(
@@ -81,24 +82,27 @@ class Clock:
 
     Attributes:
         limit: seconds from the start, 0 for none.
-        ratios: of finished cases, time taken over time guessed.
+        slowness: of finished cases, seconds of a forward pass over seconds by FIRST_FLOPS.
+        overheads: of finished cases, seconds beside their calls.
     """
 
     limit: float
     began: float = field(default_factory=time.monotonic)
-    ratios: list[float] = field(default_factory=list)
-
-    def guess(self, case: Case, plan: Plan) -> float:
-        """Seconds that a case takes: all its calls, by FLOPs, and fixed cost."""
-        one = case.flops() / FLOPS
-        both = one * 3.5 if case.backward else 0.0
-        timed = sum(min(plan.iterations * x, max(x, plan.seconds)) for x in (one, both))
-        return PER_CASE_S + timed + 2 * (one + both)
+    slowness: list[float] = field(default_factory=list)
+    overheads: list[float] = field(default_factory=list)
 
     def expected(self, case: Case, plan: Plan) -> float:
-        """The guess, corrected by what finished cases took."""
-        recent = sorted(self.ratios[-15:])
-        return self.guess(case, plan) * (recent[len(recent) // 2] if recent else 1.0) + (not recent) * FIRST_CASE_S
+        """Seconds that a case will take."""
+        forward = case.flops() / FIRST_FLOPS * (statistics.median(self.slowness[-9:]) if self.slowness else 1.0)
+        overhead = statistics.median(self.overheads[-9:]) if self.overheads else FIRST_OVERHEAD_S
+        return overhead + calls_s(forward, case, plan)
+
+    def learn(self, case: Case, plan: Plan, entry: dict[str, Any], took: float) -> None:
+        """Take a finished case into account."""
+        if "forward_ms" in entry:
+            forward = entry["forward_ms"] / 1e3
+            self.slowness.append(forward / (case.flops() / FIRST_FLOPS))
+            self.overheads.append(max(0.0, took - calls_s(forward, case, plan)))
 
     @property
     def elapsed(self) -> float:
@@ -107,6 +111,13 @@ class Clock:
     def allows(self, seconds: float) -> bool:
         """Whether a case of so many seconds still fits."""
         return not self.limit or self.elapsed + seconds <= self.limit
+
+
+def calls_s(forward: float, case: Case, plan: Plan) -> float:
+    """Seconds of all calls of a case by those of a forward pass: the first one, the timed ones, and one by stage."""
+    both = 4.0 * forward if case.backward else 0.0
+    timed = sum(min(plan.iterations * x, max(x, plan.seconds)) for x in (forward, both))
+    return timed + 2 * max(forward, both)
 
 
 def run(plan: Plan, cases: list[Case], done: list[dict[str, Any]], results: Results, place: torch.device, clock: Clock) -> None:
@@ -141,7 +152,7 @@ def run(plan: Plan, cases: list[Case], done: list[dict[str, Any]], results: Resu
         entry["commit"] = results.content["commit"]
         took = time.monotonic() - began
         entry["measured_in_s"] = round(took, 2)
-        clock.ratios.append(took / clock.guess(case, plan))
+        clock.learn(case, plan, entry, took)
         results.add("baselines" if case.baseline else "results", entry, took)
         left = sum(clock.expected(later, plan) for later in todo[number + 1 :])
         say(f"  {number + 1} of {len(todo)} after {clock.elapsed:.0f} s; about {left:.0f} s left")

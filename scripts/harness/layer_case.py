@@ -20,7 +20,7 @@ from .sweep import Case
 from .teams import Team, over_all, time_teams
 from .timing import Times, stage_milliseconds
 
-EXPOSED = ("wait", "return gradients", "heads in", "heads out")
+EXPOSED = ("wait", "return gradients")
 """Beginnings of the names of stages in which the caller's stream waits for communication."""
 
 
@@ -33,7 +33,8 @@ def measure(case: Case, team: Team, device: torch.device, iterations: int, secon
         forward_ms, forward_backward_ms (where the case has it): medians; `*_all` every value, `*_spread` the quartiles.
         stages_ms_rank0: ms on the caller's stream by stage; exposed_ms: of those in which it waits for others, the most of
             any rank.
-        traffic_rank0: payload bytes by stage; received_bytes: the most any rank received, forward and backward.
+        traffic_rank0: payload bytes by stage; received_bytes, between_bytes: the most any rank
+            received, forward and backward, and of that from other nodes.
         peak_gib_forward, peak_gib_forward_backward: the most of any rank, inputs and shared memory included.
         output_error and what else `definition.check_rows` gives; fingerprint: of the bits of output and dq.
     """
@@ -57,7 +58,9 @@ def measure(case: Case, team: Team, device: torch.device, iterations: int, secon
     found["exposed_ms"] = over_all(sum(ms for name, ms in found.get("stages_ms_rank0", {}).items() if exposed(name)), device)
     for name in ("output_error", "worst_row_error", *["dq_error"] * case.backward):
         found[name] = float(f"{over_all(found.get(name, 0.0), device):.3e}")
-    found["received_bytes"] = int(over_all(sum(s["received_bytes"] for s in found.get("traffic_rank0", {}).values()), device))
+    for name in ("received_bytes", "between_bytes"):
+        of_stage = [stage[name] for stage in found.get("traffic_rank0", {}).values()]
+        found[name] = int(over_all(sum(of_stage), device))
     return found
 
 
@@ -156,6 +159,7 @@ def _reported(report: MoBAReport) -> dict[str, Any]:
     """Of a report after backward, what the results keep."""
     found: dict[str, Any] = {
         "transport": report.transport,
+        "head_ranks": report.head_parallel,
         "reason": report.reason,
         "walks": list(report.walks),
         "traffic_rank0": {name: _traffic(stage) for name, stage in report.traffic.stages.items()},

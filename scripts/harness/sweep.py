@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
-from moba_cp.parallel.exchanges import COMMS
+from moba_cp.parallel.splits import COMMS
 
 from .records import REPOSITORY
 
@@ -95,6 +95,8 @@ class Case:
         }  # fmt: skip
         if not self.dense:
             entry |= {"block_size": self.config.block_size, "topk": self.config.topk, "routing": self.routing}
+        if self.document:
+            entry["document"] = self.document
         if self.baseline:
             return entry | {"baseline": self.baseline}
         entry |= {"layout": self.layout_name, "comm": self.comm}
