@@ -158,7 +158,7 @@ def moba_attention(
     divided = wide.divide(comm, head_parallel, comm_group, sizes, layout, q.device, return_report)
     call = pipeline.Call(
         config=config,
-        plan=rank_plan(home_plan(divided.layout, config.block_size), divided.wide_rank),
+        plan=rank_plan(home_plan(divided.layout, config.block_size, divided.split.size > 1), divided.wide_rank),
         comm=divided.sequence,
         backend=backend_for(q.device, q.dtype),
         requested=divided.split.exchange,
@@ -169,7 +169,9 @@ def moba_attention(
         number=number,
         rounds=divided.heads.copies == 1,
     )
-    out, selected, route = _MoBAFunction.apply(q, k, v, wide.widen(call, divided, sizes, return_report), divided.whole)
+    out, selected, route = _MoBAFunction.apply(
+        q, k, v, wide.widen(call, divided, sizes, q.device, return_report), divided.whole
+    )
     if return_report:
         flat = replace(call, plan=rank_plan(home_plan(layout, config.block_size), comm_group.rank), comm=divided.whole)
         return out, make_report(flat, divided.split, route, selected, sizes)

@@ -20,13 +20,21 @@ from .kernels.torch_backend import accumulate_dtype
 from .parallel.comm import CommGroup
 from .parallel.cost import CallSizes
 from .parallel.exchanges import Route
-from .parallel.heads import HeadsBack, HeadSplit, HeadTransfer, add_copies, head_groups, head_split, wide_layout
+from .parallel.heads import (
+    HeadsBack,
+    HeadSplit,
+    HeadTransfer,
+    Share,
+    add_copies,
+    head_groups,
+    head_split,
+    head_transfer,
+    wide_layout,
+)
 from .parallel.layout import SequenceLayout
 from .parallel.splits import Split, choose_split, needs_topology
 from .parallel.topology import topology_of
 
-MOST_SLABS = 4
-"""Slabs of one call at most: each costs the host one more pass through the pipeline."""
 SLAB_BYTES = 32 << 20
 """A slab's queries on the longest wide rank take at least this many bytes: less would not hide what a slab costs the host."""
 
@@ -161,12 +169,14 @@ def divide(
     )
 
 
-def widen(call: pipeline.Call, divided: Division, sizes: CallSizes, returns_selected: bool) -> pipeline.Call | WideCall:
+def widen(
+    call: pipeline.Call, divided: Division, sizes: CallSizes, device: torch.device, returns_selected: bool
+) -> pipeline.Call | WideCall:
     """`call`, which is one among the sequence ranks, with heads in and out around it where heads are split."""
     if divided.split.size == 1:
         return call
     slabs = slabs_of(divided.heads, divided.layout.most_local_tokens * sizes.dim * sizes.itemsize)
-    transfer = HeadTransfer(divided.neighbours, divided.tokens)
+    transfer = head_transfer(divided.neighbours, divided.tokens, device)
     return WideCall(call, transfer, divided.heads, slabs, returns_selected)
 
 
@@ -192,11 +202,21 @@ def number_of(call: pipeline.Call | WideCall) -> int:
 
 
 def slabs_of(split: HeadSplit, head_bytes: int) -> tuple[Slab, ...]:
-    """Slabs of a call whose longest wide rank has `head_bytes` bytes of queries per q head."""
-    group = split.q_heads // split.kv_heads
-    per_slab = max(1, -(-split.kv_heads // MOST_SLABS), -(-SLAB_BYTES // max(1, group * head_bytes)))
-    starts = range(0, split.kv_heads, per_slab)
-    ends = [min(start + per_slab, split.kv_heads) for start in starts]
+    """Slabs of a call whose longest wide rank has `head_bytes` bytes of queries per q head.
+
+    A quarter of the heads, half of them, and a quarter: nothing hides how the first slab comes in and how the last one goes out,
+    and each slab more costs the host another pass through the pipeline.
+    """
+    heads, group = split.kv_heads, split.q_heads // split.kv_heads
+    least = max(1, -(-SLAB_BYTES // max(1, group * head_bytes)))
+    quarter = max(least, -(-heads // 4))
+    if heads < 2 * least or heads < 2:
+        ends = [heads]
+    elif heads - 2 * quarter < 1:
+        ends = [heads - heads // 2, heads]
+    else:
+        ends = [quarter, heads - quarter, heads]
+    starts = [0, *ends[:-1]]
     return tuple(Slab(slice(a, b), slice(a * group, b * group)) for a, b in zip(starts, ends, strict=True))
 
 
@@ -204,26 +224,25 @@ def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor) -> Done:
     """Output of the local tokens."""
     split, transfer = call.split, call.transfer
     q, k, v = (pipeline.unit_stride(x) for x in (q, k, v))
-    out = HeadsBack(transfer, q.shape[1], v.shape[2], q.dtype, q.device)
-    chosen: list[Tensor] = []
+    whole = q.new_empty(*q.shape[:2], v.shape[2])
+    out = HeadsBack(transfer, [whole])
     kept = []
 
-    def start(slab: Slab) -> list[Callable[[], Tensor]]:
+    def shares(slab: Slab) -> list[Share]:
+        # What else a row or a key brings to the pipeline would come in here, by the same slabs.
         return [
-            transfer.start_in(q, slab.q, split.q_heads),
-            *(transfer.start_in(x, slab.kv, split.kv_heads, split.copies) for x in (k, v)),
+            Share(q, slab.q, split.q_heads),
+            *(Share(x, slab.kv, split.kv_heads, split.copies) for x in (k, v)),
         ]
 
-    for slab, inputs in zip(call.slabs, _one_ahead(call, start), strict=True):
+    for slab, inputs in zip(call.slabs, _one_ahead(call, shares), strict=True):
         of_q, of_k, of_v = inputs
         saved = pipeline.forward(call.inner, of_q, of_k, of_v)
-        out.start(saved.out, slab.q)
+        out.start([saved.out], [slab.q])
         kept.append(SavedSlab(of_q, of_k, of_v, saved))
-        if call.returns_selected:
-            chosen.append(saved.selected)
-    selected = _selected_back(call, chosen) if call.returns_selected else q.new_empty(0, dtype=torch.int32)
     with call.inner.stage("wait for heads out"):
-        whole = out.finish()
+        out.finish()
+    selected = _selected_back(call, kept) if call.returns_selected else q.new_empty(0, dtype=torch.int32)
     return Done(whole, selected, kept[0].saved.route, tuple(kept))
 
 
@@ -235,42 +254,41 @@ def backward(call: WideCall, slabs: Sequence[SavedSlab], dout: Tensor) -> tuple[
     dtype = first.k.dtype
     # Copies of a kv head are summed where the tokens are, so each comes back as it was accumulated.
     travels = dtype if split.copies == 1 else accumulate_dtype(dtype)
-    dq = HeadsBack(transfer, dout.shape[1], first.q.shape[2], dtype, dout.device)
-    dk = HeadsBack(transfer, kv_heads, first.k.shape[2], travels, dout.device)
-    dv = HeadsBack(transfer, kv_heads, first.v.shape[2], travels, dout.device)
-
-    def start(slab: Slab) -> list[Callable[[], Tensor]]:
-        return [transfer.start_in(dout, slab.q, split.q_heads)]
-
-    for slab, kept, inputs in zip(call.slabs, slabs, _one_ahead(call, start), strict=True):
-        of_q, of_k, of_v = pipeline.backward(call.inner, kept.q, kept.k, kept.v, kept.saved, inputs[0])
-        dq.start(of_q, slab.q)
-        dk.start(of_k, slab.kv)
-        dv.start(of_v, slab.kv)
+    tokens = len(dout)
+    dq = dout.new_empty(tokens, dout.shape[1], first.q.shape[2])
+    dk, dv = (dout.new_empty(tokens, kv_heads, x.shape[2], dtype=travels) for x in (first.k, first.v))
+    back = HeadsBack(transfer, [dq, dk, dv])
+    come_in = _one_ahead(call, lambda slab: [Share(dout, slab.q, split.q_heads)])
+    for slab, kept, inputs in zip(call.slabs, slabs, come_in, strict=True):
+        gradients = pipeline.backward(call.inner, kept.q, kept.k, kept.v, kept.saved, inputs[0])
+        back.start(gradients, [slab.q, slab.kv, slab.kv])
     with call.inner.stage("wait for heads out"):
-        return dq.finish(), *(add_copies(back.finish(), split.copies, dtype) for back in (dk, dv))  # type: ignore[return-value]
+        back.finish()
+    return dq, add_copies(dk, split.copies, dtype), add_copies(dv, split.copies, dtype)
 
 
-def _one_ahead(call: WideCall, start: Callable[[Slab], list[Callable[[], Tensor]]]) -> Iterator[list[Tensor]]:
-    """What `start` brings for each slab in turn; the next slab is under way before one is waited for."""
-    coming: deque[list[Callable[[], Tensor]]] = deque()
+def _one_ahead(call: WideCall, shares: Callable[[Slab], list[Share]]) -> Iterator[list[Tensor]]:
+    """What each slab's shares bring, in turn; the next slab is under way before one is waited for."""
+    coming: deque[Callable[[], list[Tensor]]] = deque()
     for slab in call.slabs:
-        coming.append(start(slab))
+        coming.append(call.transfer.start_in(shares(slab)))
         if len(coming) > 1:
             yield _waited(call, coming.popleft())
     yield _waited(call, coming.popleft())
 
 
-def _waited(call: WideCall, coming: list[Callable[[], Tensor]]) -> list[Tensor]:
+def _waited(call: WideCall, coming: Callable[[], list[Tensor]]) -> list[Tensor]:
     with call.inner.stage("wait for heads in"):
-        return [wait() for wait in coming]
+        return coming()
 
 
-def _selected_back(call: WideCall, chosen: Sequence[Tensor]) -> Tensor:
+def _selected_back(call: WideCall, slabs: Sequence[SavedSlab]) -> Tensor:
     """The selected blocks `[Hq, T, topk]` of the local tokens; not counted as traffic of the call."""
-    quiet = call.transfer.without_traffic()
-    q_heads, topk = call.split.q_heads * call.split.size, chosen[0].shape[2]
-    back = HeadsBack(quiet, q_heads, topk, torch.int32, chosen[0].device)
-    for slab, selected in zip(call.slabs, chosen, strict=True):
-        back.start(selected.transpose(0, 1).to(torch.int32).contiguous(), slab.q)
-    return back.finish().transpose(0, 1).contiguous()
+    transfer, first = call.transfer.without_traffic(), slabs[0].saved.selected
+    shape = transfer.mine, call.split.q_heads * call.split.size, first.shape[2]
+    whole = torch.empty(shape, dtype=torch.int32, device=first.device)
+    back = HeadsBack(transfer, [whole])
+    for slab, kept in zip(call.slabs, slabs, strict=True):
+        back.start([kept.saved.selected.transpose(0, 1).to(torch.int32).contiguous()], [slab.q])
+    back.finish()
+    return whole.transpose(0, 1).contiguous()

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def take_heads(x: Tensor, size: int, first: int, count: int, per_member: int, copies: int = 1) -> Tensor:
+def take_heads(
+    x: Tensor, size: int, first: int, count: int, per_member: int, copies: int = 1, packed: Tensor | None = None
+) -> Tensor:
     """`[size, T, count, W]`: heads `first` to `first + count` of each member.
 
     Args:
@@ -15,8 +17,10 @@ def take_heads(x: Tensor, size: int, first: int, count: int, per_member: int, co
         first, count: range of a member's heads.
         per_member: heads of a member.
         copies: members' head `e` is head `e // copies` of `x`.
+        packed: where to, contiguous; by default a new tensor.
     """
-    packed = x.new_empty(size, x.shape[0], count, x.shape[2])
+    if packed is None:
+        packed = x.new_empty(size, x.shape[0], count, x.shape[2])
     if x.is_cuda:
         from . import head_rows_kernel
 

@@ -16,9 +16,11 @@ has all heads, and lies where it is needed when it arrives on the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +30,14 @@ from .comm import CommGroup, SideStream
 from .head_rows import put_heads, take_heads
 from .layout import SequenceLayout
 from .partition import merge_adjacent, partition_of
+from .peer_memory import PeerMemory, aligned, can_share, peer_memory
 from .plan_cache import PLANS, Memo
 from .subgroups import sub_group
 
 IN, OUT = "heads in", "heads out"
 """Stages of the traffic: towards attention, and back."""
+BARRIERS = "heads barriers"
+"""On the CPU, where members wait for each other by a collective."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +113,32 @@ def head_groups(comm: CommGroup, size: int, device: torch.device) -> tuple[CommG
     return heads, sequence
 
 
-class HeadTransfer:
-    """Heads in and heads out over one head group, beside the caller's stream on CUDA; see the module.
+@dataclass(frozen=True)
+class Share:
+    """A tensor of which each member gets some heads. Any tensor whose heads are split evenly may travel, whatever it holds.
 
-    Tensors are `[tokens, heads, width]`. `heads` are a range of one member's heads; every member sends and receives that range of
-    each other's. Any tensor whose heads are split evenly may travel, whatever it holds. All members make the same calls in the
-    same order. What `start_in` and `start_out` return is called once, and gives the result to the caller's stream.
+    Attributes:
+        x: `[T, H, W]`, all heads of this rank's tokens, unit stride in the last dimension.
+        heads: range of a member's heads that travels: every member gets that range of its own.
+        per_member: heads of a member.
+        copies: members' head `e` is head `e // copies` of `x`; see `HeadSplit`.
+    """
+
+    x: Tensor
+    heads: slice
+    per_member: int
+    copies: int = 1
+
+    @property
+    def count(self) -> int:
+        """Heads of a member that travel."""
+        return self.heads.stop - self.heads.start
+
+
+class HeadTransfer:
+    """Heads in and heads out over one head group by all-to-all, beside the caller's stream on CUDA; see the module.
+
+    All members make the same calls in the same order.
 
     Args:
         comm: the head group.
@@ -124,90 +149,179 @@ class HeadTransfer:
         self.comm, self.tokens = comm, tokens
 
     @property
+    def mine(self) -> int:
+        """Tokens of this rank."""
+        return self.tokens[self.comm.rank]
+
+    @property
     def wide_tokens(self) -> int:
         """Tokens of the whole group."""
         return sum(self.tokens)
 
     def without_traffic(self) -> HeadTransfer:
         """The same, for what is not traffic of the call."""
-        return HeadTransfer(CommGroup(self.comm.group, self.comm.size), self.tokens)
+        return type(self)(CommGroup(self.comm.group, self.comm.size), self.tokens)
 
-    def start_in(self, x: Tensor, heads: slice, per_member: int, copies: int = 1) -> Callable[[], Tensor]:
-        """Start to bring a range of this member's heads of all tokens of the group.
-
-        Args:
-            x: `[T, H, W]`, all heads of this rank's tokens, unit stride in the last dimension.
-            heads: range of a member's heads.
-            per_member: heads of a member.
-            copies: members' head `e` is head `e // copies` of `x`; see `HeadSplit`.
+    def start_in(self, shares: Sequence[Share]) -> Callable[[], list[Tensor]]:
+        """Start to bring heads of all tokens of the group.
 
         Returns:
-            A function that waits for `[tokens of the group, h, W]`, contiguous.
+            A function, called once, that waits and gives `[tokens of the group, h, W]` of each share, contiguous, to the
+            current stream.
         """
-        count, size, mine = heads.stop - heads.start, self.comm.size, len(x)
-        side = SideStream(x.device, IN)
+        size, device = self.comm.size, shares[0].x.device
+        side = SideStream(device, IN)
         side.mark()
+        pending = []
         with side.use():
-            packed = take_heads(x, size, heads.start, count, per_member, copies)
-            pending = self.comm.all_to_all(packed.flatten(0, 1), [mine] * size, self.tokens, IN)
-        side.uses(x)
-        return pending.wait
+            for share in shares:
+                packed = take_heads(share.x, size, share.heads.start, share.count, share.per_member, share.copies)
+                pending.append(self.comm.all_to_all(packed.flatten(0, 1), [self.mine] * size, self.tokens, IN))
+        side.uses(*(share.x for share in shares))
+        return lambda: [x.wait() for x in pending]
 
-    def start_out(self, x: Tensor) -> Callable[[], Tensor]:
-        """Start to send a range of this member's heads to the ranks that hold the tokens.
+    def start_out(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Start to send heads of this member to the ranks that hold the tokens; on CUDA from the current stream.
 
         Args:
-            x: `[tokens of the group, h, W]`, contiguous.
+            parts: `[tokens of the group, h, W]` each.
 
         Returns:
-            A function that waits for `[U, T, h, W]`: the same range of each member's heads, of this rank's tokens.
+            A function that waits and gives `[U, T, h, W]` of each to the current stream: the same heads of each member, of this
+            rank's tokens. They are to be read before the next `start_out`.
         """
-        size, mine = self.comm.size, self.tokens[self.comm.rank]
-        side = SideStream(x.device, OUT)
+        size = self.comm.size
+        pending = [self.comm.all_to_all(x, self.tokens, [self.mine] * size, OUT) for x in parts]
+        return lambda: [x.wait().unflatten(0, (size, self.mine)) for x in pending]
+
+
+class PeerHeadTransfer(HeadTransfer):
+    """Heads in and heads out through memory that members read and write directly, for members who can (`can_share`).
+
+    In: each member packs its shares into its own shared memory; after a barrier each reads its part of everybody's. Out: each
+    writes what it has into the memory of the ranks that hold the tokens; after a barrier they put it in place. What crosses is
+    contiguous, so copy engines move it and leave the multiprocessors to attention. Buffers are used in halves; see
+    `PeerMemory.next_half`.
+    """
+
+    def start_in(self, shares: Sequence[Share]) -> Callable[[], list[Tensor]]:
+        device, rank = shares[0].x.device, self.comm.rank
+        memory, at = self._memory(IN, device, [(share.x, share.count) for share in shares])
+        wholes = [share.x.new_empty(self.wide_tokens, share.count, share.x.shape[2]) for share in shares]
+        side = SideStream(device, IN)
         side.mark()
         with side.use():
-            pending = self.comm.all_to_all(x, self.tokens, [mine] * size, OUT)
-        side.uses(x)
-        return lambda: pending.wait().unflatten(0, (size, mine))
+            for share, offset in zip(shares, at, strict=True):
+                packed = self._view(memory, rank, offset, share.x, share.count)
+                take_heads(
+                    share.x, self.comm.size, share.heads.start, share.count, share.per_member, share.copies, packed
+                )
+            memory.barrier(self.comm, BARRIERS)
+            for whole, offset in zip(wholes, at, strict=True):
+                for source, rows in self._others_first():
+                    rows.of(whole).copy_(self._view(memory, source, offset, whole, whole.shape[1])[rank])
+                self._count(IN, whole, self.wide_tokens - self.mine)
+            done = side.done()
+        side.uses(*(share.x for share in shares), *wholes)
+
+        def wait() -> list[Tensor]:
+            side.join(done)
+            return wholes
+
+        return wait
+
+    def start_out(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        rank = self.comm.rank
+        memory, at = self._memory(OUT, parts[0].device, [(x, x.shape[1]) for x in parts])
+        for x, offset in zip(parts, at, strict=True):
+            for target, rows in self._others_first():
+                self._view(memory, target, offset, x, x.shape[1])[rank].copy_(rows.of(x))
+            self._count(OUT, x, (self.comm.size - 1) * self.mine)
+        memory.barrier(self.comm, BARRIERS)
+        return lambda: [self._view(memory, rank, offset, x, x.shape[1]) for x, offset in zip(parts, at, strict=True)]
+
+    def _memory(
+        self, purpose: str, device: torch.device, shapes: Sequence[tuple[Tensor, int]]
+    ) -> tuple[PeerMemory, list[int]]:
+        """The buffer, and where what each of some tensors sends begins in the half that is used next: tensors like `x` with so
+        many heads of each member."""
+        most = self.comm.size * max(self.tokens)
+        sizes = [aligned(most * count * x.shape[2] * x.itemsize) for x, count in shapes]
+        memory = peer_memory(self.comm, device, purpose, 2 * sum(sizes))
+        begin = memory.next_half()
+        return memory, [begin + sum(sizes[:i]) for i in range(len(sizes))]
+
+    def _view(self, memory: PeerMemory, rank: int, offset: int, x: Tensor, count: int) -> Tensor:
+        """`[U, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`."""
+        return memory.view(rank, offset, (self.comm.size, self.tokens[rank], count, x.shape[2]), x.dtype)
+
+    def _others_first(self) -> Iterator[tuple[int, _Rows]]:
+        """Each member with its rows among the tokens of the group: members start with different ones, and end with themselves."""
+        for step in range(1, self.comm.size + 1):
+            member = (self.comm.rank + step) % self.comm.size
+            yield member, _Rows(sum(self.tokens[:member]), sum(self.tokens[: member + 1]))
+
+    def _count(self, stage: str, x: Tensor, tokens: int) -> None:
+        size = tokens * x.shape[1] * x.shape[2] * x.itemsize
+        self.comm.traffic.add_read(stage, lambda: size)
+
+
+class _Rows(NamedTuple):
+    """Consecutive rows."""
+
+    start: int
+    end: int
+
+    def of(self, x: Tensor) -> Tensor:
+        return x[self.start : self.end]
+
+
+def head_transfer(comm: CommGroup, tokens: tuple[int, ...], device: torch.device) -> HeadTransfer:
+    """How heads move between these members: directly where GPUs can access each other's memory; alike on all of them."""
+    direct = device.type == "cuda" and can_share(comm, device)
+    return (PeerHeadTransfer if direct else HeadTransfer)(comm, tokens)
 
 
 class HeadsBack:
-    """Gathers ranges of heads that come back into one tensor of all heads.
+    """Gathers ranges of heads that come back into whole tensors.
 
     Args:
         transfer: the head group.
-        heads: members' heads in all: `U * per_member`.
-        width, dtype, device: of what comes back.
+        wholes: `[T, H, W]` each, uninitialized, for the results; `H` is a multiple of the group's size.
     """
 
-    def __init__(
-        self, transfer: HeadTransfer, heads: int, width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._transfer, self._per_member = transfer, heads // transfer.comm.size
-        mine = transfer.tokens[transfer.comm.rank]
-        self._result = torch.empty(mine, heads, width, dtype=dtype, device=device)
-        self._side = SideStream(device, "heads back")
-        self._side.mark()  # the result's memory is free for it
-        self._coming: list[tuple[Callable[[], Tensor], int]] = []
+    def __init__(self, transfer: HeadTransfer, wholes: Sequence[Tensor]) -> None:
+        self._transfer, self._wholes = transfer, wholes
+        self._cuda = wholes[0].is_cuda
+        self._side = SideStream(wholes[0].device, OUT)
+        self._coming: Callable[[], None] = _nothing
 
-    def start(self, x: Tensor, heads: slice) -> None:
-        """Send `[tokens of the group, h, W]`, this member's `heads`."""
-        self._put(1)
-        self._coming.append((self._transfer.start_out(x), heads.start))
+    def start(self, parts: Sequence[Tensor], heads: Sequence[slice]) -> None:
+        """Send `[tokens of the group, h, W]`, this member's `heads`, for each of the wholes."""
+        self._coming()
+        self._side.mark()
+        with self._side.use():
+            arrived = self._transfer.start_out(parts)
+            self._coming = partial(self._put, arrived, heads)
+            if self._cuda:  # the stream waits, not the host
+                self._coming()
+        self._side.uses(*parts)
 
-    def finish(self) -> Tensor:
-        """`[T, heads, W]`, for the caller's stream."""
-        self._put(0)
+    def finish(self) -> None:
+        """The wholes are complete for the current stream."""
+        with self._side.use():
+            self._coming()
         self._side.join(self._side.done())
-        self._side.uses(self._result)
-        return self._result
+        self._side.uses(*self._wholes)
 
-    def _put(self, most: int) -> None:
-        """Take what came, but for the latest `most`."""
-        while len(self._coming) > most:
-            wait, first = self._coming.pop(0)
-            with self._side.use():
-                put_heads(wait(), self._result, first, self._per_member)
+    def _put(self, arrived: Callable[[], list[Tensor]], heads: Sequence[slice]) -> None:
+        self._coming = _nothing
+        for packed, whole, of in zip(arrived(), self._wholes, heads, strict=True):
+            put_heads(packed, whole, of.start, whole.shape[1] // self._transfer.comm.size)
+
+
+def _nothing() -> None:
+    """Nothing is on its way."""
 
 
 def add_copies(x: Tensor, copies: int, dtype: torch.dtype) -> Tensor:
