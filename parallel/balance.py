@@ -79,7 +79,9 @@ def balanced_runs(cu_seqlens: np.ndarray, size: int, block_size: int, topk: int)
         count = (high - low) // (size - place)  # the last ones take the remainder
         front = _from_front(low, high, count, size - place, block_size, topk)
         rank = (place + document) % size
-        runs = np.stack([begin + low, begin + low + front, begin + high - (count - front), begin + high], 1).reshape(-1, 2, 2)
+        runs = np.stack([begin + low, begin + low + front, begin + high - (count - front), begin + high], 1).reshape(
+            -1, 2, 2
+        )
         for r in range(size):
             taken[r].append(runs[rank == r].reshape(-1, 2))
         low, high = low + front, high - (count - front)
@@ -108,6 +110,9 @@ def _from_front(
     for _ in range(int(count.max(initial=0)).bit_length() + 1):
         middle = (few + many + 1) // 2
         enough = excess(middle) >= 0
-        few, many = np.where(enough & (middle <= many), middle, few), np.where(enough, many, np.maximum(middle - 1, few))
+        few, many = (
+            np.where(enough & (middle <= many), middle, few),
+            np.where(enough, many, np.maximum(middle - 1, few)),
+        )
     after = np.minimum(few + 1, count)
     return np.where(np.abs(excess(after)) < np.abs(excess(few)), after, few)

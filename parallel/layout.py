@@ -32,8 +32,8 @@ _SHOWN_RANKS = 8
 class SequenceLayout:
     """Tokens of packed documents spread over the ranks of a context-parallel group.
 
-    Make one with `contiguous`, `zigzag`, `balanced` or `from_runs`. Immutable, hashable, equal when it puts the same tokens of the
-    same documents at the same places, however it was made.
+    Make one with `contiguous`, `zigzag`, `balanced` or `from_runs`. Immutable, hashable, equal when it puts the same tokens of
+    the same documents at the same places, however it was made.
 
     Attributes:
         cu_seqlens: `(0, end of document 0, end of document 1, ...)`; documents may be empty.

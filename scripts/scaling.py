@@ -36,7 +36,15 @@ from .harness.teams import first_rank_says, join, make_teams, over_all
 
 LISTS = ("results", "baselines")
 QUIET = (
-    *("forward_ms_all", "forward_backward_ms_all", "stages_ms_rank0", "traffic_rank0", "attended_keys", "reason", "walks"),
+    *(
+        "forward_ms_all",
+        "forward_backward_ms_all",
+        "stages_ms_rank0",
+        "traffic_rank0",
+        "attended_keys",
+        "reason",
+        "walks",
+    ),
     *("lower_bound_bytes", "visible_bytes", "forward_ms_spread", "forward_backward_ms_spread", "fingerprint"),
 )
 FIRST_FLOPS, FIRST_OVERHEAD_S = 2e14, 4.0
@@ -46,7 +54,9 @@ FIRST_FLOPS, FIRST_OVERHEAD_S = 2e14, 4.0
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file of sweeps, as in configs/scaling/", exists=True)],
     out: Annotated[Path, typer.Option(help="JSON file, written by rank 0 after every case")],
-    previous: Annotated[Path | None, typer.Option(help="take finished cases over from this file (it may be --out)")] = None,
+    previous: Annotated[
+        Path | None, typer.Option(help="take finished cases over from this file (it may be --out)")
+    ] = None,
     time_limit: Annotated[float, typer.Option(help="seconds from the start; 0: no limit")] = 0.0,
     only: Annotated[str, typer.Option(help="measure only sweeps whose name contains this")] = "",
     device: Annotated[str, typer.Option(help="cuda; cpu tries the program over gloo")] = "cuda",
@@ -120,11 +130,15 @@ def calls_s(forward: float, case: Case, plan: Plan) -> float:
     return timed + 2 * max(forward, both)
 
 
-def run(plan: Plan, cases: list[Case], done: list[dict[str, Any]], results: Results, place: torch.device, clock: Clock) -> None:
+def run(
+    plan: Plan, cases: list[Case], done: list[dict[str, Any]], results: Results, place: torch.device, clock: Clock
+) -> None:
     """Measure what is not done yet, in order, as far as time allows."""
     have = {key_of(entry) for entry in done}
     todo = [case for case in cases if case.key not in have]
-    say(f"{len(todo)} cases to measure, {len(cases) - len(todo)} taken over; left out: {', '.join(plan.left_out) or 'none'}")
+    say(
+        f"{len(todo)} cases to measure, {len(cases) - len(todo)} taken over; left out: {', '.join(plan.left_out) or 'none'}"
+    )
     teams = make_teams(case.ranks for case in todo)
     skipped = 0
     for number, case in enumerate(todo):
@@ -140,7 +154,10 @@ def run(plan: Plan, cases: list[Case], done: list[dict[str, Any]], results: Resu
             measure = dense_case.measure if case.dense else layer_case.measure
             entry |= measure(case, teams[case.ranks], place, plan.iterations, plan.seconds)
             problem = ""
-        except (torch.OutOfMemoryError, ValueError) as error:  # equal on every rank, as a rule; if not, the timeout strikes
+        except (
+            torch.OutOfMemoryError,
+            ValueError,
+        ) as error:  # equal on every rank, as a rule; if not, the timeout strikes
             problem = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
         if over_all(bool(problem), place):
             entry["error"] = problem or "another rank failed"

@@ -1,4 +1,4 @@
-"""Subcommands of `moba-cp`: `plan` predicts time and memory, `doctor` looks at this machine. Nothing else imports this package."""
+"""Subcommands of `moba-cp`: `plan` predicts time and memory, `doctor` looks at this machine. Only `__main__` imports it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from .doctor import doctor
 from .plan import plan
 
 app = typer.Typer(
-    help="MoBA attention over a context-parallel group.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+    help="MoBA attention over a context-parallel group.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 app.command()(plan)
 app.command()(doctor)

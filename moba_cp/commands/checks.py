@@ -38,13 +38,19 @@ def version_findings() -> list[Finding]:
     """Python, moba_cp, torch with CUDA, NCCL and Triton, Megatron, Transformer Engine; and whether attention is right."""
     cuda = torch.version.cuda or "none"
     found = [
-        Finding("ok", "python", f"{platform.python_version()}, moba_cp {__version__}, torch {torch.__version__} (CUDA {cuda})")
+        Finding(
+            "ok",
+            "python",
+            f"{platform.python_version()}, moba_cp {__version__}, torch {torch.__version__} (CUDA {cuda})",
+        )
     ]
     triton = _version("triton")
     if triton:
         found.append(Finding("ok", "triton", triton))
     elif torch.cuda.is_available():
-        found.append(Finding("problem", "triton", "not installed, and the kernels need it", "pip install 'triton>=3.6'"))
+        found.append(
+            Finding("problem", "triton", "not installed, and the kernels need it", "pip install 'triton>=3.6'")
+        )
     else:
         found.append(Finding("note", "triton", "not installed; needed on GPUs"))
     if torch.cuda.is_available():
@@ -89,24 +95,32 @@ def attention_finding(device: torch.device) -> Finding:
     """A small call against the reference."""
     config, layout = MoBAConfig(64, 3), SequenceLayout.contiguous([0, 300, 512], 1)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(512, heads, 64, generator=generator).to(device, torch.bfloat16) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(512, heads, 64, generator=generator).bfloat16().to(device) for heads in (4, 2, 2))
     try:
         out = moba_attention(q, k, v, config, layout=layout).double()
     except Exception as error:  # whatever it is, it is what the user has to know
         text = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return Finding("problem", "attention", f"a small call on {device} failed ({text})", "run it alone: python -m pytest tests")
-    expected = reference.moba_attention(*(x.double() for x in (q, k, v)), layout.cu_seqlens, config)
+        return Finding(
+            "problem", "attention", f"a small call on {device} failed ({text})", "run it alone: python -m pytest tests"
+        )
+    expected = reference.moba_attention(q.double(), k.double(), v.double(), layout.cu_seqlens, config)
     error_size = ((out - expected).norm() / expected.norm()).item()
     if error_size < 0.02:  # bf16 rounds to 4e-3, and a tie of scores may be decided either way
         return Finding("ok", "attention", f"a small call on {device} agrees with the definition")
-    return Finding("problem", "attention", f"a small call on {device} is off by {error_size:.1%}", "report it, with these lines")
+    return Finding(
+        "problem", "attention", f"a small call on {device} is off by {error_size:.1%}", "report it, with these lines"
+    )
 
 
 def gpu_findings(size: int) -> list[Finding]:
     """GPUs, how they reach each other, and how fast they copy `size` bytes."""
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
-            return [Finding("note", "GPUs", "none, and this torch is built without CUDA; everything runs on the CPU, slowly")]
+            return [
+                Finding(
+                    "note", "GPUs", "none, and this torch is built without CUDA; everything runs on the CPU, slowly"
+                )
+            ]
         cure = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
         return [Finding("note", "GPUs", "none is visible; everything runs on the CPU, slowly", cure)]
     found = []
@@ -163,13 +177,23 @@ def environment_findings() -> list[Finding]:
     found = []
     if torch.cuda.device_count() > 1 and os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") != "1":
         cure = "export TORCH_SYMM_MEM_DISABLE_MULTICAST=1 where symmetric memory fails to start"
-        found.append(Finding("note", "NVLink multicast", "is on; moba_cp does not use it, and some hosts fail to set it up", cure))
+        found.append(
+            Finding(
+                "note", "NVLink multicast", "is on; moba_cp does not use it, and some hosts fail to set it up", cure
+            )
+        )
     if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
         cure = "unset CUDA_LAUNCH_BLOCKING"
-        found.append(Finding("problem", "CUDA_LAUNCH_BLOCKING", "is 1: nothing overlaps, and several ranks may wait forever", cure))
+        found.append(
+            Finding(
+                "problem", "CUDA_LAUNCH_BLOCKING", "is 1: nothing overlaps, and several ranks may wait forever", cure
+            )
+        )
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         cure = "unset it, unless tensor parallelism with sequence parallelism needs it"
-        found.append(Finding("note", "CUDA_DEVICE_MAX_CONNECTIONS", "is 1: communication may wait behind attention", cure))
+        found.append(
+            Finding("note", "CUDA_DEVICE_MAX_CONNECTIONS", "is 1: communication may wait behind attention", cure)
+        )
     if os.environ.get("MOBA_CP_NODE"):
         text = f"{os.environ['MOBA_CP_NODE']!r}: this process counts as of a node of that name"
         found.append(Finding("note", "MOBA_CP_NODE", text, "unset it outside tests and benchmarks"))

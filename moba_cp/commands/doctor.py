@@ -1,7 +1,7 @@
 """`moba-cp doctor`: what is installed, what connects the GPUs and how fast, and what `auto` will choose here.
 
-    moba-cp doctor                                               # one process, all GPUs it sees; works without GPUs
-    torchrun --nproc-per-node 4 -m moba_cp doctor                # also collectives, shared memory and `auto`, over the ranks
+moba-cp doctor                                               # one process, all GPUs it sees; works without GPUs
+torchrun --nproc-per-node 4 -m moba_cp doctor                # also collectives, shared memory and `auto`, over the ranks
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def doctor(
 
 def show(finding: Finding, where: str = "") -> None:
     """One line, and the cure below it."""
-    print(f"[{STATUS[finding.status]}] {where}{finding.what}: {finding.text}" + (f" -> {finding.cure}" if finding.cure else ""))
+    print(
+        f"[{STATUS[finding.status]}] {where}{finding.what}: {finding.text}"
+        + (f" -> {finding.cure}" if finding.cure else "")
+    )
 
 
 def end(findings: list[Finding], quiet: bool = False) -> None:

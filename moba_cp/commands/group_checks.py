@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from .. import MoBAConfig, SequenceLayout, moba_attention
 from ..parallel.comm import CommGroup
-from ..parallel.peer_memory import can_share, peer_memory, release
+from ..parallel.peer_memory import PeerMemory, can_share, peer_memory, release
 from ..parallel.topology import topology_of
 from .checks import Finding, seconds
 
@@ -47,15 +47,23 @@ def group_findings(device: torch.device, tokens: int, heads: tuple[int, int], si
     comm = CommGroup(None, dist.get_world_size())
     found = []
     if torch.cuda.is_available() and device.type == "cpu":
-        text = f"{torch.cuda.device_count()} GPUs for {os.environ['LOCAL_WORLD_SIZE']} ranks of this host; these ranks use the CPU"
+        here = os.environ["LOCAL_WORLD_SIZE"]
+        text = f"{torch.cuda.device_count()} GPUs for {here} ranks of this host; these ranks use the CPU"
         found.append(Finding("problem", "GPUs", text, "torchrun --nproc-per-node <number of GPUs>"))
     nodes = topology_of(comm, device).nodes
     per_node = sorted({nodes.count(node) for node in nodes})
     of_node = "/".join(map(str, per_node))
-    found.append(Finding("ok", "ranks", f"{comm.size} over {dist.get_backend()}, {len(set(nodes))} node(s) of {of_node}"))
+    found.append(
+        Finding("ok", "ranks", f"{comm.size} over {dist.get_backend()}, {len(set(nodes))} node(s) of {of_node}")
+    )
     if len(per_node) > 1:
         found.append(
-            Finding("note", "nodes", f"unequal: {of_node} ranks", "heads are split best over nodes with equal numbers of ranks")
+            Finding(
+                "note",
+                "nodes",
+                f"unequal: {of_node} ranks",
+                "heads are split best over nodes with equal numbers of ranks",
+            )
         )
     if comm.size == 1:
         return [*found, Finding("note", "auto", "one rank: nothing moves", "start several ranks")]
@@ -86,13 +94,21 @@ def _sharing(comm: CommGroup, device: torch.device, size: int) -> list[Finding]:
         )
         return [Finding("note", "symmetric memory", 'not available between all ranks: comm="pull" will not work', cure)]
     memory = peer_memory(comm, device, "doctor", size)
-    mine = torch.empty(size, dtype=torch.uint8, device=device)
-    theirs = memory.view((comm.rank + 1) % comm.size, 0, (size,), torch.uint8)
-    taken = torch.tensor(seconds(lambda: mine.copy_(theirs), device), device=device)
+    taken = torch.tensor(_seconds_to_read(memory, (comm.rank + 1) % comm.size, size, device), device=device)
     dist.all_reduce(taken, dist.ReduceOp.MAX)
-    del memory, theirs
+    del memory
     release()
-    return [Finding("ok", "symmetric memory", f"works; each rank reads its neighbour's at {size / taken.item() / 1e9:.3g} GB/s")]
+    return [
+        Finding(
+            "ok", "symmetric memory", f"works; each rank reads its neighbour's at {size / taken.item() / 1e9:.3g} GB/s"
+        )
+    ]
+
+
+def _seconds_to_read(memory: PeerMemory, rank: int, size: int, device: torch.device) -> float:
+    mine = torch.empty(size, dtype=torch.uint8, device=device)
+    theirs = memory.view(rank, 0, (size,), torch.uint8)
+    return seconds(lambda: mine.copy_(theirs), device)
 
 
 def _automatic(device: torch.device, ranks: int, tokens: int, heads: tuple[int, int]) -> Finding:
@@ -102,7 +118,9 @@ def _automatic(device: torch.device, ranks: int, tokens: int, heads: tuple[int, 
     config = MoBAConfig(512 if device.type == "cuda" else 32, 8)
     layout = SequenceLayout.zigzag([0, tokens * ranks], ranks)
     held = layout.local_tokens(dist.get_rank())
-    q, k, v = (torch.randn(held, n, HEAD_DIM, device=device, dtype=torch.bfloat16) for n in (q_heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(held, n, HEAD_DIM, device=device, dtype=torch.bfloat16) for n in (q_heads, kv_heads, kv_heads)
+    )
     with torch.no_grad():
         _, report = moba_attention(q, k, v, config, layout=layout, return_report=True)
     what = f"{tokens:,} tokens per rank, {q_heads}/{kv_heads} heads: {report.transport}"

@@ -1,7 +1,7 @@
 """`moba-cp plan`: what a layer will take on GPUs that need not be here, and what to set.
 
-    moba-cp plan --model configs/gpt_1b_1m.yaml --tokens 1M --gpus 64
-    moba-cp plan --model 32/8 --block-size 512 --topk 8 --tokens 10M --gpus 64 --gpus-per-node 8 --link 300 --fabric 40
+moba-cp plan --model configs/gpt_1b_1m.yaml --tokens 1M --gpus 64
+moba-cp plan --model 32/8 --block-size 512 --topk 8 --tokens 10M --gpus 64 --gpus-per-node 8 --link 300 --fabric 40
 """
 
 from __future__ import annotations
@@ -37,14 +37,22 @@ def plan(
     tokens: Annotated[str, typer.Option(help="of the sequence, over all GPUs: 1048576, 128K, 10M")],
     gpus: Annotated[int, typer.Option(help="GPUs of the context-parallel group", min=1)],
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of one host", min=1)] = 8,
-    link: Annotated[float, typer.Option(help="GB/s that a GPU receives from its node (`moba-cp doctor` measures it)")] = 300.0,
+    link: Annotated[
+        float, typer.Option(help="GB/s that a GPU receives from its node (`moba-cp doctor` measures it)")
+    ] = 300.0,
     fabric: Annotated[float, typer.Option(help="GB/s that a GPU receives from other nodes")] = 40.0,
     memory: Annotated[float, typer.Option(help="GiB of a GPU")] = 80.0,
     block_size: Annotated[int | None, typer.Option(help="tokens per block; default: of the model, or 512")] = None,
-    topk: Annotated[int | None, typer.Option(help="blocks per query, its own among them; default: of the model, or 8")] = None,
+    topk: Annotated[
+        int | None, typer.Option(help="blocks per query, its own among them; default: of the model, or 8")
+    ] = None,
     head_dim: Annotated[int | None, typer.Option(help="default: of the model, or 128")] = None,
-    layers: Annotated[int | None, typer.Option(help="layers that keep something for backward; default: of the model, or 1")] = None,
-    wanted_share: Annotated[float, typer.Option(help="MoBAReport.wanted_share; 1 is uniform routing", min=0, max=1)] = 1.0,
+    layers: Annotated[
+        int | None, typer.Option(help="layers that keep something for backward; default: of the model, or 1")
+    ] = None,
+    wanted_share: Annotated[
+        float, typer.Option(help="MoBAReport.wanted_share; 1 is uniform routing", min=0, max=1)
+    ] = 1.0,
     results: Annotated[list[Path] | None, typer.Option(help="calibrate from these result files", exists=True)] = None,
     save: Annotated[Path | None, typer.Option(help="write the calibration there, as JSON")] = None,
 ) -> None:
@@ -61,7 +69,9 @@ def plan(
             wanted_share=wanted_share,
         )
         cluster = Cluster(gpus, gpus_per_node, link, fabric, memory)
-        calibration = calibrate(*read(results), Cluster(1, link=link, fabric=fabric)) if results else Calibration.default()
+        calibration = (
+            calibrate(*read(results), Cluster(1, link=link, fabric=fabric)) if results else Calibration.default()
+        )
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     if save is not None:
@@ -124,9 +134,17 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
     ]
     if not best.fits:
         lines.append(f"No split fits {cluster.memory:g} GiB; the least time would be:")
-    lines += ["", *recommended(best, layer, cluster, layers), "", *parts(best), "", "alternatives, forward+backward ms, GiB:"]
     lines += [
-        f"  {label(option.split):24} {option.milliseconds:10.1f} {option.memory.peak:8.1f}{'' if option.fits else '  does not fit'}"
+        "",
+        *recommended(best, layer, cluster, layers),
+        "",
+        *parts(best),
+        "",
+        "alternatives, forward+backward ms, GiB:",
+    ]
+    lines += [
+        f"  {label(option.split):24} {option.milliseconds:10.1f} {option.memory.peak:8.1f}"
+        + "  does not fit" * (not option.fits)
         for option in found[1:8]
     ]
     lines += ["", "block sizes, each with its fastest split: forward / forward+backward ms, GiB:"]
@@ -152,7 +170,10 @@ def recommended(best: Option, layer: Layer, cluster: Cluster, layers: int) -> li
     arguments = f'comm="{split.comm}"' if split.ranks > 1 else "one GPU"
     if 1 < split.head_parallel < split.ranks:
         arguments += f", head_parallel={split.head_parallel}"
-    fast = {option.split.layout: option for option in options(layer, cluster, Calibration.default(), ("zigzag", "balanced"))[::-1]}
+    fast = {
+        option.split.layout: option
+        for option in options(layer, cluster, Calibration.default(), ("zigzag", "balanced"))[::-1]
+    }
     layout = "any (each rank computes whole sequences of its heads)"
     if split.sequence_ranks > 1:
         zigzag, balanced = fast["zigzag"].milliseconds, fast["balanced"].milliseconds
@@ -172,7 +193,9 @@ def parts(option: Option) -> list[str]:
         ("forward", prediction.forward, prediction.forward_bytes),
         ("backward", prediction.backward, prediction.backward_bytes),
     ):
-        lines.append(f"{name} {sum(stages.values()):.1f} ms: " + ", ".join(f"{stage} {ms:.1f}" for stage, ms in stages.items()))
+        lines.append(
+            f"{name} {sum(stages.values()):.1f} ms: " + ", ".join(f"{stage} {ms:.1f}" for stage, ms in stages.items())
+        )
         lines.append(
             f"  received per GPU: {moved.inside / 2**30:.2f} GiB inside the node, {moved.between / 2**30:.2f} GiB between nodes"
         )

@@ -35,10 +35,12 @@ class Option:
         return self.prediction.forward_backward_ms
 
 
-def options(layer: Layer, cluster: Cluster, calibration: Calibration, layouts: Sequence[str] = ("zigzag",)) -> list[Option]:
+def options(
+    layer: Layer, cluster: Cluster, calibration: Calibration, layouts: Sequence[str] = ("zigzag",)
+) -> list[Option]:
     """All ways to split the layer over the cluster, those that fit first, then the fastest.
 
-    Heads are split inside a node, over a number of ranks that divides q heads and ranks. `pull` serves sequence ranks of one node.
+    Heads are split inside a node, over a number of ranks that divides q heads and ranks. `pull` serves ranks of one node.
     """
     found = []
     for split in splits(layer, cluster, layouts):
@@ -55,7 +57,7 @@ def splits(layer: Layer, cluster: Cluster, layouts: Iterable[str]) -> list[Split
             continue
         sequence = cluster.gpus // size
         exchanges = ["local"] if sequence == 1 else ["ring", "fetch", "all_gather"]
-        if 1 < sequence and cluster.gpus <= cluster.gpus_per_node:
+        if sequence > 1 and cluster.gpus <= cluster.gpus_per_node:
             exchanges.append("pull")
         for exchange in exchanges:
             # Where heads are split over all ranks, one layout is as good as another.
@@ -93,7 +95,9 @@ def block_sizes(layer: Layer, cluster: Cluster, calibration: Calibration) -> lis
     return found
 
 
-def crossings(layer: Layer, cluster: Cluster, calibration: Calibration, gpus: Sequence[int]) -> list[tuple[str, str, int]]:
+def crossings(
+    layer: Layer, cluster: Cluster, calibration: Calibration, gpus: Sequence[int]
+) -> list[tuple[str, str, int]]:
     """Where the fastest way changes over cluster sizes: (what was best before, what is best from there on, GPUs)."""
     found, before = [], ""
     for count in gpus:

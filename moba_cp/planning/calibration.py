@@ -18,7 +18,7 @@ ASSUMED = {
     "fetch": {"forward": [2e-7, 2e-9, 2.0], "backward": [2e-7, 3e-9, 1.5]},
     "pull": {"forward": [9e-8, 1e-9, 0.5], "backward": [1e-7, 1.5e-9, 0.5]},
 }
-"""Overhead of exchanges that no result file measured: ms per partial result, per byte, per call. `Prediction.assumed` names them."""
+"""Overhead of exchanges that no result file measured: ms per partial result, byte and call. `Prediction.assumed` names them."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,11 @@ class Calibration:
         try:
             content: dict[str, Any] = json.loads(text)
             return cls(
-                content["device"], content["stages"], content["exchanges"], tuple(content["assumed"]), tuple(content["sources"])
+                content["device"],
+                content["stages"],
+                content["exchanges"],
+                tuple(content["assumed"]),
+                tuple(content["sources"]),
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a calibration: {type(error).__name__} {error}") from error

@@ -57,9 +57,8 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Measured]]:
         content = json.loads(path.read_text())
         devices.add(content.get("device") or content["about"]["device"])
         entries = content["results"] + [b for b in content.get("baselines", []) if b.get("baseline") == "equal_work"]
-        for entry in entries:
-            if "forward_backward_ms" in entry and entry["tokens"] >= SMALLEST_TOKENS:
-                found.append(_measured(entry, path.name))
+        timed = (e for e in entries if "forward_backward_ms" in e and e["tokens"] >= SMALLEST_TOKENS)
+        found += [_measured(entry, path.name) for entry in timed]
     if len(devices) != 1:
         raise ValueError(f"results of one device are needed, got {sorted(devices)}")
     return devices.pop(), found
@@ -110,7 +109,9 @@ def calibrate(device: str, measured: Sequence[Measured], cluster: Cluster | None
             of_stage = features(busiest(one.layer, one.split), one.layer.head_dim)
             for name, ms in one.stages.items():
                 if name in STAGES and ms > 0:
-                    rows[STAGES[name]].append(np.array(of_stage[STAGES[name]]) / ms)  # so that relative errors count alike
+                    rows[STAGES[name]].append(
+                        np.array(of_stage[STAGES[name]]) / ms
+                    )  # so that relative errors count alike
     if missing := {*FORWARD, *BACKWARD} - set(rows):
         raise ValueError(f"no measurement of one rank has the stages {', '.join(sorted(missing))}")
     stages = {name: _rounded(non_negative_fit(np.stack(some), np.ones(len(some)))) for name, some in rows.items()}

@@ -15,8 +15,8 @@ GIB = 2.0**30
 WORKSPACE = 1280 << 20
 """Default of `workspace_bytes` of `moba_attention`."""
 UNITS = {"ring": 15.0, "pull": 15.0, "fetch": 12.0, "all_gather": 11.0}
-"""Bytes that an exchange holds, in bf16 keys and values of one range of one rank: parts that arrive, their gradients in fp32, sums
-of this rank's own, and the range before and after. `fetch` and `all_gather` hold every other rank's part at once."""
+"""Bytes that an exchange holds, in bf16 keys and values of one range of one rank: parts that arrive, their gradients in fp32,
+sums of this rank's own, and the range before and after. `fetch` and `all_gather` hold every other rank's part at once."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ def check_rows(
     """
     tokens, documents = layout.total_tokens, layout.cu_seqlens_array
     if selection is None and len(documents) > 2:
-        raise ValueError(f"scores of {len(documents) - 1} documents are not checked here; pass selection or one document")
+        raise ValueError(
+            f"scores of {len(documents) - 1} documents are not checked here; pass selection or one document"
+        )
     number = layout.local_indices(rank).to(q.device)
     local = torch.full((tokens,), -1, dtype=torch.int32, device=q.device)
     local[number] = torch.arange(len(number), dtype=torch.int32, device=q.device)
@@ -95,7 +97,9 @@ def check_rows(
             else:
                 chosen = selection[head, here.clamp(min=0)].long()
                 blocks = ranks.max(torch.where(mine[:, None], chosen, -1))
-            result, dquery = attend(query, gradient, keys, values, blocks, sampled, first, local, config.block_size, scale, ranks)
+            result, dquery = attend(
+                query, gradient, keys, values, blocks, sampled, first, local, config.block_size, scale, ranks
+            )
             for index, (tensor, wanted) in enumerate(((out, result), (dq, dquery))):
                 if tensor is None:
                     continue
@@ -130,7 +134,9 @@ def centroids(keys: Tensor, number: Tensor, tokens: int, block_size: int, ranks:
         number: their token numbers.
     """
     whole = tokens // block_size
-    total = torch.zeros(whole + 1, keys.shape[1], dtype=torch.float64, device=keys.device)  # the last one takes the rest
+    total = torch.zeros(
+        whole + 1, keys.shape[1], dtype=torch.float64, device=keys.device
+    )  # the last one takes the rest
     step = max(1, SUMMED_NUMBERS // keys.shape[1])
     for some, at in zip(keys.split(step), (number // block_size).clamp(max=whole).split(step), strict=True):
         total.index_add_(0, at, some.double())
@@ -208,9 +214,11 @@ def fingerprint(tensors: Sequence[Tensor], layout: SequenceLayout, rank: int, ra
     for index, x in enumerate(tensors):
         flat = x.reshape(len(number), -1).view(torch.int16)
         column = _mixed(torch.arange(flat.shape[1], device=number.device) + (index << 40))
-        for some, at in zip(*(y.split(max(1, FINGERPRINT_NUMBERS // flat.shape[1])) for y in (flat, number)), strict=True):
+        for some, at in zip(
+            *(y.split(max(1, FINGERPRINT_NUMBERS // flat.shape[1])) for y in (flat, number)), strict=True
+        ):
             total += (_mixed((some.long() * column).sum(1) + at) * _mixed(at + (index << 40))).sum()
-    return f"{ranks.sum(total).item() & (1 << 64) - 1:016x}"
+    return f"{int(ranks.sum(total).item()) & (1 << 64) - 1:016x}"
 
 
 def _mixed(x: Tensor) -> Tensor:

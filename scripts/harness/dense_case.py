@@ -89,8 +89,10 @@ def _ring(case: Case, team: Team, device: torch.device) -> Attend:
             context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0], no_restore_buffers={buffer}),
             sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
         ):
-            heads = [x.transpose(0, 1)[None] for x in (q, *(x.repeat_interleave(copies, 1) for x in (k, v)))]
-            out = F.scaled_dot_product_attention(*heads, is_causal=True)
+            query, key, value = (
+                x.transpose(0, 1)[None] for x in (q, *(x.repeat_interleave(copies, 1) for x in (k, v)))
+            )
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
             if dout is not None:
                 out.backward(dout.transpose(0, 1)[None])
 
@@ -102,9 +104,10 @@ def _heads(case: Case, team: Team, device: torch.device) -> Attend:
     copies = max(1, size // case.kv_heads)  # of kv heads where ranks are more than these
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None) -> None:
-        parts = [_HeadsIn.apply(x, size, group) for x in (q, *(x.repeat_interleave(copies, 1) for x in (k, v)))]
+        parts = (_HeadsIn.apply(x, size, group) for x in (q, *(x.repeat_interleave(copies, 1) for x in (k, v))))
+        query, key, value = (x.transpose(0, 1)[None] for x in parts)
         with _fast(device):
-            out = _sdpa(*(x.transpose(0, 1)[None] for x in parts))[0].transpose(0, 1)
+            out = _sdpa(query, key, value)[0].transpose(0, 1)
             out = _HeadsOut.apply(out, size, group)
             if dout is not None:
                 out.backward(dout)

@@ -38,16 +38,20 @@ def draw_global(
     order = torch.argsort(number)
     ascending = number[order]
     tokens = len(number)
-    tensors = [torch.empty(tokens, n, HEAD_DIM, device=device, dtype=torch.bfloat16) for n in (q_heads, kv_heads, kv_heads, q_heads)]
+    tensors = [
+        torch.empty(tokens, n, HEAD_DIM, device=device, dtype=torch.bfloat16)
+        for n in (q_heads, kv_heads, kv_heads, q_heads)
+    ]
     chunks, counts = torch.unique_consecutive(ascending // _DRAWN_TOGETHER, return_counts=True)
     begin = 0
     for chunk, count in zip(chunks.tolist(), counts.tolist(), strict=True):
-        rows, inside = order[begin : begin + count].to(device), (ascending[begin : begin + count] % _DRAWN_TOGETHER).to(device)
+        rows, inside = (
+            order[begin : begin + count].to(device),
+            (ascending[begin : begin + count] % _DRAWN_TOGETHER).to(device),
+        )
         generator = torch.Generator(device).manual_seed(chunk)
         for x in tensors:
-            drawn = torch.randn(
-                _DRAWN_TOGETHER, *x.shape[1:], device=device, dtype=torch.bfloat16, generator=generator
-            )
+            drawn = torch.randn(_DRAWN_TOGETHER, *x.shape[1:], device=device, dtype=torch.bfloat16, generator=generator)
             x[rows] = drawn[inside]
         begin += count
     return tensors[0], tensors[1], tensors[2], tensors[3]

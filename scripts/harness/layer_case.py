@@ -55,7 +55,9 @@ def measure(case: Case, team: Team, device: torch.device, iterations: int, secon
         stages = stage_milliseconds(work.both if case.backward else work.forward, device, repeats=1)
         found |= {"stages_ms_rank0": stages} | work.check()
         work.close()
-    found["exposed_ms"] = over_all(sum(ms for name, ms in found.get("stages_ms_rank0", {}).items() if exposed(name)), device)
+    found["exposed_ms"] = over_all(
+        sum(ms for name, ms in found.get("stages_ms_rank0", {}).items() if exposed(name)), device
+    )
     for name in ("output_error", "worst_row_error", *["dq_error"] * case.backward):
         found[name] = float(f"{over_all(found.get(name, 0.0), device):.3e}")
     for name in ("received_bytes", "between_bytes"):
@@ -83,7 +85,11 @@ class _Layer:
         self.case, self.device, self.layout = case, device, case.layout
         alone = case.baseline == "equal_work"
         self.ranks, self.rank = (definition.Ranks(None), 0) if alone else (team.ranks, team.rank)
-        self.options: dict[str, Any] = {"layout": self.layout, "group": None if alone else team.group, "comm": case.comm}
+        self.options: dict[str, Any] = {
+            "layout": self.layout,
+            "group": None if alone else team.group,
+            "comm": case.comm,
+        }
         if case.head_parallel is not None:
             self.options["head_parallel"] = case.head_parallel
         q, k, v, self.dout = draw_global(self.layout, self.rank, case.q_heads, case.kv_heads, device)
@@ -99,21 +105,27 @@ class _Layer:
     def forward(self) -> None:
         self._drop()
         with torch.no_grad():
-            self.out = moba_attention(*self.leaves, self.case.config, **self.options)
+            self.out = self._attend()
 
     def both(self) -> None:
         self._drop()
-        self.out = moba_attention(*self.leaves, self.case.config, **self.options)
+        self.out = self._attend()
         self.out.backward(self.dout)
 
     def first_call(self) -> dict[str, Any]:
         """Compile and fill caches, with a report: what was chosen, and bytes by stage."""
         self._drop()
         with torch.set_grad_enabled(self.case.backward):
-            self.out, report = moba_attention(*self.leaves, self.case.config, **self.options, return_report=True)
+            q, k, v = self.leaves
+            self.out, report = moba_attention(q, k, v, self.case.config, **self.options, return_report=True)
         if self.case.backward:
             self.out.backward(self.dout)
         return _reported(report)
+
+    def _attend(self) -> Tensor:
+        q, k, v = self.leaves
+        out: Tensor = moba_attention(q, k, v, self.case.config, **self.options)
+        return out
 
     def check(self) -> dict[str, Any]:
         """Errors and fingerprint of the last call."""

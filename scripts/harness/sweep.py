@@ -13,7 +13,7 @@
         routing: [uniform]       # uniform, correlated, trained
         baselines: [equal_work]  # equal_work, dense_ring, dense_heads
 
-Optional: `head_parallel: [2]` (tried beside the default), `passes: [forward]` (default: both), `selections:` (for trained routing).
+Optional: `head_parallel: [2]` (tried beside the default), `passes: [forward]` (default: both), `selections:` (trained routing).
 """
 
 from __future__ import annotations
@@ -164,7 +164,18 @@ def _cases(sweep: dict[str, Any], layout: str, world: int, left_out: list[str]) 
     _known(
         f"sweep {name!r}",
         sweep,
-        {"name", "ranks", "tokens", "tokens_per_rank", "heads", "blocks", "comm", "routing", "baselines", "head_parallel"}
+        {
+            "name",
+            "ranks",
+            "tokens",
+            "tokens_per_rank",
+            "heads",
+            "blocks",
+            "comm",
+            "routing",
+            "baselines",
+            "head_parallel",
+        }
         | {"passes", "selections", "layout"},
     )
     for needed in ("name", "heads", "blocks", "comm"):
@@ -233,7 +244,9 @@ def _recorded(case: Case, sweep: dict[str, Any]) -> Case:
     needs_argument("selection", f"sweep {case.sweep!r}")
     given = sweep.get("selections")
     if not isinstance(given, dict) or {"file", "layer"} - set(given):
-        raise ValueError(f"sweep {case.sweep!r}: trained routing needs selections: {{file: ..., layer: ...}}, got {given!r}")
+        raise ValueError(
+            f"sweep {case.sweep!r}: trained routing needs selections: {{file: ..., layer: ...}}, got {given!r}"
+        )
     path, layer = REPOSITORY / given["file"], str(given["layer"])
     with np.load(path) as content:
         if layer not in content:
@@ -244,7 +257,9 @@ def _recorded(case: Case, sweep: dict[str, Any]) -> Case:
             f"{path} was recorded at ({size}, {topk}), sweep {case.sweep!r} has ({case.config.block_size}, {case.config.topk})"
         )
     if case.tokens % document:
-        raise ValueError(f"sweep {case.sweep!r}: {case.tokens} tokens are no multiple of recorded documents of {document}")
+        raise ValueError(
+            f"sweep {case.sweep!r}: {case.tokens} tokens are no multiple of recorded documents of {document}"
+        )
     return replace(case, document=document, selections=(str(path), layer))
 
 
