@@ -32,6 +32,14 @@ DISAGREEMENTS: dict[str, tuple[dict, list[str]]] = {
         {n: zeros(8, h, d, dtype=torch.float32) for n, h, d in (("q", 4, 8), ("k", 2, 8), ("v", 2, 4))},
         ["dtype", "torch.float32", "torch.float64"],
     ),
+    "selection": (
+        {"selection": torch.full((1, 8, 2), -1)},
+        ["routing", "selection of 1 heads, k 2", "by q and k"],
+    ),
+    "routing": (
+        {"routing": (zeros(8, 4, 3), zeros(8, 2, 3))},
+        ["routing", "gate 4/2 heads of 3, float64", "by q and k"],
+    ),
     "report": ({"return_report": True}, ["return_report", "True", "False"]),
     "workspace": ({"workspace_bytes": 4096}, ["workspace_bytes", "4096"]),
     "head_parallel": ({"comm": "a2a", "head_parallel": 2}, ["comm", "rank 1 has a2a", "head_parallel"]),

@@ -16,6 +16,11 @@ from moba_cp.kernels import triton_backend
 from tests.calls import CASE, assert_works, full_result, good_call, outcome, zeros
 from tests.ranks import run_ranks
 
+
+def blocks(heads: int, tokens: int, count: int, number: int = -1) -> torch.Tensor:
+    return torch.full((heads, tokens, count), number)
+
+
 # What to change of a call that is good on two ranks; the error; and what its message must carry.
 BAD_CALLS: dict[str, tuple[dict, type[Exception], str]] = {
     "q of two dimensions": ({"q": zeros(8, 32)}, ValueError, r"q must have shape .*\(8, 32\)"),
@@ -87,6 +92,90 @@ BAD_CALLS: dict[str, tuple[dict, type[Exception], str]] = {
         {"layout": SequenceLayout.contiguous([0, 24], 3)},
         ValueError,
         "layout is for 3 ranks, but the group has 2",
+    ),
+    "selection is a list": ({"selection": [1]}, TypeError, "selection must be a tensor, got list"),
+    "selection of floats": (
+        {"selection": zeros(1, 8, 2)},
+        TypeError,
+        "selection must be int16, int32 or int64, got torch.float64",
+    ),
+    "selection of other rows": ({"selection": blocks(1, 7, 2)}, ValueError, r"8 tokens, k\] .* got \(1, 7, 2\)"),
+    "selection of other heads": (
+        {"selection": blocks(3, 8, 2)},
+        ValueError,
+        r"with Hq \(4\), Hkv \(2\), 1 heads, got \(3, 8, 2\)",
+    ),
+    "selection of more than topk": (
+        {"selection": blocks(1, 8, 3)},
+        ValueError,
+        r"1 to topk \(2\) blocks per row, got 3",
+    ),
+    "selection elsewhere": (
+        {"selection": blocks(1, 8, 2).to("meta")},
+        ValueError,
+        "selection must be where q is, got selection on meta, q on cpu",
+    ),
+    "selection of later blocks": (
+        {"selection": blocks(1, 8, 2, 4)},
+        ValueError,
+        r"selection holds a block after the row's own: head 0, row 0, whose own block is \d .* lists \[4, 4\] \(8 rows",
+    ),
+    "selection of a block below -1": (
+        {"selection": blocks(2, 8, 1, -2)},
+        ValueError,
+        r"holds a number below -1: .* lists \[-2\] \(16 rows",
+    ),
+    "selection of a block twice": (
+        {"selection": blocks(4, 8, 2, 0)},
+        ValueError,
+        r"lists a block twice: head 0, row 0, .* lists \[0, 0\]",
+    ),
+    "selection and routing": (
+        {"selection": blocks(1, 8, 2), "routing": (zeros(8, 1, 2), zeros(8, 1, 2))},
+        ValueError,
+        "pass selection or routing, not both",
+    ),
+    "check_selection is a word": (
+        {"check_selection": "no"},
+        TypeError,
+        "check_selection must be True or False, got 'no'",
+    ),
+    "return_selection is None": (
+        {"return_selection": None},
+        TypeError,
+        "return_selection must be True or False, got None",
+    ),
+    "routing is one tensor": ({"routing": zeros(8, 1, 2)}, TypeError, r"pair \(q_gate, k_gate\), got Tensor"),
+    "routing of numbers": ({"routing": (1, 2)}, TypeError, "q_gate must be a tensor, got int"),
+    "routing of integers": (
+        {"routing": (blocks(8, 1, 2), blocks(8, 1, 2))},
+        TypeError,
+        "q_gate must be fp64, fp32, bf16 or fp16, got torch.int64",
+    ),
+    "routing of other rows": (
+        {"routing": (zeros(8, 1, 2), zeros(9, 1, 2))},
+        ValueError,
+        r"k_gate must have shape \[8 tokens, heads, Dg\], got \(9, 1, 2\)",
+    ),
+    "routing of two widths": (
+        {"routing": (zeros(8, 1, 2), zeros(8, 1, 3))},
+        ValueError,
+        r"same head size, got q_gate \(8, 1, 2\), k_gate \(8, 1, 3\)",
+    ),
+    "routing of two dtypes": (
+        {"routing": (zeros(8, 1, 2), zeros(8, 1, 2, dtype=torch.float32))},
+        TypeError,
+        "q_gate and k_gate must have one dtype, got torch.float64 and torch.float32",
+    ),
+    "routing of other heads": (
+        {"routing": (zeros(8, 8, 2), zeros(8, 1, 2))},
+        ValueError,
+        r"q_gate must have Hq \(4\), Hkv \(2\), 1 heads, got q_gate \(8, 8, 2\)",
+    ),
+    "routing heads that do not divide": (
+        {"routing": (zeros(8, 4, 2), zeros(8, 3, 2))},
+        ValueError,
+        r"heads of q_gate must be a multiple of those of k_gate, got q_gate \(8, 4, 2\), k_gate \(8, 3, 2\)",
     ),
     "group is a string": ({"group": "cp"}, TypeError, "group must be .* got 'cp'"),
 }
