@@ -30,7 +30,7 @@ FIELDS = {
 }  # fmt: skip
 
 
-def run(*options: str) -> str:
+def run(*options: str, config: str = "configs/scaling/tiny.yaml") -> str:
     """Run the tiny configuration over two ranks as documented, without PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     torchrun = (
@@ -43,7 +43,7 @@ def run(*options: str) -> str:
         "--nproc-per-node",
         "2",
     )
-    line = (*torchrun, "-m", "scripts.scaling", "configs/scaling/tiny.yaml", "--device", "cpu", *options)
+    line = (*torchrun, "-m", "scripts.scaling", config, "--device", "cpu", *options)
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -198,3 +198,28 @@ def test_rows_of_equal_scores_are_left_out() -> None:
     assert not clear.item()  # blocks 2 and 3 score the same, and one of them is selected
     _, clear = definition.select(query, means, torch.tensor([6]), 3)
     assert clear.item()
+
+
+def test_recorded_selections_are_replayed(tmp_path: Path) -> None:
+    """Over ranks of any exchange, and checked against the definition with the recorded blocks, not with scores."""
+    import numpy as np
+    import yaml
+
+    own = np.arange(64) // 16
+    recorded = np.stack([np.full(64, -1), np.where(own > 1, own - 2, -1), own], 1)  # two blocks back, and the own one
+    np.savez(tmp_path / "recorded.npz", block_size=16, layer_0=np.repeat(recorded[None].astype(np.int16), 2, 0))
+    one = {
+        "name": "trained", "ranks": [2], "tokens": [256], "heads": [[4, 2]], "blocks": [[16, 3]], "routing": ["trained"],
+        "selections": {"file": str(tmp_path / "recorded.npz"), "layer": "layer_0"}, "comm": ["ring", "fetch", "a2a"],
+    }  # fmt: skip
+    config, out = tmp_path / "trained.yaml", tmp_path / "scaling.json"
+    config.write_text(yaml.safe_dump({"iterations": 1, "seconds": 1, "sweeps": [one]}))
+    run("--out", str(out), config=str(config))
+    results = json.loads(out.read_text())["results"]
+    assert [(e["comm"], e["document"], e.get("error")) for e in results] == [(x, 64, None) for x in one["comm"]]
+    assert all(e["bitwise_equal_to_first"] for e in results)
+    assert max(e["output_error"] for e in results) < 3e-3
+    assert results[1]["received_bytes"] < results[0]["received_bytes"]  # fetch brings what is selected
+    with pytest.raises(ValueError, match="recorded at .16, 3."):
+        config.write_text(yaml.safe_dump({"sweeps": [one | {"blocks": [[32, 3]]}]}))
+        load_plan(config, 2)
