@@ -65,7 +65,12 @@ def main(
             result = _measure(settings, ranks, warmup if count is None else min(warmup, count), count or steps, profile)
         except torch.cuda.OutOfMemoryError as error:
             result = {"error": str(error).splitlines()[0]}
-        entry = {"label": label, "attention": name, "gpus": dist.get_world_size(), "overrides": overrides or []} | result
+        entry = {
+            "label": label,
+            "attention": name,
+            "gpus": dist.get_world_size(),
+            "overrides": overrides or [],
+        } | result
         gc.collect()
         torch.cuda.empty_cache()
         if dist.get_rank() == 0:
@@ -87,9 +92,7 @@ def _changes(attention: str) -> tuple[list[str], int | None]:
     sys.exit(f"--attention must be moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS], got {attention!r}")
 
 
-def _measure(
-    config: TrainConfig, ranks: distributed.Ranks, warmup: int, steps: int, profile: bool
-) -> dict[str, Any]:
+def _measure(config: TrainConfig, ranks: distributed.Ranks, warmup: int, steps: int, profile: bool) -> dict[str, Any]:
     run, data = config.run, config.data
     if config.moba.full_last_layers < 0:
         config.moba.full_last_layers = config.model.num_layers

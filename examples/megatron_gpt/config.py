@@ -107,6 +107,7 @@ class RunConfig:
     routing_picture: bool = True  # at the end: which blocks the last layer's queries select, as a heatmap
     resume: bool = True  # from the newest checkpoint of this run, if there is one
     allow_moba_change: bool = False  # resume although the checkpoint has other blocks, topk or MoBA layers
+    check_memory: bool = True  # refuse a run whose estimated peak is far above the GPU's memory
     timeout_seconds: float = 600.0  # how long a collective waits for the other ranks before the run fails
 
 
@@ -215,7 +216,9 @@ def _check_layers(config: TrainConfig) -> None:
         if not off
     ]
     if wanted and not uses_long_layers(config):
-        raise ValueError(f"{', '.join(wanted)} needs run.layers=long, which does not go with {why or 'run.layers=megatron'}")
+        raise ValueError(
+            f"{', '.join(wanted)} needs run.layers=long, which does not go with {why or 'run.layers=megatron'}"
+        )
     if run.offload_inputs and run.recompute != "all_but_attention":
         raise ValueError(f"run.offload_inputs=true needs run.recompute=all_but_attention, got {run.recompute!r}")
 

@@ -106,9 +106,7 @@ class _RmsNorm(torch.autograd.Function):
         x = x.contiguous()
         normed = torch.empty_like(x)
         rows, width = x.numel() // x.size(-1), x.size(-1)
-        kernels.rms_norm_kernel[(rows,)](
-            x, x, weight, x, normed, eps, WIDTH=width, ADD=False, **_row_options(width)
-        )
+        kernels.rms_norm_kernel[(rows,)](x, x, weight, x, normed, eps, WIDTH=width, ADD=False, **_row_options(width))
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return normed
@@ -127,9 +125,7 @@ class _AddRmsNorm(torch.autograd.Function):
         x, y = x.contiguous(), y.contiguous()
         total, normed = torch.empty_like(x), torch.empty_like(x)
         rows, width = x.numel() // x.size(-1), x.size(-1)
-        kernels.rms_norm_kernel[(rows,)](
-            x, y, weight, total, normed, eps, WIDTH=width, ADD=True, **_row_options(width)
-        )
+        kernels.rms_norm_kernel[(rows,)](x, y, weight, total, normed, eps, WIDTH=width, ADD=True, **_row_options(width))
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         return total, normed

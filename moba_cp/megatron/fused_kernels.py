@@ -95,7 +95,12 @@ def _head(GROUP: tl.constexpr, GROUPS: tl.constexpr, HEADS_PADDED: tl.constexpr)
     group = head // (GROUP + 1)
     member = head % (GROUP + 1)
     is_query = member < GROUP
-    return head < GROUPS * (GROUP + 1), is_query, group * (GROUP + 2) + member, tl.where(is_query, group * GROUP + member, group)
+    return (
+        head < GROUPS * (GROUP + 1),
+        is_query,
+        group * (GROUP + 2) + member,
+        tl.where(is_query, group * GROUP + member, group),
+    )
 
 
 @triton.jit

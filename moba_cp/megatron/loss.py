@@ -30,7 +30,9 @@ class ChunkedLossGPT(GPTModel):
             raise ValueError(f"loss_chunk must be at least 1, got {loss_chunk}")
         super().__init__(*args, **kwargs)
         self.loss_chunk = loss_chunk
-        self._deferred: tuple[Tensor, Tensor | None] | None = None  # output layer's arguments, between its call and the loss
+        self._deferred: tuple[Tensor, Tensor | None] | None = (
+            None  # output layer's arguments, between its call and the loss
+        )
         self._with_labels = False
         for name in ("mtp_num_layers", "use_mup"):
             if value := getattr(self.config, name, None):
