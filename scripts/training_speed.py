@@ -1,7 +1,7 @@
 """Speed of training with MoBA and with full attention, in one run of the trainer of examples/megatron_gpt.
 
-    torchrun --nproc-per-node 1 scripts/training_speed.py configs/gpt_300m_128k.yaml --out docs/results/training_speed.json \\
-        --attention moba:512:8 --attention moba:128:8 --attention full:1 -- parallel.context=1
+    torchrun --nproc-per-node 1 -m scripts.training_speed configs/gpt_300m_128k.yaml --attention moba:512:8 --attention full:1 \\
+        --out docs/results/training_speed.json -- parallel.context=1
 
 For each attention the model is built anew from the same seed, trained on the same text for a few steps, and its last step
 is profiled. An attention is `moba:BLOCK_SIZE:TOPK` or `full`; `:N` behind it is its number of timed steps. Rank 0 writes
@@ -15,33 +15,33 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-warnings.filterwarnings("ignore", category=UserWarning)
-warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex and Transformer Engine are optional
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # new names for old collectives
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import typer  # noqa: E402
 
-from examples.megatron_gpt import distributed, profiling  # noqa: E402
+from examples.megatron_gpt import distributed, fit, profiling  # noqa: E402
 from examples.megatron_gpt.batches import Sharding, micro_batches, sequence_lengths  # noqa: E402
 from examples.megatron_gpt.config import TrainConfig, load_config  # noqa: E402
 from examples.megatron_gpt.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
 from examples.megatron_gpt.model import build, count_parameters, moba_settings  # noqa: E402
 from examples.megatron_gpt.step import train_step  # noqa: E402
 from moba_cp.megatron.flops import peak_flops, step_flops  # noqa: E402
+from moba_cp.training_memory import GIB, training_peak  # noqa: E402
+from scripts.harness.records import about, megatron_core_version, write_json  # noqa: E402
 
 
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file")],
+    attention: Annotated[list[str], typer.Option(help="moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS]")],
     overrides: Annotated[list[str] | None, typer.Argument(help="keys of the configuration to change")] = None,
-    attention: Annotated[list[str], typer.Option(help="moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS]")] = ["moba:512:8"],
     out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/training_speed.json"),
     warmup: Annotated[int, typer.Option(help="steps before the timed ones")] = 3,
     steps: Annotated[int, typer.Option(help="timed steps")] = 5,
@@ -51,12 +51,14 @@ def main(
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """Train with each attention in turn, and write speed, memory, loss and profile."""
-    from bench_about import about
-
     runs = [(name, _changes(name)) for name in attention]
     plain = ["run.steps=1000", "run.resume=false", *(overrides or [])]
     ranks = distributed.start(load_config(config, plain))
-    content: dict[str, Any] = {"about": about(commit), "setup": {"config": config.name}, "runs": []}
+    content: dict[str, Any] = {
+        "about": about(commit) | {"megatron_core": megatron_core_version()},
+        "config": config.name,
+        "runs": [],
+    }
     if keep and out.exists():
         content["runs"] = json.loads(out.read_text())["runs"]
     for name, (changes, count) in runs:
@@ -75,8 +77,7 @@ def main(
         torch.cuda.empty_cache()
         if dist.get_rank() == 0:
             content["runs"].append(entry)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(content, indent=1) + "\n")
+            write_json(out, content)
             _show(entry)
     distributed.stop()
 
@@ -89,7 +90,7 @@ def _changes(attention: str) -> tuple[list[str], int | None]:
     if kind == "moba" and 2 <= len(numbers) <= 3:
         changes = [f"moba.block_size={numbers[0]}", f"moba.topk={numbers[1]}"]
         return changes, int(numbers[2]) if len(numbers) == 3 else None
-    sys.exit(f"--attention must be moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS], got {attention!r}")
+    raise typer.BadParameter(f"--attention must be moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS], got {attention!r}")
 
 
 def _measure(config: TrainConfig, ranks: distributed.Ranks, warmup: int, steps: int, profile: bool) -> dict[str, Any]:
@@ -110,9 +111,10 @@ def _measure(config: TrainConfig, ranks: distributed.Ranks, warmup: int, steps: 
     cuda = ranks.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    trainer = build(config, ranks)
+    with fit.doing("building the model"):
+        trainer = build(config, ranks)
     parameters = count_parameters(trainer, ranks)
-    batches = micro_batches(text, run.micro_batch_size, 0, sharding, data.separate_documents)
+    batches = micro_batches(text, run.micro_batch_size, 0, sharding, data.separate_documents, ahead=2)
     losses, seconds = [], []
     for _ in range(warmup + steps):
         _wait(cuda)
@@ -136,11 +138,20 @@ def _measure(config: TrainConfig, ranks: distributed.Ranks, warmup: int, steps: 
         "tokens_per_second": round(tokens / timed, 1),
         "mfu": round(flops / timed / dist.get_world_size() / peak, 4) if peak else None,
         "peak_memory_gib": round((distributed.peak_memory(ranks.device) or 0) / 2**30, 2) if cuda else None,
+        "peak_memory_by_part": _memory_parts(config, ranks),
         "loss": losses,
     }
     if profile and cuda:
         result["profile"] = _profiled(lambda: train_step(trainer, batches, config, ranks))
     return result
+
+
+def _memory_parts(config: TrainConfig, ranks: distributed.Ranks) -> dict[str, float]:
+    """The estimate of `moba_cp.training_memory`, in GiB, whose sum stands beside the measured peak."""
+    peak = training_peak(fit.shape_of(config, ranks.dp_size))
+    names = ("weights", "gradients", "optimizer", "kept", "working", "host")
+    parts = {name: round(getattr(peak, name) / GIB, 2) for name in names}
+    return parts | {"estimated_peak": round(peak.torch / GIB, 2)}
 
 
 def _profiled(step: Any) -> dict[str, Any]:

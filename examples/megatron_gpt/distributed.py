@@ -17,7 +17,7 @@ from .config import TrainConfig
 
 PROGRAM = "examples/megatron_gpt/train.py"
 RESERVED_BYTES = int(2.5 * (1 << 30))
-"""Memory of a GPU that torch leaves to NCCL, to buffers that ranks share, and to the CUDA context, where there are several ranks."""
+"""Memory that torch leaves to NCCL, to buffers that ranks share, and to the CUDA context, where there are several ranks."""
 
 
 class TrainingError(ValueError):

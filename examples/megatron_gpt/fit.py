@@ -22,8 +22,7 @@ _OUT_OF_MEMORY = re.compile(
     r"out of memory|cuda calloc|cudamalloc|cudahostalloc|cublas_status_(alloc_failed|not_initialized)|unhandled cuda error",
     re.IGNORECASE,
 )
-"""How torch, cuBLAS, NCCL and the driver (symmetric memory) say that they got none. NCCL's "unhandled cuda error" is nearly always
-this."""
+"""How torch, cuBLAS, NCCL and the driver (symmetric memory) say that they got none: NCCL mostly as "unhandled cuda error"."""
 
 
 class OutOfMemoryError(RuntimeError):
@@ -93,13 +92,14 @@ def advice(config: TrainConfig, data: int) -> str:
     """Settings that lower the estimated peak, with the estimate for each."""
     shape, run = shape_of(config, data), config.run
     now = training_peak(shape).device
-    long = {"long_layers": True, "recompute": "all_but_attention"}
+    kept = replace(shape, long_layers=True, recompute="all_but_attention")
+    chunks = replace(kept, chunk_tokens=16384)
     choices: list[tuple[str, TrainingShape]] = [
-        ("run.recompute=all_but_attention", replace(shape, **long)),
-        ("the same and run.chunk_tokens=16384", replace(shape, **long, chunk_tokens=16384)),
+        ("run.recompute=all_but_attention", kept),
+        ("the same and run.chunk_tokens=16384", chunks),
         (
             "the same, run.loss_chunk=16384 and run.offload_inputs=true",
-            replace(shape, **long, chunk_tokens=16384, loss_chunk=16384, offload=True),
+            replace(chunks, loss_chunk=16384, offload=True),
         ),
         (
             f"parallel.context={2 * shape.context}",

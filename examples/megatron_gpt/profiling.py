@@ -85,9 +85,9 @@ def stage(name: str) -> str:
 def own_kernels() -> frozenset[str]:
     """Names of the package's Triton and Gluon kernels."""
     root = Path(moba_cp.__file__).parent
-    jit = re.compile(r"@(?:triton|gluon)\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+)")
+    kernel = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)
     sources = (p for folder in ("kernels", "parallel") for p in (root / folder).resolve().rglob("*.py"))
-    return frozenset(name for path in sources for name in jit.findall(path.read_text()))
+    return frozenset(name for path in sources for name in kernel.findall(path.read_text()))
 
 
 def spans_of(profiler: torch.profiler.profile) -> list[Span]:

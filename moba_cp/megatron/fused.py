@@ -18,7 +18,7 @@ from torch import Tensor
 from . import fused_kernels as kernels
 
 _PROGRAMS = 2048
-"""Programs of a norm's backward pass, and rows of partial sums of the weight's gradient; fixed, so that bits do not depend on the GPU."""
+"""Programs of a norm's backward pass, each with partial sums of the weight's gradient; fixed, so bits are those of any GPU."""
 _COLUMNS = 512
 
 
@@ -238,5 +238,6 @@ class FusedRMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., h]`` to the same."""
-        assert self.weight is not None and self.eps is not None
+        assert self.weight is not None
+        assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)

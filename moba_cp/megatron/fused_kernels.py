@@ -1,4 +1,4 @@
-"""Triton kernels for what a transformer layer computes between its matrices: norms with the residual sum, SwiGLU, rotary embedding.
+"""Triton kernels for what a transformer layer computes between its matrices: norms with the residual, SwiGLU, rotary embedding.
 
 All are bound by memory. Each rounds once, from fp32 to the dtype of its output.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 def rms_norm_kernel(
     x, other, weight, total, normed, eps, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ADD: tl.constexpr
 ):  # fmt: skip
-    """One program: one row of `normed = (x + other) / rms(x + other) * weight`, and of `total = x + other`, which is rounded first.
+    """One program: one row of `total = x + other`, rounded, and of `normed = total / rms(total) * weight`.
 
     Reads 2 * WIDTH values per row and writes as many with ADD, half of that without.
     """
@@ -36,7 +36,7 @@ def rms_norm_backward_kernel(
     total, weight, dnormed, dtotal, dx, dweight, rows, eps,
     WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """One program: dx of every row `program_id + n * programs`, and their sum of the weight's gradient, one fp32 row of `dweight`.
+    """One program: dx of rows `program_id + n * programs`, and their share of the weight's gradient, one fp32 row of `dweight`.
 
     Reads 3 * WIDTH values per row with ADD (`dtotal` is added to dx), else 2 * WIDTH; writes WIDTH.
     """
@@ -109,8 +109,10 @@ def split_rotate_kernel(
     GROUP: tl.constexpr, GROUPS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
     HALF_PADDED: tl.constexpr, REST_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One program: q and k of one row, their first 2 * HALF dimensions rotated, from `mixed`, where each of GROUPS kv heads has its
-    GROUP q heads, its key and its value in turn. Reads and writes (GROUP + 1) * GROUPS * DIM values and reads 2 * HALF in fp32.
+    """One program: q and k of one row, their first 2 * HALF dimensions rotated.
+
+    A row of `mixed` holds, for each of GROUPS kv heads, its GROUP q heads, its key and its value. Reads and writes
+    (GROUP + 1) * GROUPS * DIM values, and reads 2 * HALF in fp32.
     """
     row = tl.program_id(0).to(tl.int64)
     valid, is_query, place, number = _head(GROUP, GROUPS, HEADS_PADDED)

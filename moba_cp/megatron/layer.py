@@ -36,8 +36,8 @@ class LongLayerSettings:
     Args:
         recompute: keep the layer's input, attention's output, log-sum-exps and selected blocks between forward and backward, and
             compute the rest again. Attention is computed once. False: keep everything.
-        chunk_tokens: rows of the residual stream of this rank that the MLP and the projection behind attention work on at a time, in both
-            directions; 0 for all at once.
+        chunk_tokens: sequence positions (of this rank's part of the residual stream) that the projection behind attention and the
+            MLP work on at a time, in both directions; 0 for all at once.
         offload: keep the layer's input in pinned host memory; needs ``recompute``.
 
     Raises:
@@ -182,8 +182,8 @@ class LongLayer(TransformerLayer):
 
     @property
     def _projects_in_chunks(self) -> bool:
-        """Whether the projection behind attention is part of the chunks. With sequence parallelism its output's rows are spread over
-        the ranks of the group, so a chunk of its input is no chunk of its output."""
+        """Whether the projection behind attention is part of the chunks. With sequence parallelism its output's rows are spread
+        over the ranks of the group, so a chunk of its input is no chunk of its output."""
         return not self.config.sequence_parallel
 
     def _projected(self, out: Tensor) -> Tensor:
@@ -202,6 +202,8 @@ class LongLayer(TransformerLayer):
         projected = self.self_attention.linear_proj(out)[0] if self._projects_in_chunks else out
         norm = self.pre_mlp_layernorm
         if isinstance(norm, torch.nn.RMSNorm):
+            assert norm.weight is not None
+            assert norm.eps is not None
             residual, normed = fused.add_rms_norm(x, projected, norm.weight, norm.eps)
         else:
             residual = x + projected
@@ -237,7 +239,8 @@ class LongLayer(TransformerLayer):
 
 def _norm(module: torch.nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, torch.nn.RMSNorm):
-        assert module.weight is not None and module.eps is not None
+        assert module.weight is not None
+        assert module.eps is not None
         return fused.rms_norm(x, module.weight, module.eps)
     normed: Tensor = module(x)
     return normed
@@ -292,6 +295,6 @@ def _refuse(layer: LongLayer) -> None:
     for module in (attention.linear_qkv, attention.linear_proj, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
         if not type(module).__module__.startswith("megatron.core.tensor_parallel"):
             raise ValueError(
-                f"{where}: {type(module).__name__} is not of the local implementation; Transformer Engine's layers have their own "
-                "fusions"
+                f"{where}: {type(module).__name__} is not of the local implementation; Transformer Engine's layers have their "
+                "own fusions"
             )

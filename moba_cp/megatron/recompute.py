@@ -5,10 +5,10 @@ A layer is two segments around attention::
     x --[ norm, projection, rotary embedding ]-- q, k, v --( attention )-- out --[ projection, residual, norm, MLP ]-- y
             Before                                                                  Behind, in chunks of tokens
 
-Between forward and backward a layer keeps its input ``x`` (on the device or on the host), ``out``, and what attention saves besides
-its inputs (log-sum-exps and selected blocks). ``q``, ``k`` and ``v`` are not kept: where attention saves them, a token is
-saved in their place, and when backward asks for them, `Before` is computed again. `Behind` works on a chunk of tokens at a time in
-both directions, so no intermediate of the MLP exists for all tokens.
+Between forward and backward a layer keeps its input ``x`` (on the device or on the host), ``out``, and what attention saves
+besides its inputs: log-sum-exps and selected blocks. ``q``, ``k`` and ``v`` are not kept. Where attention saves them, a token is
+saved in their place; when backward asks for them, `Before` is computed again. `Behind` works on chunks of tokens in both
+directions, so no intermediate of the MLP exists for all tokens.
 
 A recomputed value has the bits of the first one: the same functions of the same values, in the same chunks.
 """
@@ -131,7 +131,7 @@ class Behind:
     Attributes:
         body: from a chunk of the layer's input and of attention's output to the residual and the input of the last matrix.
         finish: from these two to the layer's output; may overwrite the residual where no graph is recorded.
-        finish_backward: gradients of the two and of ``last`` from the output's, without computing the output; None: through autograd.
+        finish_backward: gradients of the two and of ``last`` from the output's, without the output; None: through autograd.
         last: the parameters of `finish` that `finish_backward` gives gradients of.
         chunk: rows of a chunk; 0 for all at once.
     """
@@ -143,7 +143,7 @@ class Behind:
     chunk: int
 
     def output(self, x: Tensor, out: Tensor) -> Tensor:
-        """The layer's output for its input ``[s, b, h]`` and attention's output ``[s, b, h']``; with a graph if one is recorded."""
+        """The layer's output for its input ``[s, b, h]`` and attention's ``[s, b, h']``; with a graph if one is recorded."""
         chunks = _chunks(len(x), self.chunk)
         if len(chunks) == 1:
             return self.finish(*self.body(x, out))

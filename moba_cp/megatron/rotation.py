@@ -61,8 +61,8 @@ def positions(lengths: PackLengths, cp_size: int, cp_rank: int) -> np.ndarray:
             parts.append(np.arange(length))
             continue
         chunk = length // (2 * cp_size)
-        for number in (cp_rank, 2 * cp_size - 1 - cp_rank):
-            parts.append(np.arange(number * chunk, (number + 1) * chunk))
+        numbers = (cp_rank, 2 * cp_size - 1 - cp_rank)
+        parts += [np.arange(number * chunk, (number + 1) * chunk) for number in numbers]
     return np.concatenate(parts)
 
 

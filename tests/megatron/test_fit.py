@@ -49,20 +49,18 @@ def test_close_runs_warn_and_others_say_nothing() -> None:
     ],
 )
 def test_errors_of_torch_nccl_driver_and_cublas_name_the_stage(error: RuntimeError) -> None:
-    with pytest.raises(fit.OutOfMemoryError, match="out of GPU memory in forward and backward: ") as raised:
-        with fit.doing("forward and backward"):
-            raise error
+    message = "out of GPU memory in forward and backward: "
+    with pytest.raises(fit.OutOfMemoryError, match=message) as raised, fit.doing("forward and backward"):
+        raise error
     assert raised.value.__cause__ is error
-    with pytest.raises(fit.OutOfMemoryError) as again:  # the inner stage is the one named
-        with fit.doing("training"):
-            raise raised.value
+    with pytest.raises(fit.OutOfMemoryError) as again, fit.doing("training"):  # the inner stage is the one named
+        raise raised.value
     assert again.value.stage == "forward and backward"
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        with fit.doing("forward"):
-            raise RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes do not match"), fit.doing("forward"):
+        raise RuntimeError("shapes do not match")
 
 
 def shape(**changes: object) -> TrainingShape:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_cp.megatron import fused
-
 from tests.kernels import interpreter
 from tests.kernels.interpreter import interpreted
 

@@ -1,4 +1,4 @@
-"""A model of long layers against one of Megatron's own: the same losses and gradients, whatever is recomputed, chunked, offloaded."""
+"""A model of long layers against one of Megatron's own: the same losses and gradients, whatever is recomputed or chunked."""
 
 from __future__ import annotations
 
@@ -138,8 +138,7 @@ def what_is_kept(rank: int, world_size: int) -> dict[str, Any]:
     storages: list[Any] = []
 
     def note(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        for x in arguments[:3]:  # batches of one: attention takes views
-            storages.append(weakref.ref(x))
+        storages.extend(weakref.ref(x) for x in arguments[:3])  # batches of one: attention takes views
 
     for layer in model.decoder.layers:
         layer.self_attention.core_attention.register_forward_pre_hook(note)
