@@ -12,11 +12,14 @@ step), and `profile` (milliseconds by category, of rank 0). `--keep` adds to the
 
 from __future__ import annotations
 
+import cProfile
 import gc
 import json
+import pstats
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +51,7 @@ def main(
     label: Annotated[str, typer.Option(help="name of these runs")] = "",
     keep: Annotated[bool, typer.Option(help="add to the runs that OUT has")] = False,
     profile: Annotated[bool, typer.Option(help="profile one more step")] = True,
+    host_profile: Annotated[Path | None, typer.Option(help="file for Python's profile of one more step")] = None,
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """Train with each attention in turn, and write speed, memory, loss and profile."""
@@ -64,7 +68,9 @@ def main(
     for name, (changes, count) in runs:
         settings = load_config(config, [*plain, *changes])
         try:
-            result = _measure(settings, ranks, warmup if count is None else min(warmup, count), count or steps, profile)
+            result = _measure(
+                settings, ranks, warmup if count is None else min(warmup, count), count or steps, profile, host_profile
+            )
         except torch.cuda.OutOfMemoryError as error:
             result = {"error": str(error).splitlines()[0]}
         entry = {
@@ -93,7 +99,9 @@ def _changes(attention: str) -> tuple[list[str], int | None]:
     raise typer.BadParameter(f"--attention must be moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS], got {attention!r}")
 
 
-def _measure(config: TrainConfig, ranks: distributed.Ranks, warmup: int, steps: int, profile: bool) -> dict[str, Any]:
+def _measure(
+    config: TrainConfig, ranks: distributed.Ranks, warmup: int, steps: int, profile: bool, host_profile: Path | None
+) -> dict[str, Any]:
     run, data = config.run, config.data
     if config.moba.full_last_layers < 0:
         config.moba.full_last_layers = config.model.num_layers
@@ -141,6 +149,8 @@ def _measure(config: TrainConfig, ranks: distributed.Ranks, warmup: int, steps: 
         "peak_memory_by_part": _memory_parts(config, ranks),
         "loss": losses,
     }
+    if host_profile is not None:
+        _profile_host(lambda: train_step(trainer, batches, config, ranks), host_profile)
     if profile and cuda:
         result["profile"] = _profiled(lambda: train_step(trainer, batches, config, ranks))
     return result
@@ -154,7 +164,7 @@ def _memory_parts(config: TrainConfig, ranks: distributed.Ranks) -> dict[str, fl
     return parts | {"estimated_peak": round(peak.torch / GIB, 2)}
 
 
-def _profiled(step: Any) -> dict[str, Any]:
+def _profiled(step: Callable[[], Any]) -> dict[str, Any]:
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
         step()
@@ -167,6 +177,16 @@ def _profiled(step: Any) -> dict[str, Any]:
         "by_stage": {name: round(value, 1) for name, value in found.by_stage.items()},
         "top": found.top,
     }
+
+
+def _profile_host(step: Callable[[], Any], path: Path) -> None:
+    """Write where Python spends the time of a step; before Python 3.12 without autograd's thread, which runs backward on GPUs."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    step()
+    profiler.disable()
+    with path.open("w") as file:
+        pstats.Stats(profiler, stream=file).sort_stats("tottime").print_stats(60)
 
 
 def _wait(cuda: bool) -> None:

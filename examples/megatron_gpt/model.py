@@ -22,6 +22,7 @@ from moba_cp import MoBAConfig
 from moba_cp.megatron.layer import LongLayerSettings, with_long_layers
 from moba_cp.megatron.loss import ChunkedLossGPT
 from moba_cp.megatron.norm import TorchNorm
+from moba_cp.megatron.optimizer import use_foreach_kernels
 from moba_cp.megatron.settings import MoBASettings
 from moba_cp.megatron.spec import with_moba
 
@@ -71,6 +72,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Trainer:
     ]
     transformer_config.finalize_model_grads_func = finalize_model_grads
     transformer_config.no_sync_func = [ddp.no_sync for ddp in model] if len(model) > 1 else model[0].no_sync
+    use_foreach_kernels()
     optimizer = get_megatron_optimizer(_optimizer_config(config), model)
     transformer_config.grad_scale_func = optimizer.scale_loss
     return Trainer(model, optimizer, _scheduler(config, optimizer), transformer_config)
