@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import pipeline
+from . import pipeline, wide
 from .config import MoBAConfig
 from .kernels import backend_for
 from .parallel import agreement, backward_order
@@ -18,7 +19,7 @@ from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import CommGroup
 from .parallel.exchanges import EXCHANGES, Route
 from .parallel.layout import SequenceLayout
-from .parallel.peer_memory import host
+from .parallel.topology import host
 from .precision import as_given
 from .report import MoBAReport, make_report
 from .saving import put_tensors, take_tensors
@@ -43,6 +44,7 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | None = ...,
     comm: str = ...,
+    head_parallel: int | None = ...,
     return_report: Literal[False] = ...,
     workspace_bytes: int = ...,
     exchange_bytes: int = ...,
@@ -59,6 +61,7 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | None = ...,
     comm: str = ...,
+    head_parallel: int | None = ...,
     return_report: Literal[True],
     workspace_bytes: int = ...,
     exchange_bytes: int = ...,
@@ -75,6 +78,7 @@ def moba_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | None = None,
     comm: str = "auto",
+    head_parallel: int | None = None,
     return_report: bool = False,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     exchange_bytes: int = DEFAULT_EXCHANGE_BYTES,
@@ -101,6 +105,11 @@ def moba_attention(
         comm: how keys and values travel: "all_gather", "ring", "fetch" (selected blocks only, by all-to-all), "pull"
             (selected blocks, read out of the other ranks' memory; for ranks of one host), or "auto", which takes one of
             these by the rules in `moba_cp.parallel.cost`: of long sequences pull, where GPUs can access each other's memory.
+            "a2a" splits heads over all ranks instead: an all-to-all gives each rank all tokens of its share of the q heads,
+            which the number of ranks must divide. "a2a+ring", "a2a+fetch", "a2a+all_gather" and "a2a+pull" split heads
+            over neighbouring ranks of a node, and move keys and values between ranks of equal heads.
+        head_parallel: how many neighbouring ranks split heads; divides `Hq` and the ranks of the layout. None: with "a2a" all
+            ranks, with "a2a+..." as many ranks of a node as `Hq` allows, with "auto" what takes least time on the wire.
         return_report: also return a `MoBAReport` of routing and traffic; costs a few small collectives.
         workspace_bytes: most bytes of partial results in memory at once; kv heads, then query rows, are processed in
             groups to stay under it. At least one kv head and 128 rows are processed together.
@@ -114,24 +123,26 @@ def moba_attention(
     Raises:
         TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
             any tensor is sent; or the ranks disagree on layout, config, dtype, shapes, comm, whether gradients are wanted,
-            `return_report` or `workspace_bytes`.
+            `return_report`, `workspace_bytes` or `head_parallel`; or "a2a+pull" is asked for, and ranks of equal heads are on
+            several nodes.
         RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
             share memory.
     """
     if without_numbers(q, k, v):
-        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes)
+        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)
         if return_report:
             raise ValueError("return_report=True needs tensors that hold numbers, got tensors under tracing or on meta")
         return infer_output(q, k, v)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
     try:
-        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes)
+        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)
         if layout.cp_size > 1:
             facts = call_facts(q, k, v, layout, comm, gradients) | {
                 "config": repr(config),
                 "return_report": str(return_report),
                 "workspace_bytes": str(workspace_bytes),
                 "exchange_bytes": str(exchange_bytes),
+                "head_parallel": str(head_parallel),
             }
             if comm in EXCHANGES and EXCHANGES[comm].same_host:
                 facts[f"host ({comm} is for ranks of one)"] = host()
@@ -142,22 +153,28 @@ def moba_attention(
     comm_group = CommGroup(group, layout.cp_size)
     if comm_group.size > 1:
         agreement.check(group, facts, q.device)
-    plan = rank_plan(home_plan(layout, config.block_size), comm_group.rank)
+    number = backward_order.take_number(group) if comm_group.size > 1 else 0
+    sizes = wide.call_sizes(q, k, v, layout, gradients)
+    divided = wide.divide(comm, head_parallel, comm_group, sizes, layout, q.device, return_report)
     call = pipeline.Call(
         config=config,
-        plan=plan,
-        comm=comm_group,
+        plan=rank_plan(home_plan(divided.layout, config.block_size, divided.split.size > 1), divided.wide_rank),
+        comm=divided.sequence,
         backend=backend_for(q.device, q.dtype),
-        requested=comm,
+        requested=divided.split.exchange,
         workspace_bytes=workspace_bytes,
         exchange_bytes=exchange_bytes,
         stage=Stages(q.device),
         keep_lists=gradients,
-        number=backward_order.take_number(group) if comm_group.size > 1 else 0,
+        number=number,
+        rounds=divided.heads.copies == 1,
     )
-    out, selected, route = _MoBAFunction.apply(q, k, v, call)
+    out, selected, route = _MoBAFunction.apply(
+        q, k, v, wide.widen(call, divided, sizes, q.device, return_report), divided.whole
+    )
     if return_report:
-        return out, make_report(call, route, selected, k.shape[1], (k.shape[2] + v.shape[2]) * k.itemsize)
+        flat = replace(call, plan=rank_plan(home_plan(layout, config.block_size), comm_group.rank), comm=divided.whole)
+        return out, make_report(flat, divided.split, route, selected, sizes)
     return out
 
 
@@ -210,23 +227,23 @@ class _MoBAFunction(torch.autograd.Function):
     """Forward and backward of the pipeline as one autograd function; also gives the selected blocks and the route."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call) -> tuple[Tensor, Tensor, Route]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call | wide.WideCall, group: CommGroup
+    ) -> tuple[Tensor, Tensor, Route]:
         with torch.cuda.device_of(q), as_given(q):  # kernels are launched on the current device
-            saved = pipeline.forward(call, q, k, v)
-        tensors = [q, k, v]
-        ctx.call, ctx.saved = call, take_tensors(saved, tensors)
+            done = wide.run_forward(call, q, k, v)
+        tensors: list[Tensor] = []
+        ctx.call, ctx.group, ctx.kept = call, group, take_tensors(done.kept, tensors)
         ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(saved.selected)
-        return saved.out, saved.selected, saved.route
+        ctx.mark_non_differentiable(done.selected)
+        return done.out, done.selected, done.route
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
-        call: pipeline.Call = ctx.call
-        tensors = ctx.saved_tensors
-        q, k, v, *_ = tensors
-        if call.comm.size > 1:
-            backward_order.check(call.comm.group, call.number, dout.device)
+        group: CommGroup = ctx.group
+        if group.size > 1:
+            backward_order.check(group.group, wide.number_of(ctx.call), dout.device)
         with as_given(dout):
-            gradients = pipeline.backward(call, q, k, v, put_tensors(ctx.saved, tensors), dout)
-        return *gradients, None
+            gradients = wide.run_backward(ctx.call, put_tensors(ctx.kept, ctx.saved_tensors), dout)
+        return *gradients, None, None

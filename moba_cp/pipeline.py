@@ -49,6 +49,7 @@ class Call:
         stage: names the steps in profiles.
         keep_lists: keep routing lists for backward: `4 * topk` bytes per (q head, row).
         number: the call's number in its group; see `parallel.backward_order`.
+        rounds: round dk and dv to the dtype of k and v; if not, they stay in the accumulation dtype, for callers who add to them.
     """
 
     config: MoBAConfig
@@ -61,6 +62,7 @@ class Call:
     stage: Stages
     keep_lists: bool
     number: int
+    rounds: bool = True
 
     @cached_property
     def topk(self) -> int:
@@ -150,8 +152,8 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     with call.stage("delta"):
         delta = call.backend.delta(out=saved.out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk = torch.empty(home.k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(home.v.shape, dtype=v.dtype, device=v.device)
+    dtype = k.dtype if call.rounds else accumulate_dtype(k.dtype)
+    dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (home.k, home.v))
     lists_of = iter(saved.lists) if saved.lists else routed_ahead(call, ranges, saved.selected)
     in_place = call.comm.size == 1 and all(len(of_range) == 1 for _, of_range in ranges)
     side = SideStream(torch.device("cpu") if in_place else q.device, "gradients")  # in place, nothing is left to add

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .parallel.comm import CommGroup, Traffic
-from .parallel.cost import remote_tokens, visible_tokens
+from .parallel.cost import CallSizes, remote_tokens, visible_tokens
 from .parallel.exchanges import Route
+from .parallel.splits import Split
 from .parallel.wanted import exchange_wanted
 from .pipeline import Call
 
@@ -23,13 +24,17 @@ MOST_WANTED = 10
 class MoBAReport:
     """Routing and traffic of one call. Figures are of the whole group unless they say "this rank".
 
+    Where heads are split, routing figures are still those of each rank's own tokens: what any exchange of keys and values would
+    have to bring there.
+
     Attributes:
         transport: how keys and values travelled: "local", or a value of `comm` other than "auto".
+        head_parallel: how many ranks split heads; 1 where none do.
         reason: why this one.
         walks: how often each of their bytes crosses the wire in forward, and in backward: 1, or the number of groups of rows
             where `exchange_bytes` is too small to keep them.
-        traffic: collectives and bytes of this rank by stage; the backward pass adds its own when it runs. The report's own
-            collectives are not in it.
+        traffic: collectives and bytes of this rank by stage, and which of these came from other nodes; the backward pass adds
+            its own when it runs. The report's own collectives are not in it. Heads travel as "heads in" and "heads out".
         lower_bound_bytes: int64 `[P]`, fewest bytes of keys and values each rank must receive in forward for this
             routing: each wanted (block, kv head) pair that is at home elsewhere, once.
         visible_bytes: int64 `[P]`, the same if every block a rank can see were wanted.
@@ -49,6 +54,7 @@ class MoBAReport:
     """
 
     transport: str
+    head_parallel: int
     reason: str
     walks: tuple[int, int]
     traffic: Traffic
@@ -67,20 +73,21 @@ class MoBAReport:
 
 
 @torch.no_grad()
-def make_report(call: Call, route: Route, selected: Tensor, kv_heads: int, pair_bytes: int) -> MoBAReport:
+def make_report(call: Call, split: Split, route: Route, selected: Tensor, sizes: CallSizes) -> MoBAReport:
     """The report of a call whose forward has run; all ranks of the group make it together.
 
     Args:
-        call: the call.
+        call: the call as one over the whole group, whether or not heads were split.
+        split: over how many ranks heads were split.
         route: what its exchange decided.
-        selected: `[Hq, T, topk]`, what the gate chose.
-        kv_heads: kv heads.
-        pair_bytes: bytes of one key and its value.
+        selected: `[Hq, T, topk]`, what the gate chose for this rank's own tokens.
+        sizes: of the call.
     """
+    kv_heads, pair_bytes = sizes.kv_heads, (sizes.dim + sizes.dim_v) * sizes.itemsize
     plan, blocks, selected = call.plan.plan, call.plan.plan.blocks, selected.to(torch.int32)
     quiet = CommGroup(call.comm.group, call.comm.size)  # its traffic is not the call's
     wanted = route.wanted
-    if wanted is None:
+    if wanted is None or split.size > 1:
         mine = call.backend.wanted_pairs(selected, n_blocks=len(blocks), kv_heads=kv_heads)
         wanted = exchange_wanted(mine, call.plan, quiet)
     wanted_tokens = wanted.tokens()
@@ -94,8 +101,9 @@ def make_report(call: Call, route: Route, selected: Tensor, kv_heads: int, pair_
     top = np.argsort(-counts, kind="stable")[:MOST_WANTED]
     mean = keys_of_rank.mean()
     return MoBAReport(
-        transport=route.name,
-        reason=route.reason,
+        transport=split.transport(route.name),
+        head_parallel=split.size,
+        reason="; ".join(filter(None, (split.reason, route.reason))),
         walks=route.walks,
         traffic=call.comm.traffic,
         lower_bound_bytes=bound,

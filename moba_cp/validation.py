@@ -9,8 +9,8 @@ from torch import Tensor
 from .config import MoBAConfig
 from .kernels import backend_for
 from .parallel.comm import check_group
-from .parallel.exchanges import COMMS
 from .parallel.layout import SequenceLayout
+from .parallel.splits import COMMS, HEADS, check_split
 from .tracing import TRACED
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -86,6 +86,7 @@ def check_call(
     return_report: bool,
     workspace_bytes: int,
     exchange_bytes: int,
+    head_parallel: int | None,
 ) -> None:
     """Everything about one rank's call that it can check alone. Raises TypeError or ValueError."""
     check_config(config)
@@ -97,6 +98,7 @@ def check_call(
     check_bytes("exchange_bytes", exchange_bytes, least=0)
     check_tensors(q, k, v)
     backend_for(q.device, q.dtype).check_sizes(dim=q.shape[2], dim_v=v.shape[2], block_size=config.block_size)
+    check_split(comm, head_parallel, q.shape[1], layout.cp_size)
     check_placement(q, layout, group)
 
 
@@ -119,7 +121,9 @@ def check_comm(comm: str, known: tuple[str, ...]) -> None:
     if not isinstance(comm, str):
         raise TypeError(f"comm must be a string, got {comm!r}")
     if comm not in known:
-        raise ValueError(f"comm must be one of {', '.join(known)}; got {comm!r}")
+        flat = ", ".join(name for name in known if not name.startswith(HEADS))
+        heads = f"{HEADS}, {HEADS}+<exchange> or " if HEADS in known else ""
+        raise ValueError(f"comm must be {heads}one of {flat}; got {comm!r}")
 
 
 def check_placement(q: Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:

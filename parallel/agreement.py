@@ -68,9 +68,14 @@ class _GroupState:
     litter: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def life_name(self) -> str:
+        """What tells this life of the group from others, alike on all ranks."""
+        return self.rendezvous or str(self.life)
+
     def prefix(self) -> str:
         """Of the notes of the latest call."""
-        return f"moba_cp/{self.name[0]}/{self.rendezvous or self.life}/{self.calls}"
+        return f"moba_cp/{self.name[0]}/{self.life_name}/{self.calls}"
 
     def learn_life(self, gathered: Tensor) -> None:
         """The ranks' largest number, so that a rank that did not use an earlier life counts like the others."""
@@ -91,6 +96,11 @@ def _state(group: dist.ProcessGroup) -> _GroupState:
         _lives[name] += 1
         state = _states.setdefault(group, _GroupState(name, _lives[name], rendezvous_of(group)))
     return state
+
+
+def life_of(group: dist.ProcessGroup) -> str:
+    """What tells this life of a group from earlier ones of the same name; its ranks know it alike once they have agreed."""
+    return _state(group).life_name
 
 
 def refuse(group: dist.ProcessGroup | None, error: Exception, tensor: object) -> None:

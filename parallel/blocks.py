@@ -57,6 +57,7 @@ class HomePlan:
         home_row: int64 `[n_blocks]`, row of the block's first key among the keys at home there.
         home_tokens: int64 `[P]`, keys at home on each rank.
         whole: bool `[n_blocks]`, whether the home rank holds all of the block's tokens.
+        keeps_rows: blocks stay where they lie if they can; see `home_plan`.
         memo: what was made of the plan and does not refer to it: index tensors on devices.
     """
 
@@ -67,6 +68,7 @@ class HomePlan:
     home_row: np.ndarray
     home_tokens: np.ndarray
     whole: np.ndarray
+    keeps_rows: bool = False
     memo: Memo = field(default_factory=Memo, repr=False)
 
     @cached_property
@@ -76,16 +78,7 @@ class HomePlan:
 
     def pieces(self, rank: int) -> Pieces:
         """What `rank` holds, cut at the boundaries of blocks."""
-        runs, blocks = self.layout.runs_of(rank), self.blocks
-        block_end = blocks.start + blocks.length
-        # A run [start, end) touches the blocks first..last: cut it there.
-        first = np.searchsorted(block_end, runs[:, 0], side="right")
-        last = np.searchsorted(blocks.start, runs[:, 1], side="left") - 1
-        of_run = np.repeat(np.arange(len(runs)), last - first + 1)
-        block = expand_runs(np.stack([first, last + 1], axis=1))
-        start = np.maximum(runs[of_run, 0], blocks.start[block])
-        length = np.minimum(runs[of_run, 1], block_end[block]) - start
-        return Pieces(np.cumsum(length) - length, block, start - blocks.start[block], length)
+        return cut_at_blocks(self.layout.runs_of(rank), self.blocks)
 
 
 class Pieces(NamedTuple):
@@ -150,13 +143,32 @@ def block_table(cu_seqlens: np.ndarray, block_size: int) -> BlockTable:
     )
 
 
-def home_plan(layout: SequenceLayout, block_size: int) -> HomePlan:
+def cut_at_blocks(runs: np.ndarray, blocks: BlockTable) -> Pieces:
+    """Runs `[n, 2]`, held in consecutive rows, cut at the boundaries of blocks."""
+    block_end = blocks.start + blocks.length
+    # A run [start, end) touches the blocks first..last: cut it there.
+    first = np.searchsorted(block_end, runs[:, 0], side="right")
+    last = np.searchsorted(blocks.start, runs[:, 1], side="left") - 1
+    of_run = np.repeat(np.arange(len(runs)), last - first + 1)
+    block = expand_runs(np.stack([first, last + 1], axis=1))
+    start = np.maximum(runs[of_run, 0], blocks.start[block])
+    length = np.minimum(runs[of_run, 1], block_end[block]) - start
+    return Pieces(np.cumsum(length) - length, block, start - blocks.start[block], length)
+
+
+def home_plan(layout: SequenceLayout, block_size: int, keeps_rows: bool = False) -> HomePlan:
     """Give every block its home rank. Costs O(blocks) host work, and O(runs) for a layout listed as runs; kept in
-    `plan_cache.PLANS`."""
-    return PLANS.get((layout, block_size), lambda: _home_plan(layout, block_size))
+    `plan_cache.PLANS`.
+
+    Args:
+        layout, block_size: what to plan for.
+        keeps_rows: where one rank holds all, leave blocks where they lie, in any order, unless the keys of one lie apart. Else,
+            and with several ranks, which have to know each other's rows, home rows are in order of block numbers.
+    """
+    return PLANS.get((layout, block_size, keeps_rows), lambda: _home_plan(layout, block_size, keeps_rows))
 
 
-def _home_plan(layout: SequenceLayout, block_size: int) -> HomePlan:
+def _home_plan(layout: SequenceLayout, block_size: int, keeps_rows: bool) -> HomePlan:
     blocks = block_table(layout.cu_seqlens_array, block_size)
     home, held = layout.partition.largest(blocks.start, blocks.start + blocks.length)
     home_tokens = np.bincount(home, weights=blocks.length, minlength=layout.cp_size).astype(np.int64)
@@ -164,13 +176,23 @@ def _home_plan(layout: SequenceLayout, block_size: int) -> HomePlan:
     row = np.cumsum(blocks.length[by_home]) - blocks.length[by_home]
     home_row = np.empty_like(home)
     home_row[by_home] = row - (np.cumsum(home_tokens) - home_tokens)[home[by_home]]
-    return HomePlan(layout, block_size, blocks, home, home_row, home_tokens, held == blocks.length)
+    if keeps_rows and layout.cp_size == 1:
+        home_row = _rows_in_place(layout, blocks, home_row)
+    return HomePlan(layout, block_size, blocks, home, home_row, home_tokens, held == blocks.length, keeps_rows)
+
+
+def _rows_in_place(layout: SequenceLayout, blocks: BlockTable, in_order: np.ndarray) -> np.ndarray:
+    """Local row of the first key of each block where one rank holds all; `in_order` if the keys of a block lie apart."""
+    pieces = cut_at_blocks(layout.runs_of(0), blocks)
+    first, begin = np.zeros_like(in_order), pieces.row - pieces.position
+    first[pieces.block] = begin
+    return first if np.array_equal(first[pieces.block], begin) else in_order
 
 
 def rank_plan(plan: HomePlan, rank: int) -> RankPlan:
     """One rank's side of `plan`, kept beside it in `plan_cache.PLANS`. Costs O(blocks + what the rank holds and exchanges) host
     work."""
-    return PLANS.beside((plan.layout, plan.block_size), plan, rank, lambda: _rank_plan(plan, rank))
+    return PLANS.beside((plan.layout, plan.block_size, plan.keeps_rows), plan, rank, lambda: _rank_plan(plan, rank))
 
 
 def _rank_plan(plan: HomePlan, rank: int) -> RankPlan:

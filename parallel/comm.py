@@ -20,11 +20,14 @@ from torch.distributed import distributed_c10d
 @dataclass
 class StageTraffic:
     """What one rank sent and received in one stage, in payload bytes; its own share of a collective does not count, and
-    what other ranks read out of its memory is received there but not sent here."""
+    what other ranks read out of its memory is received there but not sent here. `between_bytes` are those of
+    `received_bytes` that came from ranks of other nodes, counted where the call knows the nodes: calls that split heads, and
+    calls with a report."""
 
     collectives: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    between_bytes: int = 0
 
 
 @dataclass
@@ -34,12 +37,13 @@ class Traffic:
     _stages: dict[str, StageTraffic] = field(default_factory=dict)
     _reads: list[tuple[str, Callable[[], int]]] = field(default_factory=list, repr=False, compare=False)
 
-    def add(self, stage: str, sent: int, received: int) -> None:
-        """Count one collective."""
+    def add(self, stage: str, sent: int, received: int, between: int = 0) -> None:
+        """Count one collective; `between` of the bytes received came from other nodes."""
         entry = self._stages.setdefault(stage, StageTraffic())
         entry.collectives += 1
         entry.sent_bytes += sent
         entry.received_bytes += received
+        entry.between_bytes += between
 
     def add_read(self, stage: str, received: Callable[[], int]) -> None:
         """Count what this rank reads out of other ranks' memory: `received` gives the bytes, and is called when somebody
@@ -61,6 +65,10 @@ class Traffic:
     @property
     def received_bytes(self) -> int:
         return sum(s.received_bytes for s in self.stages.values())
+
+    @property
+    def between_bytes(self) -> int:
+        return sum(s.between_bytes for s in self.stages.values())
 
     @property
     def sent_bytes(self) -> int:
@@ -100,12 +108,23 @@ class CommGroup:
         group: the process group, None for a group of one.
         rank, size: this rank in the group, and its size.
         traffic: counts what is sent and received.
+        nodes: node of each rank where it is known, else empty; see `topology`.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, size: int, traffic: Traffic | None = None) -> None:
-        self.group, self.size = group, size
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        size: int,
+        traffic: Traffic | None = None,
+        nodes: tuple[int, ...] = (),
+    ) -> None:
+        self.group, self.size, self.nodes = group, size, nodes
         self.rank = dist.get_rank(group) if size > 1 else 0
         self.traffic = Traffic() if traffic is None else traffic
+
+    def _elsewhere(self, rank: int) -> bool:
+        """Whether `rank` is known to be on another node."""
+        return bool(self.nodes) and self.nodes[rank % self.size] != self.nodes[self.rank]
 
     def source(self, step: int) -> int:
         """The rank whose part this one works on at a step, where all go round the ring; `source(-step)` works on this one's."""
@@ -118,7 +137,8 @@ class CommGroup:
             return Pending([], x[None], None, "")
         result = x.new_empty(self.size, *x.shape)
         n = _bytes(x).numel()
-        self.traffic.add(stage, n * (self.size - 1), n * (self.size - 1))
+        between = n * sum(map(self._elsewhere, range(self.size)))
+        self.traffic.add(stage, n * (self.size - 1), n * (self.size - 1), between)
         describe = self._waited_for("all-gather", stage)
         with named_range(x.device, stage, n * (self.size - 1)), named_error(describe):
             work = start_all_gather(_bytes(result), _bytes(x), self.group)
@@ -130,7 +150,8 @@ class CommGroup:
         result = x.new_empty(sum(receive_rows), *x.shape[1:])
         row = x.itemsize * x[0:0].new_empty(x.shape[1:]).numel()
         send, receive = [n * row for n in send_rows], [n * row for n in receive_rows]
-        self.traffic.add(stage, sum(send) - send[self.rank], sum(receive) - receive[self.rank])
+        between = sum(n for rank, n in enumerate(receive) if self._elsewhere(rank))
+        self.traffic.add(stage, sum(send) - send[self.rank], sum(receive) - receive[self.rank], between)
         describe = self._waited_for("all-to-all", stage)
         with named_range(x.device, stage, sum(receive) - receive[self.rank]), named_error(describe):
             work = dist.all_to_all_single(_bytes(result), _bytes(x), receive, send, group=self.group, async_op=True)
@@ -146,7 +167,7 @@ class CommGroup:
         if result is not None and result.numel():
             operations.append(dist.P2POp(dist.irecv, _bytes(result), self._global(self.rank - 1), self.group))
             received = _bytes(result).numel()
-        self.traffic.add(stage, sent, received)
+        self.traffic.add(stage, sent, received, received if self._elsewhere(self.rank - 1) else 0)
         empty = torch.empty(0) if result is None else result
         describe = self._waited_for("ring send and receive", stage)
         with named_range(empty.device, stage, received), named_error(describe):

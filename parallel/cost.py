@@ -1,10 +1,18 @@
-"""The rules behind `comm="auto"`: bytes a rank would receive by each transport, and which one that makes the best."""
+"""The rules behind `comm="auto"`: bytes a rank would receive by each transport, and which one that makes the best.
+
+First, over how many ranks heads are split (`choose_head_parallel`); then which exchange moves keys and values among the sequence
+ranks that are left.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from .blocks import HomePlan
+from .heads import head_split
+from .topology import Topology
 
 FETCH_SHARE = 0.75
 """`fetch` is taken when the rank that receives most receives at most this share of what `ring` brings every rank.
@@ -22,6 +30,85 @@ PULL_BYTES = 256 << 20
 """Where GPUs can read each other's memory, `pull` is taken when all remote keys and values of a rank are more than this, and
 `all_gather` otherwise. `pull` costs the host about 1 ms more a call, which longer work hides; then it was the fastest or within
 a few percent of it in every case of docs/results/layer.json."""
+
+SPLIT_BYTES = 256 << 20
+"""Heads are split by `auto` where all remote keys and values of a rank are more than this. Below, collectives' latency and the
+host's time decide, and a split needs more of both."""
+
+INSIDE_BYTES_PER_MS, BETWEEN_BYTES_PER_MS = 300e6, 40e6
+"""What a GPU receives inside a node (all-to-all over NVLink of H100s: 295 GB/s measured) and between nodes (one adapter of 400
+Gb/s per GPU, less what protocols take)."""
+
+
+@dataclass(frozen=True)
+class CallSizes:
+    """What the model knows of a call, alike on all ranks.
+
+    Attributes:
+        cp_size: ranks of the group, P.
+        tokens: tokens of the longest rank.
+        q_heads, kv_heads, dim, dim_v: of the inputs.
+        itemsize, gradient_itemsize: bytes of a number of the inputs, and of what gradients are accumulated in.
+        gradients: whether a backward pass follows.
+    """
+
+    cp_size: int
+    tokens: int
+    q_heads: int
+    kv_heads: int
+    dim: int
+    dim_v: int
+    itemsize: int
+    gradient_itemsize: int
+    gradients: bool
+
+    @property
+    def splits_may_pay(self) -> bool:
+        """Whether the call is large enough for `auto` to split heads."""
+        return self.cp_size > 1 and self.sequence_bytes(1, gradients=False) > SPLIT_BYTES
+
+    def head_bytes(self, size: int) -> float:
+        """Bytes a GPU receives for heads in and out where they are split over `size` ranks: q, k, v in, the output out; in
+        backward its gradient in, dq, dk, dv out."""
+        width, split = self.dim + self.dim_v, head_split(self.q_heads, self.kv_heads, size)
+        kv_heads = split.kv_heads * size
+        forward = (self.q_heads + kv_heads) * width * self.itemsize
+        returned = self.itemsize if split.copies == 1 else self.gradient_itemsize
+        backward = (self.q_heads * self.itemsize + kv_heads * returned) * width if self.gradients else 0
+        return self.tokens * (forward + backward) * (size - 1) / size
+
+    def sequence_bytes(self, size: int, gradients: bool) -> float:
+        """Bytes a GPU receives of keys and values of all other sequence ranks, if all are wanted; with `gradients` also those of
+        the backward pass: keys and values again, and their gradients."""
+        kv_heads = head_split(self.q_heads, self.kv_heads, size).kv_heads
+        pair = 2 * self.itemsize + self.gradient_itemsize if gradients else self.itemsize
+        return (self.cp_size // size - 1) * self.tokens * size * kv_heads * (self.dim + self.dim_v) * pair
+
+    def milliseconds(self, size: int, topology: Topology) -> float:
+        """Time on the wire of a call whose heads are split over `size` ranks of a node."""
+        inside = all(topology.inside_one(range(first, self.cp_size, size)) for first in range(size))
+        rate = INSIDE_BYTES_PER_MS if inside else BETWEEN_BYTES_PER_MS
+        neighbours = all(topology.inside_one(range(r, r + size)) for r in range(0, self.cp_size, size))
+        heads = INSIDE_BYTES_PER_MS if neighbours else BETWEEN_BYTES_PER_MS
+        return self.head_bytes(size) / heads + self.sequence_bytes(size, self.gradients) / rate
+
+
+def choose_head_parallel(sizes: CallSizes, topology: Topology, asked: int | None) -> tuple[int, str]:
+    """Over how many ranks `auto` splits heads, and why: the split inside nodes that takes the least time on the wire.
+
+    Args:
+        sizes: of the call.
+        topology: nodes of the group.
+        asked: the `head_parallel` argument, which decides where it is given.
+    """
+    if asked is not None:
+        return asked, f"auto: head_parallel={asked}"
+    if not sizes.splits_may_pay:
+        return 1, ""
+    cost = {size: sizes.milliseconds(size, topology) for size in topology.splits(sizes.q_heads)}
+    best = min(cost, key=lambda size: (cost[size], size))
+    shown = ", ".join(f"{size}: {ms:.2f}" for size, ms in cost.items())
+    return best, f"auto: heads over {best} ranks; ms on the wire by ranks that split heads: {shown}"
 
 
 def visible_tokens(plan: HomePlan) -> np.ndarray:

@@ -7,14 +7,10 @@ needs more, so that ranks set it up together only rarely.
 from __future__ import annotations
 
 import os
-import platform
-import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .comm import CommGroup, process_group
+from .topology import gather_text, host
 
 T = TypeVar("T")
 
@@ -29,7 +26,6 @@ ALIGNMENT = 256
 """Pieces of a buffer begin at multiples of so many bytes."""
 GROWTH = 1.25
 """A buffer that has to grow becomes at least so many times as large."""
-_TEXT_BYTES = 512
 _SET_UP = "pull set-up"
 _MANY = 1 << 62
 
@@ -45,6 +41,7 @@ class PeerMemory:
         handle: torch's handle of the symmetric memory, None on the CPU.
         own: what it is the handle of.
         timeout_ms: of the group.
+        turns: how often `next_half` was called.
     """
 
     buffers: list[Tensor]
@@ -53,6 +50,16 @@ class PeerMemory:
     handle: Any = None
     own: Tensor | None = None
     timeout_ms: int = 0
+    turns: int = 0
+
+    def next_half(self) -> int:
+        """Offset of the half of the buffer that is used next, for buffers whose halves are written in turn.
+
+        If every use is written, passes a barrier and is read on one stream, the half is free: whoever has passed the barrier of
+        the last use has read what came before it.
+        """
+        self.turns += 1
+        return self.turns % 2 * (self.buffers[0].numel() // 2)
 
     def barrier(self, comm: CommGroup, stage: str) -> None:
         """What follows on the current stream comes after what every rank has enqueued before its barrier.
@@ -80,18 +87,6 @@ _can_share: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, bool
 def aligned(size: int) -> int:
     """`size` bytes rounded up to `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-@lru_cache(maxsize=1)
-def host() -> str:
-    """What is the same for processes that can share memory, and different on other hosts of the same name and in other
-    containers: name, boot, and namespace of process numbers. Where these cannot be read, different for every process."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-        namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        return f"{platform.node()} (process {os.getpid()} without /proc)"
-    return f"{platform.node()} ({boot}-{namespace})"
 
 
 def kept_bytes(group: dist.ProcessGroup | None = None) -> int:
@@ -156,7 +151,7 @@ def can_share(comm: CommGroup, device: torch.device) -> bool:
 def _reaches_all(comm: CommGroup, device: torch.device) -> bool:
     mine = f"{host()} {torch.cuda.get_device_properties(device).uuid}"
     visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-    for where, uuid in (text.rsplit(" ", 1) for text in _gather_text(comm, device, mine)):
+    for where, uuid in (text.rsplit(" ", 1) for text in gather_text(comm, device, mine, _SET_UP)):
         if where != host() or uuid not in visible:
             return False
         if visible[uuid] != device.index and not torch.cuda.can_device_access_peer(device, visible[uuid]):
@@ -202,7 +197,7 @@ def _file_in_memory(comm: CommGroup, device: torch.device, size: int) -> PeerMem
 
     try:
         _together(comm, device, make)
-        paths = _gather_text(comm, device, f"/proc/{os.getpid()}/fd/{files[0]}")
+        paths = gather_text(comm, device, f"/proc/{os.getpid()}/fd/{files[0]}", _SET_UP)
         buffers = _together(comm, device, open_all)
     finally:
         for file in files:  # all have it open
@@ -241,9 +236,3 @@ def _synchronize(comm: CommGroup, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     _all(comm, device, True)
-
-
-def _gather_text(comm: CommGroup, device: torch.device, mine: str) -> list[str]:
-    """A short text of every rank."""
-    text = torch.tensor(list(mine.encode().ljust(_TEXT_BYTES)), dtype=torch.uint8).to(device)
-    return [bytes(x).decode().rstrip() for x in comm.all_gather(text, _SET_UP).wait().tolist()]

@@ -14,8 +14,8 @@ import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
 from tests.ranks import run_ranks
 
-COMMS = moba_cp.parallel.exchanges.COMMS
-TRANSPORTS = COMMS[1:]
+COMMS = moba_cp.parallel.splits.COMMS
+TRANSPORTS = tuple(moba_cp.parallel.exchanges.EXCHANGES)
 NAMES = ("out", "dq", "dk", "dv")
 DEFAULT_WORKSPACE = 1 << 30
 
@@ -96,6 +96,14 @@ def on_rank(
 def on_rank_many(rank: int, world_size: int, calls: list[tuple]) -> list[list[tuple[Tensor, ...]]]:
     """`on_rank` for several argument tuples, one after the other."""
     return [on_rank(rank, world_size, *call) for call in calls]
+
+
+def comms_for(q_heads: int, cp_size: int) -> tuple[str, ...]:
+    """Values of `comm` for a group on one host, without those that stand for another: heads that cannot be split are left out,
+    and where all ranks split them, what would move keys and values between head groups."""
+    size = max(u for u in range(1, cp_size + 1) if q_heads % u == 0 and cp_size % u == 0)
+    hybrids = [comm for comm in COMMS if "+" in comm and 1 < size < cp_size]
+    return ("auto", *TRANSPORTS, *["a2a"] * (size == cp_size), *hybrids)
 
 
 def run_many(world_size: int, calls: list[tuple], timeout: float = 120.0) -> list[tuple[Tensor, ...]]:

@@ -51,6 +51,37 @@ BAD_CALLS: dict[str, tuple[dict, type[Exception], str]] = {
     "head size 0": ({"v": zeros(8, 2, 0)}, ValueError, r"v must have at least one head .*\(8, 2, 0\)"),
     "unknown comm": ({"comm": "smoke"}, ValueError, "one of auto, all_gather, ring, fetch, pull; got 'smoke'"),
     "comm of torch": ({"comm": "alltoall"}, ValueError, "one of auto, all_gather, ring, fetch, pull; got 'alltoall'"),
+    "head_parallel of 0": ({"head_parallel": 0}, ValueError, "head_parallel must be at least 1, got 0"),
+    "head_parallel is a word": (
+        {"head_parallel": "node"},
+        TypeError,
+        "head_parallel must be an int or None, got 'node'",
+    ),
+    "head_parallel of 3 on 2 ranks": (
+        {"comm": "auto", "head_parallel": 3},
+        ValueError,
+        "must divide the 2 ranks of the layout, got 3",
+    ),
+    "head_parallel of a flat exchange": (
+        {"comm": "ring", "head_parallel": 2},
+        ValueError,
+        r"comm='ring' does not split heads, got head_parallel=2; 'a2a\+ring' splits",
+    ),
+    "head_parallel of less than a2a's": (
+        {"comm": "a2a", "head_parallel": 1},
+        ValueError,
+        r"over all 2 ranks, got head_parallel=1; name what moves .* a2a\+ring",
+    ),
+    "heads that a2a cannot split": (
+        {"comm": "a2a", "q": zeros(8, 3, 8), "k": zeros(8, 3, 8), "v": zeros(8, 3, 4)},
+        ValueError,
+        "comm='a2a' on 2 ranks needs q heads that 2 divides, got 3",
+    ),
+    "heads that head_parallel cannot split": (
+        {"comm": "auto", "head_parallel": 2, "q": zeros(8, 3, 8), "k": zeros(8, 3, 8), "v": zeros(8, 3, 4)},
+        ValueError,
+        "head_parallel=2 needs q heads that 2 divides, got 3",
+    ),
     "comm is None": ({"comm": None}, TypeError, "comm must be a string, got None"),
     "config is a dict": ({"config": {"topk": 3}}, TypeError, "config must be a MoBAConfig, got dict"),
     "workspace of 0": ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be at least 1, got 0"),
@@ -224,6 +255,7 @@ DISAGREEMENTS: dict[str, tuple[dict, list[str]]] = {
     ),
     "report": ({"return_report": True}, ["return_report", "True", "False"]),
     "workspace": ({"workspace_bytes": 4096}, ["workspace_bytes", "4096"]),
+    "head_parallel": ({"comm": "a2a", "head_parallel": 2}, ["comm", "rank 1 has a2a", "head_parallel"]),
     "gradients": ({"q": zeros(8, 4, 8).requires_grad_()}, ["gradients", "rank 1 has wanted"]),
 }
 

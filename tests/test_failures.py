@@ -18,7 +18,7 @@ from moba_cp.parallel.comm import CommGroup
 from tests.cases import Case
 from tests.ranks import run_fresh_ranks
 
-CASE = Case((40,), block_size=4, topk=3, q_heads=4, kv_heads=2, dim=8, v_dim=4)
+CASE = Case((40,), block_size=4, topk=3, q_heads=6, kv_heads=2, dim=8, v_dim=4)
 GROUP_TIMEOUT = 2.0
 STALL = 5.0  # seconds: the others are to end after the group's timeout, and before the stalled rank does
 LIMIT = 30.0
@@ -102,6 +102,8 @@ def test_a_rank_does_not_come(how: str, bad_rank: int) -> None:
         ("stalls", "pull", "pull barriers", "the all-gather of pull barriers"),
         ("dies", "ring", "ring keys and values", "the ring send and receive of ring keys and values"),
         ("stalls", "ring", "ring gradients", "the ring send and receive of ring gradients"),
+        ("dies", "a2a", "heads in", "the all-to-all of heads in"),
+        ("stalls", "a2a", "heads out", "the all-to-all of heads out"),
         ("stalls", "ring", "home gradients", "the all-to-all of home gradients"),
     ],
 )

@@ -27,14 +27,15 @@ import torch.distributed as dist
 
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
-from moba_cp.parallel.exchanges import COMMS, EXCHANGES
+from moba_cp.parallel.exchanges import EXCHANGES
+from moba_cp.parallel.splits import COMMS, HYBRIDS
 from tests.nodes import Nodes, why_not
 from tests.ranks import RankOutcome
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 ROOT = Path(__file__).resolve().parents[1]
-BETWEEN_HOSTS = [comm for comm in COMMS if comm == "auto" or not EXCHANGES[comm].same_host]
+BETWEEN_HOSTS = [comm for comm in COMMS if comm in ("auto", "a2a") or not EXCHANGES[HYBRIDS.get(comm, comm)].same_host]
 GROUP_TIMEOUT = 6.0
 MARGIN = 5.0  # seconds after the group's timeout
 EXIT = (
@@ -68,6 +69,7 @@ def readme_example() -> str:
 def examples(rank: int, size: int, code: str, comms: list[str]) -> dict[str, tuple[list[torch.Tensor], str, str]]:
     """By comm: out and gradients, transport, and what the example printed."""
     found = {}
+    os.environ["MOBA_CP_NODE"] = str(rank // 2)  # so that heads are split alike on one host
     for number, comm in enumerate(comms):
         # Another port each time: a rank may be late to leave the store before.
         os.environ["MASTER_PORT"] = str(PORT + number)

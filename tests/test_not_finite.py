@@ -11,8 +11,8 @@ from torch import Tensor
 
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
-from moba_cp.parallel.exchanges import COMMS
 from moba_cp.reference import select_blocks
+from tests.cases import comms_for
 from tests.ranks import run_ranks
 
 BLOCK, TOPK, HEADS, KV_HEADS = 4, 2, 4, 2
@@ -59,7 +59,7 @@ def may_change(which: str, value: float) -> Tensor:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("which", ["q", "k", "v"])
-@pytest.mark.parametrize("comm", COMMS)
+@pytest.mark.parametrize("comm", comms_for(HEADS, 2))
 def test_reaches_only_rows_that_may_see_it(comm: str, which: str, value: float) -> None:
     found, clean = output(comm, which, value), output(comm, "", 0.0)
     changed = (found != clean).any(2)
@@ -69,7 +69,7 @@ def test_reaches_only_rows_that_may_see_it(comm: str, which: str, value: float) 
         assert not found[TOKEN, head].isfinite().all()
 
 
-@pytest.mark.parametrize("comm", COMMS)
+@pytest.mark.parametrize("comm", comms_for(HEADS, 2))
 def test_a_nan_score_ranks_above_every_number(comm: str) -> None:
     """Later rows whose q head reads the NaN key's head all attend to its block and show it."""
     found = output(comm, "k", math.nan)

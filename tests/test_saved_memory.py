@@ -54,7 +54,9 @@ def kept_on_rank(rank: int, size: int, comm: str) -> tuple[int, int, int]:
     return kept(lambda: call(q, k, v)), kept(lambda: checkpoint(call, q, k, v, use_reentrant=False)), kept(offloaded)
 
 
-@pytest.mark.parametrize(("size", "comm"), [(1, "auto"), (2, "ring"), (2, "fetch"), (2, "pull"), (2, "all_gather")])
+@pytest.mark.parametrize(
+    ("size", "comm"), [(1, "auto"), (2, "ring"), (2, "fetch"), (2, "pull"), (2, "all_gather"), (2, "a2a")]
+)
 def test_nothing_is_kept_beside_saved_tensors(size: int, comm: str) -> None:
     """512 rows of 4 heads with 16 slots: 2 bytes each of the selection, 4 of the lists. Only counters stay."""
     for plain, checkpointed, offloaded in run_ranks(size, kept_on_rank, comm):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def use_foreach_kernels() -> None:
-    """Let Megatron's optimizer use torch's functions of lists of tensors, for the rest of the process. Where Transformer Engine or
+    """Let Megatron's optimizer use torch's functions of lists, for the rest of the process. Where Transformer Engine or
     apex serve it, and when called again, nothing changes."""
     if getattr(clip_grads, "l2_norm_impl", None) is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = _norm

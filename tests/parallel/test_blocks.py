@@ -92,6 +92,19 @@ def test_blocks_out_of_order_on_a_rank_are_put_in_order_without_traffic() -> Non
     assert rank_plan(plan, 0).home_from.tolist() == [*range(8, 16), *range(8)]
 
 
+def test_blocks_out_of_order_stay_where_they_lie_if_asked() -> None:
+    """In a group of one, where nobody else has to know their rows. A block whose keys lie apart still moves them all."""
+    runs = [(8, 16), (0, 8), (16, 19)]
+    plan = home_plan(SequenceLayout.from_runs([runs], [0, 19]), 4, keeps_rows=True)
+    assert plan.home_row.tolist() == [8, 12, 0, 4, 16]
+    mine = rank_plan(plan, 0)
+    assert mine.home_from is None
+    assert mine.local_from is None
+    apart = home_plan(SequenceLayout.from_runs([[(7, 16), (0, 7), (16, 19)]], [0, 19]), 4, keeps_rows=True)
+    assert apart.home_row.tolist() == [0, 4, 8, 12, 16]
+    assert rank_plan(apart, 0).home_from is not None
+
+
 @given(plan=plans())
 def test_pieces_hold_every_token_where_the_layout_says(plan: HomePlan) -> None:
     held: dict[int, list[int]] = {r: [] for r in range(plan.layout.cp_size)}

@@ -1,0 +1,60 @@
+"""Groups of some ranks of a group: made by these alone, anew in each life of the parent, and destroyed after it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from moba_cp.parallel import agreement, subgroups
+from moba_cp.parallel.subgroups import sub_group, timeout_of
+from tests.ranks import run_fresh_ranks, run_ranks
+
+CPU = torch.device("cpu")
+
+
+def lives_on_rank(rank: int, size: int) -> list[float]:
+    """Ranks 2 and 3 of four make, use and destroy their group and its sub-group three times; 0 and 1 take no part."""
+    sums = []
+    for _ in range(3):
+        pair = dist.new_group([2, 3])
+        if rank >= 2:
+            agreement.check(pair, {"call": "a"}, CPU)
+            alone = sub_group(pair, [rank - 2], CPU)
+            assert dist.get_world_size(alone) == 1
+            assert sub_group(pair, [rank - 2], CPU) is alone
+            assert sub_group(pair, [0, 1], CPU) is pair
+            x = torch.tensor(float(rank))
+            dist.all_reduce(x, group=alone)
+            sums.append(x.item())
+            dist.destroy_process_group(pair)
+        del pair
+    return sums
+
+
+def test_ranks_of_a_sub_group_make_groups_alone() -> None:
+    assert run_ranks(4, lives_on_rank) == [[], [], [2.0] * 3, [3.0] * 3]
+
+
+def quads_on_rank(rank: int, size: int) -> tuple[list[float], int]:
+    """Groups of four, made again and again with the same ranks; each has two pairs."""
+    sums = []
+    for _ in range(4):
+        quad = dist.new_group(list(range(4)))
+        agreement.check(quad, {"call": "a"}, CPU)
+        first = rank // 2 * 2
+        pair = sub_group(quad, [first, first + 1], CPU)
+        assert timeout_of(pair, CPU) == timeout_of(quad, CPU)
+        x = torch.tensor(float(rank))
+        dist.all_reduce(x, group=pair)
+        sums.append(x.item())
+        dist.destroy_process_group(quad)
+        del quad, pair
+    return sums, len(subgroups._parents)
+
+
+def test_every_life_of_a_parent_has_new_groups() -> None:
+    for rank, outcome in enumerate(run_fresh_ranks(4, quads_on_rank, group_timeout=20.0)):
+        assert outcome.exception is None
+        sums, kept = outcome.result
+        assert sums == [1.0 if rank < 2 else 5.0] * 4
+        assert kept == 1  # the last one's; those of earlier lives were destroyed
