@@ -35,6 +35,7 @@ class TrainingShape:
         long_layers: layers are those of `moba_cp.megatron.layer`; Megatron's keep what its unfused functions save.
         chunk_tokens, loss_chunk: tokens that the MLP works on, and that have logits, at a time; 0: all.
         offload: layer inputs are in host memory.
+        head_parallel: ranks that split heads; above 1 attention keeps its head-sharded inputs.
         in_flight: micro-batches whose forward pass is done and whose backward is not (at most ``pipeline`` under 1F1B).
         workspace_bytes: see `moba_attention`.
     """
@@ -62,6 +63,7 @@ class TrainingShape:
     chunk_tokens: int = 0
     loss_chunk: int = 0
     offload: bool = False
+    head_parallel: int = 1
     in_flight: int = 1
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
 
@@ -159,7 +161,8 @@ def kept_bytes_per_token(shape: TrainingShape) -> int:
     if s.recompute == "all_but_attention":
         inputs = 0 if s.offload else s.hidden // shard
         projected = s.hidden // shard if s.sequence_parallel else 0
-        return size * (inputs + projected + s.heads * s.head_dim // s.tensor) + _attention_figures(s)
+        sharded = (s.heads + 2 * s.kv_heads) * s.head_dim // s.tensor if s.head_parallel > 1 else 0
+        return size * (inputs + projected + sharded + s.heads * s.head_dim // s.tensor) + _attention_figures(s)
     return _everything_per_token(s)
 
 

@@ -31,7 +31,8 @@ class MoBASection:
 
     block_size: int = 48
     topk: int = 3  # the query's own block counts
-    comm: str = "auto"  # auto, pull, fetch, ring, all_gather
+    comm: str = "auto"  # auto, pull, fetch, ring, all_gather, a2a, a2a+pull, a2a+fetch, a2a+ring, a2a+all_gather
+    head_parallel: int = 0  # context-parallel ranks that split heads, with a2a and auto; 0: comm decides
     full_last_layers: int = 0  # this many layers at the end: full causal attention
     layer_pattern: list[int] = field(default_factory=list)  # or one entry a layer: 1 MoBA, 0 full
     fraction: float = 1.0  # of the steps with MoBA; the rest of the run computes full attention in every layer
@@ -155,8 +156,15 @@ def _check(config: TrainConfig) -> None:
     _choose("run.device", run.device, ("auto", "cpu", "cuda"))
     for section in (model, config.moba, parallel):
         for name, value in vars(section).items():
-            if name != "full_last_layers" and isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            if (
+                name not in ("full_last_layers", "head_parallel")
+                and isinstance(value, int)
+                and not isinstance(value, bool)
+                and value < 1
+            ):
                 raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.moba.head_parallel < 0:
+        raise ValueError(f"moba.head_parallel must not be negative (0: comm decides), got {config.moba.head_parallel}")
     if not 0 <= config.moba.fraction <= 1:
         raise ValueError(f"moba.fraction must be between 0 and 1, got {config.moba.fraction}")
     for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval"):

@@ -147,6 +147,7 @@ def shape_of(config: TrainConfig, data: int) -> TrainingShape:
         chunk_tokens=run.chunk_tokens * run.micro_batch_size,
         loss_chunk=run.loss_chunk * run.micro_batch_size,
         offload=run.offload_inputs,
+        head_parallel=parallel.context if config.moba.comm == "a2a" else max(1, config.moba.head_parallel),
         in_flight=max(1, min(parallel.pipeline, micro_batches)),
     )
 

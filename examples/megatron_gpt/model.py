@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import MoBAConfig
+from moba_cp.megatron.heads import full_comm_of
 from moba_cp.megatron.layer import LongLayerSettings, with_long_layers
 from moba_cp.megatron.loss import ChunkedLossGPT
 from moba_cp.megatron.norm import TorchNorm
@@ -161,6 +162,8 @@ def block_spec(config: TrainConfig, transformer_config: TransformerConfig) -> Tr
         comm=settings.comm,
         full_attention_last_n_layers=settings.full_attention_last_n_layers,
         layer_pattern=settings.layer_pattern,
+        full_attention_comm=settings.full_attention_comm,
+        head_parallel=settings.head_parallel,
     )
     if uses_long_layers(config):
         run = config.run
@@ -179,6 +182,8 @@ def moba_settings(config: TrainConfig) -> MoBASettings:
         comm=section.comm,
         full_attention_last_n_layers=section.full_last_layers,
         layer_pattern=tuple(section.layer_pattern) or None,
+        full_attention_comm=full_comm_of(section.comm) or "auto" if section.comm.startswith("a2a") else "auto",
+        head_parallel=section.head_parallel or None,
     )
 
 
