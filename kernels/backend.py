@@ -75,6 +75,24 @@ class Backend(Protocol):
         """
         ...
 
+    def place_selection(self, listed: Tensor, *, rows: QueryRows, n_blocks: int, slots: int) -> tuple[Tensor, Tensor]:
+        """A caller's selection in the form of `select_blocks`.
+
+        The own block is added where a row does not list it. A number below -1, a block after the row's own, a block that is
+        listed before, and the earliest blocks beyond `slots - 1` break a rule and are left out: no result names a block that
+        the row may not read.
+
+        Args:
+            listed: int16, int32 or int64 `[H, T, k]`: block numbers within each row's document, -1 for none, in any order.
+            rows: positions of the `T` rows.
+            n_blocks: blocks over all documents.
+            slots: last size of the result.
+
+        Returns:
+            `[H, T, slots]` as of `select_blocks`; and int32 `[1]`, how many (head, row) pairs break a rule.
+        """
+        ...
+
     def wanted_pairs(self, selected: Tensor, *, n_blocks: int, kv_heads: int) -> Tensor:
         """bool `[kv_heads, n_blocks]`: pairs that any row of `selected` `[Hq, T, topk]` selected."""
         ...
@@ -113,6 +131,16 @@ class Backend(Protocol):
             out: `[T, Hq, Dv]`, written.
             lse: `[Hq, T]`, written: log-sum-exp over all keys of the row.
         """
+
+    def block_weights(self, partials: Partials, *, selected: Tensor, lse: Tensor) -> Tensor:
+        """Share of each slot's block in the row's attention: `[Hq, T, topk]` in the dtype of `lse`, 0 for empty slots.
+
+        Args:
+            partials: of `attend`, every slot with `selected >= 0` written.
+            selected: `[Hq, T, topk]` of `select_blocks`.
+            lse: `[Hq, T]`, of `merge`.
+        """
+        ...
 
     def delta(self, *, out: Tensor, dout: Tensor) -> Tensor:
         """`sum(out * dout)` over the last dimension of `[T, Hq, Dv]`: `[Hq, T]` in the accumulation dtype."""

@@ -280,6 +280,9 @@ def centroids(dim: int, block_size: int, itemsize: int) -> CentroidConfig:
     return CentroidConfig(max(min(CENTROID_BYTES // (next_power_of_2(dim) * itemsize), next_power_of_2(block_size)), 1))
 
 
+PLACED_ENTRIES = 1024
+"""Entries of a caller's selection per program that brings it into order."""
+
 GATE_ROWS = 64
 """Query rows per program: the smallest tile of Hopper's matrix instruction."""
 PACKED_BLOCKS = 1024

@@ -103,6 +103,24 @@ def select_blocks(q: Tensor, *, centroids: Tensor, rows: QueryRows, topk: int) -
     return selected
 
 
+def place_selection(listed: Tensor, *, rows: QueryRows, n_blocks: int, slots: int) -> tuple[Tensor, Tensor]:
+    """See `backend.Backend.place_selection`."""
+    heads, tokens, _ = listed.shape
+    last = (rows.block - rows.first_block)[:, None]
+    wrong = ((listed < -1) | (listed > last)).any(2) | ((listed == last).sum(2) > 1)
+    earlier = listed.masked_fill((listed < 0) | (listed >= last), -1).sort(2).values
+    again = torch.zeros_like(earlier, dtype=torch.bool)
+    again[:, :, 1:] = (earlier[:, :, 1:] == earlier[:, :, :-1]) & (earlier[:, :, 1:] >= 0)
+    earlier = earlier.masked_fill(again, -1).sort(2).values
+    wrong |= again.any(2) | ((earlier >= 0).sum(2) > slots - 1)
+    selected = torch.full((heads, tokens, slots), -1, dtype=selection_dtype(n_blocks), device=listed.device)
+    kept = min(slots - 1, earlier.shape[2])
+    chosen = torch.where(earlier >= 0, earlier + rows.first_block[:, None], -1)[:, :, earlier.shape[2] - kept :]
+    selected[:, :, slots - 1 - kept : slots - 1] = chosen.to(selected.dtype)
+    selected[:, :, -1] = rows.block
+    return selected, wrong.sum(dtype=torch.int32)[None]
+
+
 def wanted_pairs(selected: Tensor, *, n_blocks: int, kv_heads: int) -> Tensor:
     """See `backend.Backend.wanted_pairs`."""
     mask = torch.zeros(kv_heads, n_blocks + 1, dtype=torch.bool, device=selected.device)
@@ -184,6 +202,11 @@ def merge(partials: Partials, *, selected: Tensor, out: Tensor, lse: Tensor) -> 
         used = (selected[:, :, slot] >= 0)[:, :, None]
         merged += torch.where(used, weight[:, :, slot, None] * partials.out[:, :, slot], 0)
     out.copy_(merged.transpose(0, 1))
+
+
+def block_weights(partials: Partials, *, selected: Tensor, lse: Tensor) -> Tensor:
+    """See `backend.Backend.block_weights`."""
+    return torch.exp(partials.lse - lse[:, :, None]).masked_fill(selected < 0, 0.0)
 
 
 def new_lse(q: Tensor) -> Tensor:

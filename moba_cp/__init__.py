@@ -2,12 +2,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import diagnostics, reference
+from . import diagnostics, operators, reference
 from .attention import moba_attention, moba_attn_varlen
 from .config import MoBAConfig
 from .memory import KeptMemory, kept_bytes
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
+from .selection import Selection
 
 try:
     __version__ = version("moba_cp")
@@ -18,11 +19,13 @@ __all__ = [
     "KeptMemory",
     "MoBAConfig",
     "MoBAReport",
+    "Selection",
     "SequenceLayout",
     "__version__",
     "diagnostics",
     "kept_bytes",
     "moba_attention",
     "moba_attn_varlen",
+    "operators",
     "reference",
 ]

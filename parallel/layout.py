@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .partition import Partition, chunked, expand_runs, merge_adjacent, partition_of
+from .partition import Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
 
 _SHOWN_RANKS = 8
 """Of so many ranks a layout shows how many tokens they hold."""
@@ -38,6 +38,7 @@ class SequenceLayout:
         cu_seqlens: `(0, end of document 0, end of document 1, ...)`; documents may be empty.
         cp_size: number of ranks.
         partition: which rank holds which tokens, as a rule or as lists of runs.
+        description: all of it as one int64 array, for graphs that take a layout as a tensor; see `from_description`.
 
     Example:
         >>> layout = SequenceLayout.zigzag([0, 5, 12], cp_size=2)   # each document is cut into 4 chunks
@@ -51,6 +52,7 @@ class SequenceLayout:
         self._cu_seqlens, self.partition = cu_seqlens, partition
         self._cu_seqlens.flags.writeable = False
         self._local_tokens: dict[int, int] = {}
+        self.description = describe(cu_seqlens, partition)
 
     @classmethod
     def contiguous(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int) -> SequenceLayout:
@@ -105,6 +107,26 @@ class SequenceLayout:
         _check_cover(merged, int(cu[-1]))
         return cls(cu, partition_of(merged, cu))
 
+    @classmethod
+    def from_description(cls, description: np.ndarray) -> SequenceLayout:
+        """The layout with this `description`.
+
+        Raises:
+            ValueError: it is no layout's.
+        """
+        kind, size, documents = (int(x) for x in description[:3])
+        rest = description[3:].tolist()
+        cu, listed = rest[: documents + 1], rest[documents + 1 :]
+        match kind:
+            case Kind.CONTIGUOUS:
+                return cls.contiguous(cu, size)
+            case Kind.ZIGZAG | Kind.ZIGZAG_PER_DOCUMENT:
+                return cls.zigzag(cu, size, per_document=kind == Kind.ZIGZAG_PER_DOCUMENT)
+            case Kind.LISTED:
+                counts, flat = listed[:size], np.array(listed[size:], dtype=np.int64).reshape(-1, 2)
+                return cls(_host_cu_seqlens(cu), Listed(np.split(flat, np.cumsum(counts)[:-1])))
+        raise ValueError(f"no layout has a description that begins with {description[:3].tolist()}")
+
     @cached_property
     def runs(self) -> tuple[np.ndarray, ...]:
         """For each rank a read-only int64 array `[n, 2]` of `[start, end)` token numbers, in the rank's own order.
@@ -139,7 +161,7 @@ class SequenceLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory, without `runs` of a layout kept as a rule."""
-        return self._cu_seqlens.nbytes + self.partition.nbytes
+        return self._cu_seqlens.nbytes + self.partition.nbytes + self.description.nbytes
 
     def local_tokens(self, rank: int) -> int:
         """Number of tokens that `rank` holds."""

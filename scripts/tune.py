@@ -38,16 +38,7 @@ from .harness.inputs import HEAD_DIM
 from .harness.records import Results, about
 from .harness.timing import time_calls
 
-Out = Annotated[Path, typer.Option(help="JSON file, written after every configuration")]
-Configs = Annotated[str, typer.Option(help="block size:topk, comma-separated")]
-Tokens = Annotated[int, typer.Option(help="rows of the chunk")]
-Heads = Annotated[int, typer.Option(help="kv heads that times are scaled to")]
-AtOnce = Annotated[int, typer.Option(help="kv heads of the timed chunk")]
-Group = Annotated[int, typer.Option(help="q heads per kv head")]
-Budget = Annotated[float, typer.Option(help="seconds per (block size, topk); what does not fit is left out")]
-Commit = Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")]
 C = TypeVar("C", bound=TileConfig | RowConfig)
-app = typer.Typer(help="Time launch configurations of the kernels.", no_args_is_help=True)
 
 
 @dataclass(frozen=True)
@@ -59,46 +50,83 @@ class Variant:
     launch: Callable[[], Any]
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm, 0 for equal bits."""
-    if torch.equal(found, expected):
-        return 0.0
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+@dataclass(frozen=True)
+class Subject:
+    """What is tuned on one chunk.
+
+    Attributes:
+        variants: launches; of each kernel the first one is what the others are compared with.
+        outputs: what a kernel writes, by name.
+        flops: of a kernel, over all heads; None where FLOPs mean nothing.
+    """
+
+    variants: Iterator[Variant]
+    outputs: Callable[[str], dict[str, Tensor]]
+    flops: Callable[[str], float] | None = None
 
 
-def measure(
-    results: Results, case: dict[str, int], variants: Iterator[Variant], outputs: Callable[[str], dict[str, Tensor]],
-    factor: float, budget: float, flops: Callable[[str], float] | None = None,
-) -> None:  # fmt: skip
-    """Time variants and compare what they write, by `outputs(kernel)`, with what the first one of the kernel wrote."""
-    end, device = time.perf_counter() + budget, torch.device("cuda")
-    expected: dict[str, dict[str, Tensor]] = {}
-
-    def one(variant: Variant) -> dict[str, Any]:
-        if time.perf_counter() > end:
-            raise TimeoutError("no time left")
-        for x in outputs(variant.kernel).values():
-            x.zero_()
-        variant.launch()
-        written = outputs(variant.kernel)
-        if variant.kernel not in expected:
-            expected[variant.kernel] = {name: x.clone() for name, x in written.items()}
-        worst = max(difference(x, expected[variant.kernel][name]) for name, x in written.items())
-        milliseconds = time_calls(variant.launch, device, iterations=7, warmup=0, ahead=True).median * factor
-        found = {"difference": worst, "ms": round(milliseconds, 4)}
-        return found | ({"tflops": round(flops(variant.kernel) / milliseconds / 1e9, 1)} if flops else {})
-
-    for variant in variants:
-        results.attempt("results", case | {"kernel": variant.kernel} | variant.fields, partial(one, variant))
-
-
-def show(results: Results) -> None:
-    """Print each kernel's configurations, the fastest first; exit with an error if none could be timed."""
+def main(
+    kernels: Annotated[str, typer.Argument(help="forward, lists or backward")],
+    out: Annotated[Path, typer.Option(help="JSON file, written after every configuration")],
+    configs: Annotated[str, typer.Option(help="block size:topk, comma-separated")] = "128:8,512:8,4096:12",
+    tokens: Annotated[int, typer.Option(help="rows of the chunk")] = 131072,
+    heads: Annotated[int, typer.Option(help="kv heads that times are scaled to")] = 16,
+    at_once: Annotated[int, typer.Option(help="kv heads of the timed chunk")] = 3,
+    group: Annotated[int, typer.Option(help="q heads per kv head")] = 1,
+    budget: Annotated[
+        float, typer.Option(help="seconds per (block size, topk); what does not fit is left out")
+    ] = 300.0,
+    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+) -> None:
+    """Time launch configurations of some kernels. `backward` first compiles in processes of its own on few tokens, so that a
+    configuration that crashes stops nobody."""
+    (name,) = options.choices(kernels, SUBJECTS)
+    sizes = options.configs(configs)
+    if name == "backward":
+        compile_backward(sizes, heads, at_once, group)  # before this process has a CUDA context
+    options.device("cuda")
+    results = Results(out, {"about": about(commit)}, "results")
+    for block_size, topk in sizes:
+        chunk = make_chunk(tokens, heads, at_once, group, block_size, topk)
+        measure(results, {"block_size": block_size, "topk": topk}, SUBJECTS[name](chunk), chunk.factor, budget)
     print()
     for entry in sorted(results.content["results"], key=lambda e: (e["block_size"], e["kernel"], e.get("ms", 1e9))):
         print({key: value for key, value in entry.items() if key != "trace"})
     if not any("ms" in entry for entry in results.content["results"]):
         sys.exit("no configuration could be timed")
+
+
+def measure(results: Results, case: dict[str, int], subject: Subject, factor: float, budget: float) -> None:
+    """Time variants, and compare what each writes with what the first one of its kernel wrote."""
+    end, device = time.perf_counter() + budget, torch.device("cuda")
+    expected: dict[str, dict[str, Tensor]] = {}
+
+    def one(variant: Variant) -> dict[str, Any]:
+        kernel = variant.kernel
+        if time.perf_counter() > end:
+            raise TimeoutError("no time left")
+        for x in subject.outputs(kernel).values():
+            x.zero_()
+        variant.launch()
+        written = subject.outputs(kernel)
+        if kernel not in expected:
+            expected[kernel] = {name: x.clone() for name, x in written.items()}
+        worst = max(difference(x, expected[kernel][name]) for name, x in written.items())
+        milliseconds = time_calls(variant.launch, device, iterations=7, warmup=0, ahead=True).median * factor
+        found = {"difference": worst, "ms": round(milliseconds, 4)}
+        if subject.flops is not None:
+            found["tflops"] = round(subject.flops(kernel) / milliseconds / 1e9, 1)
+        return found
+
+    for variant in subject.variants:
+        results.attempt("results", case | {"kernel": variant.kernel} | variant.fields, partial(one, variant))
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm, 0 for equal bits."""
+    if torch.equal(found, expected):
+        return 0.0
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def combined(config: C, choices: dict[str, list[Any]]) -> list[C]:
@@ -130,23 +158,13 @@ def merge_configs() -> list[RowConfig]:
     return combined(shipped.merge(HEAD_DIM), choices)
 
 
-@app.command()
-def forward(
-    out: Out, configs: Configs = "128:8,512:8,4096:12", tokens: Tokens = 131072, heads: Heads = 16, at_once: AtOnce = 3,
-    group: Group = 1, budget: Budget = 300.0, commit: Commit = "",
-) -> None:  # fmt: skip
+def forward(chunk: Chunk) -> Subject:
     """Portable block attention, own blocks and merge."""
-    options.device("cuda")
-    results = Results(out, {"about": about(commit)}, "results")
-    for block_size, topk in options.configs(configs):
-        chunk = make_chunk(tokens, heads, at_once, group, block_size, topk)
-        merged, lse = torch.empty_like(chunk.dout), backend_for(chunk.q.device, chunk.q.dtype).new_lse(chunk.q)
-        measure(
-            results, {"block_size": block_size, "topk": topk}, forward_variants(chunk, merged, lse),
-            lambda kernel: {"out": merged if kernel == "merge" else chunk.partials.out},  # noqa: B023
-            chunk.factor, budget,
-        )  # fmt: skip
-    show(results)
+    merged, lse = torch.empty_like(chunk.dout), backend_for(chunk.q.device, chunk.q.dtype).new_lse(chunk.q)
+    outputs = {"merge": merged}
+    return Subject(
+        forward_variants(chunk, merged, lse), lambda kernel: {"out": outputs.get(kernel, chunk.partials.out)}
+    )
 
 
 def forward_variants(chunk: Chunk, merged: Tensor, lse: Tensor) -> Iterator[Variant]:
@@ -195,29 +213,25 @@ def list_changes(n_blocks: int) -> list[dict[str, int]]:
     ]
 
 
-@app.command()
-def lists(
-    out: Out, configs: Configs = "128:8,512:8,4096:12", tokens: Tokens = 131072, heads: Heads = 16, at_once: AtOnce = 3,
-    group: Group = 1, budget: Budget = 18.0, commit: Commit = "",
-) -> None:  # fmt: skip
+def lists(chunk: Chunk) -> Subject:
     """Routing lists: all passes of `route` together."""
     from moba_cp.kernels import lists as kernels
 
-    options.device("cuda")
-    results = Results(out, {"about": about(commit)}, "results")
-    for block_size, topk in options.configs(configs):
-        chunk = make_chunk(tokens, heads, at_once, group, block_size, topk)
-        shape = chunk.lists.shape
-        route = partial(kernels.route, chunk.selected, n_blocks=shape.n_blocks, kv_heads=at_once, block_size=block_size)
-        made: list[RoutingLists] = []
+    shape = chunk.lists.shape
+    route = partial(
+        kernels.route,
+        chunk.selected,
+        n_blocks=shape.n_blocks,
+        kv_heads=chunk.part.k.shape[1],
+        block_size=shape.block_size,
+    )
+    made: list[RoutingLists] = []
 
-        def launch(change: dict[str, int]) -> None:
-            made[:] = [route(config=replace(shipped.LISTS, **change))]  # noqa: B023
+    def launch(change: dict[str, int]) -> None:
+        made[:] = [route(config=replace(shipped.LISTS, **change))]
 
-        variants = (Variant("lists", change, partial(launch, change)) for change in list_changes(shape.n_blocks))
-        outputs = lambda _: list_contents(made[0]) if made else {}  # noqa: B023, E731
-        measure(results, {"block_size": block_size, "topk": topk}, variants, outputs, chunk.factor, budget)
-    show(results)
+    variants = (Variant("lists", change, partial(launch, change)) for change in list_changes(shape.n_blocks))
+    return Subject(variants, lambda _: list_contents(made[0]) if made else {})
 
 
 def list_contents(lists: RoutingLists) -> dict[str, Tensor]:
@@ -247,37 +261,20 @@ def backward_changes(block_size: int) -> list[tuple[str, dict[str, Any]]]:
     return [("dkdv", {"late": x, "ahead": n}) for x, n in late] + [("dq", {"ahead": ahead}) for ahead in (1, 2)]
 
 
-@app.command()
-def backward(
-    out: Out, configs: Configs = "512:8,4096:12,128:8", tokens: Tokens = 131072, heads: Heads = 16, at_once: AtOnce = 3,
-    group: Group = 1, budget: Budget = 60.0, commit: Commit = "",
-) -> None:  # fmt: skip
-    """Hopper backward kernels. TFLOP/s count 8 D (dK and dV), 6 D (dq) or 10 D (both) per visible key.
-
-    Kernels are compiled first, by processes of their own on few tokens, so that one that crashes stops nobody.
-    """
-    sizes, context = options.configs(configs), multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=compile_backward, args=(share, heads, at_once, group, *size))
-        for size in sizes
-        for share in range(COMPILERS)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    options.device("cuda")
-    results = Results(out, {"about": about(commit)}, "results")
-    for block_size, topk in sizes:
-        chunk = make_chunk(tokens, heads, at_once, group, block_size, topk)
-        call = backward_call(chunk)
-        written = {"dk": call.dk, "dv": call.dv, "dq": call.dq}
-        measure(
-            results, {"block_size": block_size, "topk": topk}, backward_variants(call),
-            lambda kernel: {name: written[name] for name in WRITTEN[kernel]},  # noqa: B023
-            chunk.factor, budget, partial(backward_flops, tokens, heads * group, block_size, topk),
-        )  # fmt: skip
-    show(results)
+def backward(chunk: Chunk) -> Subject:
+    """Hopper backward kernels, beside the portable ones. FLOPs count 8 D (dK and dV), 6 D (dq) or 10 D (both) per visible key."""
+    call, shape = backward_call(chunk), chunk.lists.shape
+    written = {"dk": call.dk, "dv": call.dv, "dq": call.dq}
+    keys = sum(
+        shape.block_size * (min(block, shape.topk - 1) * shape.block_size + (shape.block_size + 1) / 2)
+        for block in range(shape.n_blocks)
+    )
+    pairs = keys * chunk.q.shape[1] * chunk.factor
+    return Subject(
+        backward_variants(call),
+        lambda kernel: {name: written[name] for name in WRITTEN[kernel]},
+        lambda kernel: {"dkdv": 8, "dq": 6, "dkdv_dq": 10}[kernel] * HEAD_DIM * pairs,
+    )
 
 
 def backward_call(chunk: Chunk) -> Call:
@@ -315,8 +312,19 @@ def backward_variants(call: Call) -> Iterator[Variant]:
         yield Variant(kernel, {"name": "sm90"} | change, partial(launch, call, config))
 
 
-def compile_backward(share: int, heads: int, at_once: int, group: int, block_size: int, topk: int) -> None:
-    """In a process of its own: run every `COMPILERS`-th variant on few tokens, which leaves it in Triton's cache."""
+def compile_backward(sizes: list[tuple[int, int]], heads: int, at_once: int, group: int) -> None:
+    """Run every variant once in `COMPILERS` processes per block size, which leaves it in Triton's cache."""
+    context = multiprocessing.get_context("spawn")
+    shares = [(share, heads, at_once, group, *size) for size in sizes for share in range(COMPILERS)]
+    workers = [context.Process(target=compile_share, args=share) for share in shares]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def compile_share(share: int, heads: int, at_once: int, group: int, block_size: int, topk: int) -> None:
+    """Every `COMPILERS`-th variant, on few tokens."""
     tokens = max(16384, 2 * topk * block_size)
     call = backward_call(make_chunk(tokens, heads, at_once, group, block_size, topk))
     for variant in list(backward_variants(call))[share::COMPILERS]:
@@ -327,13 +335,8 @@ def compile_backward(share: int, heads: int, at_once: int, group: int, block_siz
     torch.cuda.synchronize()
 
 
-def backward_flops(tokens: int, q_heads: int, block_size: int, topk: int, kernel: str) -> float:
-    """FLOPs of one kernel over all heads."""
-    keys = sum(
-        block_size * (min(block, topk - 1) * block_size + (block_size + 1) / 2) for block in range(tokens // block_size)
-    )
-    return {"dkdv": 8, "dq": 6, "dkdv_dq": 10}[kernel] * HEAD_DIM * keys * q_heads
+SUBJECTS: dict[str, Callable[[Chunk], Subject]] = {"forward": forward, "lists": lists, "backward": backward}
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

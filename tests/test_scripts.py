@@ -53,9 +53,8 @@ def test_every_program_is_tested() -> None:
 
 @pytest.mark.parametrize("module", PROGRAMS, ids=lambda module: module.__name__)
 def test_a_program_describes_itself_and_its_options(module) -> None:
-    app = module.app if hasattr(module, "app") else typer.Typer()
-    if not hasattr(module, "app"):
-        app.command()(module.main)
+    app = typer.Typer()
+    app.command()(module.main)
     result = CliRunner().invoke(app, ["--help"], terminal_width=200)
     assert result.exit_code == 0, result.output
     assert "Usage" in result.output
