@@ -98,6 +98,21 @@ class CentroidConfig:
 
 
 @dataclass(frozen=True)
+class DecodeConfig:
+    """Attention of one query per row to its selected blocks.
+
+    Attributes:
+        split: most keys per program; a block of more keys is split.
+        keys: keys per tile.
+        num_warps: Triton's.
+    """
+
+    split: int
+    keys: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class GateConfig:
     """The gate.
 
@@ -217,6 +232,10 @@ SM90_HOLD_ROWS = GluonConfig(rows=OWN_TILE, keys=64, num_warps=4)
 def merge(dim: int) -> RowConfig:
     """Merge of partials: bound by memory; a tile of 2048 elements per slot."""
     return RowConfig(rows=max(4, 2048 // padded(dim)), num_warps=4, num_stages=3)
+
+
+DECODE = DecodeConfig(split=256, keys=64, num_warps=4)
+"""At (512, 8) with 32 q heads a sample makes 512 programs, enough for one wave on 132 multiprocessors."""
 
 
 # ---- backward
