@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .balance import balanced_runs
-from .partition import Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
+from .partition import Chunked, Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
 
 _SHOWN_RANKS = 8
 """`repr` of a layout shows the token counts of at most this many ranks."""
@@ -50,10 +51,13 @@ class SequenceLayout:
     """
 
     def __init__(self, cu_seqlens: np.ndarray, partition: Partition) -> None:
-        self._cu_seqlens, self.partition = cu_seqlens, partition
-        self._cu_seqlens.flags.writeable = False
-        self._local_tokens: dict[int, int] = {}
         self.description = describe(cu_seqlens, partition)
+        self.description.flags.writeable = False
+        self._cu_seqlens = self.description[-cu_seqlens.size :]  # a view: documents are kept once
+        if isinstance(partition, Chunked) and np.array_equal(partition.bounds, cu_seqlens):
+            partition = replace(partition, bounds=self._cu_seqlens)
+        self.partition = partition
+        self._local_tokens: dict[int, int] = {}
 
     @classmethod
     def contiguous(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int) -> SequenceLayout:
@@ -136,18 +140,18 @@ class SequenceLayout:
         Raises:
             ValueError: it is no layout's.
         """
-        kind, size, documents = (int(x) for x in description[:3])
-        rest = description[3:].tolist()
-        cu, listed = rest[: documents + 1], rest[documents + 1 :]
+        size, kind = divmod(int(description[0]), len(Kind))
+        rest = description[1:]
         match kind:
             case Kind.CONTIGUOUS:
-                return cls.contiguous(cu, size)
+                return cls.contiguous(rest.tolist(), size)
             case Kind.ZIGZAG | Kind.ZIGZAG_PER_DOCUMENT:
-                return cls.zigzag(cu, size, per_document=kind == Kind.ZIGZAG_PER_DOCUMENT)
+                return cls.zigzag(rest.tolist(), size, per_document=kind == Kind.ZIGZAG_PER_DOCUMENT)
             case Kind.LISTED:
-                counts, flat = listed[:size], np.array(listed[size:], dtype=np.int64).reshape(-1, 2)
-                return cls(_host_cu_seqlens(cu), Listed(np.split(flat, np.cumsum(counts)[:-1])))
-        raise ValueError(f"no layout has a description that begins with {description[:3].tolist()}")
+                counts = rest[:size]
+                flat, cu = np.split(rest[size:], [2 * int(counts.sum())])
+                return cls(_host_cu_seqlens(cu.tolist()), Listed(np.split(flat.reshape(-1, 2), np.cumsum(counts)[:-1])))
+        raise ValueError(f"no layout has a description that begins with {description[0]}")
 
     @cached_property
     def runs(self) -> tuple[np.ndarray, ...]:
@@ -183,7 +187,8 @@ class SequenceLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory, without `runs` of a layout kept as a rule."""
-        return self._cu_seqlens.nbytes + self.partition.nbytes + self.description.nbytes
+        shared = isinstance(self.partition, Chunked) and self.partition.bounds is self._cu_seqlens
+        return self.description.nbytes + (0 if shared else self.partition.nbytes)
 
     def local_tokens(self, rank: int) -> int:
         """Number of tokens that `rank` holds."""

@@ -300,7 +300,7 @@ def chunked(cu_seqlens: np.ndarray, size: int, mirrored: bool, per_document: boo
 
 
 class Kind(IntEnum):
-    """First number of a layout's description."""
+    """How a partition is kept."""
 
     CONTIGUOUS = 0
     ZIGZAG = 1
@@ -309,7 +309,7 @@ class Kind(IntEnum):
 
 
 def describe(cu_seqlens: np.ndarray, partition: Partition) -> np.ndarray:
-    """int64: kind, ranks, documents, `cu_seqlens`; of listed runs also their number on each rank, and the runs."""
+    """int64: `ranks * len(Kind) + kind`; of listed runs their number on each rank, and the runs; last, `cu_seqlens`."""
     kind, listed = Kind.LISTED, []
     if isinstance(partition, Chunked):
         whole = partition.bounds.size <= 2
@@ -317,8 +317,7 @@ def describe(cu_seqlens: np.ndarray, partition: Partition) -> np.ndarray:
     else:
         runs = [partition.runs(rank) for rank in range(partition.size)]
         listed = [np.array([len(r) for r in runs]), *(r.reshape(-1) for r in runs)]
-    head = np.array([kind, partition.size, cu_seqlens.size - 1])
-    return np.concatenate([head, cu_seqlens, *listed])
+    return np.concatenate([np.array([partition.size * len(Kind) + kind]), *listed, cu_seqlens])
 
 
 def partition_of(runs: Sequence[np.ndarray], cu_seqlens: np.ndarray) -> Partition:
