@@ -11,11 +11,13 @@ from torch import Tensor
 
 from .backward import attend_backward, delta
 from .centroids import centroids
+from .decode import attend_selected, select_for_decoding, update_centroids
 from .forward import attend
 from .gate import select_blocks
 from .gradients import add_gradients
 from .lists import route
 from .merge import merge, merge_dq
+from .selection import place_selection
 from .types import DqPartials, Partials
 from .wanted import wanted_pairs
 
@@ -24,6 +26,8 @@ __all__ = [
     "add_gradients",
     "attend",
     "attend_backward",
+    "attend_selected",
+    "block_weights",
     "bytes_per_slot",
     "centroids",
     "check_sizes",
@@ -33,8 +37,11 @@ __all__ = [
     "new_dq_partials",
     "new_lse",
     "new_partials",
+    "place_selection",
     "route",
     "select_blocks",
+    "select_for_decoding",
+    "update_centroids",
     "wanted_pairs",
 ]
 
@@ -71,3 +78,8 @@ def new_dq_partials(selected: Tensor, dim: int, dtype: torch.dtype) -> DqPartial
 def new_lse(q: Tensor) -> Tensor:
     """See `backend.Backend.new_lse`; fp32, in base 2."""
     return torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
+def block_weights(partials: Partials, *, selected: Tensor, lse: Tensor) -> Tensor:
+    """See `backend.Backend.block_weights`."""
+    return torch.exp2(partials.lse - lse[:, :, None]).masked_fill(selected < 0, 0.0)

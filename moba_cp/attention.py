@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import operator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import pipeline, wide
-from .config import MoBAConfig
+from .compiled import compiled_attention, compiled_varlen, fits_a_graph
+from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .kernels import backend_for
 from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
-from .parallel.comm import CommGroup
+from .parallel.comm import CommGroup, process_group_of
+from .parallel.cost import CallSizes
 from .parallel.exchanges import EXCHANGES, Route
 from .parallel.layout import SequenceLayout
 from .parallel.topology import host
 from .precision import as_given
 from .report import MoBAReport, make_report
 from .saving import put_tensors, take_tensors
+from .selection import (
+    BY_Q_AND_K,
+    Routing,
+    Selection,
+    check_routing,
+    made_selection,
+    make_routing,
+    place,
+    routing_fact,
+)
 from .stages import Stages
 from .tracing import infer_output, without_numbers
-from .validation import call_facts, check_call, check_tensors, group_size
-
-DEFAULT_WORKSPACE_BYTES = 1280 << 20
-"""Default of `workspace_bytes`: 1.25 GiB, which holds 128K tokens of a group of four q heads at topk 8 and D 128."""
-
-DEFAULT_EXCHANGE_BYTES = 4 << 30
-"""Default of `exchange_bytes`: 4 GiB, which holds one kv head of 2.7M remote tokens with its gradients at D = Dv = 128."""
+from .validation import call_facts, check_call, check_flags, check_longest, check_tensors, group_size
 
 
 @overload
@@ -42,9 +49,13 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | None = ...,
+    group: dist.ProcessGroup | DeviceMesh | None = ...,
     comm: str = ...,
     head_parallel: int | None = ...,
+    selection: Tensor | None = ...,
+    check_selection: bool = ...,
+    routing: tuple[Tensor, Tensor] | None = ...,
+    return_selection: Literal[False] = ...,
     return_report: Literal[False] = ...,
     workspace_bytes: int = ...,
     exchange_bytes: int = ...,
@@ -59,16 +70,20 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | None = ...,
+    group: dist.ProcessGroup | DeviceMesh | None = ...,
     comm: str = ...,
     head_parallel: int | None = ...,
-    return_report: Literal[True],
+    selection: Tensor | None = ...,
+    check_selection: bool = ...,
+    routing: tuple[Tensor, Tensor] | None = ...,
+    return_selection: Literal[True],
+    return_report: Literal[False] = ...,
     workspace_bytes: int = ...,
     exchange_bytes: int = ...,
-) -> tuple[Tensor, MoBAReport]: ...
+) -> tuple[Tensor, Selection]: ...
 
 
-@torch.compiler.disable
+@overload
 def moba_attention(
     q: Tensor,
     k: Tensor,
@@ -76,13 +91,58 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = ...,
+    comm: str = ...,
+    head_parallel: int | None = ...,
+    selection: Tensor | None = ...,
+    check_selection: bool = ...,
+    routing: tuple[Tensor, Tensor] | None = ...,
+    return_selection: Literal[False] = ...,
+    return_report: Literal[True],
+    workspace_bytes: int = ...,
+    exchange_bytes: int = ...,
+) -> tuple[Tensor, MoBAReport]: ...
+
+
+@overload
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    *,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | DeviceMesh | None = ...,
+    comm: str = ...,
+    head_parallel: int | None = ...,
+    selection: Tensor | None = ...,
+    check_selection: bool = ...,
+    routing: tuple[Tensor, Tensor] | None = ...,
+    return_selection: Literal[True],
+    return_report: Literal[True],
+    workspace_bytes: int = ...,
+    exchange_bytes: int = ...,
+) -> tuple[Tensor, Selection, MoBAReport]: ...
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    *,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     comm: str = "auto",
     head_parallel: int | None = None,
+    selection: Tensor | None = None,
+    check_selection: bool = True,
+    routing: tuple[Tensor, Tensor] | None = None,
+    return_selection: bool = False,
     return_report: bool = False,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     exchange_bytes: int = DEFAULT_EXCHANGE_BYTES,
-) -> Tensor | tuple[Tensor, MoBAReport]:
+) -> Tensor | tuple[Tensor, Selection] | tuple[Tensor, MoBAReport] | tuple[Tensor, Selection, MoBAReport]:
     """Mixture of Block Attention over the ranks of a context-parallel group; differentiable in q, k and v.
 
     Each rank passes the tokens that `layout` gives it and gets their output; backward gives the full gradient of its own
@@ -92,7 +152,10 @@ def moba_attention(
     A NaN or infinity in a key or value reaches the rows that select its block and no others; inside a row's own block, also
     one of a later token may reach it (0 times NaN). A NaN score ranks above every number.
 
-    `torch.compile` breaks the graph at the call. Tensors without numbers (`FakeTensorMode`, the meta device) give an output
+    `torch.compile` and `torch.export` put the call into the graph as one operator, with new layouts and numbers of tokens at no
+    new compilation (`moba_cp.operators`). The graph breaks at the call for
+    `return_report`, for a `topk` above 128, and where `comm` or `head_parallel` split heads, which "auto" does not in graphs.
+    Tensors without numbers (`FakeTensorMode`, the meta device) give an output
     without numbers: arguments are checked, nothing is sent.
 
     Args:
@@ -101,7 +164,8 @@ def moba_attention(
         v: `[T, Hkv, Dv]`.
         config: block size, top-k and scale.
         layout: which rank holds which tokens.
-        group: the context-parallel group; None for the default group, or for none at all when `layout.cp_size == 1`.
+        group: the context-parallel group, or a `DeviceMesh` of one dimension; None for the default group, or for none at all
+            when `layout.cp_size == 1`.
         comm: how keys and values travel: "all_gather", "ring", "fetch" (selected blocks only, by all-to-all), "pull"
             (selected blocks, read out of the other ranks' memory; for ranks of one host), or "auto", which takes one of
             these by the rules in `moba_cp.parallel.cost`: of long sequences pull, where GPUs can access each other's memory.
@@ -110,6 +174,16 @@ def moba_attention(
             over neighbouring ranks of a node, and move keys and values between ranks of equal heads.
         head_parallel: how many neighbouring ranks split heads; divides `Hq` and the ranks of the layout. None: with "a2a" all
             ranks, with "a2a+..." as many ranks of a node as `Hq` allows, with "auto" what takes least time on the wire.
+        selection: what each row attends to, instead of what the gate would choose: int16, int32 or int64
+            `[Hq or Hkv or 1, T, k]` with `k <= topk`, block numbers within the row's document, -1 for none, in any order. The
+            row's own block is always attended to, listed or not, and counts in `topk`. Blocks after it, numbers below -1 and
+            blocks listed twice are refused.
+        check_selection: read whether `selection` breaks a rule. On CUDA the host waits for the device, once per call. With
+            False nothing waits, and what breaks a rule counts as -1: no row reads what it may not see.
+        routing: `(q_gate, k_gate)`, what to score with instead of q and k: `[T, Hq or Hkv or 1, Dg]` and `[T, Hc, Dg]`, where
+            `Hc` divides the heads of `q_gate`. Blocks are scored by `<q_gate, mean of k_gate over the block>`. No gradient
+            flows to them; `block_scores` is for training them.
+        return_selection: also return a `Selection`: the selected blocks and their shares of attention.
         return_report: also return a `MoBAReport` of routing and traffic; costs a few small collectives.
         workspace_bytes: most bytes of partial results in memory at once; kv heads, then query rows, are processed in
             groups to stay under it. At least one kv head and 128 rows are processed together.
@@ -118,7 +192,7 @@ def moba_attention(
             travel once per group of rows; `MoBAReport.walks` tells.
 
     Returns:
-        `[T, Hq, Dv]` in the dtype of `q`, and the report if asked for.
+        `[T, Hq, Dv]` in the dtype of `q`; then the selection and the report, if asked for.
 
     Raises:
         TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
@@ -128,17 +202,110 @@ def moba_attention(
         RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
             share memory.
     """
-    if without_numbers(q, k, v):
-        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)
-        if return_report:
-            raise ValueError("return_report=True needs tensors that hold numbers, got tensors under tracing or on meta")
+    ranks = process_group_of(group)
+    if torch.compiler.is_compiling():
+        if return_report or not fits_a_graph(config.topk, comm, head_parallel):
+            return _outside_the_graph(
+                q, k, v, config, layout=layout, group=ranks, comm=comm, head_parallel=head_parallel, selection=selection,
+                check_selection=check_selection, routing=routing, return_selection=return_selection,
+                return_report=return_report, workspace_bytes=workspace_bytes, exchange_bytes=exchange_bytes,
+            )  # fmt: skip
+        return compiled_attention(
+            q, k, v, config, layout.description, ranks, comm, selection, check_selection, routing, return_selection,
+            workspace_bytes, exchange_bytes,
+        )  # fmt: skip
+    prepared = prepare(
+        q, k, v, config, layout, ranks, comm, head_parallel, selection, check_selection, routing, return_selection,
+        return_report, workspace_bytes, exchange_bytes, needs_gradients(q, k, v),
+    )  # fmt: skip
+    if prepared is None:
         return infer_output(q, k, v)
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
+    out, selected, route = _MoBAFunction.apply(q, k, v, prepared.call, prepared.routing, prepared.divided.whole)
+    results: list[Any] = [out]
+    if return_selection:
+        rows = pipeline.device_rows(prepared.flat.plan, q.device)
+        results.append(made_selection(selected, rows, prepared.routing))
+    if return_report:
+        results.append(make_report(prepared.flat, prepared.divided.split, route, selected, prepared.sizes))
+    return out if len(results) == 1 else tuple(results)
+
+
+_outside_the_graph = torch.compiler.disable(moba_attention)
+
+
+def needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there will be a backward pass."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call that is checked, agreed on and planned.
+
+    Attributes:
+        layout: of the call.
+        inner: the call among ranks of the same heads.
+        call: the same, with heads in and out around it where heads are split.
+        routing: where the selection of this rank's tokens comes from.
+        divided, sizes: how the group is divided, and the sizes of the call.
+    """
+
+    layout: SequenceLayout
+    inner: pipeline.Call
+    call: pipeline.Call | wide.WideCall
+    routing: Routing
+    divided: wide.Division
+    sizes: CallSizes
+
+    @cached_property
+    def flat(self) -> pipeline.Call:
+        """The call as if no heads were split."""
+        whole = self.divided.whole
+        plan = rank_plan(home_plan(self.layout, self.inner.config.block_size), whole.rank)
+        return replace(self.inner, plan=plan, comm=whole)
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None,
+    comm: str,
+    head_parallel: int | None,
+    selection: Tensor | None,
+    check_selection: bool,
+    routing: tuple[Tensor, Tensor] | None,
+    return_selection: bool,
+    return_report: bool,
+    workspace_bytes: int,
+    exchange_bytes: int,
+    gradients: bool,
+) -> Prepared | None:
+    """Check the arguments of `moba_attention`, agree with the other ranks, and plan; None where tensors hold no numbers.
+
+    Args:
+        gradients: whether there will be a backward pass. The others are those of `moba_attention`.
+    """
+    inferred = without_numbers(q, k, v)
     try:
         check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)
+        check_flags(check_selection=check_selection, return_selection=return_selection)
+        if selection is not None or routing is not None:
+            check_routing(selection, routing, q, k, config)
+        if inferred:
+            if return_report or return_selection:
+                raise ValueError(
+                    "return_report=True and return_selection=True need tensors that hold numbers, got tensors under tracing or "
+                    "on meta"
+                )
+            return None
         if layout.cp_size > 1:
             facts = call_facts(q, k, v, layout, comm, gradients) | {
                 "config": repr(config),
+                "routing": routing_fact(selection, routing),
+                "return_selection": str(return_selection),
                 "return_report": str(return_report),
                 "workspace_bytes": str(workspace_bytes),
                 "exchange_bytes": str(exchange_bytes),
@@ -146,8 +313,9 @@ def moba_attention(
             }
             if comm in EXCHANGES and EXCHANGES[comm].same_host:
                 facts[f"host ({comm} is for ranks of one)"] = host()
+        placed = None if selection is None else _place(selection, q, config, layout, group, check_selection)
     except (TypeError, ValueError) as error:
-        if group_size(layout, group) > 1:
+        if group_size(layout, group) > 1 and not inferred:
             agreement.refuse(group, error, q)
         raise
     comm_group = CommGroup(group, layout.cp_size)
@@ -169,16 +337,34 @@ def moba_attention(
         number=number,
         rounds=divided.heads.copies == 1,
     )
-    out, selected, route = _MoBAFunction.apply(
-        q, k, v, wide.widen(call, divided, sizes, q.device, return_report), divided.whole
-    )
-    if return_report:
-        flat = replace(call, plan=rank_plan(home_plan(layout, config.block_size), comm_group.rank), comm=divided.whole)
-        return out, make_report(flat, divided.split, route, selected, sizes)
-    return out
+    source = BY_Q_AND_K
+    if placed is not None or routing is not None or return_selection:
+        source = make_routing(q, call.topk, placed, routing, return_selection)
+    around = wide.widen(call, divided, sizes, q.device, return_report or return_selection)
+    prepared = Prepared(layout, call, around, source, divided, sizes)
+    if source.q_gate is not None and divided.split.size > 1:
+        # Gates have heads of their own number: each rank selects for its own tokens, and the selection travels with the heads.
+        with torch.no_grad(), torch.cuda.device_of(q), as_given(q):
+            selected = pipeline.select_by_gates(prepared.flat, source, q.shape[1])
+        prepared = replace(prepared, routing=replace(source, selected=selected, q_gate=None, k_gate=None))
+    return prepared
 
 
-@torch.compiler.disable
+def _place(
+    selection: Tensor,
+    q: Tensor,
+    config: MoBAConfig,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None,
+    check: bool,
+) -> Tensor:
+    """The caller's selection, checked if asked for, before any collective."""
+    plan = rank_plan(home_plan(layout, config.block_size), dist.get_rank(group) if layout.cp_size > 1 else 0)
+    rows, slots = pipeline.device_rows(plan, q.device), pipeline.slots_of(config, plan)
+    with torch.no_grad(), torch.cuda.device_of(q):
+        return place(selection, q.shape[1], plan, rows, slots, backend_for(q.device, q.dtype), check)
+
+
 def moba_attn_varlen(
     q: Tensor,
     k: Tensor,
@@ -204,6 +390,10 @@ def moba_attn_varlen(
     Raises:
         TypeError, ValueError: an argument is not as said.
     """
+    if torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor):
+        if not fits_a_graph(moba_topk):
+            return _varlen_outside_the_graph(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, moba_topk)
+        return compiled_varlen(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, moba_topk)
     check_tensors(q, k, v)
     config = MoBAConfig(block_size=moba_chunk_size, topk=moba_topk)
     if without_numbers(q, k, v) and without_numbers(cu_seqlens):
@@ -212,15 +402,11 @@ def moba_attn_varlen(
         raise TypeError("cu_seqlens must hold numbers, got a tensor on the meta device")
     on_host = cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens
     layout = SequenceLayout.contiguous(on_host, 1)
-    boundaries = layout.cu_seqlens
-    longest = max((b - a for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)), default=0)
-    try:
-        max_seqlen = operator.index(max_seqlen)
-    except TypeError as error:
-        raise TypeError(f"max_seqlen must be an int, got {max_seqlen!r}") from error
-    if max_seqlen < longest:
-        raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a document of {longest} tokens")
+    check_longest(max_seqlen, layout)
     return moba_attention(q, k, v, config, layout=layout)
+
+
+_varlen_outside_the_graph = torch.compiler.disable(moba_attn_varlen)
 
 
 class _MoBAFunction(torch.autograd.Function):
@@ -228,10 +414,16 @@ class _MoBAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: pipeline.Call | wide.WideCall, group: CommGroup
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: pipeline.Call | wide.WideCall,
+        routing: Routing,
+        group: CommGroup,
     ) -> tuple[Tensor, Tensor, Route]:
         with torch.cuda.device_of(q), as_given(q):  # kernels are launched on the current device
-            done = wide.run_forward(call, q, k, v)
+            done = wide.run_forward(call, q, k, v, routing)
         tensors: list[Tensor] = []
         ctx.call, ctx.group, ctx.kept = call, group, take_tensors(done.kept, tensors)
         ctx.save_for_backward(*tensors)
@@ -246,4 +438,4 @@ class _MoBAFunction(torch.autograd.Function):
             backward_order.check(group.group, wide.number_of(ctx.call), dout.device)
         with as_given(dout):
             gradients = wide.run_backward(ctx.call, put_tensors(ctx.kept, ctx.saved_tensors), dout)
-        return *gradients, None, None
+        return *gradients, None, None, None

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 LARGEST_BLOCK = 2**62
 """Token numbers and their sums are int64."""
 
+DEFAULT_WORKSPACE_BYTES = 1280 << 20
+"""Default of `workspace_bytes`: 1.25 GiB, which holds 128K tokens of a group of four q heads at topk 8 and D 128."""
+
+DEFAULT_EXCHANGE_BYTES = 4 << 30
+"""Default of `exchange_bytes`: 4 GiB, which holds one kv head of 2.7M remote tokens with its gradients at D = Dv = 128."""
+
 
 @dataclass(frozen=True)
 class MoBAConfig:

@@ -25,16 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import drawing
-from .drawing import SelectionGrid, format_bytes
+from .drawing import format_bytes
 from .parallel import agreement
-from .parallel.blocks import BlockTable, block_table
+from .parallel.blocks import block_table
 from .parallel.comm import CommGroup, StageTraffic, Traffic, check_group
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
+from .selection_figures import count_selections, distances, text_table, uniform_histogram
 from .validation import check_layout, group_size
-
-MAX_CELLS = 256
-"""Most rows, and most columns, of a heatmap; longer axes are drawn in bins."""
 
 
 def gather_selection(report: MoBAReport, layout: SequenceLayout, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -96,8 +94,8 @@ def format_report(report: MoBAReport) -> str:
     lines = [f"{name:<14}{value}" for name, value in facts]
 
     total = max(1, int(report.distance_histogram.sum()))
-    distances = [(label, f"{n:,}", f"{n / total:.1%}") for label, n in zip(*_distances(report))]
-    lines += ["", *_table(("blocks back", "selections", "share"), distances)]
+    by_distance = [(label, f"{n:,}", f"{n / total:.1%}") for label, n in zip(*distances(report))]
+    lines += ["", *text_table(("blocks back", "selections", "share"), by_distance)]
 
     stages: list[tuple[str, StageTraffic | Traffic]] = [*report.traffic.stages.items()]
     stages.sort(key=lambda stage: -stage[1].received_bytes)
@@ -105,7 +103,7 @@ def format_report(report: MoBAReport) -> str:
         (name, f"{t.collectives:,}", format_bytes(t.sent_bytes), format_bytes(t.received_bytes))
         for name, t in [*stages, ("total", report.traffic)]
     ]
-    lines += ["", *_table(("traffic of this rank", "collectives", "sent", "received"), traffic)]
+    lines += ["", *text_table(("traffic of this rank", "collectives", "sent", "received"), traffic)]
 
     figures = zip(report.lower_bound_bytes.tolist(), report.visible_bytes.tolist(), report.attended_keys.tolist())
     by_rank = [
@@ -114,7 +112,7 @@ def format_report(report: MoBAReport) -> str:
     ]
     if ranks > 16:
         by_rank = [*by_rank[:8], ("...", "", "", ""), *by_rank[-8:]]
-    lines += ["", *_table(("forward keys, values", "fewest bytes", "all in sight", "keys attended"), by_rank)]
+    lines += ["", *text_table(("forward keys, values", "fewest bytes", "all in sight", "keys attended"), by_rank)]
     return "\n".join(lines)
 
 
@@ -130,7 +128,8 @@ def plot_block_selection(
     """Heatmap of query position x block: the share of (query row, q head) pairs that selected the block.
 
     The own block, which is always selected, is drawn in a colour of its own; the colours are scaled to the earlier
-    blocks. Axes longer than `MAX_CELLS` are binned; a bin of blocks counts as selected where any of its blocks is.
+    blocks. Axes longer than 256 (`selection_figures.MAX_CELLS`) are binned; a bin of blocks counts as selected where any of
+    its blocks is.
 
     Args:
         report: this rank's report.
@@ -162,7 +161,7 @@ def plot_block_selection(
         _begin(report, layout, group, f"plot_block_selection of heads {heads}", error)
     elif error is not None:
         raise error
-    grid = _count(report, layout, group, chosen)
+    grid = count_selections(report, layout, group, chosen)
     if layout is not None and layout.cp_size > 1 and dist.get_rank(group) > 0:
         return path
     documents = layout.cu_seqlens_array if layout is not None else np.zeros(1, dtype=np.int64)
@@ -219,12 +218,12 @@ def plot_distance_histogram(
             raise ValueError(f"group has {dist.get_world_size(group)} ranks, but the report is of {ranks}")
         if dist.get_rank(group) > 0:
             return Path(path)
-    labels, counts = _distances(report)
+    labels, counts = distances(report)
     uniform = None
     if layout is not None:
         _check_layout(report, layout)
         blocks = block_table(layout.cu_seqlens_array, report.block_size)
-        uniform = _uniform_histogram(blocks, report.selected.shape[2], len(report.distance_histogram))[: len(labels)]
+        uniform = uniform_histogram(blocks, report.selected.shape[2], len(report.distance_histogram))[: len(labels)]
     subtitle = f"{int(counts.sum()):,} selections · {report.n_blocks:,} blocks · entropy {report.entropy:.2f}"
     share = counts / max(1, counts.sum())
     return drawing.draw_distances(
@@ -269,84 +268,6 @@ def plot_traffic(
     bounds = report.lower_bound_bytes * passes, report.visible_bytes * passes
     of = "forward and backward" if passes == 2 else "forward"
     return drawing.draw_traffic(received, *bounds, of, Path(path), title or "Bytes each rank received", subtitle)
-
-
-# The figures behind the pictures.
-
-
-def _count(
-    report: MoBAReport, layout: SequenceLayout | None, group: dist.ProcessGroup | None, heads: list[int]
-) -> SelectionGrid:
-    """Bin this rank's selections and, given a layout, add up the ranks'."""
-    numbers = report.token_numbers
-    tokens = layout.total_tokens if layout else int(numbers.max()) + 1 if numbers.numel() else 0
-    n_blocks, device = report.n_blocks, report.selected.device
-    rows, columns = max(1, min(tokens, MAX_CELLS)), max(1, min(n_blocks, MAX_CELLS))
-    row = (numbers * rows // max(1, tokens)).to(device)
-    counts = torch.zeros(2, rows * columns, dtype=torch.int64, device=device)  # earlier blocks, own blocks
-    for head in heads:  # one at a time: the int64 temporaries are several times the selection
-        selected = report.selected[head].long()  # [T, topk]
-        own = selected.amax(1, keepdim=True)
-        column = selected * columns // max(1, n_blocks)
-        first = torch.ones_like(column, dtype=torch.bool)
-        first[:, 1:] = column[:, 1:] != column[:, :-1]  # ascending, so blocks of one bin lie side by side
-        cell = row[:, None] * columns + column
-        counts[0] += torch.bincount(cell[(selected >= 0) & (selected < own) & first], minlength=rows * columns)
-        counts[1] += torch.bincount(cell[selected == own], minlength=rows * columns)
-    if layout is not None and layout.cp_size > 1:
-        dist.all_reduce(counts, group=group)
-    earlier, own_count = counts.cpu().numpy().reshape(2, rows, columns)
-    pairs = own_count.sum(1)  # each (row, head) has one own block
-
-    visible = np.zeros((rows, columns + 1), dtype=np.int64)  # differences along the columns
-    for top, bottom, begin, end in _sights(report, layout, tokens, rows, columns):
-        visible[top : bottom + 1, begin] += 1
-        visible[top : bottom + 1, end + 1] -= 1
-    mask = (visible.cumsum(1)[:, :-1] > 0) & (pairs[:, None] > 0)
-    share = np.where(mask, earlier / np.maximum(pairs[:, None], 1), np.nan)
-    return SelectionGrid(tokens, n_blocks, share, own_count > 0, pairs > 0)
-
-
-def _sights(report: MoBAReport, layout: SequenceLayout | None, tokens: int, rows: int, columns: int) -> np.ndarray:
-    """int64 `[n, 4]`: first and last bin of query rows, first and last bin of the earlier blocks that they can select.
-
-    Args:
-        report: the report.
-        layout: its layout; None takes this rank's own rows, and everything before them for one document.
-        tokens, rows, columns: tokens on the vertical axis, and bins of tokens and of blocks.
-    """
-    if layout is not None:
-        blocks = block_table(layout.cu_seqlens_array, report.block_size)
-        own, first = np.arange(len(blocks)), blocks.first_of_document
-        token, last_token = blocks.start, blocks.start + blocks.length - 1
-    else:
-        own = report.selected[0].amax(1).cpu().numpy().astype(np.int64)
-        first, token = np.zeros_like(own), report.token_numbers.numpy()
-        last_token = token
-    row = np.stack([token, last_token], axis=1) * rows // max(1, tokens)
-    column = np.stack([first, own - 1], axis=1) * columns // max(1, report.n_blocks)
-    return np.unique(np.concatenate([row, column], axis=1)[own > first], axis=0)
-
-
-def _distances(report: MoBAReport) -> tuple[list[str], np.ndarray]:
-    """Labels and counts of the distance histogram, up to the last bucket in use (at least "own" and "1")."""
-    histogram = report.distance_histogram
-    used = max(2, int(np.flatnonzero(histogram).max(initial=0)) + 1)
-    labels = ["own", "1"] + [f"{2 ** (i - 1)}–{2**i - 1}" for i in range(2, used)]
-    return labels[:used], histogram[:used]
-
-
-def _uniform_histogram(blocks: BlockTable, topk: int, buckets: int) -> np.ndarray:
-    """float64 `[buckets]`, shares by distance if each query chose among its earlier blocks uniformly."""
-    candidates = np.arange(len(blocks)) - blocks.first_of_document
-    weight = blocks.length * np.minimum(topk - 1, candidates) / np.maximum(candidates, 1)  # for each 1..candidates
-    rows_at_least = np.zeros(int(candidates.max(initial=0)) + 2)
-    np.add.at(rows_at_least, candidates, weight)
-    by_distance = np.cumsum(rows_at_least[::-1])[::-1][1:-1]  # [d - 1]: rows that have a block d back
-    bucket = np.floor(np.log2(np.arange(1, by_distance.size + 1))).astype(int) + 1
-    histogram = np.bincount(bucket, weights=by_distance, minlength=buckets)
-    histogram[0] = blocks.length.sum()
-    return histogram / max(1.0, histogram.sum())
 
 
 def _begin(
@@ -401,14 +322,3 @@ def _check_layout(report: MoBAReport, layout: SequenceLayout) -> None:
             f"the report is of another layout: it has {report.n_blocks} blocks of {report.block_size} tokens and "
             f"{report.token_numbers.numel()} local tokens, the layout {n_blocks} blocks and {layout!r}"
         )
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
-    width = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
-    width[0] = max(width[0], 22)
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, width)))
-        for r in (head, *rows)
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]

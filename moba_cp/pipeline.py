@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .chunks import Chunk, Ranges, ranges_of
 from .config import MoBAConfig
-from .kernels import Backend, KVPart, QueryRows, RoutingLists, query_rows
+from .kernels import Backend, KVPart, QueryRows, RoutingLists, backend_for, query_rows
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import HomePlan, RankPlan
 from .parallel.comm import CommGroup, SideStream
@@ -34,6 +34,7 @@ from .parallel.exchanges import (
 )
 from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, send_back
 from .parallel.rows import add_rows
+from .selection import Routing, over_heads
 from .stages import Stages
 
 
@@ -66,15 +67,19 @@ class Call:
 
     @cached_property
     def topk(self) -> int:
-        """Slots per row: `config.topk`, but no more than the blocks of the longest document, rounded up to a power of two
-        so that packing that differs from step to step compiles few kernels."""
-        blocks = self.plan.plan.blocks
-        return min(self.config.topk, 1 << (blocks.most_of_a_document - 1).bit_length())
+        """Slots per row; see `slots_of`."""
+        return slots_of(self.config, self.plan)
 
     @cached_property
     def n_blocks(self) -> int:
         """Blocks over all documents."""
         return len(self.plan.plan.blocks)
+
+
+def slots_of(config: MoBAConfig, plan: RankPlan) -> int:
+    """Slots per row: `config.topk`, but no more than the blocks of the longest document, rounded up to a power of two so that
+    packing that differs from step to step compiles few kernels."""
+    return min(config.topk, 1 << (plan.plan.blocks.most_of_a_document - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,14 @@ class Saved:
     route: Route
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
-    """Output, log-sum-exp and selected blocks of the local rows."""
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Saved:
+    """Output, log-sum-exp and selected blocks of the local rows, which `routing` decides."""
     q, k, v = (readable(x) for x in (q, k, v))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)
     opening = open_forward(call.requested, home, call.comm, work_of(call, ranges, k))
-    selected = select_blocks(call, q, home, rows)
+    selected = select_blocks(call, q, home, rows, routing)
     exchange, route = opening.route(
         partial(call.backend.wanted_pairs, selected, n_blocks=call.n_blocks, kv_heads=k.shape[1])
     )
@@ -115,7 +120,9 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Saved:
             lists = next(lists_of)
             if call.keep_lists:
                 kept.append(lists)
-            _forward_chunk(call, chunk, lists, q, rows, selected, exchange.forward(visit, number), out, lse)
+            _forward_chunk(
+                call, chunk, lists, q, rows, selected, exchange.forward(visit, number), out, lse, routing.weights
+            )
             del lists
     return Saved(out, lse, selected, tuple(kept), route)
 
@@ -130,6 +137,7 @@ def _forward_chunk(
     parts: Iterator[Part],
     out: Tensor,
     lse: Tensor,
+    weights: Tensor | None,
 ) -> None:
     """Output and log-sum-exp of one chunk; its partial results live no longer than this."""
     here, chosen = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(selected)
@@ -140,6 +148,9 @@ def _forward_chunk(
             call.backend.attend(chunk.of_rows(q), _kv_part(call, part), lists, here, scale, partials)
     with call.stage("merge"):
         call.backend.merge(partials, selected=chosen, out=chunk.of_rows(out), lse=chunk.of_heads(lse))
+    if weights is not None:
+        found = call.backend.block_weights(partials, selected=chosen, lse=chunk.of_heads(lse))
+        chunk.of_heads(weights).copy_(found)
 
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,17 +280,36 @@ def _route(call: Call, chunk: Chunk, selected: Tensor) -> RoutingLists:
         )
 
 
-def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows) -> Tensor:
-    """Centroids of home blocks, all-gathered; then the gate: `[Hq, T, topk]`."""
+def select_blocks(call: Call, q: Tensor, home: HomeBlocks, rows: QueryRows, routing: Routing) -> Tensor:
+    """Centroids of home blocks, all-gathered; then the gate: `[Hq, T, topk]`. Nothing of that where the caller selected."""
+    if routing.selected is not None:
+        return routing.selected
+    if routing.q_gate is not None:
+        return select_by_gates(call, routing, q.shape[1])
+    return _gate(call, call.backend, q, home.k, rows)
+
+
+def select_by_gates(call: Call, routing: Routing, q_heads: int) -> Tensor:
+    """`[Hq, T, topk]` by the scores of `routing.q_gate` and `routing.k_gate`."""
+    assert routing.q_gate is not None
+    assert routing.k_gate is not None
+    q, k = unit_stride(routing.q_gate), unit_stride(routing.k_gate)
+    if call.topk > 1:
+        k = bring_home(call.plan, k, k[..., :0], call.comm).k
+    selected = _gate(call, backend_for(q.device, q.dtype), q, k, device_rows(call.plan, q.device))
+    return over_heads(selected, q_heads)
+
+
+def _gate(call: Call, backend: Backend, q: Tensor, home_k: Tensor, rows: QueryRows) -> Tensor:
     if call.topk > 1:
         start = centroid_start(call.plan, q.device)
         with call.stage("centroids"):
-            local = call.backend.centroids(home.k, start=start, block_size=call.config.block_size)
+            local = backend.centroids(home_k, start=start, block_size=call.config.block_size)
             centroids = gather_centroids(call.plan, local, call.comm)
     else:
-        centroids = q.new_zeros(call.n_blocks, home.k.shape[1], q.shape[-1])
+        centroids = q.new_zeros(call.n_blocks, home_k.shape[1], q.shape[-1])
     with call.stage("gate"):
-        return call.backend.select_blocks(q, centroids=centroids, rows=rows, topk=call.topk)
+        return backend.select_blocks(q, centroids=centroids, rows=rows, topk=call.topk)
 
 
 def work_of(call: Call, ranges: Ranges, k: Tensor) -> Work:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .parallel.comm import CommGroup, Traffic
-from .parallel.cost import CallSizes, remote_tokens, visible_tokens
+from .parallel.comm import Traffic, named_error
+from .parallel.cost import CallSizes, visible_tokens
 from .parallel.exchanges import Route
 from .parallel.splits import Split
-from .parallel.wanted import exchange_wanted
 from .pipeline import Call
 
 MOST_WANTED = 10
@@ -49,7 +49,7 @@ class MoBAReport:
         imbalance: the largest of `attended_keys` over their mean; 1 is balanced.
         selected: int32 `[Hq, T, topk]`, this rank's selected blocks, ascending, -1 for none.
         token_numbers: int64 `[T]`, global numbers of this rank's tokens, on the host.
-        block_size: tokens a block.
+        block_size: tokens per block.
         n_blocks: blocks over all documents.
     """
 
@@ -85,19 +85,14 @@ def make_report(call: Call, split: Split, route: Route, selected: Tensor, sizes:
     """
     kv_heads, pair_bytes = sizes.kv_heads, (sizes.dim + sizes.dim_v) * sizes.itemsize
     plan, blocks, selected = call.plan.plan, call.plan.plan.blocks, selected.to(torch.int32)
-    quiet = CommGroup(call.comm.group, call.comm.size)  # its traffic is not the call's
-    wanted = route.wanted
-    if wanted is None or split.size > 1:
-        mine = call.backend.wanted_pairs(selected, n_blocks=len(blocks), kv_heads=kv_heads)
-        wanted = exchange_wanted(mine, call.plan, quiet)
-    wanted_tokens = wanted.tokens()
-    bound = remote_tokens(wanted_tokens.sum(2)) * pair_bytes
-    visible = remote_tokens(visible_tokens(plan)) * kv_heads * pair_bytes
+    wanted = call.backend.wanted_pairs(selected, n_blocks=len(blocks), kv_heads=kv_heads).cpu().numpy()
+    remote = plan.home != call.plan.rank
+    bound = int((wanted * blocks.length)[:, remote].sum()) * pair_bytes
+    visible = np.delete(visible_tokens(plan, call.plan.rank), call.plan.rank).sum() * kv_heads * pair_bytes
 
     counts, histogram, keys = _local_counts(call, selected)
-    everything = _gather_numbers(np.concatenate([counts, histogram, [keys]]), selected.device, quiet)
-    counts = everything[:, : len(blocks)].sum(0)
-    keys_of_rank = everything[:, -1]
+    counts, histogram, of_rank = _over_ranks(call, counts, histogram, np.array([keys, bound, visible]), selected.device)
+    keys_of_rank, bounds, visible_of_rank = of_rank
     top = np.argsort(-counts, kind="stable")[:MOST_WANTED]
     mean = keys_of_rank.mean()
     return MoBAReport(
@@ -106,10 +101,10 @@ def make_report(call: Call, split: Split, route: Route, selected: Tensor, sizes:
         reason="; ".join(filter(None, (split.reason, route.reason))),
         walks=route.walks,
         traffic=call.comm.traffic,
-        lower_bound_bytes=bound,
-        visible_bytes=visible,
-        wanted_share=float(bound.sum() / visible.sum()) if visible.sum() else 0.0,
-        distance_histogram=everything[:, len(blocks) : -1].sum(0),
+        lower_bound_bytes=bounds,
+        visible_bytes=visible_of_rank,
+        wanted_share=float(bounds.sum() / visible_of_rank.sum()) if visible_of_rank.sum() else 0.0,
+        distance_histogram=histogram,
         entropy=_entropy(counts, blocks.first_of_document),
         most_wanted=[(int(b), int(counts[b])) for b in top if counts[b]],
         attended_keys=keys_of_rank,
@@ -122,7 +117,7 @@ def make_report(call: Call, split: Split, route: Route, selected: Tensor, sizes:
 
 
 def _local_counts(call: Call, selected: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
-    """This rank's selections by block (own ones left out), by distance, and the keys they attend to."""
+    """This rank's selections by block (without own blocks) and by distance, and the keys they attend to."""
     n_blocks = len(call.plan.plan.blocks)
     own = torch.from_numpy(call.plan.block).to(selected.device)
     distance = own[None, :, None] - selected
@@ -137,9 +132,20 @@ def _local_counts(call: Call, selected: Tensor) -> tuple[np.ndarray, np.ndarray,
     return counts, histogram, int(earlier.sum()) * call.config.block_size + own_keys
 
 
-def _gather_numbers(numbers: np.ndarray, device: torch.device, comm: CommGroup) -> np.ndarray:
-    """int64 `[P, n]`: every rank's numbers."""
-    return comm.all_gather(torch.from_numpy(numbers.astype(np.int64)).to(device), "report").wait().cpu().numpy()
+def _over_ranks(
+    call: Call, counts: np.ndarray, histogram: np.ndarray, mine: np.ndarray, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums over ranks of `counts` and `histogram`, and every rank's `mine` `[n]` as `[n, P]`: one all-reduce of int64, to which
+    each rank adds its own numbers in places of their own. It is not in the call's traffic."""
+    comm = call.comm
+    every = np.zeros((mine.size, comm.size), dtype=np.int64)
+    every[:, comm.rank] = mine
+    numbers = torch.from_numpy(np.concatenate([counts, histogram, every.ravel()]).astype(np.int64)).to(device)
+    if comm.size > 1:
+        with named_error(f"rank {comm.rank} of {comm.size} waited for the all-reduce of the report"):
+            dist.all_reduce(numbers, group=comm.group)
+    counts, histogram, gathered = np.split(numbers.cpu().numpy(), [counts.size, counts.size + histogram.size])
+    return counts, histogram, gathered.reshape(mine.size, comm.size)
 
 
 def _entropy(counts: np.ndarray, first_of_document: np.ndarray) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,13 +23,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Types, ranks, shapes, dtypes and devices of q `[T, Hq, D]`, k `[T, Hkv, D]`, v `[T, Hkv, Dv]`."""
     named = {"q": q, "k": k, "v": v}
     for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        _check_is_tensor(name, x)
     for name, x in named.items():
-        _check_class(name, x)
-        if x.layout != torch.strided or x.is_nested:
-            kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-            raise TypeError(f"{name} must be an ordinary dense tensor, got {kind}")
+        check_tensor(name, x)
         if x.dim() != 3:
             raise ValueError(f"{name} must have shape [tokens, heads, head size], got {tuple(x.shape)}")
         if x.dtype not in _DTYPES:
@@ -41,6 +40,20 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must be on the CPU or a CUDA device, got {q.device}")
     if wrong := _wrong_shapes(q.shape, k.shape, v.shape):
         raise ValueError(f"{wrong}, got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """`x` is an ordinary dense tensor of a class that a call can read."""
+    _check_is_tensor(name, x)
+    _check_class(name, x)
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name} must be an ordinary dense tensor, got {kind}")
+
+
+def _check_is_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def _check_class(name: str, x: Tensor) -> None:
@@ -92,14 +105,31 @@ def check_call(
     check_config(config)
     check_layout(layout)
     check_comm(comm, COMMS)
-    if not isinstance(return_report, bool):
-        raise TypeError(f"return_report must be True or False, got {return_report!r}")
+    check_flags(return_report=return_report)
     check_bytes("workspace_bytes", workspace_bytes, least=1)
     check_bytes("exchange_bytes", exchange_bytes, least=0)
     check_tensors(q, k, v)
     backend_for(q.device, q.dtype).check_sizes(dim=q.shape[2], dim_v=v.shape[2], block_size=config.block_size)
     check_split(comm, head_parallel, q.shape[1], layout.cp_size)
     check_placement(q, layout, group)
+
+
+def check_flags(**flags: object) -> None:
+    """Each of these arguments is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_longest(max_seqlen: int, layout: SequenceLayout) -> None:
+    """`max_seqlen` is at least the longest document of `layout`."""
+    try:
+        max_seqlen = operator.index(max_seqlen)
+    except TypeError as error:
+        raise TypeError(f"max_seqlen must be an int, got {max_seqlen!r}") from error
+    longest = int(np.diff(layout.cu_seqlens_array).max(initial=0))
+    if max_seqlen < longest:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a document of {longest} tokens")
 
 
 def check_bytes(name: str, value: int, least: int) -> None:

@@ -34,6 +34,7 @@ from .parallel.heads import (
 from .parallel.layout import SequenceLayout
 from .parallel.splits import Split, choose_split, needs_topology
 from .parallel.topology import topology_of
+from .selection import Routing
 
 SLAB_BYTES = 32 << 20
 """A slab's queries on the longest wide rank take at least this many bytes: less would not hide what a slab costs the host."""
@@ -180,11 +181,11 @@ def widen(
     return WideCall(call, transfer, divided.heads, slabs, returns_selected)
 
 
-def run_forward(call: pipeline.Call | WideCall, q: Tensor, k: Tensor, v: Tensor) -> Done:
+def run_forward(call: pipeline.Call | WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Done:
     """Forward of a call, whether or not heads are split."""
     if isinstance(call, WideCall):
-        return forward(call, q, k, v)
-    saved = pipeline.forward(call, q, k, v)
+        return forward(call, q, k, v, routing)
+    saved = pipeline.forward(call, q, k, v, routing)
     return Done(saved.out, saved.selected, saved.route, (q, k, v, saved))
 
 
@@ -220,29 +221,36 @@ def slabs_of(split: HeadSplit, head_bytes: int) -> tuple[Slab, ...]:
     return tuple(Slab(slice(a, b), slice(a * group, b * group)) for a, b in zip(starts, ends, strict=True))
 
 
-def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor) -> Done:
-    """Output of the local tokens."""
+def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Done:
+    """Output of the local tokens; a selection of their rows comes in with the heads, and weights go back."""
     split, transfer = call.split, call.transfer
     q, k, v = (pipeline.unit_stride(x) for x in (q, k, v))
     whole = q.new_empty(*q.shape[:2], v.shape[2])
     out = HeadsBack(transfer, [whole])
-    kept = []
+    kept, weights = [], []
 
     def shares(slab: Slab) -> list[Share]:
-        # What else a row or a key brings to the pipeline would come in here, by the same slabs.
         return [
             Share(q, slab.q, split.q_heads),
             *(Share(x, slab.kv, split.kv_heads, split.copies) for x in (k, v)),
+            *([] if routing.selected is None else [Share(routing.selected.transpose(0, 1), slab.q, split.q_heads)]),
         ]
 
     for slab, inputs in zip(call.slabs, _one_ahead(call, shares), strict=True):
-        of_q, of_k, of_v = inputs
-        saved = pipeline.forward(call.inner, of_q, of_k, of_v)
+        of_q, of_k, of_v, *of_selected = inputs
+        here = _routing_of_slab(call, of_q, of_selected, routing)
+        saved = pipeline.forward(call.inner, of_q, of_k, of_v, here)
+        if here.weights is not None:
+            weights.append(here.weights)
         out.start([saved.out], [slab.q])
         kept.append(SavedSlab(of_q, of_k, of_v, saved))
     with call.inner.stage("wait for heads out"):
         out.finish()
-    selected = _selected_back(call, kept) if call.returns_selected else q.new_empty(0, dtype=torch.int32)
+    selected = q.new_empty(0, dtype=torch.int32)
+    if call.returns_selected:
+        selected = _rows_back(call, [slab.saved.selected.to(torch.int32) for slab in kept])
+    if routing.weights is not None:
+        routing.weights.copy_(_rows_back(call, weights))
     return Done(whole, selected, kept[0].saved.route, tuple(kept))
 
 
@@ -282,13 +290,21 @@ def _waited(call: WideCall, coming: Callable[[], list[Tensor]]) -> list[Tensor]:
         return coming()
 
 
-def _selected_back(call: WideCall, slabs: Sequence[SavedSlab]) -> Tensor:
-    """The selected blocks `[Hq, T, topk]` of the local tokens; not counted as traffic of the call."""
-    transfer, first = call.transfer.without_traffic(), slabs[0].saved.selected
+def _routing_of_slab(call: WideCall, q: Tensor, selected: list[Tensor], routing: Routing) -> Routing:
+    """The routing of one slab's rows: `q` `[wide tokens, h, D]`, and `selected` `[wide tokens, h, topk]` if there is one."""
+    weights = None
+    if routing.weights is not None:
+        weights = routing.weights.new_empty(q.shape[1], q.shape[0], call.inner.topk)
+    return Routing(selected[0].transpose(0, 1) if selected else None, weights=weights)
+
+
+def _rows_back(call: WideCall, slabs: Sequence[Tensor]) -> Tensor:
+    """`[Hq, T, topk]` of the local tokens, of each slab's `[h, wide tokens, topk]`; not counted as traffic of the call."""
+    transfer, first = call.transfer.without_traffic(), slabs[0]
     shape = transfer.mine, call.split.q_heads * call.split.size, first.shape[2]
-    whole = torch.empty(shape, dtype=torch.int32, device=first.device)
+    whole = torch.empty(shape, dtype=first.dtype, device=first.device)
     back = HeadsBack(transfer, [whole])
-    for slab, kept in zip(call.slabs, slabs, strict=True):
-        back.start([kept.saved.selected.transpose(0, 1).to(torch.int32).contiguous()], [slab.q])
+    for slab, rows in zip(call.slabs, slabs, strict=True):
+        back.start([rows.transpose(0, 1).contiguous()], [slab.q])
     back.finish()
     return whole.transpose(0, 1).contiguous()

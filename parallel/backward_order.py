@@ -5,8 +5,9 @@ have a backward pass takes the next number, equal on all ranks because their for
 
 - on the CPU at the beginning of each call's backward, before anything moves;
 - on CUDA, where this would cost each layer tenths of a millisecond, once at the end of a backward pass: one all-gather of the
-  numbers in their order. It is read at once where this rank has not seen the order before, else when it has arrived, at the
-  latest by the next call: a steady training step never waits.
+  numbers in their order. The group's first passes read it at once, later ones at the end of the next pass, when the GPU has
+  long been there: a steady training step never waits, and all ranks raise at the same point, so that none is left in an
+  exchange with a rank that has raised.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ AT_ONCE = ("cpu",)
 """Types of devices where numbers are compared at the beginning of each call's backward."""
 _SHOWN = 14
 """Numbers of a pass that travel as they are, to name the first difference; a digest stands for all."""
+_READ_AT_ONCE = 4
+"""Backward passes of a group whose numbers are read when they end; each later pass reads those of the pass before."""
 
 
 @dataclass
@@ -35,27 +38,22 @@ class _Order:
     Attributes:
         calls: numbers taken.
         passes: by autograd's number of the backward pass under way, the calls whose backward has begun in it, in order.
-        seen: orders that were compared at once, as distances from the latest call.
-        unread: gathered numbers on their way to the host.
+        ended: backward passes that were compared or will be.
+        unread: gathered numbers of the latest pass on their way to the host, and when they are there.
     """
 
     calls: int = 0
     passes: dict[int, list[int]] = field(default_factory=dict)
-    seen: set[tuple[int, ...]] = field(default_factory=set)
-    unread: list[tuple[torch.cuda.Event | None, Tensor]] = field(default_factory=list)
+    ended: int = 0
+    unread: tuple[torch.cuda.Event | None, Tensor] | None = None
 
 
 _orders: weakref.WeakKeyDictionary[dist.ProcessGroup, _Order] = weakref.WeakKeyDictionary()
 
 
 def take_number(group: dist.ProcessGroup | None) -> int:
-    """The number of a call whose forward pass all ranks of `group` (None: the default one) have just agreed on.
-
-    Raises:
-        ValueError: an earlier backward pass ran in different orders.
-    """
+    """The number of a call whose forward pass all ranks of `group` (None: the default one) have just agreed on."""
     order = _orders.setdefault(process_group(group), _Order())
-    _read_arrived(order)
     order.calls += 1
     return order.calls
 
@@ -70,7 +68,7 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
         device: where the group's backend communicates.
 
     Raises:
-        ValueError: on every rank, they are not; on CUDA when the pass ends, or from a later call.
+        ValueError: on every rank, they are not; on CUDA when the pass ends, or the next one.
         RuntimeError: a rank did not come within the group's timeout.
     """
     group = process_group(group)
@@ -81,7 +79,6 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
             work.wait()
         _compare(gathered)
         return
-    _read_arrived(order)
     task = torch._C._current_graph_task_id()
     if task not in order.passes:
         if len(order.passes) > 8:  # of passes that ended with an error
@@ -105,16 +102,15 @@ def _end_of_pass(group: dist.ProcessGroup, order: _Order, task: int, device: tor
             host.copy_(gathered, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-    pattern = tuple(order.calls - number for number in numbers)
-    if pattern in order.seen:
-        order.unread.append((event, host))
-        return
-    if len(order.seen) > 64:
-        order.seen.clear()
-    order.seen.add(pattern)
-    if event is not None:
-        event.synchronize()
-    _compare(host)
+    order.ended += 1
+    late, order.unread = order.unread, (event, host)
+    if order.ended <= _READ_AT_ONCE:
+        late, order.unread = order.unread, None
+    if late is not None:
+        event, host = late
+        if event is not None:
+            event.synchronize()
+        _compare(host)
 
 
 def _named(group: dist.ProcessGroup, what: str) -> contextlib.AbstractContextManager[None]:
@@ -126,12 +122,6 @@ def _gather(group: dist.ProcessGroup, numbers: Tensor) -> tuple[Tensor, dist.Wor
     """int64 `[1, n]` of every rank: `[P, n]`."""
     gathered = numbers.new_empty(dist.get_world_size(group), numbers.shape[1])
     return gathered, start_all_gather(gathered.view(-1), numbers.view(-1), group)
-
-
-def _read_arrived(order: _Order) -> None:
-    """Compare the numbers of earlier backward passes that have arrived by now."""
-    while order.unread and (order.unread[0][0] is None or order.unread[0][0].query()):
-        _compare(order.unread.pop(0)[1])
 
 
 def _compare(numbers: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass
@@ -182,8 +183,17 @@ class CommGroup:
         return f"rank {self.rank} of {self.size} waited for the {name} of {stage}"
 
 
+def process_group_of(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+    """The process group of a `DeviceMesh` of one dimension; anything else as it is, for `check_group` to judge."""
+    if isinstance(group, DeviceMesh) and group.ndim == 1:
+        return group.get_group()
+    return group  # type: ignore[return-value]
+
+
 def check_group(group: object) -> None:
     """It is a process group, or None for the default one."""
+    if isinstance(group, DeviceMesh):
+        raise ValueError(f"group must be a DeviceMesh of one dimension, such as mesh['cp'], got {group!r}")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed ProcessGroup this rank belongs to, got {group!r}")
 

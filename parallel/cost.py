@@ -111,24 +111,16 @@ def choose_head_parallel(sizes: CallSizes, topology: Topology, asked: int | None
     return best, f"auto: heads over {best} ranks; ms on the wire by ranks that split heads: {shown}"
 
 
-def visible_tokens(plan: HomePlan) -> np.ndarray:
-    """int64 `[destination, home]`: keys in blocks that start no later than a token of the same document that
-    `destination` holds. No routing can make a rank want more than that."""
-    size, n_blocks = plan.layout.cp_size, len(plan.blocks)
-    first = plan.blocks.first_of_document
-    tokens = np.zeros((size, size), dtype=np.int64)
-    for rank in range(size):
-        seen = np.full(n_blocks, -1)
-        held = plan.pieces(rank).block
-        np.maximum.at(seen, first[held], held)  # the last block of each document that the rank holds a token of
-        visible = np.arange(n_blocks) <= seen[first]
-        tokens[rank] = np.bincount(plan.home[visible], weights=plan.blocks.length[visible], minlength=size)
-    return tokens
-
-
-def remote_tokens(tokens: np.ndarray) -> np.ndarray:
-    """int64 `[destination]` out of `[destination, home]`: without what is at home there already."""
-    return tokens.sum(1) - np.diagonal(tokens)
+def visible_tokens(plan: HomePlan, rank: int) -> np.ndarray:
+    """int64 `[P]`, by home: keys in blocks that start no later than a token of the same document that `rank` holds. No routing
+    can make the rank want more than that."""
+    n_blocks, first = len(plan.blocks), plan.blocks.first_of_document
+    seen = np.full(n_blocks, -1)
+    held = plan.pieces(rank).block
+    np.maximum.at(seen, first[held], held)  # the last block of each document that the rank holds a token of
+    visible = np.arange(n_blocks) <= seen[first]
+    tokens = np.bincount(plan.home[visible], weights=plan.blocks.length[visible], minlength=plan.layout.cp_size)
+    return tokens.astype(np.int64)
 
 
 def choose_with_shared_memory(plan: HomePlan, kv_heads: int, pair_bytes: int) -> str:
@@ -143,12 +135,12 @@ def choose_with_shared_memory(plan: HomePlan, kv_heads: int, pair_bytes: int) ->
     return "pull" if _remote_bytes(plan, kv_heads, pair_bytes) > PULL_BYTES else "all_gather"
 
 
-def choose_transport(plan: HomePlan, wanted: np.ndarray, kv_heads: int, pair_bytes: int, ring_walks: int = 1) -> str:
+def choose_transport(plan: HomePlan, remote: np.ndarray, kv_heads: int, pair_bytes: int, ring_walks: int = 1) -> str:
     """`auto` where ranks cannot read each other's memory; every rank decides alike.
 
     Args:
         plan: where the blocks are.
-        wanted: int64 `[destination, home, Hkv]`, tokens of the pairs each rank wants of each.
+        remote: int64 `[P]`, tokens of the pairs that each rank wants and that are at home elsewhere, over all kv heads.
         kv_heads: kv heads.
         pair_bytes: bytes of one key and one value.
         ring_walks: how often keys and values would go round the ring: more than once where there are several chunks of
@@ -158,9 +150,8 @@ def choose_transport(plan: HomePlan, wanted: np.ndarray, kv_heads: int, pair_byt
         `"fetch"` where the busiest rank wants at most `FETCH_SHARE` of what `ring` would bring it; else `"all_gather"`
         where the others hold at most `GATHER_BYTES`; else `"ring"`.
     """
-    remote = remote_tokens(wanted.sum(2)).max(initial=0)
     everything = _remote_bytes(plan, kv_heads, pair_bytes)
-    if remote * pair_bytes <= FETCH_SHARE * everything * ring_walks:
+    if remote.max(initial=0) * pair_bytes <= FETCH_SHARE * everything * ring_walks:
         return "fetch"
     return "all_gather" if everything <= GATHER_BYTES else "ring"
 

@@ -33,18 +33,10 @@ def bring_home(plan: RankPlan, k: Tensor, v: Tensor, comm: CommGroup) -> HomeBlo
         k, v: local keys `[T, Hkv, D]` and values `[T, Hkv, Dv]`, any strides.
         comm: the group.
     """
-    home_from = index_tensor(plan, "home_from", k.device)
-    if home_from is None and not plan.plan.has_fragments:
+    if _stays(plan, "home_from", k.device):
         return HomeBlocks(plan, k, v, k.device)
-    width = k.shape[-1]
-    packed = torch.cat([k, v], dim=-1)
-    if plan.plan.has_fragments:
-        rows = packed[index_tensor(plan, "send_rows", k.device)]
-        received = comm.all_to_all(rows, plan.send_tokens.tolist(), plan.receive_tokens.tolist(), "home blocks").wait()
-        packed = torch.cat([packed, received])
-    if home_from is not None:
-        packed = packed[home_from]
-    return HomeBlocks(plan, packed[..., :width], packed[..., width:], k.device)
+    counts = plan.send_tokens, plan.receive_tokens
+    return HomeBlocks(plan, *_moved(plan, k, v, comm, "send_rows", "home_from", counts, "home blocks"), k.device)
 
 
 def send_back(plan: RankPlan, dk: Tensor, dv: Tensor, comm: CommGroup) -> tuple[Tensor, Tensor]:
@@ -58,17 +50,35 @@ def send_back(plan: RankPlan, dk: Tensor, dv: Tensor, comm: CommGroup) -> tuple[
     Returns:
         dk, dv of the local tokens.
     """
-    local_from = index_tensor(plan, "local_from", dk.device)
-    if local_from is None and not plan.plan.has_fragments:
+    if _stays(plan, "local_from", dk.device):
         return dk, dv
-    width = dk.shape[-1]
-    packed = torch.cat([dk, dv], dim=-1)
+    counts = plan.receive_tokens, plan.send_tokens
+    return _moved(plan, dk, dv, comm, "return_rows", "local_from", counts, "home gradients")
+
+
+def _stays(plan: RankPlan, order: str, device: torch.device) -> bool:
+    """Whether rows are where they belong already, on all ranks as far as fragments go."""
+    return index_tensor(plan, order, device) is None and not plan.plan.has_fragments
+
+
+def _moved(
+    plan: RankPlan, x: Tensor, y: Tensor, comm: CommGroup, leaving: str, order: str, counts: tuple[np.ndarray, np.ndarray],
+    stage: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rows of `x` and `y` after fragments have moved: one all-to-all of both, none where there are no fragments.
+
+    Args:
+        leaving, order: index tensors of the plan: rows that leave, and for each row of the result its row in
+            `[rows | received rows]`.
+        counts: rows sent to and received from each rank.
+    """
+    width, packed, index = x.shape[-1], torch.cat([x, y], dim=-1), index_tensor(plan, order, x.device)
     if plan.plan.has_fragments:
-        rows = packed[index_tensor(plan, "return_rows", dk.device)]
-        back = comm.all_to_all(rows, plan.receive_tokens.tolist(), plan.send_tokens.tolist(), "home gradients").wait()
-        packed = torch.cat([packed, back])
-    if local_from is not None:
-        packed = packed[local_from]
+        rows = packed[index_tensor(plan, leaving, x.device)]
+        arrived = comm.all_to_all(rows, counts[0].tolist(), counts[1].tolist(), stage).wait()
+        packed = torch.cat([packed, arrived])
+    if index is not None:
+        packed = packed[index]
     return packed[..., :width], packed[..., width:]
 
 

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .partition import Partition, chunked, expand_runs, merge_adjacent, partition_of
+from .balance import balanced_runs
+from .partition import Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
 
 _SHOWN_RANKS = 8
 """Of so many ranks a layout shows how many tokens they hold."""
@@ -31,13 +32,14 @@ _SHOWN_RANKS = 8
 class SequenceLayout:
     """Tokens of packed documents spread over the ranks of a context-parallel group.
 
-    Make one with `contiguous`, `zigzag` or `from_runs`. Immutable, hashable, equal when it puts the same tokens of the
-    same documents at the same places, however it was made.
+    Make one with `contiguous`, `zigzag`, `balanced` or `from_runs`. Immutable, hashable, equal when it puts the same tokens of
+    the same documents at the same places, however it was made.
 
     Attributes:
         cu_seqlens: `(0, end of document 0, end of document 1, ...)`; documents may be empty.
         cp_size: number of ranks.
         partition: which rank holds which tokens, as a rule or as lists of runs.
+        description: all of it as one int64 array, for graphs that take a layout as a tensor; see `from_description`.
 
     Example:
         >>> layout = SequenceLayout.zigzag([0, 5, 12], cp_size=2)   # each document is cut into 4 chunks
@@ -51,6 +53,7 @@ class SequenceLayout:
         self._cu_seqlens, self.partition = cu_seqlens, partition
         self._cu_seqlens.flags.writeable = False
         self._local_tokens: dict[int, int] = {}
+        self.description = describe(cu_seqlens, partition)
 
     @classmethod
     def contiguous(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int) -> SequenceLayout:
@@ -85,6 +88,27 @@ class SequenceLayout:
         return cls(cu, chunked(cu, _check_cp_size(cp_size), mirrored=True, per_document=per_document))
 
     @classmethod
+    def balanced(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int, block_size: int, topk: int) -> SequenceLayout:
+        """Equal attention and scoring work on every rank, and equal numbers of tokens, for callers who slice themselves.
+
+        A rank holds up to two runs of each document, near its start and near its end. `zigzag` gives equal tokens only: at
+        (4096, 12) and 256K tokens, one of two ranks then attends to a fifth more keys than the other. Splitting heads
+        (`comm="a2a"`) balances every layout, and needs this one for the sequence ranks only.
+
+        Args:
+            cu_seqlens: host ints: 0 and the end of each document.
+            cp_size: number of ranks, at least 1.
+            block_size, topk: of the attention that will run, at least 1. Other values still give a right layout.
+
+        Raises:
+            TypeError, ValueError: an argument is not as said; the message carries its value.
+        """
+        cu, size = _host_cu_seqlens(cu_seqlens), _check_cp_size(cp_size)
+        block_size, topk = (_positive(name, x) for name, x in (("block_size", block_size), ("topk", topk)))
+        runs = [merge_adjacent(rank) for rank in balanced_runs(cu, size, block_size, topk)]
+        return cls(cu, partition_of(runs, cu))
+
+    @classmethod
     def from_runs(cls, runs: Sequence[Sequence[tuple[int, int]]], cu_seqlens: Iterable[int] | Tensor) -> SequenceLayout:
         """Any layout: for each rank its runs `(start, end)` of token numbers, in the order it holds them.
 
@@ -104,6 +128,26 @@ class SequenceLayout:
         merged = [merge_adjacent(_host_runs(rank, r)) for rank, r in enumerate(runs)]
         _check_cover(merged, int(cu[-1]))
         return cls(cu, partition_of(merged, cu))
+
+    @classmethod
+    def from_description(cls, description: np.ndarray) -> SequenceLayout:
+        """The layout with this `description`.
+
+        Raises:
+            ValueError: it is no layout's.
+        """
+        kind, size, documents = (int(x) for x in description[:3])
+        rest = description[3:].tolist()
+        cu, listed = rest[: documents + 1], rest[documents + 1 :]
+        match kind:
+            case Kind.CONTIGUOUS:
+                return cls.contiguous(cu, size)
+            case Kind.ZIGZAG | Kind.ZIGZAG_PER_DOCUMENT:
+                return cls.zigzag(cu, size, per_document=kind == Kind.ZIGZAG_PER_DOCUMENT)
+            case Kind.LISTED:
+                counts, flat = listed[:size], np.array(listed[size:], dtype=np.int64).reshape(-1, 2)
+                return cls(_host_cu_seqlens(cu), Listed(np.split(flat, np.cumsum(counts)[:-1])))
+        raise ValueError(f"no layout has a description that begins with {description[:3].tolist()}")
 
     @cached_property
     def runs(self) -> tuple[np.ndarray, ...]:
@@ -139,7 +183,7 @@ class SequenceLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory, without `runs` of a layout kept as a rule."""
-        return self._cu_seqlens.nbytes + self.partition.nbytes
+        return self._cu_seqlens.nbytes + self.partition.nbytes + self.description.nbytes
 
     def local_tokens(self, rank: int) -> int:
         """Number of tokens that `rank` holds."""
@@ -228,6 +272,15 @@ def _integer(name: str, value: int) -> int:
     if not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return operator.index(value)
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    number = _integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
 
 
 def _check_cp_size(cp_size: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -296,6 +297,28 @@ def chunked(cu_seqlens: np.ndarray, size: int, mirrored: bool, per_document: boo
     if np.count_nonzero(np.diff(by_document.bounds) > 1) <= 1 and _same(by_document, over_all):
         return over_all
     return by_document
+
+
+class Kind(IntEnum):
+    """First number of a layout's description."""
+
+    CONTIGUOUS = 0
+    ZIGZAG = 1
+    ZIGZAG_PER_DOCUMENT = 2
+    LISTED = 3
+
+
+def describe(cu_seqlens: np.ndarray, partition: Partition) -> np.ndarray:
+    """int64: kind, ranks, documents, `cu_seqlens`; of listed runs also their number on each rank, and the runs."""
+    kind, listed = Kind.LISTED, []
+    if isinstance(partition, Chunked):
+        whole = partition.bounds.size <= 2
+        kind = (Kind.ZIGZAG if whole else Kind.ZIGZAG_PER_DOCUMENT) if partition.mirrored else Kind.CONTIGUOUS
+    else:
+        runs = [partition.runs(rank) for rank in range(partition.size)]
+        listed = [np.array([len(r) for r in runs]), *(r.reshape(-1) for r in runs)]
+    head = np.array([kind, partition.size, cu_seqlens.size - 1])
+    return np.concatenate([head, cu_seqlens, *listed])
 
 
 def partition_of(runs: Sequence[np.ndarray], cu_seqlens: np.ndarray) -> Partition:

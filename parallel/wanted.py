@@ -18,22 +18,40 @@ _AT_ONCE = 1 << 23
 
 @dataclass
 class Wanted:
-    """Wanted pairs of every rank, 8 to a byte.
+    """Wanted pairs of every rank, 8 per byte.
 
     Attributes:
         packed: uint8 `[P, Hkv, ceil(n_blocks / 8)]` on the device: `Hkv * n_blocks / 8` bytes per rank, 16 MiB for 128 ranks
             that hold 16M tokens in blocks of 128, with 8 kv heads.
-        n_blocks: blocks over all documents.
+        plan: this rank's plan.
     """
 
     packed: Tensor
-    n_blocks: int
+    plan: RankPlan
     _read_tokens: Callable[[], Tensor]
 
-    def tokens(self) -> np.ndarray:
-        """int64 `[destination, home, Hkv]`, tokens of the pairs that `destination` wants of `home`. Waits for the device
-        the first time, though not for work enqueued after the table was gathered."""
-        return self._read_tokens().numpy()
+    @property
+    def n_blocks(self) -> int:
+        return len(self.plan.plan.blocks)
+
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the wanted pairs that this rank sends to and receives from each rank, itself included: int64 `[P, Hkv]`
+        twice. Waits for the device the first time, but not for work enqueued after the table was gathered."""
+        sent, received = self._read_tokens().numpy()
+        return sent, received
+
+    def remote_tokens(self) -> np.ndarray:
+        """int64 `[P]`: tokens of the pairs that each rank wants and that are at home elsewhere, over all kv heads. Reads the
+        whole table, a bounded part at a time, and waits for the device."""
+        ranks, kv_heads = self.packed.shape[:2]
+        home, length = home_and_length(self.plan.plan, self.packed.device)
+        tokens = torch.zeros(ranks, dtype=torch.int64, device=self.packed.device)
+        step = max(1, _AT_ONCE // max(1, kv_heads * self.n_blocks))
+        for first in range(0, ranks, step):
+            some = torch.arange(first, min(first + step, ranks), device=home.device)
+            keys = (unpack_bits(self.packed[first : first + step], self.n_blocks) * length).sum(1)
+            tokens[first : first + step] = keys.masked_fill_(home == some[:, None], 0).sum(1)
+        return tokens.cpu().numpy()
 
     def of_rank(self, rank: int, heads: slice) -> Tensor:
         """bool `[H, n_blocks]`: what `rank` wants of these kv heads."""
@@ -41,26 +59,24 @@ class Wanted:
 
     def of_blocks(self, blocks: Tensor, heads: slice) -> Tensor:
         """bool `[P, H, n]`: which ranks want these blocks, int64 `[n]`, of these kv heads."""
-        return (self.packed[:, heads].index_select(2, blocks >> 3) >> (blocks & 7).to(torch.uint8)) & 1 != 0
+        return _bits_of_blocks(self.packed[:, heads], blocks)
 
 
 def exchange_wanted(mine: Tensor, plan: RankPlan, comm: CommGroup) -> Wanted:
-    """Gather every rank's wanted pairs (one bit per pair), and start reading how many tokens go from where to where.
+    """Gather every rank's wanted pairs (one bit per pair), and start reading how many tokens this rank sends and receives.
 
     Args:
         mine: bool `[Hkv, n_blocks]`, pairs that the rows of this rank selected.
         plan: this rank's plan.
         comm: the group.
     """
-    kv_heads, n_blocks = mine.shape
     packed = comm.all_gather(pack_bits(mine), "wanted pairs").wait()
     home, length = home_and_length(plan.plan, packed.device)
-    tokens = torch.zeros(comm.size, kv_heads, comm.size, dtype=torch.int64, device=packed.device)
-    ranks = max(1, _AT_ONCE // max(1, kv_heads * n_blocks))
-    for first in range(0, comm.size, ranks):
-        here = slice(first, first + ranks)
-        tokens[here].index_add_(2, home, unpack_bits(packed[here], n_blocks) * length)
-    return Wanted(packed, n_blocks, to_host(tokens.transpose(1, 2).contiguous()))
+    received = torch.zeros(mine.shape[0], comm.size, dtype=torch.int64, device=packed.device)
+    received.index_add_(1, home, mine * length)
+    blocks, _, held = home_blocks(plan, packed.device)
+    sent = (_bits_of_blocks(packed, blocks) * held).sum(2)
+    return Wanted(packed, plan, to_host(torch.stack([sent, received.T])))
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -76,6 +92,11 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     return ((packed[..., None] >> _shifts(packed.device)) & 1 != 0).flatten(-2)[..., :n]
 
 
+def _bits_of_blocks(packed: Tensor, blocks: Tensor) -> Tensor:
+    """bool `[P, H, n]`: the bits of some blocks."""
+    return (packed.index_select(2, blocks >> 3) >> (blocks & 7).to(torch.uint8)) & 1 != 0
+
+
 def _shifts(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
 
@@ -86,3 +107,14 @@ def home_and_length(plan: HomePlan, device: torch.device) -> tuple[Tensor, Tenso
         ("home and length", device),
         lambda: (torch.from_numpy(plan.home).to(device), torch.from_numpy(plan.blocks.length).to(device)),
     )
+
+
+def home_blocks(plan: RankPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks at home on this rank, ascending: int64 numbers, rows of their first keys, and lengths."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        mine = np.flatnonzero(plan.plan.home == plan.rank)
+        arrays = (mine, plan.plan.home_row[mine], plan.plan.blocks.length[mine])
+        return tuple(torch.from_numpy(x).to(device) for x in arrays)  # type: ignore[return-value]
+
+    return plan.plan.memo.get(("home blocks", plan.rank, device), make)

@@ -1,7 +1,7 @@
 """The same training run with CP = 2 on two GPUs and CP = 1 on one: loss curves, tokens/s, MFU, peak memory.
 
-    python scripts/bench_training.py --out docs/results/training.json
-    python scripts/bench_training.py --config configs/quickstart.yaml --device cpu --steps 8 --out t.json \\
+    python -m scripts.bench_training --out docs/results/training.json
+    python -m scripts.bench_training --config configs/quickstart.yaml --device cpu --steps 8 --out t.json \\
         -- data.seq_length=192 optimizer.warmup_steps=2
 
 Every run is `examples/megatron_gpt/train.py` with the YAML file, the overrides after `--`, and no evaluation, checkpoint or
@@ -41,12 +41,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import launch
 import torch
 import typer
-from bench_about import about
 from rich.console import Console
 from rich.table import Table
+
+from .harness import training
+from .harness.records import REPOSITORY, about, megatron_core_version, write_json
 
 if TYPE_CHECKING:
     from examples.megatron_gpt.config import TrainConfig
@@ -85,7 +86,7 @@ class Started:
 
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="keys of the configuration to change")] = None,
-    config: Annotated[Path, typer.Option(help="YAML file")] = launch.REPOSITORY / "configs" / "gpt_300m_128k.yaml",
+    config: Annotated[Path, typer.Option(help="YAML file")] = REPOSITORY / "configs" / "gpt_300m_128k.yaml",
     out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/bench_training/training.json"),
     output: Annotated[Path, typer.Option(help="folder for the runs (replaced if there)")] = Path("runs/bench_training"),
     steps: Annotated[int, typer.Option(help="optimizer steps of each run")] = 60,
@@ -104,23 +105,20 @@ def main(
     if device == "cuda" and torch.cuda.device_count() < 2:
         sys.exit(f"two GPUs are needed, {torch.cuda.device_count()} visible; --device cpu runs over gloo")
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex, Transformer Engine: optional
-    import megatron.core
-
     from examples.megatron_gpt.config import load_config
 
     changes = [*(overrides or []), f"run.steps={steps}", *PLAIN]
     settings = load_config(config, changes)
     parts = [int(n) for n in noise.split(",")]
     phases = plan(comm.split(","), parts, side_by_side=not alone, only=runs.split(",") if runs else None)
-    megatron_version = megatron.core.__version__.split("+")[0]  # behind a plus: the commit of the checkout around it
     described = setup(config, settings, overrides or [], side_by_side=not alone)
     content: dict[str, Any] = {
-        "about": about(commit) | {"megatron_core": megatron_version, "backend": backend(device)},
+        "about": about(commit) | {"megatron_core": megatron_core_version(), "backend": backend(device)},
         "setup": described,
         "runs": kept(out, described) if runs else {},
         "comparison": {},
     }
-    write(out, content)
+    write_json(out, content)
     for number, phase in enumerate(phases):
         # A phase may take half of what is left, so that a run that hangs leaves time to the next; the last one all.
         left = deadline - time.monotonic()
@@ -191,7 +189,7 @@ def start(run: Run, config: Path, changes: list[str], output: Path, device: str)
     shutil.rmtree(output / run.name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     ours = [f"run.directory={output}", f"run.name={run.name}", f"parallel.context={run.context}", *run.changes]
-    line, environment = launch.command(config, [*changes, *ours], run.context, device)
+    line, environment = training.command(config, [*changes, *ours], run.context, device)
     if device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[run.first_gpu : run.first_gpu + run.context])
@@ -217,7 +215,7 @@ def wait(started: list[Started], until: float, steps: int, output: Path, content
                 item, steps, output / item.run.name, taken, late, content["about"]["commit"]
             )
             content["comparison"] = compare(content["runs"])
-            write(out, content)
+            write_json(out, content)
         if running and time.monotonic() - told > 15:
             told = time.monotonic()
             console.print(
@@ -255,7 +253,7 @@ def stop(started: Iterable[Started]) -> None:
 
 def metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     """What a run logged; nothing if it did not get that far."""
-    return launch.metrics(folder, kind) if (folder / "metrics.jsonl").exists() else []
+    return training.metrics(folder, kind) if (folder / "metrics.jsonl").exists() else []
 
 
 def own_lines(log: Path) -> list[str]:
@@ -319,13 +317,6 @@ def difference(reference: list[float], losses: list[float]) -> dict[str, Any]:
         "last": values[-1],
         "by_step": values,
     }
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
 
 
 def show(content: dict[str, Any]) -> None:

@@ -1,15 +1,15 @@
-"""Draw the picture of the README: python scripts/make_picture.py [docs/moba_cp.png]
+"""Draw the picture of the README: python -m scripts.make_picture [docs/moba_cp.png]
 
 One document of 16 blocks over 4 ranks in zigzag, and one query with topk = 4. The same file comes out every time.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
+import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
@@ -30,7 +30,8 @@ CARD_X, CARD_Y, CARD_WIDTH, CARD_HEIGHT = [4.0, 34.0, 64.0, 94.0], 40.0, 26.0, 2
 COLUMN_X = [86.0, 95.2, 104.4, 113.6]  # of the selected blocks, on their way to the merge
 
 
-def main(path: Path) -> None:
+def main(path: Annotated[Path, typer.Argument(help="a .png or .svg file")] = Path("docs/moba_cp.png")) -> None:
+    """Draw how a query of one rank finds its blocks and what comes over."""
     matplotlib.rcParams["svg.hashsalt"] = "moba_cp"  # ids inside the file do not change from run to run
     figure = Figure(figsize=(WIDTH / 10, HEIGHT / 10), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
@@ -38,7 +39,9 @@ def main(path: Path) -> None:
     axes.axis("off")
 
     sequence(axes, y=67.8)
-    text(axes, 6.5, 64.3, "Tokens stay where they are. Centroids (one mean key a block) go everywhere.", weight="bold")
+    text(
+        axes, 6.5, 64.3, "Tokens stay where they are. Centroids (one mean key per block) go everywhere.", weight="bold"
+    )
     number(axes, 4.9, 64.3, 1)
     for rank in range(RANKS):
         rank_card(axes, rank)
@@ -93,7 +96,7 @@ def gate(axes: Axes, x: float, y: float) -> None:
     for block, score in enumerate([*SCORES, 1.0]):
         rank, selected, own = RANK_OF_BLOCK[block], block in SELECTED, block == QUERY_BLOCK
         left = x + 0.4 + step * block
-        style = {"linestyle": (0, (3, 2))} if own else {}  # the own block has no score
+        style: dict[str, Any] = {"linestyle": (0, (3, 2))} if own else {}  # the own block has no score
         axes.add_patch(
             Rectangle(
                 (left, y + 2.9),
@@ -146,7 +149,7 @@ def partials(axes: Axes, y: float) -> None:
         axes,
         y + 2.0,
         4,
-        "One partial result a block",
+        "One partial result per block",
         ["output and log-sum-exp; it depends", "on this query and block alone"],
     )
     for x, block in zip(COLUMN_X, SELECTED, strict=True):
@@ -211,7 +214,7 @@ def arrow(axes: Axes, path: list[tuple[float, float]], colour: str, width: float
         solid_capstyle="round",
         zorder=1.5,
     )
-    style = {"arrowstyle": "-|>", "mutation_scale": 9 + 3 * width, "shrinkA": 0, "shrinkB": 0}
+    style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 9 + 3 * width, "shrinkA": 0, "shrinkB": 0}
     axes.add_patch(FancyArrowPatch(path[-2], path[-1], color=colour, linewidth=width, zorder=1.5, **style))
 
 
@@ -239,4 +242,4 @@ def text(axes: Axes, x: float, y: float, s: str, size: float = 10.0, colour: str
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/moba_cp.png"))
+    typer.run(main)

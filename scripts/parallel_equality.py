@@ -1,23 +1,24 @@
-"""One table: losses and gradient norms of the same training run under every way to split it over processes."""
+"""One table: losses and gradient norms of the same training run under every way to split it over processes.
+
+python -m scripts.parallel_equality --results docs/results/parallel_equality.json
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import launch
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from .harness import training
+from .harness.records import about, megatron_core_version, write_json
 
 TOLERANCE = 1e-5
 FIGURES = ("loss", "grad_norm", "evaluation_loss")
@@ -200,26 +201,13 @@ def main(
             table.add_row(family.name if number == 0 else "", variant.label, *cells)
             console.print(f"{family.name}: {variant.label}: {', '.join(cells)}")
     console.print(table)
-    found = {"about": about(), "tolerance": TOLERANCE, "largest_relative_difference": worst, "runs": runs}
+    facts = about(device="CPU, gloo, fp32") | {"megatron_core": megatron_core_version()}
+    found = {"about": facts, "tolerance": TOLERANCE, "largest_relative_difference": worst, "runs": runs}
     results = results or output / "parallel_equality.json"
-    results.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(results, found)
     console.print(f"written to {results}")
     if worst > TOLERANCE:
         sys.exit(f"largest relative difference {worst:.2e}, more than {TOLERANCE:.0e}")
-
-
-def about() -> dict[str, str]:
-    """What the figures were made with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=launch.REPOSITORY)
-    megatron = "from importlib import import_module; print(import_module('megatron.core.package_info').__version__)"
-    version = subprocess.run([sys.executable, "-W", "ignore", "-c", megatron], capture_output=True, text=True)
-    return {
-        "device": "CPU, gloo, fp32",
-        "torch": torch.__version__,
-        "megatron_core": version.stdout.strip().splitlines()[-1],
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
 
 
 def run(family: Family, variant: Variant, output: Path, steps: int, source: Path | None) -> Curve:
@@ -235,13 +223,13 @@ def run(family: Family, variant: Variant, output: Path, steps: int, source: Path
         shutil.copytree(source / "checkpoints" / checkpoint, target / "checkpoints" / checkpoint)
         (target / "checkpoints" / "latest").write_text(checkpoint + "\n")
     script = "train_plain" if variant.plain else "train"
-    launch.train("quickstart", overrides, variant.processes, "cpu", quiet=True, script=script)
-    logged = {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in launch.metrics(target)}
-    return Curve(logged, launch.metrics(target, "eval")[-1]["loss"])
+    training.train("quickstart", overrides, variant.processes, "cpu", quiet=True, script=script)
+    logged = {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in training.metrics(target)}
+    return Curve(logged, training.metrics(target, "eval")[-1]["loss"])
 
 
 def write_documents(folder: Path) -> None:
-    """Short documents, several to a sequence: the paragraphs of a module of the standard library."""
+    """Short documents, several to a sequence: the paragraphs of a module of the standard library (it parses nothing here)."""
     folder.mkdir(parents=True)
     for number, paragraph in enumerate(Path(argparse.__file__).read_text().split("\n\n")):
         (folder / f"{number:04}.txt").write_text(paragraph or "\n")

@@ -1,12 +1,12 @@
-"""Megatron-LM's own pretrain_gpt.py, unmodified, with MoBA: on CPU, on one process and over context-parallel ranks."""
+"""Megatron-LM's own pretrain_gpt.py, unmodified, with MoBA: on CPU, on one process and over context-parallel ranks.
+
+python -m scripts.pretrain_gpt_stock /path/to/Megatron-LM
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from .harness.records import REPOSITORY, about, git, megatron_core_version, write_json
+
 TOLERANCE = 1e-5
 console = Console(soft_wrap=True)
 
@@ -116,8 +116,8 @@ def main(
             runs[-1]["relative_difference"] = difference
             console.print(f"{family.name}; {name}: {' '.join(map(str, losses(curve)))} ({difference:.0e})")
     if results:
-        found = {"about": about(megatron_lm), "tolerance": TOLERANCE, "largest_relative_difference": worst}
-        results.write_text(json.dumps(found | {"runs": runs}, indent=1) + "\n")
+        found = {"about": facts(megatron_lm), "tolerance": TOLERANCE, "largest_relative_difference": worst}
+        write_json(results, found | {"runs": runs})
         console.print(f"written to {results}")
     if worst > TOLERANCE:
         sys.exit(f"largest relative difference {worst:.2e}, more than {TOLERANCE:.0e}")
@@ -198,20 +198,10 @@ def run(line: list[str], megatron_lm: Path) -> dict[str, Any]:
     }
 
 
-def about(megatron_lm: Path) -> dict[str, Any]:
+def facts(megatron_lm: Path) -> dict[str, Any]:
     """What the runs were made with."""
-
-    def git(folder: Path, *arguments: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    package = runpy.run_path(str(megatron_lm / "megatron" / "core" / "package_info.py"))
-    return {
-        "device": "CPU, gloo, fp32",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git(REPOSITORY, "rev-parse", "HEAD") or "unknown",
-        "megatron_lm": package["__version__"],
+    return about(device="CPU, gloo, fp32") | {
+        "megatron_lm": megatron_core_version(megatron_lm / "megatron" / "core"),
         "megatron_lm_commit": git(megatron_lm, "rev-parse", "HEAD") or "unknown",
         "megatron_lm_unmodified": git(megatron_lm, "status", "--porcelain", "--untracked-files=no") == "",
     }

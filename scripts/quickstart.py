@@ -1,4 +1,8 @@
-"""Train the same small GPT with its sequences on one process and sharded over two, and compare the losses."""
+"""Train the same small GPT with its sequences on one process and sharded over two, and compare the losses.
+
+bash scripts/quickstart.sh             # sets up first
+python -m scripts.quickstart           # in an environment with the extra `train`
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import launch
-import matplotlib
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from .harness import training
+from .tables.text import pyplot
 
 TOLERANCE = 1e-5
 console = Console()
@@ -77,8 +79,8 @@ def train(run: Run, output: Path, overrides: list[str]) -> list[float]:
     """Train through torchrun and return the loss of every step."""
     console.rule(f"{run.label}: {run.context} process(es), {run.device}")
     ours = [f"run.name={run.name}", f"run.directory={output}", f"parallel.context={run.context}"]
-    launch.train("quickstart", [*overrides, *ours], run.context, run.device)
-    return [entry["loss"] for entry in launch.metrics(output / run.name)]
+    training.train("quickstart", [*overrides, *ours], run.context, run.device)
+    return [entry["loss"] for entry in training.metrics(output / run.name)]
 
 
 def compare(losses: dict[str, list[float]], pair: list[Run]) -> float:
@@ -97,6 +99,7 @@ def compare(losses: dict[str, list[float]], pair: list[Run]) -> float:
 
 def plot(losses: dict[str, list[float]], path: Path) -> None:
     """Loss curves of all runs."""
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150, layout="constrained")
     for (label, values), style in zip(losses.items(), ("-", "--", ":")):
         axes.plot(range(1, len(values) + 1), values, style, linewidth=2, label=label)

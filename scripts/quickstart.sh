@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 set_up train
-python scripts/quickstart.py "$@"
+python -m scripts.quickstart "$@"

@@ -1,14 +1,13 @@
 """NVIDIA's compute-sanitizer over every kernel: reads and writes outside (memcheck), races in shared memory (racecheck).
 
-    PYTHONPATH=. python3 scripts/sanitize.py --out docs/results/sanitizer.json
+    python -m scripts.sanitize --out docs/results/sanitizer.json
 
-Runs itself under each tool: small calls of `moba_attention`, forward and backward, that take every kernel. Memory is not
-cached, so that what lies beside a tensor is not another's.
+Runs itself under each tool: small calls of `moba_attention`, forward and backward, that take every kernel. The caching
+allocator is off, so that an access past the end of a tensor does not fall into another one.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -16,6 +15,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from moba_cp import MoBAConfig, SequenceLayout, moba_attention
+
+from .harness.records import REPOSITORY, about, write_json
 
 # name: cu_seqlens, block size, topk, q heads, kv heads, D, Dv, workspace bytes
 CASES = {
@@ -29,21 +36,27 @@ CASES = {
 TOOLS = ("memcheck", "racecheck")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--seconds", type=int, default=300, help="limit of each tool")
-    parser.add_argument("--commit", default="", help="git commit to note, where the checkout has no .git")
-    options = parser.parse_args()
-    subprocess.run([sys.executable, __file__, "cases"], check=True)  # compiles, so that the tools watch kernels alone
+def main(
+    out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/sanitizer.json"),
+    seconds: Annotated[int, typer.Option(help="limit of each tool")] = 300,
+    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    only_cases: Annotated[
+        bool, typer.Option("--only-cases", help="make the calls without a tool, write nothing")
+    ] = False,
+) -> None:
+    """Run small calls that take every kernel under compute-sanitizer. Exits with an error if a tool finds something."""
+    if only_cases:
+        run_cases()
+        return
+    cases = [sys.executable, "-m", "scripts.sanitize", "--only-cases"]
+    subprocess.run(cases, check=True, cwd=REPOSITORY)  # compiles, so that the tools watch kernels alone
     tools = {}
     for tool in TOOLS:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "cases"]
         began = time.perf_counter()
         try:
             done = subprocess.run(
-                command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True,
-                timeout=options.seconds,
+                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *cases], cwd=REPOSITORY,
+                env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True, timeout=seconds,
             )  # fmt: skip
             text, status = done.stdout + done.stderr, done.returncode
         except subprocess.TimeoutExpired as error:
@@ -58,18 +71,12 @@ def main() -> None:
         print(tool, json.dumps(tools[tool]), flush=True)
         if status:
             print(text[-6000:], flush=True)
-    from bench_about import about
-
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"about": about(options.commit), "tools": tools}, indent=1) + "\n")
+    write_json(out, {"about": about(commit), "tools": tools})
     sys.exit(any(found["exit_status"] for found in tools.values()))
 
 
 def run_cases() -> None:
-    import torch
-
-    from moba_cp import MoBAConfig, SequenceLayout, moba_attention
-
+    """Forward and backward of every case, on the GPU."""
     for name, (cu_seqlens, block_size, topk, q_heads, kv_heads, dim, value_dim, workspace) in CASES.items():
         torch.manual_seed(0)
         shapes = [(q_heads, dim), (kv_heads, dim), (kv_heads, value_dim)]
@@ -77,12 +84,13 @@ def run_cases() -> None:
             torch.randn(cu_seqlens[-1], *s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes
         ]
         layout = SequenceLayout.contiguous(cu_seqlens, 1)
-        out = moba_attention(*inputs, MoBAConfig(block_size, topk), layout=layout, workspace_bytes=workspace)
+        q, k, v = inputs
+        out = moba_attention(q, k, v, MoBAConfig(block_size, topk), layout=layout, workspace_bytes=workspace)
         out.backward(torch.randn_like(out))
         torch.cuda.synchronize()
-        assert all(x.grad.isfinite().all() for x in inputs)
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs)
         print(f"done: {name}", flush=True)
 
 
 if __name__ == "__main__":
-    run_cases() if sys.argv[1:] == ["cases"] else main()
+    typer.run(main)

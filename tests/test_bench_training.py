@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,9 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def bench() -> dict[str, Any]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return runpy.run_path(str(SCRIPTS / "bench_training.py"))
-    finally:
-        sys.path.remove(str(SCRIPTS))
+from scripts import bench_training as bench
+from scripts.harness.records import write_json
+from scripts.tables.training import training_plot, training_table
 
 
 def entries(losses: list[float], speed: float = 100.0) -> list[dict[str, Any]]:
@@ -35,32 +26,30 @@ def entries(losses: list[float], speed: float = 100.0) -> list[dict[str, Any]]:
     ]
 
 
-def run(bench: dict[str, Any], context: int, losses: list[float], speed: float = 100.0) -> dict[str, Any]:
+def run(context: int, losses: list[float], speed: float = 100.0) -> dict[str, Any]:
     head = {"context": context, "changes": [], "status": "finished", "parameters": 328_000_000, "seconds_in_all": 1.0}
-    return head | bench["summary"](entries(losses, speed), warmup=1)
+    return head | bench.summary(entries(losses, speed), warmup=1)
 
 
-def test_speed_leaves_the_first_steps_out_and_memory_is_the_largest(bench: dict[str, Any]) -> None:
-    result = bench["summary"](entries([3.0, 2.0, 1.0]), warmup=1)
+def test_speed_leaves_the_first_steps_out_and_memory_is_the_largest() -> None:
+    result = bench.summary(entries([3.0, 2.0, 1.0]), warmup=1)
     assert (result["steps"], result["tokens_per_second"], result["peak_memory_gib"]) == (3, 100.0, 12.0)
     assert result["loss"] == [3.0, 2.0, 1.0]
-    assert bench["summary"]([]) == {"steps": 0}
-    assert (
-        bench["summary"](entries([3.0]), warmup=5)["tokens_per_second"] == 1.0
-    )  # cut off before the end of the warm-up
+    assert bench.summary([]) == {"steps": 0}
+    assert bench.summary(entries([3.0]), warmup=5)["tokens_per_second"] == 1.0  # cut off before the end of the warm-up
 
 
-def test_differences_are_held_against_the_noise(bench: dict[str, Any]) -> None:
+def test_differences_are_held_against_the_noise() -> None:
     reference = [6.0, 5.0, 4.0, 3.0]
     runs = {
-        "cp2": run(bench, 2, [6.0, 5.0, 4.02, 3.01]),
-        "cp1": run(bench, 1, reference),
-        "noise2": run(bench, 1, [6.0, 5.0, 3.99, 3.01]),
-        "noise4": run(bench, 1, [6.0, 5.0, 4.0, 3.0]),
-        "cp2_ring": run(bench, 2, [6.0, 5.0, 4.1]),
-        "cp2_fetch": run(bench, 2, [6.0, math.nan, 4.0, 3.0]),
+        "cp2": run(2, [6.0, 5.0, 4.02, 3.01]),
+        "cp1": run(1, reference),
+        "noise2": run(1, [6.0, 5.0, 3.99, 3.01]),
+        "noise4": run(1, [6.0, 5.0, 4.0, 3.0]),
+        "cp2_ring": run(2, [6.0, 5.0, 4.1]),
+        "cp2_fetch": run(2, [6.0, math.nan, 4.0, 3.0]),
     }
-    found = bench["compare"](runs, factor=3.0)
+    found = bench.compare(runs, factor=3.0)
     assert set(found) == {"cp2", "noise2", "noise4", "cp2_ring", "cp2_fetch"}
     assert found["cp2"]["max"] == pytest.approx(0.02)
     assert found["cp2"]["median"] == pytest.approx(0.005)
@@ -71,51 +60,47 @@ def test_differences_are_held_against_the_noise(bench: dict[str, Any]) -> None:
     assert "within_noise" not in found["noise2"]
 
 
-def test_runs_that_are_missing_leave_no_verdict(bench: dict[str, Any]) -> None:
-    cp2 = run(bench, 2, [6.0, 5.0])
-    assert bench["compare"]({"cp2": cp2}) == {}
+def test_runs_that_are_missing_leave_no_verdict() -> None:
+    cp2 = run(2, [6.0, 5.0])
+    assert bench.compare({"cp2": cp2}) == {}
     failed = {"context": 1, "changes": [], "status": "failed", "parameters": None, "steps": 0}
-    found = bench["compare"]({"cp2": cp2, "cp1": run(bench, 1, [6.0, 5.0]), "noise": failed})
+    found = bench.compare({"cp2": cp2, "cp1": run(1, [6.0, 5.0]), "noise": failed})
     assert set(found) == {"cp2"}
     assert "within_noise" not in found["cp2"]
 
 
-def test_the_last_digit_of_fp32_is_noise(bench: dict[str, Any]) -> None:
-    runs = {name: run(bench, 1, [6.0, 5.0]) for name in ("cp1", "noise2")}
-    assert bench["compare"](runs | {"cp2": run(bench, 2, [6.0 + 5e-7, 5.0])})["cp2"]["within_noise"]
+def test_the_last_digit_of_fp32_is_noise() -> None:
+    runs = {name: run(1, [6.0, 5.0]) for name in ("cp1", "noise2")}
+    assert bench.compare(runs | {"cp2": run(2, [6.0 + 5e-7, 5.0])})["cp2"]["within_noise"]
 
 
-def test_single_rank_runs_go_side_by_side_on_their_own_gpus(bench: dict[str, Any]) -> None:
-    phases = bench["plan"](["auto", "ring"], [2, 4], side_by_side=True)
+def test_single_rank_runs_go_side_by_side_on_their_own_gpus() -> None:
+    phases = bench.plan(["auto", "ring"], [2, 4], side_by_side=True)
     assert [[r.name for r in phase] for phase in phases] == [["cp2"], ["cp2_ring"], ["cp1", "noise2"], ["noise4"]]
     assert [r.first_gpu for r in phases[2]] == [0, 1]
     assert phases[2][1].changes == ("run.token_parts=2",)
-    alone = bench["plan"](["auto"], [2], side_by_side=False)
+    alone = bench.plan(["auto"], [2], side_by_side=False)
     assert [[r.first_gpu for r in phase] for phase in alone] == [[0], [0], [0]]
-    some = bench["plan"](["auto"], [2], side_by_side=True, only=["noise2"])
+    some = bench.plan(["auto"], [2], side_by_side=True, only=["noise2"])
     assert [[r.name for r in phase] for phase in some] == [["noise2"]]
     with pytest.raises(SystemExit, match="nonsense"):
-        bench["plan"](["auto"], [2], side_by_side=True, only=["nonsense"])
+        bench.plan(["auto"], [2], side_by_side=True, only=["nonsense"])
 
 
-def test_runs_of_the_same_settings_are_kept(bench: dict[str, Any], tmp_path: Path) -> None:
+def test_runs_of_the_same_settings_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "training.json"
-    assert bench["kept"](out, {"steps": 3}) == {}
-    bench["write"](out, {"setup": {"steps": 3}, "runs": {"cp1": {"status": "finished"}}})
-    assert bench["kept"](out, {"steps": 3}) == {"cp1": {"status": "finished"}}
+    assert bench.kept(out, {"steps": 3}) == {}
+    write_json(out, {"setup": {"steps": 3}, "runs": {"cp1": {"status": "finished"}}})
+    assert bench.kept(out, {"steps": 3}) == {"cp1": {"status": "finished"}}
     with pytest.raises(SystemExit, match="other settings"):
-        bench["kept"](out, {"steps": 4})
+        bench.kept(out, {"steps": 4})
 
 
-def test_results_become_a_table_and_a_plot(
-    bench: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    tables = runpy.run_path(str(SCRIPTS / "make_tables.py"))
+def test_results_become_a_table_and_a_plot(tmp_path: Path) -> None:
     runs = {
-        "cp2": run(bench, 2, [6.0, 5.0, 4.02], speed=190.0),
-        "cp1": run(bench, 1, [6.0, 5.0, 4.0]),
-        "noise4": run(bench, 1, [6.0, 5.0, 3.99]),
+        "cp2": run(2, [6.0, 5.0, 4.02], speed=190.0),
+        "cp1": run(1, [6.0, 5.0, 4.0]),
+        "noise4": run(1, [6.0, 5.0, 3.99]),
         "cp2_ring": {"context": 2, "status": "failed", "steps": 0},
     }
     content = {
@@ -123,16 +108,16 @@ def test_results_become_a_table_and_a_plot(
         "setup": {"seq_length": 131072, "tokens_per_step": 131072, "precision": "bf16", "steps": 3, "warmup_steps": 1}
         | {"recompute": "full", "factor": 3.0, "side_by_side": True},
         "runs": runs,
-        "comparison": bench["compare"](runs),
+        "comparison": bench.compare(runs),
     }
-    bench["write"](tmp_path / "training.json", content)
+    write_json(tmp_path / "training.json", content)
     content = json.loads((tmp_path / "training.json").read_text())
-    text = tables["training_table"](content)
+    text = training_table(content)
     assert "328M parameters" in text
     assert "| CP 2 | 2 |" in text
     assert "1.90x" in text
     assert "cp2_ring" not in text
     assert "within 3 times the noise" in text
     assert "| CP 1, sums rounded in 4 parts | 1 |" in text
-    tables["training_plot"](content, tmp_path / "training.png")
+    training_plot(content, tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 10_000

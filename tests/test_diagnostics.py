@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 import moba_cp
-from moba_cp import MoBAConfig, SequenceLayout, diagnostics, drawing
+from moba_cp import MoBAConfig, SequenceLayout, diagnostics, drawing, selection_figures
 from moba_cp.parallel.blocks import block_table
 from moba_cp.report import MoBAReport
+from moba_cp.selection_figures import count_selections, uniform_histogram
 from tests.ranks import run_ranks
 
 CU_SEQLENS = [0, 21, 21, 64, 67]
@@ -73,7 +74,7 @@ def test_gathered_selection_is_that_of_one_rank_bit_for_bit(cp_size):
 
 
 def binned(rank: int, world_size: int, heads: list[int]) -> list[drawing.SelectionGrid]:
-    return [diagnostics._count(call(layout, rank), layout, None, heads) for layout in layouts(world_size)]
+    return [count_selections(call(layout, rank), layout, None, heads) for layout in layouts(world_size)]
 
 
 @pytest.mark.parametrize("heads", [[0, 1, 2, 3], [2]])
@@ -85,7 +86,7 @@ def test_heatmap_shares_are_those_of_a_plain_count_on_any_layout(heads):
         np.arange(len(blocks)) < own[:, None]
     )
     expected = np.where(visible, reference_grid(report.selected[heads], len(blocks)), np.nan)
-    alone = diagnostics._count(report, layout, None, heads)
+    alone = count_selections(report, layout, None, heads)
     for grid in [alone, *run_ranks(2, binned, heads)[0]]:
         np.testing.assert_allclose(grid.earlier, expected, rtol=1e-15)
         assert (grid.own.argmax(1) == own).all()
@@ -94,9 +95,9 @@ def test_heatmap_shares_are_those_of_a_plain_count_on_any_layout(heads):
 
 
 def test_bins_count_a_pair_once_however_many_blocks_of_the_bin_it_selected(monkeypatch):
-    monkeypatch.setattr(diagnostics, "MAX_CELLS", 2)
+    monkeypatch.setattr(selection_figures, "MAX_CELLS", 2)
     report, layout = one_rank([0, 32])  # four blocks of 8: bins of two blocks and of 16 rows
-    grid = diagnostics._count(report, layout, None, [0, 1, 2, 3])
+    grid = count_selections(report, layout, None, [0, 1, 2, 3])
     selected = report.selected.numpy()[:, 16:]
     low = ((selected >= 0) & (selected < 2)).any(2).mean()
     assert np.isnan(grid.earlier[0, 1])  # rows of blocks 0 and 1 see nothing of blocks 2 and 3
@@ -108,8 +109,8 @@ def test_bins_count_a_pair_once_however_many_blocks_of_the_bin_it_selected(monke
 def test_rows_without_layout_are_the_ranks_own():
     layout = SequenceLayout.contiguous([0, 40], 1)
     report = call(layout, 0)
-    with_layout = diagnostics._count(report, layout, None, [0])
-    without = diagnostics._count(report, None, None, [0])
+    with_layout = count_selections(report, layout, None, [0])
+    without = count_selections(report, None, None, [0])
     np.testing.assert_array_equal(with_layout.earlier, without.earlier)
 
 
@@ -121,7 +122,7 @@ def test_uniform_histogram_against_a_plain_loop():
         expected[0] += blocks.length[block]
         for distance in range(1, candidates + 1):
             expected[distance.bit_length()] += blocks.length[block] * min(2, candidates) / candidates
-    np.testing.assert_allclose(diagnostics._uniform_histogram(blocks, 3, 6), expected / expected.sum())
+    np.testing.assert_allclose(uniform_histogram(blocks, 3, 6), expected / expected.sum())
     report, _ = one_rank()
     assert report.distance_histogram.sum() == 4 * expected.sum()
 

@@ -5,27 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.kernels import triton_backend
-from tests.cases import Case, assert_close, reference, sub_groups
-from tests.ranks import run_fresh_ranks, run_ranks
-from tests.recorder import recorded
-
-CASE = Case((16,), block_size=4, topk=2, q_heads=4, kv_heads=2, dim=8, v_dim=4)
-TWO = SequenceLayout.contiguous([0, 16], 2)
-F64 = torch.float64
+from tests.calls import CASE, assert_works, full_result, good_call, outcome, zeros
+from tests.ranks import run_ranks
 
 
-def zeros(*shape: int, dtype: torch.dtype = F64, device: str = "cpu") -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
+def blocks(heads: int, tokens: int, count: int, number: int = -1) -> torch.Tensor:
+    return torch.full((heads, tokens, count), number)
 
 
 # What to change of a call that is good on two ranks; the error; and what its message must carry.
@@ -100,6 +93,90 @@ BAD_CALLS: dict[str, tuple[dict, type[Exception], str]] = {
         ValueError,
         "layout is for 3 ranks, but the group has 2",
     ),
+    "selection is a list": ({"selection": [1]}, TypeError, "selection must be a tensor, got list"),
+    "selection of floats": (
+        {"selection": zeros(1, 8, 2)},
+        TypeError,
+        "selection must be int16, int32 or int64, got torch.float64",
+    ),
+    "selection of other rows": ({"selection": blocks(1, 7, 2)}, ValueError, r"8 tokens, k\] .* got \(1, 7, 2\)"),
+    "selection of other heads": (
+        {"selection": blocks(3, 8, 2)},
+        ValueError,
+        r"with Hq \(4\), Hkv \(2\), 1 heads, got \(3, 8, 2\)",
+    ),
+    "selection of more than topk": (
+        {"selection": blocks(1, 8, 3)},
+        ValueError,
+        r"1 to topk \(2\) blocks per row, got 3",
+    ),
+    "selection elsewhere": (
+        {"selection": blocks(1, 8, 2).to("meta")},
+        ValueError,
+        "selection must be where q is, got selection on meta, q on cpu",
+    ),
+    "selection of later blocks": (
+        {"selection": blocks(1, 8, 2, 4)},
+        ValueError,
+        r"selection holds a block after the row's own: head 0, row 0, whose own block is \d .* lists \[4, 4\] \(8 rows",
+    ),
+    "selection of a block below -1": (
+        {"selection": blocks(2, 8, 1, -2)},
+        ValueError,
+        r"holds a number below -1: .* lists \[-2\] \(16 rows",
+    ),
+    "selection of a block twice": (
+        {"selection": blocks(4, 8, 2, 0)},
+        ValueError,
+        r"lists a block twice: head 0, row 0, .* lists \[0, 0\]",
+    ),
+    "selection and routing": (
+        {"selection": blocks(1, 8, 2), "routing": (zeros(8, 1, 2), zeros(8, 1, 2))},
+        ValueError,
+        "pass selection or routing, not both",
+    ),
+    "check_selection is a word": (
+        {"check_selection": "no"},
+        TypeError,
+        "check_selection must be True or False, got 'no'",
+    ),
+    "return_selection is None": (
+        {"return_selection": None},
+        TypeError,
+        "return_selection must be True or False, got None",
+    ),
+    "routing is one tensor": ({"routing": zeros(8, 1, 2)}, TypeError, r"pair \(q_gate, k_gate\), got Tensor"),
+    "routing of numbers": ({"routing": (1, 2)}, TypeError, "q_gate must be a tensor, got int"),
+    "routing of integers": (
+        {"routing": (blocks(8, 1, 2), blocks(8, 1, 2))},
+        TypeError,
+        "q_gate must be fp64, fp32, bf16 or fp16, got torch.int64",
+    ),
+    "routing of other rows": (
+        {"routing": (zeros(8, 1, 2), zeros(9, 1, 2))},
+        ValueError,
+        r"k_gate must have shape \[8 tokens, heads, Dg\], got \(9, 1, 2\)",
+    ),
+    "routing of two widths": (
+        {"routing": (zeros(8, 1, 2), zeros(8, 1, 3))},
+        ValueError,
+        r"same head size, got q_gate \(8, 1, 2\), k_gate \(8, 1, 3\)",
+    ),
+    "routing of two dtypes": (
+        {"routing": (zeros(8, 1, 2), zeros(8, 1, 2, dtype=torch.float32))},
+        TypeError,
+        "q_gate and k_gate must have one dtype, got torch.float64 and torch.float32",
+    ),
+    "routing of other heads": (
+        {"routing": (zeros(8, 8, 2), zeros(8, 1, 2))},
+        ValueError,
+        r"q_gate must have Hq \(4\), Hkv \(2\), 1 heads, got q_gate \(8, 8, 2\)",
+    ),
+    "routing heads that do not divide": (
+        {"routing": (zeros(8, 4, 2), zeros(8, 3, 2))},
+        ValueError,
+        r"heads of q_gate must be a multiple of those of k_gate, got q_gate \(8, 4, 2\), k_gate \(8, 3, 2\)",
+    ),
     "group is a string": ({"group": "cp"}, TypeError, "group must be .* got 'cp'"),
 }
 
@@ -141,32 +218,6 @@ def test_options_that_do_not_exist_are_not_ignored(name: str) -> None:
         moba_cp.moba_attention(q, k, v, CASE.config, layout=SequenceLayout.contiguous([0, 16], 1), **{name: 0.5})
 
 
-def good_call(rank: int, group: dist.ProcessGroup | None = None) -> dict:
-    q, k, v, _ = (TWO.shard(x, rank) for x in CASE.inputs())
-    return {"q": q, "k": k, "v": v, "config": CASE.config, "layout": TWO, "group": group, "comm": "fetch"}
-
-
-def outcome(call: dict) -> tuple[Exception | None, int, float]:
-    """The error of a call, how many collectives the rank started, and the seconds it took."""
-    begin = time.monotonic()
-    with recorded() as started:
-        try:
-            moba_cp.moba_attention(**call)
-            error = None
-        except Exception as caught:
-            error = caught.with_traceback(None)
-            error.__cause__ = error.__context__ = None
-    return error, len(started), time.monotonic() - begin
-
-
-def full_result(rank: int) -> tuple[torch.Tensor, ...]:
-    """out, dq, dk, dv of a good call: the group works."""
-    *qkv, dout = (TWO.shard(x, rank) for x in CASE.inputs())
-    qkv = [x.requires_grad_() for x in qkv]
-    out = moba_cp.moba_attention(*qkv, CASE.config, layout=TWO, comm="fetch")
-    return out.detach(), *torch.autograd.grad(out, qkv, dout)
-
-
 def refusing_ranks(rank: int, size: int, names: list[str], bad_ranks: list[int], pause: float) -> tuple[list, tuple]:
     """A call that is bad on `bad_ranks`, for each name; then a good one. A rank pauses after it refused."""
     outcomes = []
@@ -175,10 +226,6 @@ def refusing_ranks(rank: int, size: int, names: list[str], bad_ranks: list[int],
         outcomes.append(outcome(good_call(rank) | (BAD_CALLS[name][0] if bad else {})))
         time.sleep(pause if bad else 0)
     return outcomes, full_result(rank)
-
-
-def assert_works(results: list[tuple[torch.Tensor, ...]]) -> None:
-    assert_close(tuple(TWO.unshard(parts) for parts in zip(*results, strict=True)), reference(CASE), 1e-10)
 
 
 def test_every_rank_refuses_bad_input_before_any_collective() -> None:
@@ -239,107 +286,6 @@ def test_refusals_in_a_row() -> None:
     assert_works([good for _, good in per_rank])
 
 
-# What rank 1 has instead; what of it every rank's message must name.
-DISAGREEMENTS: dict[str, tuple[dict, list[str]]] = {
-    "layout": ({"layout": SequenceLayout.contiguous([0, 8, 16], 2)}, ["layout", "2 documents", "1 documents"]),
-    "runs": ({"layout": SequenceLayout.from_runs([[(0, 7), (15, 16)], [(7, 15)]], [0, 16])}, ["layout"]),
-    "block_size": ({"config": MoBAConfig(8, 2)}, ["config", "block_size=8", "block_size=4"]),
-    "topk": ({"config": MoBAConfig(4, 3)}, ["config", "topk=3", "topk=2"]),
-    "scale": ({"config": MoBAConfig(4, 2, 0.25)}, ["config", "softmax_scale=0.25", "softmax_scale=None"]),
-    "comm": ({"comm": "ring"}, ["comm", "rank 1 has ring", "rank 0 has fetch"]),
-    "q heads": ({"q": zeros(8, 2, 8)}, ["heads", "Hq 2", "Hq 4"]),
-    "head size": ({"v": zeros(8, 2, 5)}, ["heads", "Dv 5", "Dv 4"]),
-    "dtype": (
-        {n: zeros(8, h, d, dtype=torch.float32) for n, h, d in (("q", 4, 8), ("k", 2, 8), ("v", 2, 4))},
-        ["dtype", "torch.float32", "torch.float64"],
-    ),
-    "report": ({"return_report": True}, ["return_report", "True", "False"]),
-    "workspace": ({"workspace_bytes": 4096}, ["workspace_bytes", "4096"]),
-    "head_parallel": ({"comm": "a2a", "head_parallel": 2}, ["comm", "rank 1 has a2a", "head_parallel"]),
-    "gradients": ({"q": zeros(8, 4, 8).requires_grad_()}, ["gradients", "rank 1 has wanted"]),
-}
-
-
-def disagreeing_ranks(rank: int, size: int, names: list[str]) -> tuple[list, tuple]:
-    outcomes = [outcome(good_call(rank) | (DISAGREEMENTS[n][0] if rank == 1 else {})) for n in names]
-    return outcomes, full_result(rank)
-
-
-def test_ranks_that_disagree_all_say_on_what() -> None:
-    per_rank = run_ranks(2, disagreeing_ranks, list(DISAGREEMENTS))
-    for outcomes, _ in per_rank:
-        for (name, (_, words)), (error, started, seconds) in zip(DISAGREEMENTS.items(), outcomes, strict=True):
-            assert isinstance(error, ValueError), name
-            for word in ("disagree", *words):
-                assert word in str(error), (name, error)
-            assert started == 1, name  # nothing but the question itself
-            assert seconds < 4, name
-    assert str(per_rank[0][0][0][0]) == str(per_rank[1][0][0][0])
-    assert_works([good for _, good in per_rank])
-
-
-def on_another_host(rank: int, size: int) -> tuple[Exception | None, int, float]:
-    with mock.patch("moba_cp.attention.host", return_value=f"node{rank}"):
-        return outcome(good_call(rank) | {"comm": "pull"})
-
-
-def test_pull_is_refused_across_hosts() -> None:
-    for error, started, _ in run_ranks(2, on_another_host):
-        assert isinstance(error, ValueError)
-        assert "disagree on host (pull is for ranks of one): rank 0 has node0, rank 1 has node1" in str(error)
-        assert started == 1
-
-
-def long_disagreement(rank: int, size: int) -> Exception | None:
-    """Configurations that differ only in the last digit of a long number."""
-    config = MoBAConfig(4, 10**90 + rank)
-    return outcome(good_call(rank) | {"config": config})[0]
-
-
-def test_what_is_too_long_to_show_is_still_compared() -> None:
-    for error in run_ranks(2, long_disagreement):
-        assert isinstance(error, ValueError)
-        assert "config" in str(error)
-
-
-def refusing_in_a_sub_group(rank: int, size: int) -> tuple[Exception | None, bool]:
-    """Rank 3 refuses; its pair hears of it, and the other pair does not notice."""
-    pair = sub_groups(2)[rank // 2]
-    call = good_call(rank % 2, pair)
-    error = outcome(call | (BAD_CALLS["unknown comm"][0] if rank == 3 else {}))[0]
-    again = outcome(call)[0]
-    return error, again is None
-
-
-def test_refusals_stay_inside_their_group() -> None:
-    errors, fine = zip(*run_ranks(4, refusing_in_a_sub_group), strict=True)
-    assert errors[:2] == (None, None)
-    assert "rank 1 refused its input" in str(errors[2])  # rank 3 is rank 1 of its group
-    assert "'smoke'" in str(errors[3])
-    assert all(fine)
-
-
-def test_a_group_is_needed_for_more_than_one_rank() -> None:
-    with pytest.raises(ValueError, match="layout is for 2 ranks, but torch.distributed is not initialized"):
-        moba_cp.moba_attention(**good_call(0))
-
-
-def wrong_groups(rank: int, size: int) -> list[str]:
-    """A group this rank is not in, and a group of another size than the layout's."""
-    pairs = sub_groups(2)
-    found = []
-    for group, layout in ((pairs[1 - rank // 2], TWO), (pairs[rank // 2], SequenceLayout.contiguous([0, 32], 4))):
-        error = outcome(good_call(rank % 2) | {"group": group, "layout": layout})[0]
-        found.append(f"{type(error).__name__}: {error}")
-    return found
-
-
-def test_wrong_groups() -> None:
-    for foreign, small in run_ranks(4, wrong_groups):
-        assert "belong" in foreign
-        assert small.startswith("ValueError: the layout is for 4 ranks, but the group has 2")
-
-
 def double_backward(rank: int, size: int) -> None:
     call = good_call(rank)
     call["q"].requires_grad_()
@@ -360,56 +306,6 @@ def test_layout_is_needed() -> None:
         attention()
     with pytest.raises(TypeError, match="layout must be a SequenceLayout, got list"):
         attention(layout=[0, 16])
-
-
-def all_reduce_after_a_refusal(rank: int, size: int) -> float:
-    outcome(good_call(rank) | (BAD_CALLS["unknown comm"][0] if rank == 1 else {}))
-    x = torch.tensor(rank + 1.0)
-    dist.all_reduce(x)
-    return x.item()
-
-
-def test_other_collectives_of_the_group_work_after_a_refusal() -> None:
-    outcomes = run_fresh_ranks(2, all_reduce_after_a_refusal, group_timeout=3.0, timeout=10.0)
-    assert [o.result for o in outcomes] == [3.0, 3.0]
-
-
-def late_and_refusing(rank: int, size: int, late: list[float]) -> tuple[list, tuple]:
-    """Calls that ranks 1 and 2 refuse, `late[rank]` seconds after the first; rank 0 refuses the second of them as well."""
-    bad = BAD_CALLS["unknown comm"][0]
-    outcomes = []
-    for everyone in (False, True):
-        dist.barrier()
-        time.sleep(late[rank])
-        outcomes.append(outcome(call_of_three(rank) | (bad if rank or everyone else {})))
-        time.sleep(max(late) + 3.0 - late[rank])  # those who waited in vain have given up
-    out = moba_cp.moba_attention(**call_of_three(rank))
-    return outcomes, out
-
-
-THREE = SequenceLayout.contiguous([0, 24], 3)
-
-
-def call_of_three(rank: int) -> dict:
-    x = torch.randn(24, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    local = THREE.shard(x, rank)
-    return {"q": local, "k": local, "v": local, "config": MoBAConfig(4, 2), "layout": THREE, "comm": "ring"}
-
-
-@pytest.mark.parametrize("late", [[0.0, 0.0, 0.0], [0.5, 0.0, 1.0], [0.0, 1.0, 0.5]], ids=str)
-def test_ranks_that_refuse_at_different_times(late: list[float]) -> None:
-    """All raise, and the group works on: the ranks owe the same number of all-gathers whoever gave up waiting."""
-    per_rank = run_ranks(3, late_and_refusing, late)
-    for rank, (outcomes, _) in enumerate(per_rank):
-        one_good, all_bad = outcomes
-        assert isinstance(one_good[0], ValueError)
-        assert ("refused its input" in str(one_good[0])) == (rank == 0)
-        assert isinstance(all_bad[0], ValueError)
-        assert "smoke" in str(all_bad[0])
-        assert all_bad[1] == 0
-    x = torch.randn(24, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = moba_cp.reference.moba_attention(x, x, x, [0, 24], MoBAConfig(4, 2))
-    torch.testing.assert_close(THREE.unshard([out for _, out in per_rank]), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("sizes", [(512, 64, 64), (64, 257, 64), (64, 64, 15)], ids=str)

@@ -1,14 +1,13 @@
-"""scripts/layer_tables.py: the README's tables of the layer over several ranks."""
+"""scripts/tables/layer.py: the tables of the layer over several ranks."""
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-TABLES = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "layer_tables.py"))
+from scripts.tables.layer import layer_tables
+
 CASE = {"q_heads": 4, "kv_heads": 2, "block_size": 64, "topk": 3, "routing": "uniform", "layout": "zigzag"}
 
 
@@ -28,7 +27,7 @@ def content(*results: dict[str, Any], commit: str = "c" * 40) -> dict[str, Any]:
 
 def test_transports_stand_beside_each_other_and_what_is_lost_below() -> None:
     waits = {"wait for keys and values": 0.25, "wait for keys and values, send gradients": 0.5, "return gradients": 1.0}
-    text = TABLES["layer_tables"](
+    text = layer_tables(
         [
             content(result(2, "ring", 4.0, 9.0), result(2, "auto", 5.0, 10.0, **waits)),
             content(result(1, "auto", 2.5, 8.0)),
@@ -40,16 +39,16 @@ def test_transports_stand_beside_each_other_and_what_is_lost_below() -> None:
 
 
 def test_a_case_not_run_alone_has_no_efficiency() -> None:
-    text = TABLES["layer_tables"]([content(result(2, "auto", 5.0, 10.0))])
+    text = layer_tables([content(result(2, "auto", 5.0, 10.0))])
     assert text.count("| 4/2 |") == 1
 
 
 def test_different_bits_show() -> None:
-    assert "are NOT the same bits" in TABLES["layer_tables"](
+    assert "are NOT the same bits" in layer_tables(
         [content(result(2, "auto", 5.0, 10.0) | {"bitwise_equal_to_first": False})]
     )
 
 
 def test_results_of_two_commits_are_refused() -> None:
     with pytest.raises(ValueError, match="dddd"):
-        TABLES["layer_tables"]([content(result(2, "auto", 5.0, 10.0)), content(commit="d" * 40)])
+        layer_tables([content(result(2, "auto", 5.0, 10.0)), content(commit="d" * 40)])

@@ -14,8 +14,8 @@ from torch.distributed import distributed_c10d
 import moba_cp
 from moba_cp import MoBAConfig
 from moba_cp.parallel import notes
+from tests.calls import good_call, outcome
 from tests.ranks import RankOutcome, run_fresh_ranks
-from tests.test_errors import good_call, outcome
 
 LATE = notes.GRACE_S + 1.5  # seconds: the refusing rank has raised by then
 

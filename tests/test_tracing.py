@@ -1,4 +1,5 @@
-"""torch.compile, fake tensors and the meta device: the same numbers, or shapes without numbers, and nothing left behind."""
+"""torch.compile, torch.export, fake tensors and the meta device: the same numbers, or shapes without numbers, and nothing left
+behind."""
 
 from __future__ import annotations
 
@@ -6,14 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.dense import causal_attention
+from tests.ranks import run_ranks
 
 CONFIG = MoBAConfig(8, 2)
 ENTRIES: dict[str, Callable[..., Tensor]] = {
@@ -37,8 +41,7 @@ def with_gradients(f: Callable[..., Tensor], qkv: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.sin().sum(), qkv)]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize(("name", "backend"), [("moba_attention", "eager"), *((name, "aot_eager") for name in ENTRIES)])
 def test_compiled_code_gives_the_same_numbers_in_any_order_of_calls(name: str, backend: str) -> None:
     """New layouts, lengths and dtypes, compiled before or after they were seen eagerly."""
     torch._dynamo.reset()
@@ -56,20 +59,141 @@ def test_compiled_code_gives_the_same_numbers_in_any_order_of_calls(name: str, b
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_one_graph_break(dynamic: bool | None) -> None:
+def test_one_graph_serves_every_layout(dynamic: bool | None) -> None:
+    """No break, the bits of an eager call, and at most one more compilation, in which dynamo makes sizes dynamic."""
     torch._dynamo.reset()
     counters.clear()
-    layouts = {tokens: SequenceLayout.contiguous([0, 20, tokens], 1) for tokens in (40, 52)}
 
     def f(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         return moba_cp.moba_attention(q * 2, k, v, CONFIG, layout=layout) * 3
 
-    explained = torch._dynamo.explain(f)(*inputs(40), layouts[40])
+    compiled = torch.compile(f, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+    runs = SequenceLayout.from_runs([[(30, 61), (0, 30)]], [0, 20, 61])
+    ends = ([0, 40], [0, 20, 52], [0, 7, 7, 9, 33], [0, 90])
+    for layout in (*(SequenceLayout.contiguous(cu, 1) for cu in ends), runs):
+        qkv = inputs(layout.total_tokens)
+        found = with_gradients(lambda *x, layout=layout: compiled(*x, layout), qkv)
+        expected = with_gradients(lambda *x, layout=layout: f(*x, layout), qkv)
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+    assert counters["stats"]["unique_graphs"] <= 2
+    with torch.no_grad():
+        assert torch.equal(compiled(*qkv, layout), f(*qkv, layout))
+    with pytest.raises(ValueError, match="gives rank 0 61 tokens, but q has 60"):
+        compiled(*inputs(60), layout)
+
+
+def test_lengths_on_the_device_are_part_of_the_graph() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ENTRIES["moba_attn_varlen"], backend="aot_eager", fullgraph=True)
+    for cu in ([0, 33], [0, 20, 45], [0, 20, 46]):
+        qkv, lengths = inputs(cu[-1]), torch.tensor(cu, dtype=torch.int32)
+        found = with_gradients(lambda *x, lengths=lengths: compiled(*x, lengths), qkv)
+        expected = with_gradients(lambda *x, cu=cu: ENTRIES["moba_attn_varlen"](*x, cu), qkv)
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+    with pytest.raises(ValueError, match="max_seqlen is 64, but cu_seqlens has a document of 70 tokens"):
+        compiled(*inputs(70), torch.tensor([0, 70], dtype=torch.int32))
+
+
+def test_selections_are_part_of_the_graph() -> None:
+    torch._dynamo.reset()
+    layout, qkv = SequenceLayout.contiguous([0, 41], 1), inputs(41)
+    gate = [torch.randn(41, 1, 3, requires_grad=True) for _ in range(2)]
+
+    def f(q: Tensor, k: Tensor, v: Tensor, listed: Tensor) -> tuple[Tensor, ...]:
+        call = lambda **options: moba_cp.moba_attention(q, k, v, CONFIG, layout=layout, **options)  # noqa: E731
+        out, selection = call(routing=(gate[0] * 2, gate[1]), return_selection=True)
+        return (
+            out + call(selection=listed, check_selection=False),
+            selection.blocks,
+            selection.weights,
+            call(selection=listed),
+        )
+
+    listed = torch.zeros(1, 41, 1, dtype=torch.int64)
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(*qkv, listed), f(*qkv, listed)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+    assert not found[2].requires_grad
+    for x, y in zip(*(torch.autograd.grad(outs[0].sin().sum(), qkv) for outs in (found, expected)), strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(ValueError, match="a block after the row's own: head 0, row 0"):
+        compiled(*qkv, listed + 3)
+
+
+@pytest.mark.parametrize("options", [{"return_report": True}, {"config": MoBAConfig(8, 200)}], ids=["report", "topk"])
+def test_one_graph_break(options: dict) -> None:
+    torch._dynamo.reset()
+    layout = SequenceLayout.contiguous([0, 20, 40], 1)
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = moba_cp.moba_attention(q * 2, k, v, **({"config": CONFIG, "layout": layout} | options))
+        return (out[0] if options.get("return_report") else out) * 3
+
+    explained = torch._dynamo.explain(f)(*inputs(40))
     assert explained.graph_break_count == 1
     assert explained.graph_count == 2
-    compiled = torch.compile(f, backend="aot_eager", dynamic=dynamic)
-    for tokens, layout in layouts.items():
-        torch.testing.assert_close(compiled(*inputs(tokens), layout), f(*inputs(tokens), layout), rtol=0, atol=0)
+    assert torch.equal(torch.compile(f, backend="eager")(*inputs(40)), f(*inputs(40)))
+
+
+def compiled_on_rank(rank: int, size: int, comms: list[str]) -> list[str]:
+    """What differs from an eager call, in a graph without breaks; the group as a mesh, as a group, and by default."""
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
+    wrong = []
+    for number, comm in enumerate(comms):
+        group = (mesh, dist.group.WORLD, None)[number % 3]
+
+        def f(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, comm=comm, group=group) -> Tensor:
+            return moba_cp.moba_attention(q * 1, k, v, CONFIG, layout=layout, comm=comm, group=group) + 1
+
+        torch._dynamo.reset()
+        compiled = torch.compile(f, backend="aot_eager", dynamic=True, fullgraph=True)
+        for cu in ([0, 33, 90], [0, 80]):
+            layout = SequenceLayout.zigzag(cu, size)
+            qkv = [layout.shard(x.detach(), rank).requires_grad_() for x in inputs(cu[-1])]
+            found, expected = (with_gradients(lambda *x, g=g, layout=layout: g(*x, layout), qkv) for g in (compiled, f))
+            wrong += [f"{comm}, {cu}" for x, y in zip(found, expected, strict=True) if not torch.equal(x, y)]
+    return wrong
+
+
+def test_a_group_of_ranks_runs_one_graph() -> None:
+    """What backward makes again differs: nothing, wanted pairs of all ranks, those of this rank."""
+    for wrong in run_ranks(2, compiled_on_rank, ["ring", "fetch", "pull"], timeout=240):
+        assert wrong == []
+
+
+class Layer(torch.nn.Module):
+    """Attention as in a model, with the documents' lengths as an input."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return moba_cp.moba_attn_varlen(q * 2, k, v, cu_seqlens, 4096, 8, 2) + 1
+
+
+def test_an_exported_graph_serves_other_lengths() -> None:
+    tokens, documents = torch.export.Dim("tokens", min=2), torch.export.Dim("documents", min=3)
+    example = (*(x.detach() for x in inputs(40)), torch.tensor([0, 20, 40]))
+    shapes = ({0: tokens}, {0: tokens}, {0: tokens}, {0: documents})
+    exported = torch.export.export(Layer(), example, dynamic_shapes=shapes)
+    assert "moba_cp.attention.default" in exported.graph_module.code
+    with torch.no_grad():
+        for cu in ([0, 20, 40], [0, 7, 7, 51]):
+            qkv = inputs(cu[-1])
+            assert torch.equal(exported.module()(*qkv, torch.tensor(cu)), Layer()(*qkv, torch.tensor(cu)))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_operators_keep_the_rules_of_torch(gradients: bool) -> None:
+    layout, qkv = SequenceLayout.contiguous([0, 30], 1), [x.requires_grad_(gradients) for x in inputs(30)]
+    description, rest = torch.from_numpy(layout.description), (1 << 20, 1 << 20, None)
+    arguments = (*qkv, description, None, None, None, 8, 2, None, "", "auto", True, not gradients, gradients, *rest)
+    torch.library.opcheck(torch.ops.moba_cp.attention, arguments)
+    if gradients:
+        out, lse, selected, _, _, route = (x.detach() for x in torch.ops.moba_cp.attention(*arguments))
+        saved = (*(x.detach() for x in qkv), out, lse, selected, description, route)
+        backward = (torch.ones_like(out), *saved, 8, 2, None, "", "auto", *rest)
+        torch.library.opcheck(torch.ops.moba_cp.attention_backward, backward)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import html
 import io
@@ -32,9 +31,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 import yaml
 
 SUFFIXES = {
@@ -59,18 +59,22 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}]
 Document = tuple[str, str, str]  # source, name, text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["fetch", "build"])
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    config = yaml.safe_load(args.config.read_text())
-    if args.what == "fetch":
-        fetch(config, args.out / "downloads")
-    else:
-        facts = build(config, args.out)
-        print(json.dumps({k: v for k, v in facts.items() if k not in ("documents", "needles")}, indent=1))
+PLAN = Annotated[Path, typer.Option(help="YAML file of the packages")]
+OUT = Annotated[Path, typer.Option(help="folder of the corpus")]
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.command("fetch")
+def fetch_command(config: PLAN, out: OUT) -> None:
+    """Download the packages."""
+    fetch(yaml.safe_load(config.read_text()), out / "downloads")
+
+
+@app.command("build")
+def build_command(config: PLAN, out: OUT) -> None:
+    """Make the corpus out of them, and show what it holds."""
+    facts = build(yaml.safe_load(config.read_text()), out)
+    print(json.dumps({k: v for k, v in facts.items() if k not in ("documents", "needles")}, indent=1))
 
 
 def fetch(config: dict[str, Any], folder: Path) -> None:
@@ -337,4 +341,4 @@ class Corpus:
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -1,4 +1,5 @@
-"""A GPT with grouped-query attention, RoPE, RMSNorm and SwiGLU; fp32 weights, bf16 arithmetic, tied head.
+"""A GPT with grouped-query attention, RoPE, RMSNorm (of queries and keys too) and SwiGLU; fp32 weights, bf16 arithmetic, tied
+head.
 
 What stands around attention is three functions of tensors alone: `before`, `after` and `token_losses`. Each is compiled once
 and serves all layers; attention itself runs outside the compiled code.
@@ -64,9 +65,8 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                residual = name.endswith((".out", ".down"))
-                std = 0.02 / (2 * sizes.layers) ** 0.5 if residual else 0.02
-                nn.init.normal_(weight, std=std, generator=generator)
+                residual = name.endswith((".out", ".down"))  # begin at zero: each layer begins as the identity
+                nn.init.normal_(weight, std=0.0 if residual else 0.02, generator=generator)
         self.fast = [
             torch.compile(f, dynamic=False, fullgraph=True) if compiled else f for f in (before, after, token_losses)
         ]
@@ -126,10 +126,10 @@ class GPT(nn.Module):
 def before(
     x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[T, heads, dim]`, k and v `[T, kv_heads, dim]` of `x [T, hidden]`, rotated."""
+    """q `[T, heads, dim]`, k and v `[T, kv_heads, dim]` of `x [T, hidden]`; q and k normalised and rotated."""
     projected = F.linear(rms_norm(x, norm), qkv.to(x.dtype)).unflatten(1, (-1, dim))
     q, k, v = projected.split([heads, kv_heads, kv_heads], 1)
-    return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
+    return rotate(unit_rms(q), cos, sin).to(x.dtype), rotate(unit_rms(k), cos, sin).to(x.dtype), v.contiguous()
 
 
 def after(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -148,12 +148,17 @@ def logits(x: Tensor, norm: Tensor, embedding: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return (unit_rms(x) * weight).to(x.dtype)
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """fp32, each last dimension divided by its root mean square."""
     y = x.float()
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * weight).to(x.dtype)
+    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `[T, H, D]`, halves rotated; `cos` and `sin` are `[T, D / 2]`."""
-    a, b = x.float().chunk(2, -1)
+    """Rotary embedding of fp32 `[T, H, D]`, halves rotated; `cos` and `sin` are `[T, D / 2]`."""
+    a, b = x.chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

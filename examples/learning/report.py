@@ -5,14 +5,14 @@ python -m examples.learning.report --results docs/results/learning.json --docs d
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 Run = dict[str, Any]
 TEMPLATE = Path(__file__).with_name("learning.md.in")
@@ -20,14 +20,14 @@ SMOOTH = 40
 """Steps over which a curve is averaged before two of them are compared."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("docs/results/learning.json"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    args = parser.parse_args()
-    results = json.loads(args.results.read_text())
-    (args.docs / "learning.md").write_text(page(results))
-    pictures(results, args.docs)
+def main(
+    results: Annotated[Path, typer.Option(help="what the runs wrote")] = Path("docs/results/learning.json"),
+    docs: Annotated[Path, typer.Option(help="folder of the page and its pictures")] = Path("docs"),
+) -> None:
+    """Write the page and its pictures."""
+    found = json.loads(results.read_text())
+    (docs / "learning.md").write_text(page(found))
+    pictures(found, docs)
 
 
 def page(results: dict[str, Any]) -> str:
@@ -369,4 +369,4 @@ def pictures(results: dict[str, Any], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,7 +10,6 @@ begin again. On a machine without a GPU runs go one after the other.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -20,19 +19,33 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 import yaml
 
 from .corpus import Corpus
 from .train import Task, write_json
 
-MARGIN_S = 25
-"""Between the deadline that runs are told and the limit: time to write a checkpoint and to stop."""
+MARGIN_S = 20
+"""Between the deadline that runs are told and the limit: time to write a checkpoint and to stop. A run is started if it should
+end before its deadline, so that only a run that takes longer than others of its arm is cut."""
 
-LAST_S = 5
-"""A run is started if it should end this long before the limit."""
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    plan: Path
+    corpus: Path
+    out: Path
+    work: Path
+    previous: Path | None
+    time_limit: float
+    steps: int | None
+    only: list[str] | None
+    commit: str | None
 
 
 @dataclass
@@ -48,7 +61,7 @@ class Started:
 class Plan:
     """Runs to do, results so far, and what runs."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: Options) -> None:
         self.args, self.limit = args, time.time() + args.time_limit
         self.plan = yaml.safe_load(args.plan.read_text())
         if args.steps:
@@ -79,7 +92,7 @@ class Plan:
             corpus.unpack(args.work)
             shutil.copy(args.corpus / "corpus.json", args.work / "corpus.json")
         self.about = {
-            "commit": args.commit or commit(),
+            "commit": args.commit or head_commit(),
             "plan": str(args.plan),
             "machine_gpus": self.n_gpus,
             "corpus": {k: v for k, v in corpus.facts.items() if k not in ("documents", "needles")},
@@ -107,7 +120,7 @@ class Plan:
             if wanted > max(1, self.n_gpus):
                 continue
             usual = max(self.took.values(), default=self.plan["expected_s"])
-            if time.time() + self.took.get(run["arm"], usual) > self.limit - LAST_S:
+            if time.time() + self.took.get(run["arm"], usual) > self.limit - MARGIN_S:
                 continue
             if wanted > len(self.free):
                 return False  # it waits for GPUs; a later run does not overtake it
@@ -180,7 +193,7 @@ class Plan:
         write_json(self.args.out / "learning.json", self.about | {"runs": self.results})
 
 
-def commit() -> str:
+def head_commit() -> str:
     """The commit of the working tree, or "unknown" outside one."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
@@ -192,21 +205,20 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, required=True)
-    parser.add_argument(
-        "--corpus", type=Path, default=Path(".cache/learning"), help="folder of corpus.json and corpus.xz"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--work", type=Path, default=Path(".cache/learning/work"), help="caches, checkpoints, logs")
-    parser.add_argument("--previous", type=Path, help="results to go on from")
-    parser.add_argument("--time-limit", type=float, default=1e9, help="seconds")
-    parser.add_argument("--steps", type=int, help="instead of the plan's")
-    parser.add_argument("--only", nargs="*", help="arms to run; all others wait for another call")
-    parser.add_argument("--commit", help="recorded in the results where git does not know it")
-    Plan(parser.parse_args()).go()
+def main(
+    plan: Annotated[Path, typer.Option(help="YAML file of arms and runs")],
+    corpus: Annotated[Path, typer.Option(help="folder of corpus.json and corpus.xz")] = Path(".cache/learning"),
+    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("runs/learning"),
+    work: Annotated[Path, typer.Option(help="caches, checkpoints, logs")] = Path(".cache/learning/work"),
+    previous: Annotated[Path | None, typer.Option(help="results to go on from")] = None,
+    time_limit: Annotated[float, typer.Option(help="seconds")] = 1e9,
+    steps: Annotated[int | None, typer.Option(help="instead of the plan's")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="arm to run; the others wait for another call")] = None,
+    commit: Annotated[str | None, typer.Option(help="recorded in the results where git does not know it")] = None,
+) -> None:
+    """Take the runs of a plan in order of priority until all are done or the time is up."""
+    Plan(Options(plan, corpus, out, work, previous, time_limit, steps, only, commit)).go()
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

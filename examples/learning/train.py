@@ -6,7 +6,6 @@ Started by `examples.learning.run`, one process per GPU; `--task` names a JSON f
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -15,11 +14,12 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import typer
 
 from moba_cp import SequenceLayout
 
@@ -82,14 +82,7 @@ class Run:
         self.model = GPT(sizes, task.seed, compiled=cuda, dtype=dtype)
         self.init_hash = self.model.weights_hash()
         self.model.to(self.device)
-        decayed = [w for w in self.model.parameters() if w.dim() == 2]
-        plain = [w for w in self.model.parameters() if w.dim() == 1]
-        self.adam = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": optimizer["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
-            betas=(optimizer["beta1"], optimizer["beta2"]),
-            lr=optimizer["lr"],
-            fused=True,
-        )
+        self.optimizers = optimizers(self.model, optimizer)
         tokens_per_step = self.batch * self.length
         starts = [i * self.length for i in range(self.batch + 1)]
         self.layout = SequenceLayout.contiguous(starts, 1) if self.cp == 1 else SequenceLayout.zigzag(starts, self.cp)
@@ -173,10 +166,11 @@ class Run:
             for g, part in zip(gradients, parts):
                 g.copy_(part.view_as(g))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optimizer["clip"], foreach=True)
-        for group in self.adam.param_groups:
-            group["lr"] = learning_rate(optimizer, step)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        for each in self.optimizers:
+            for group in each.param_groups:
+                group["lr"] = group["peak_lr"] * learning_rate_share(optimizer, step)
+            each.step()
+            each.zero_grad(set_to_none=True)
         self.curve[step], self.norms[step] = shown.view(()), norm
 
     def _measure_routing(self) -> None:
@@ -196,7 +190,7 @@ class Run:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
-            "adam": self.adam.state_dict(),
+            "optimizers": [each.state_dict() for each in self.optimizers],
             "curve": self.curve,
             "norms": self.norms,
             "step": self.step,
@@ -214,7 +208,8 @@ class Run:
         if state["hashes"] != self._hashes():
             raise ValueError(f"{self.checkpoint} is of other data or weights: {state['hashes']} != {self._hashes()}")
         self.model.load_state_dict(state["model"])
-        self.adam.load_state_dict(state["adam"])
+        for each, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            each.load_state_dict(saved)
         self.curve, self.norms, self.step, self.routing = (
             state["curve"],
             state["norms"],
@@ -295,13 +290,38 @@ def data_order(corpus: Corpus, length: int, count: int, seed: int) -> np.ndarray
     return np.concatenate(epochs)[:count]
 
 
-def learning_rate(optimizer: dict[str, Any], step: int) -> float:
-    """Linear warm-up, then a cosine down to `min_lr_share` of the peak."""
+def optimizers(model: GPT, settings: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers where `settings` has `muon_lr`, AdamW for all other weights.
+
+    Each group holds its peak learning rate as `peak_lr`. Muon's updates are scaled to the size of AdamW's.
+    """
+    weights = list(model.parameters())
+    of_muon = [w for w in model.layers.parameters() if w.dim() == 2] if "muon_lr" in settings else []
+    chosen = {id(w) for w in of_muon}
+    of_adam = [w for w in weights if id(w) not in chosen]
+    decay, lr = settings["weight_decay"], settings["lr"]
+    groups = [
+        {"params": [w for w in of_adam if w.dim() == 2], "weight_decay": decay, "peak_lr": lr},
+        {"params": [w for w in of_adam if w.dim() == 1], "weight_decay": 0.0, "peak_lr": lr},
+    ]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, betas=(settings["beta1"], settings["beta2"]), lr=lr, fused=True)
+    ]
+    if of_muon:
+        group = {"params": of_muon, "peak_lr": settings["muon_lr"]}
+        made.append(
+            torch.optim.Muon([group], lr=settings["muon_lr"], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return made
+
+
+def learning_rate_share(optimizer: dict[str, Any], step: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to `min_lr_share`."""
     warmup, steps, low = optimizer["warmup"], optimizer["steps"], optimizer["min_lr_share"]
     if step < warmup:
-        return optimizer["lr"] * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return optimizer["lr"] * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -351,11 +371,10 @@ def execute(task: Task) -> None:
         dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", type=Path, required=True)
-    execute(Task(**json.loads(parser.parse_args().task.read_text())))
+def main(task: Annotated[Path, typer.Option(help="JSON file of the fields of `Task`")]) -> None:
+    """Execute one run."""
+    execute(Task(**json.loads(task.read_text())))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

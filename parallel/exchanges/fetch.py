@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..blocks import RankPlan
 from ..comm import CommGroup, Pending, SideStream
 from ..home import HomeBlocks
 from ..rows import pack
-from ..wanted import Wanted, exchange_wanted, home_and_length
+from ..wanted import Wanted, exchange_wanted, home_and_length, home_blocks
 from .at_once import AtOnce
 from .base import Arrived, Part, Route, Visit, Work, unpack
 
@@ -95,10 +93,8 @@ class Fetch(AtOnce):
 
     def _tokens(self, heads: slice) -> tuple[list[int], list[int]]:
         """Tokens that go to and come from each rank for these heads; nothing comes from this rank itself."""
-        tokens = self.wanted.tokens()[:, :, heads].sum(2)
-        rank = self.comm.rank
-        sent, received = tokens[:, rank].tolist(), tokens[rank].tolist()
-        sent[rank] = received[rank] = 0
+        sent, received = (tokens[:, heads].sum(1).tolist() for tokens in self.wanted.tokens())
+        sent[self.comm.rank] = received[self.comm.rank] = 0
         return sent, received
 
     def _send(self, visit: FetchVisit, received: list[int]) -> Pending:
@@ -113,7 +109,7 @@ class Fetch(AtOnce):
     def _rows_to_send(self, heads: slice, sent: list[int]) -> Tensor:
         """int64: home token x heads at work + head, of every key to send, by (destination, kv head, block)."""
         device, rank = self.home.k.device, self.comm.rank
-        mine, begin, length = _home_blocks(self.home.plan, device)
+        mine, begin, length = home_blocks(self.home.plan, device)
         wanted = self.wanted.of_blocks(mine, heads)  # [P, H, home blocks]
         wanted[rank] = False
         n_heads, n_blocks = wanted.shape[1:]
@@ -156,14 +152,3 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     if x.is_contiguous():
         return x.view(-1, x.shape[2]).index_select(0, rows)
     return x[rows // n_heads, rows % n_heads]
-
-
-def _home_blocks(plan: RankPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks at home on this rank, ascending: int64 numbers, rows of their first keys, and lengths."""
-
-    def make() -> tuple[Tensor, Tensor, Tensor]:
-        mine = np.flatnonzero(plan.plan.home == plan.rank)
-        arrays = (mine, plan.plan.home_row[mine], plan.plan.blocks.length[mine])
-        return tuple(torch.from_numpy(x).to(device) for x in arrays)  # type: ignore[return-value]
-
-    return plan.plan.memo.get(("home blocks", plan.rank, device), make)

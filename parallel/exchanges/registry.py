@@ -83,7 +83,7 @@ class _ByRouting:
         known = exchange_wanted(wanted(), self.home.plan, self.comm)
         walks = Ring(self.home, self.comm, self.work).walks[0]
         kv_heads, pair_bytes = self.home.k.shape[1], _pair_bytes(self.home)
-        name = choose_transport(self.home.plan.plan, known.tokens(), kv_heads, pair_bytes, walks)
+        name = choose_transport(self.home.plan.plan, known.remote_tokens(), kv_heads, pair_bytes, walks)
         reason = "auto: no shared memory; by the share of the others' blocks that is wanted, and by the size of what they hold"
         if name == Fetch.name:
             fetch = Fetch(self.home, self.comm, self.work)

@@ -1,22 +1,17 @@
 """On a GPU: calls of one token to a million. The routing of all rows is checked, and the results of sampled rows and blocks."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
+from scripts.harness.checks import check_run
 
 pytestmark = pytest.mark.gpu
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.mark.parametrize("block_size", [128, 512])
 @pytest.mark.parametrize("tokens", [1, 2, 127, 128, 129, 511, 513, 4097, 65_537, 1_000_000])
-def test_length(tokens: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    checks = runpy.run_path(str(SCRIPTS / "bench_checks.py"))
+def test_length(tokens: int, block_size: int) -> None:
     heads, topk = (2, 1), 8
     generator = torch.Generator("cuda").manual_seed(tokens)
     shapes = [(heads[0], 128), (heads[1], 128), (heads[1], 128), (heads[0], 128)]
@@ -29,7 +24,7 @@ def test_length(tokens: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -
     assert all(x.isfinite().all() for x in (out, *gradients))
     if tokens <= 2:
         return  # gradients cancel to zero and have no relative error
-    found = checks["check_run"](q, k, v, dout, out, gradients, lse, selected, MoBAConfig(block_size, selected.shape[2]))
+    found = check_run(q, k, v, dout, out, gradients, lse, selected, MoBAConfig(block_size, selected.shape[2]))
     assert found["wrong_rows"] == 0
     # Each bf16 partial has a relative error up to 2 ** -9, averaged over a row; gradients are rounded once more.
     assert found["out_error"] < 3e-3

@@ -26,6 +26,8 @@ def test_in_interpreter():
 PRIMITIVES = [
     "centroids",
     "select_blocks",
+    "place_selection",
+    "block_weights",
     "route",
     "attend",
     "merge",

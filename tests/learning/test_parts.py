@@ -11,7 +11,7 @@ import torch
 from examples.learning import measure, report
 from examples.learning.attention import Attention, check, phases, sliding_window
 from examples.learning.corpus import Corpus, build, is_prose_or_code, join_files
-from examples.learning.train import Run, Task, data_order, learning_rate
+from examples.learning.train import Run, Task, data_order, learning_rate_share
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_files_become_documents_of_neighbours_and_tables_are_left_out() -> None:
 
 def test_learning_rate_warms_up_and_falls_to_its_share() -> None:
     optimizer = {"lr": 1.0, "warmup": 4, "steps": 104, "min_lr_share": 0.1}
-    rates = [learning_rate(optimizer, step) for step in range(105)]
+    rates = [learning_rate_share(optimizer, step) for step in range(105)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[104] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[3:], rates[4:]))

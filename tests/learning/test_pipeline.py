@@ -32,7 +32,8 @@ def test_plan_runs_from_text_to_page(tmp_path: Path) -> None:
         tmp_path / "work",
     ]
     out = tmp_path / "out"
-    run(*plan, "--out", out, "--only", "full", "broken", "moba_32_3", "window_96")
+    arms = ["full", "broken", "moba_32_3", "window_96"]
+    run(*plan, "--out", out, *(word for arm in arms for word in ("--only", arm)))
     results = json.loads((out / "learning.json").read_text())
     runs = {r["arm"]: r for r in results["runs"]}
     assert "block_size must be at least 1, got 0" in runs.pop("broken")["error"]  # and the arms after it ran

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import moba_cp
 from moba_cp import SequenceLayout
-from moba_cp.parallel.blocks import home_plan
-from moba_cp.parallel.cost import FETCH_SHARE, GATHER_BYTES, choose_transport, remote_tokens, visible_tokens
+from moba_cp.parallel.blocks import HomePlan, home_plan
+from moba_cp.parallel.cost import FETCH_SHARE, GATHER_BYTES, choose_transport, visible_tokens
 from tests.cases import Case, every_layout, layouts
 from tests.ranks import run_ranks
 
@@ -19,21 +19,23 @@ PLAN = home_plan(SequenceLayout.contiguous([0, 16], 2), 4)
 PAIR = 96
 
 
-def wanted(tokens: list[list[int]]) -> np.ndarray:
-    """`[destination, home, Hkv]` for one kv head."""
-    return np.array(tokens, dtype=np.int64)[:, :, None]
+def wanted(*tokens: list[list[int]]) -> np.ndarray:
+    """Remote tokens per destination, out of `[destination, home]` for each kv head."""
+    total = np.array(tokens, dtype=np.int64).sum(0)
+    return total.sum(1) - np.diagonal(total)
 
 
-def test_remote_tokens_leave_out_what_is_at_home() -> None:
-    assert remote_tokens(np.array([[5, 1, 2], [0, 7, 0], [3, 0, 9]])).tolist() == [3, 0, 3]
+def seen(plan: HomePlan) -> list[list[int]]:
+    """`[destination, home]`."""
+    return [visible_tokens(plan, rank).tolist() for rank in range(plan.layout.cp_size)]
 
 
 def test_visible_tokens_are_those_of_blocks_that_start_no_later() -> None:
-    assert visible_tokens(PLAN).tolist() == [[8, 0], [8, 8]]
+    assert seen(PLAN) == [[8, 0], [8, 8]]
     zigzag = home_plan(SequenceLayout.zigzag([0, 16], 2), 4)  # rank 0 holds blocks 0 and 3, rank 1 blocks 1 and 2
-    assert visible_tokens(zigzag).tolist() == [[8, 8], [4, 8]]
+    assert seen(zigzag) == [[8, 8], [4, 8]]
     documents = home_plan(SequenceLayout.contiguous([0, 8, 16], 2), 4)  # a rank sees its own document only
-    assert visible_tokens(documents).tolist() == [[8, 0], [0, 8]]
+    assert seen(documents) == [[8, 0], [0, 8]]
 
 
 @given(data=st.data())
@@ -48,7 +50,7 @@ def test_visible_tokens_by_brute_force(data: st.DataObject) -> None:
             document = np.searchsorted(cu, start, side="right")
             if any(t >= start and np.searchsorted(cu, t, side="right") == document for t in held):
                 expected[rank, plan.home[block]] += plan.blocks.length[block]
-    assert visible_tokens(plan).tolist() == expected.tolist()
+    assert seen(plan) == expected.tolist()
 
 
 def test_fetch_up_to_its_share_of_what_the_others_hold() -> None:
@@ -62,7 +64,7 @@ def test_fetch_up_to_its_share_of_what_the_others_hold() -> None:
 
 def test_kv_heads_count_on_both_sides() -> None:
     """8 of 16 pair-tokens are wanted: all of one kv head and nothing of the other."""
-    both = np.stack([wanted([[8, 0], [8, 8]])[:, :, 0], wanted([[0, 0], [0, 0]])[:, :, 0]], axis=2)
+    both = wanted([[8, 0], [8, 8]], [[0, 0], [0, 0]])
     assert choose_transport(PLAN, both, 2, PAIR) == "fetch"
 
 

@@ -1,15 +1,11 @@
-"""What each exchange sends, to the byte, and when: by the library's own count and by recording torch.distributed.
+"""What each exchange sends, to the byte: by the library's own count and by recording torch.distributed.
 
-The worked case: 16 tokens of one document in blocks of 4, contiguous on two ranks, fp64, 2 kv heads, D = 8, Dv = 4.
-Blocks 0 and 1 are at home on rank 0, blocks 2 and 3 on rank 1. A token of one kv head is 12 numbers, 96 bytes.
+`tests/exchange_cases.py` has the worked case.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -17,86 +13,19 @@ import torch
 import moba_cp
 from moba_cp import SequenceLayout
 from moba_cp.kernels.torch_backend import accumulate_dtype
-from moba_cp.parallel.comm import SideStream
-from moba_cp.parallel.exchanges import pull
-from tests.cases import TRANSPORTS, Case, comms_for, every_layout, on_rank
-from tests.ranks import run_ranks
-from tests.recorder import Started, recorded
-
-CASE = Case((16,), block_size=4, topk=4, q_heads=4, kv_heads=2, dim=8, v_dim=4)
-TWO = SequenceLayout.contiguous([0, 16], 2)
-TOKEN = 96  # bytes of a token's key and value of one kv head
-HEADER = Started("all_gather", 1024, 1024)  # what two ranks exchange to find that they agree, once a call
-NUMBER = Started("all_gather", 8, 8)  # the call's number, by which two ranks find that they run the same backward pass
-BARRIER = Started("all_gather", 1, 1)  # how two ranks that pull tell each other that something is ready
-GIB = 1 << 30
-
-Stages = dict[str, tuple[int, int, int]]
-
-
-def stages_on_rank(
-    rank: int,
-    size: int,
-    case: Case,
-    layout: SequenceLayout,
-    comm: str,
-    dtype: torch.dtype,
-    workspace: int,
-    inputs: tuple,
-    kept: int,
-) -> tuple[Stages, Stages, list, list, dict]:
-    """(collectives, bytes sent, bytes received) by stage: after forward and those that backward adds; the recorded
-    collectives of both; and figures of the report."""
-    options = {"layout": layout, "comm": comm, "workspace_bytes": workspace, "exchange_bytes": kept}
-
-    def local() -> list[torch.Tensor]:
-        return [layout.shard(x, rank).requires_grad_() for x in (inputs or case.inputs(dtype))[:3]]
-
-    out, report = moba_cp.moba_attention(*local(), case.config, return_report=True, **options)
-    forward = {n: (s.collectives, s.sent_bytes, s.received_bytes) for n, s in report.traffic.stages.items()}
-    out.sum().backward()
-    both = {n: (s.collectives, s.sent_bytes, s.received_bytes) for n, s in report.traffic.stages.items()}
-    nothing = (0, 0, 0)
-    added = {n: tuple(a - b for a, b in zip(s, forward.get(n, nothing), strict=True)) for n, s in both.items()}
-    with recorded() as in_forward:
-        out = moba_cp.moba_attention(*local(), case.config, **options)
-    with recorded() as in_backward:
-        out.sum().backward()
-    figures = {
-        "bound": report.lower_bound_bytes.tolist(),
-        "visible": report.visible_bytes.tolist(),
-        "selected": report.selected,
-        "transport": report.transport,
-        "walks": report.walks,
-    }
-    return forward, {n: s for n, s in added.items() if any(s)}, in_forward, in_backward, figures
-
-
-def stages(
-    case: Case,
-    layout: SequenceLayout,
-    comm: str,
-    dtype=torch.float64,
-    workspace: int = GIB,
-    inputs: tuple = (),
-    kept=GIB,
-) -> list:
-    return run_ranks(layout.cp_size, stages_on_rank, case, layout, comm, dtype, workspace, inputs, kept)
-
-
-def routed(case: Case, best: list[list[int]]) -> tuple[torch.Tensor, ...]:
-    """Inputs for which the queries of kv head h prefer blocks in the order `best[h]`: one-hot centroids."""
-    q, k, v, dout = case.inputs()
-    q[:], k[:] = 0, 0
-    for head, order in enumerate(best):
-        for rank, block in enumerate(order):
-            k[block * case.block_size : (block + 1) * case.block_size, head, block] = 1
-            q[:, head * 2 : head * 2 + 2, block] = len(order) - rank
-    return q, k, v, dout
-
-
-# Two candidate blocks on rank 0, one on rank 1: the messages are padded to two, of 2 heads x 8 x 8 bytes.
-CENTROIDS = (1, 256, 256)
+from tests.cases import TRANSPORTS, Case, comms_for, every_layout
+from tests.exchange_cases import (
+    BARRIER,
+    CASE,
+    CENTROIDS,
+    GIB,
+    HEADER,
+    TOKEN,
+    TWO,
+    routed,
+    stages,
+)
+from tests.recorder import Started
 
 
 def test_all_gather_bytes() -> None:
@@ -157,80 +86,6 @@ def test_fetch_receives_the_lower_bound(name: str) -> None:
         assert backward.get("fetch gradients", (0, 0, 0))[1] == expected  # what came goes back, in fp64
 
 
-EIGHT = Case((32,), block_size=4, topk=2, q_heads=4, kv_heads=2, dim=8, v_dim=4)
-
-
-def test_pull_reads_each_wanted_pair_once_and_nobody_sends() -> None:
-    """Of the four blocks at home on rank 0, rank 1 wants (0, block 0) and (1, block 1): a quarter, so not whole parts."""
-    layout, pairs = SequenceLayout.contiguous([0, 32], 2), 2 * 4 * TOKEN
-    first, second = stages(EIGHT, layout, "pull", inputs=routed(EIGHT, [[0], [1]]))
-    for rank, (forward, backward, *_, figures) in enumerate((first, second)):
-        assert figures["bound"] == [0, pairs]
-        assert set(forward) == {"centroids", "pull barriers", "pull keys and values"}
-        # A barrier stands before the memory is written and before it is read; in backward also before gradients are.
-        assert forward["pull barriers"] == (2, 2, 2)
-        assert backward["pull barriers"] == (3, 3, 3)
-        assert forward["pull keys and values"] == (0, 0, figures["bound"][rank])
-        assert backward.get("pull keys and values", (0, 0, 0)) == (0, 0, figures["bound"][rank])
-        assert backward.get("pull gradients", (0, 0, 0)) == (0, 0, figures["bound"][1 - rank])
-
-
-def test_pull_reads_whole_what_is_mostly_wanted() -> None:
-    """topk covers everything: rank 1 wants all of rank 0 and reads it in one piece, rank 0 nothing of rank 1."""
-    whole = 8 * 2 * TOKEN
-    first, second = stages(CASE, TWO, "pull")
-    assert first[0]["pull keys and values"] == (0, 0, 0)
-    assert first[1] == {"pull barriers": (3, 3, 3), "pull gradients": (0, 0, whole)}
-    assert second[0]["pull keys and values"] == (0, 0, whole)
-    assert second[1] == {"pull barriers": (3, 3, 3), "pull keys and values": (0, 0, whole)}
-
-
-def whole_or_not(rank: int, size: int, case: Case, layout: SequenceLayout, workspace: int) -> list[tuple]:
-    """Results of this rank where it reads wanted pairs only, where it reads parts whole, and where the even ranks do so."""
-    results = []
-    for share in (2.0, 0.0, 2.0 * (rank % 2)):
-        with mock.patch.object(pull, "WHOLE_SHARE", share):
-            results += on_rank(rank, size, case, layout, "pull", workspace_bytes=workspace)
-    return results
-
-
-@pytest.mark.parametrize("workspace", [1, GIB])
-@pytest.mark.parametrize("name", every_layout([0, 1], 1))
-def test_what_pull_reads_changes_no_bit(name: str, workspace: int) -> None:
-    case = Case((29, 0, 3, 122), block_size=5, topk=2, q_heads=4, kv_heads=2, dim=8, v_dim=4)
-    for results in run_ranks(4, whole_or_not, case, every_layout(case.cu_seqlens, 4)[name], workspace):
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def where_starts_are_made(rank: int, size: int, case: Case, layout: SequenceLayout) -> list[bool]:
-    """For each look-up of starts by `pull`: whether the side stream, which reads them, was the current one."""
-    inside, seen = [False], []
-    use, home_start = SideStream.use, pull.home_start
-
-    @contextlib.contextmanager
-    def noted_use(side: SideStream) -> Iterator[None]:
-        inside.append(True)
-        with use(side):
-            yield
-        inside.pop()
-
-    def noted_start(*args: object) -> torch.Tensor:
-        seen.append(inside[-1])
-        return home_start(*args)  # type: ignore[arg-type]
-
-    with mock.patch.object(SideStream, "use", noted_use), mock.patch.object(pull, "home_start", noted_start):
-        on_rank(rank, size, case, layout, "pull")
-    return seen
-
-
-def test_pull_makes_starts_on_the_stream_that_reads_them() -> None:
-    """Starts come from a kernel the first time: on the caller's stream it may run long after the side stream reads."""
-    for seen in run_ranks(2, where_starts_are_made, EIGHT, SequenceLayout.contiguous([0, 32], 2)):
-        assert len(seen) >= 2  # forward and backward
-        assert all(seen)
-
-
 @pytest.mark.parametrize("comm", TRANSPORTS)
 def test_routing_exchanges_centroids_only(comm: str) -> None:
     """Of the keys and values nothing moves before the gate: one all-gather of one centroid for each block and kv head
@@ -265,12 +120,6 @@ def test_keys_and_values_travel_in_their_dtype_and_gradients_in_fp32(comm: str) 
             assert values in (0, 8 * 2 * 12 * 2)
             assert backward[f"{comm} keys and values"][at] == values
             assert backward[f"{comm} gradients"][3 - at if comm == "fetch" else at] == values * 2
-
-
-def test_pull_reads_keys_and_values_in_their_dtype_and_gradients_in_fp32() -> None:
-    first, second = stages(CASE, TWO, "pull", torch.bfloat16)
-    assert second[0]["pull keys and values"][2] == 8 * 2 * 12 * 2
-    assert first[1]["pull gradients"][2] == 8 * 2 * 12 * 4
 
 
 def test_fragments_of_straddling_blocks_go_home_once() -> None:
@@ -311,105 +160,6 @@ def test_head_groups_move_the_same_bytes_in_more_collectives() -> None:
             assert split[0][name] == (2 * whole[0][name][0], *whole[0][name][1:])
             name, nothing = f"{comm} gradients", (0, 0, 0)  # rank 1 reads none: rank 0 has none for it
             assert split[1].get(name, nothing)[1:] == whole[1].get(name, nothing)[1:]
-
-
-CHUNKED = replace(CASE, lengths=(900,), block_size=16, topk=3)
-THREE = SequenceLayout.zigzag([0, 900], 3)  # 300 rows per rank: three chunks of 128 rows where the workspace holds one
-
-
-def moved(counted: Stages, stage: str) -> tuple[int, int]:
-    """Bytes sent and received in one stage."""
-    return counted.get(stage, (0, 0, 0))[1:]
-
-
-@pytest.mark.parametrize("comm", TRANSPORTS)
-def test_each_byte_crosses_once_however_many_chunks_of_rows(comm: str) -> None:
-    """The same bytes of keys, values and gradients with one chunk and with three."""
-    for whole, chunked in zip(stages(CHUNKED, THREE, comm), stages(CHUNKED, THREE, comm, workspace=1), strict=True):
-        assert whole[4]["walks"] == chunked[4]["walks"] == (1, 1)
-        for counted, expected in ((chunked[0], whole[0]), (chunked[1], whole[1])):
-            for stage in (f"{comm} keys and values", f"{comm} gradients"):
-                assert moved(counted, stage) == moved(expected, stage)
-
-
-@pytest.mark.parametrize("comm", ["ring", "pull"])
-@pytest.mark.parametrize(("kept", "walks"), [(0, (3, 3)), (3 * 320 * TOKEN, (1, 3))])
-def test_bytes_beyond_what_may_be_kept_cross_once_per_chunk(comm: str, kept: int, walks: tuple[int, int]) -> None:
-    """At most 320 tokens are at home on a rank; the second budget holds the keys and values of one kv head of three such
-    ranks, and not their gradients, which take as many bytes again. The report says what travels again."""
-    once = stages(CHUNKED, THREE, comm)
-    for whole, chunked in zip(once, stages(CHUNKED, THREE, comm, workspace=1, kept=kept), strict=True):
-        assert chunked[4]["walks"] == walks
-        for at, stage, times in (
-            (0, "keys and values", walks[0]),
-            (1, "keys and values", walks[1]),
-            (1, "gradients", walks[1]),
-        ):
-            expected = moved(whole[at], f"{comm} {stage}")
-            assert moved(chunked[at], f"{comm} {stage}") == tuple(n * times for n in expected)
-
-
-def kept_or_not(rank: int, size: int, case: Case, layout: SequenceLayout, comm: str) -> list[tuple]:
-    """Results of this rank in three chunks: everything kept, keys and values kept, nothing kept."""
-    return [
-        on_rank(rank, size, case, layout, comm, workspace_bytes=1, exchange_bytes=kept)[0] for kept in (GIB, 10**5, 0)
-    ]
-
-
-@pytest.mark.parametrize("comm", ["ring", "pull"])
-def test_what_is_kept_for_later_chunks_changes_no_result(comm: str) -> None:
-    for kept, keys_only, nothing in run_ranks(3, kept_or_not, CHUNKED, THREE, comm):
-        for other in (keys_only, nothing):
-            assert torch.equal(kept[0], other[0])
-            assert torch.equal(kept[1], other[1])
-            for a, b in zip(kept[2:], other[2:], strict=True):  # dk, dv: the same terms in another order
-                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def steps_on_rank(rank: int, size: int, case: Case, layout: SequenceLayout, comm: str) -> tuple[list[str], list[str]]:
-    q, k, v, _ = (layout.shard(x, rank).requires_grad_() for x in case.inputs())
-    # Once before: pull sets up its memory.
-    moba_cp.moba_attention(q, k, v, case.config, layout=layout, comm=comm).sum().backward()
-    with recorded(steps=True) as forward:
-        out = moba_cp.moba_attention(q, k, v, case.config, layout=layout, comm=comm)
-    with recorded(steps=True) as backward:
-        out.sum().backward()
-    return tuple([e if isinstance(e, str) else e.name for e in events] for events in (forward, backward))
-
-
-def test_ring_starts_the_next_shift_before_it_computes_the_current_part() -> None:
-    layout = SequenceLayout.contiguous([0, 16], 4)
-    gate = ["all_gather", "all_gather", "wait"]  # agreement and centroids
-    for forward, backward in run_ranks(4, steps_on_rank, CASE, layout, "ring"):
-        step = ["shift", "compute", "wait"]
-        assert forward == [*gate, *step, *step, *step, "compute"]
-        # The same, and each step's gradients travel behind it while the next part is computed.
-        assert backward == [
-            "all_gather",
-            *["shift", "compute", "wait"],
-            *["shift", "compute", "shift", "wait"],
-            *["shift", "compute", "wait", "shift", "wait"],
-            *["compute", "wait", "shift", "wait"],
-        ]
-
-
-def test_all_gather_is_under_way_while_the_local_part_is_computed() -> None:
-    for forward, backward in run_ranks(2, steps_on_rank, CASE, TWO, "all_gather"):
-        assert forward[3:] == ["all_gather", "compute", "wait", "compute"]
-        assert backward == ["all_gather", "all_gather", "compute", "wait", "compute", "all_to_all", "wait"]
-
-
-def test_fetch_waits_after_the_local_part() -> None:
-    for forward, backward in run_ranks(2, steps_on_rank, CASE, TWO, "fetch"):
-        assert forward[3:] == ["all_gather", "wait", "compute", "all_to_all", "wait", "compute"]
-        assert backward == ["all_gather", "compute", "all_to_all", "wait", "compute", "all_to_all", "wait"]
-
-
-def test_pull_waits_for_nobody_but_at_barriers() -> None:
-    barrier, gate = ["all_gather", "wait"], ["all_gather", "wait"]
-    for forward, backward in run_ranks(2, steps_on_rank, CASE, TWO, "pull"):
-        assert forward == ["all_gather", *barrier, *gate, *barrier, "compute", "compute"]
-        assert backward == ["all_gather", *barrier, *barrier, "compute", "compute", *barrier]
 
 
 def test_a_group_of_one_starts_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Start a program of examples/megatron_gpt through torchrun, for the scripts here that compare runs."""
+"""Start a program of examples/megatron_gpt through torchrun, and read what it logged: for scripts that compare runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from .records import REPOSITORY
 
 
 def command(
@@ -18,7 +18,7 @@ def command(
     """Command line and environment that train with a YAML file and overrides over processes of this machine.
 
     Args:
-        device: ``"cpu"`` hides the GPUs; ``"cuda"`` takes one GPU a process.
+        device: ``"cpu"`` hides the GPUs; ``"cuda"`` takes one GPU per process.
         script: its name in examples/megatron_gpt.
     """
     environment = dict(os.environ)
@@ -55,6 +55,6 @@ def train(
 
 
 def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """What a run logged, one entry a step (``train``), evaluation (``eval``) or start (``model``)."""
+    """What a run logged: one entry per step (``train``), evaluation (``eval``) or start (``model``)."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]

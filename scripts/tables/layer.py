@@ -1,8 +1,10 @@
-"""The README's tables of `bench_layer.py`: times by transport, and what is lost from one rank to several."""
+"""The layer over several ranks: tables of `bench_layer`, times by transport and what is lost from one rank to several."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from .text import thousands
 
 WAITS_FORWARD = ("wait for keys and values",)
 WAITS_BACKWARD = ("wait for keys and values, send gradients", "return gradients")
@@ -43,7 +45,7 @@ def layer_tables(contents: list[dict[str, Any]]) -> str:
 
 
 def transports_table(done: list[dict]) -> list[str]:
-    """One row a (ranks, heads, block size, top-k, tokens, routing), a column a transport."""
+    """One row per (ranks, heads, block size, top-k, tokens, routing), one column per transport."""
     transports = list(dict.fromkeys(r["comm"] for r in done if r["ranks"] > 1))
     lines = [
         f"| heads | (B, k) | tokens | routing | wanted | {' | '.join(transports)} | alone | output error |",
@@ -63,7 +65,7 @@ def transports_table(done: list[dict]) -> list[str]:
 
 
 def scaling_table(done: list[dict]) -> list[str]:
-    """One row a case that was also run alone: weak-scaling efficiency, scoring, waits, work and memory."""
+    """One row per case that was also run alone: weak-scaling efficiency, scoring, waits, work and memory."""
     lines = [
         "| heads | (B, k) | tokens | routing | efficiency | scoring, ms | not hidden, ms | work | peak |",
         "|" + "---|" * 9,
@@ -114,7 +116,3 @@ def times(result: dict | None) -> str:
         return "-"
     text = f"{result['forward_ms']:.1f} / {result['forward_backward_ms']:.1f}"
     return f"{text} ({result['transport']})" if result["comm"] == "auto" and result["ranks"] > 1 else text
-
-
-def thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)

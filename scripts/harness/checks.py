@@ -1,6 +1,8 @@
-"""Numeric checks of one finished call of `moba_attention` on one GPU: the tensors that were timed, not a smaller case.
+"""Errors of a finished call of `moba_attention`: of the tensors that were timed, not of a smaller case.
 
-Selection is checked on every row; output and dq on sampled rows, dk and dv on sampled blocks, against fp32.
+`check_run` (one rank, one document): the selection of every row, output and dq of sampled rows, dk and dv of sampled blocks.
+`output_error` (any rank count): output of sampled rows, whose blocks are selected here. Both compare with fp32, and both take
+a row's attention from `attend_row`.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moba_cp import MoBAConfig, SequenceLayout
@@ -17,6 +20,7 @@ from moba_cp.pipeline import device_rows
 
 SAMPLED_ROWS = 24
 SAMPLED_BLOCKS = 3
+SAMPLED_ROWS_PER_RANK = 8
 LN2 = 0.6931471805599453
 
 
@@ -28,10 +32,10 @@ def check_run(
     """Errors of one call over one document; `lse` and `selected` are what it saved for backward.
 
     Returns:
-        centroid_error_ulp: greatest difference from fp64 means, in units of the last place (0.5 is right rounding;
+        centroid_error_ulp: largest difference from fp64 means, in units of the last place (0.5 is right rounding;
             below 2^-10, where fp32 sums cancel, in those of 2^-10).
-        rows, wrong_rows: rows times heads, and how many of them chose blocks that fp32 scores do not allow.
-        reordered_rows: rows whose choice differs from fp32 torch within rounding.
+        rows, wrong_rows: rows times heads, and how many of them selected blocks that fp32 scores do not allow.
+        reordered_rows: rows whose selection differs from fp32 torch within rounding.
         out_error, dq_error, dk_error, dv_error: norm of the difference over the norm of the fp32 value, on samples.
     """
     selected = selected.int()
@@ -44,13 +48,13 @@ def check_run(
 
 
 def check_routing(q: Tensor, k: Tensor, config: MoBAConfig) -> dict[str, Any]:
-    """`check_selection` of what the kernels choose for `q` and `k`, one document, without any attention."""
+    """`check_selection` of what the kernels select for `q` and `k`, one document, without attention."""
     tokens, size = q.shape[0], config.block_size
     layout = SequenceLayout.contiguous([0, tokens], 1)
     rows = device_rows(rank_plan(home_plan(layout, size), 0), q.device)
     backend, whole, n_blocks = backend_for(q.device, q.dtype), tokens // size, -(-tokens // size)
     start = torch.arange(whole, device=q.device, dtype=torch.int32) * size
-    centroids = k.new_zeros(n_blocks, *k.shape[1:])  # what is left of a block is nobody's candidate
+    centroids = k.new_zeros(n_blocks, *k.shape[1:])  # a partial block at the end is nobody's candidate
     centroids[:whole] = backend.centroids(k, start=start, block_size=size)
     selected = backend.select_blocks(q, centroids=centroids, rows=rows, topk=min(config.topk, n_blocks))
     return check_selection(q, k, selected.int(), config)
@@ -59,7 +63,7 @@ def check_routing(q: Tensor, k: Tensor, config: MoBAConfig) -> dict[str, Any]:
 def check_selection(
     q: Tensor, k: Tensor, selected: Tensor, config: MoBAConfig, rows_at_once: int = 4096
 ) -> dict[str, Any]:
-    """Every row's blocks against fp32 scores: the worst chosen may not score below the best left out beyond rounding."""
+    """Every row's blocks against fp32 scores: the worst selected block may score below the best other one by rounding only."""
     tokens, q_heads, dim = q.shape
     group, size = q_heads // k.shape[1], config.block_size
     whole = tokens // size
@@ -70,10 +74,7 @@ def check_selection(
     ulp = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=2**-10))) + 1) * torch.finfo(k.dtype).eps / 2
     centroid_error = float(((centroids.double() - exact).abs() / ulp).max()) if whole else 0.0
     own, number = torch.arange(tokens, device=q.device) // size, torch.arange(whole, device=q.device)
-    wrong, reordered = (
-        torch.zeros((), dtype=torch.int64, device=q.device),
-        torch.zeros((), dtype=torch.int64, device=q.device),
-    )
+    wrong, reordered = torch.zeros(2, dtype=torch.int64, device=q.device)
     for head in range(q_heads):
         keys = centroids[:, head // group].float()
         longest = keys.norm(dim=1).amax() if whole else None
@@ -115,27 +116,92 @@ def check_rows(
     group, size = q_heads // k.shape[1], config.block_size
     scale = config.scale(q.shape[2])
     generator = torch.Generator().manual_seed(1)
-    sample = {
-        0,
-        tokens - 1,
-        min(size, tokens - 1),
-        *torch.randint(0, tokens, (SAMPLED_ROWS,), generator=generator).tolist(),
-    }
-    within = torch.arange(size, device=q.device)
+    drawn = torch.randint(0, tokens, (SAMPLED_ROWS,), generator=generator).tolist()
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"out_error": [], "dq_error": []}
-    for row in sorted(sample):
+    for row in sorted({0, tokens - 1, min(size, tokens - 1), *drawn}):
         for head in range(q_heads):
-            blocks = selected[head, row]
-            index = (blocks[blocks >= 0].long()[:, None] * size + within).flatten()
-            index = index[index <= row]
-            keys, values = k[index, head // group].float(), v[index, head // group].float()
-            query, gradient = q[row, head].float(), dout[row, head].float()
-            weight = torch.softmax(keys @ query * scale, 0)
-            result = weight @ values
+            weight, keys, values = attend_row(
+                q[row, head], k[:, head // group], v[:, head // group], selected[head, row], row, size, scale
+            )
+            result, gradient = weight @ values, dout[row, head].float()
             dscore = weight * (values @ gradient - result @ gradient) * scale
             pairs["out_error"].append((out[row, head].float(), result))
             pairs["dq_error"].append((dq[row, head].float(), dscore @ keys))
     return {name: relative(pair) for name, pair in pairs.items()}
+
+
+def attend_row(
+    query: Tensor, k: Tensor, v: Tensor, blocks: Tensor, row: int, block_size: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition for one row and head of one document, in fp32.
+
+    Args:
+        query: `[D]`.
+        k, v: `[tokens, D]` and `[tokens, Dv]` of the row's kv head.
+        blocks: the row's blocks, in any order; -1 for none.
+        row: its position in the document.
+
+    Returns:
+        Softmax weights `[n]`, and the `n` keys and values that they belong to.
+    """
+    within = torch.arange(block_size, device=query.device)
+    index = (blocks[blocks >= 0].long()[:, None] * block_size + within).flatten()
+    index = index[index <= row]
+    keys, values = k[index].float(), v[index].float()
+    return torch.softmax(keys @ query.float() * scale, 0), keys, values
+
+
+def select_blocks(queries: Tensor, centroids: Tensor, own: Tensor, topk: int) -> Tensor:
+    """Blocks of some rows of one head and document by fp32 scores: `[n, at most topk]`, -1 for none.
+
+    Args:
+        queries: `[n, D]`.
+        centroids: `[whole blocks, D]`.
+        own: `[n]`, the rows' own blocks.
+    """
+    score = queries.float() @ centroids.float().T
+    score.masked_fill_(torch.arange(len(centroids), device=own.device) >= own[:, None], float("-inf"))
+    best = score.topk(min(topk - 1, len(centroids)), dim=1)
+    return torch.cat([torch.where(best.values > float("-inf"), best.indices, -1), own[:, None]], 1)
+
+
+@torch.no_grad()
+def output_error(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: MoBAConfig, layout: SequenceLayout, rank: int
+) -> float:
+    """Relative error of sampled output rows, the largest over ranks, for one document; every rank has as many tokens.
+
+    Keys and values of one kv head after the other are gathered from all ranks.
+    """
+    size, group, scale = config.block_size, q.shape[1] // k.shape[1], config.scale(q.shape[2])
+    generator = torch.Generator().manual_seed(rank)
+    rows = torch.randint(0, q.shape[0], (SAMPLED_ROWS_PER_RANK,), generator=generator)
+    position = layout.local_indices(rank)[rows]
+    own = (position // size).to(q.device)
+    pairs = []
+    for kv_head in range(k.shape[1]):
+        keys, values = (_gathered(x[:, kv_head], layout) for x in (k, v))
+        whole = len(keys) // size
+        centroids = keys[: whole * size].float().unflatten(0, (whole, size)).mean(1).to(keys.dtype)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            queries = q[rows.to(q.device), head]
+            selected = select_blocks(queries, centroids, own, config.topk)
+            for query, blocks, row, at in zip(queries, selected, rows.tolist(), position.tolist(), strict=True):
+                weight, _, some = attend_row(query, keys, values, blocks, at, size, scale)
+                pairs.append((out[row, head].float(), weight @ some))
+    error = torch.tensor([relative(pairs)], device=q.device)
+    if layout.cp_size > 1:
+        dist.all_reduce(error, dist.ReduceOp.MAX)
+    return error.item()
+
+
+def _gathered(x: Tensor, layout: SequenceLayout) -> Tensor:
+    """The global tensor of equal shards `x`."""
+    if layout.cp_size == 1:
+        return x
+    parts = [x.new_empty(layout.local_tokens(rank), *x.shape[1:]) for rank in range(layout.cp_size)]
+    dist.all_gather(parts, x.contiguous())
+    return layout.unshard(parts)
 
 
 def check_blocks(
@@ -151,7 +217,7 @@ def check_blocks(
         block = sample * (n_blocks - 1) // max(1, SAMPLED_BLOCKS - 1)
         kv_head = sample % k.shape[1]
         keys = slice(block * size, min((block + 1) * size, tokens))
-        place = torch.arange(keys.start, keys.stop, device=q.device)
+        position = torch.arange(keys.start, keys.stop, device=q.device)
         key, value = k[keys, kv_head].float(), v[keys, kv_head].float()
         dk, dv = torch.zeros_like(key), torch.zeros_like(value)
         for head in range(kv_head * group, (kv_head + 1) * group):
@@ -159,7 +225,7 @@ def check_blocks(
             for some in rows.split(8192):
                 query, gradient = q[some, head].float(), dout[some, head].float()
                 weight = torch.exp(query @ key.T * scale - lse[head, some, None].float())
-                weight = weight.masked_fill(place > some[:, None], 0)
+                weight = weight.masked_fill(position > some[:, None], 0)
                 delta = (out[some, head].float() * gradient).sum(1, keepdim=True)
                 dv += weight.T @ gradient
                 dk += (weight * (gradient @ value.T - delta)).T @ query * scale

@@ -1,0 +1,59 @@
+"""Calls of attention under `torch.compile` and `torch.export`: what is traced, down to the operators of `operators.py`.
+
+Objects stay out of the graph. A layout enters as an int64 tensor (`SequenceLayout.description`), a group by its name, a
+configuration as numbers. So a graph serves every layout and number of tokens. Arguments are checked when the operator runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .selection import Selection
+
+MOST_SLOTS = 128
+"""Largest `topk` of a call inside a graph: saved blocks have `topk` slots there, however few blocks a document has."""
+
+
+def fits_a_graph(topk: int, comm: str = "auto", head_parallel: int | None = None) -> bool:
+    """Whether such a call can be part of a graph. What is saved of a call that splits heads has sizes that its layout decides."""
+    return topk <= MOST_SLOTS and not comm.startswith("a2a") and head_parallel in (None, 1)
+
+
+def compiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    description: object,
+    group: dist.ProcessGroup | None,
+    comm: str,
+    selection: Tensor | None,
+    check_selection: bool,
+    routing: tuple[Tensor, Tensor] | None,
+    return_selection: bool,
+    workspace_bytes: int,
+    exchange_bytes: int,
+) -> Tensor | tuple[Tensor, Selection]:
+    """`moba_attention` with `layout.description`, as a graph records it."""
+    q_gate, k_gate = (None, None) if routing is None else (x.detach() for x in routing)
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out, _, _, blocks, weights, _ = torch.ops.moba_cp.attention(
+        q, k, v, torch.as_tensor(description), selection, q_gate, k_gate, config.block_size, config.topk,
+        config.softmax_scale, "" if group is None else group.group_name, comm, check_selection, return_selection, gradients,
+        workspace_bytes, exchange_bytes, None,
+    )  # fmt: skip
+    return (out, Selection(blocks, weights.detach())) if return_selection else out
+
+
+def compiled_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, block_size: int, topk: int
+) -> Tensor:
+    """`moba_attn_varlen` as a graph records it."""
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return torch.ops.moba_cp.attention(
+        q, k, v, cu_seqlens, None, None, None, block_size, topk, None, "", "auto", True, False, gradients,
+        DEFAULT_WORKSPACE_BYTES, DEFAULT_EXCHANGE_BYTES, max_seqlen,
+    )[0]  # fmt: skip

@@ -1,0 +1,268 @@
+"""Attention as operators of `torch.library`, for graphs: `torch.compile`, AOTAutograd, `torch.export`.
+
+Eager calls do not come here. What autograd saves between the two operators is tensors only, of shapes known when the graph is
+made: q, k, v, the output, its log-sum-exps (fp32, or fp64), and the selected blocks (int32, `topk` slots). Routing lists and
+requests to other ranks are made again in backward. An eager call saves blocks in 2 bytes per slot and lists in 4; a graph
+saves 4 in all.
+
+==========  ============================================================================================================
+operator    what it does
+==========  ============================================================================================================
+attention   checks its arguments, agrees with the other ranks, and runs `pipeline.forward`
+attention_backward  runs `pipeline.backward` from what `attention` returned
+==========  ============================================================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from . import pipeline
+from .attention import prepare
+from .config import MoBAConfig
+from .kernels import backend_for
+from .kernels.torch_backend import accumulate_dtype
+from .kernels.types import selection_dtype
+from .parallel import backward_order
+from .parallel.blocks import home_plan, rank_plan
+from .parallel.comm import CommGroup
+from .parallel.exchanges import EXCHANGES, Route
+from .parallel.exchanges.base import LocalOnly
+from .parallel.exchanges.fetch import Fetch
+from .parallel.exchanges.pull import Pull
+from .parallel.layout import SequenceLayout
+from .parallel.plan_cache import PLANS, Memo
+from .parallel.wanted import exchange_wanted
+from .precision import as_given
+from .selection import made_selection
+from .stages import Stages
+from .validation import check_longest, check_tensors
+
+_EXCHANGES = (LocalOnly.name, *EXCHANGES)
+"""Exchanges by the number that stands for them in a route tensor."""
+_ROUTE_NUMBERS = 6
+"""Of a route tensor: exchange, walks forward and backward, number of the call in its group, key of the layout (two)."""
+
+
+@torch.library.custom_op("moba_cp::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Tensor,
+    selection: Tensor | None,
+    q_gate: Tensor | None,
+    k_gate: Tensor | None,
+    block_size: int,
+    topk: int,
+    softmax_scale: float | None,
+    group: str,
+    comm: str,
+    check_selection: bool,
+    return_selection: bool,
+    gradients: bool,
+    workspace_bytes: int,
+    exchange_bytes: int,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`moba_attention`.
+
+    Args:
+        layout: int64, `SequenceLayout.description`; with `max_seqlen`, the `cu_seqlens` of `moba_attn_varlen` instead.
+        group: name of the process group; empty for the default one, or for none.
+        gradients: whether `attention_backward` will follow.
+
+    Returns:
+        out `[T, Hq, Dv]`; for backward, or empty: log-sum-exps `[Hq, T]` and selected blocks `[Hq, T, topk]`; for
+        `return_selection`, or empty: blocks and weights `[Hq, T, topk]`; a route tensor on the host.
+    """
+    config = MoBAConfig(block_size, topk, softmax_scale)
+    check_tensors(q, k, v)
+    if max_seqlen is None:
+        made = _layout_of(layout)
+    else:
+        made = SequenceLayout.contiguous(layout.cpu(), 1)
+        check_longest(max_seqlen, made)
+    routing = None if q_gate is None or k_gate is None else (q_gate, k_gate)
+    prepared = prepare(
+        q, k, v, config, made, _group_of(group), comm, 1, selection, check_selection, routing, return_selection, False,
+        workspace_bytes, exchange_bytes, gradients,
+    )  # fmt: skip
+    assert prepared is not None, "operators run on tensors that hold numbers"
+    call = prepared.inner
+    with torch.cuda.device_of(q), as_given(q):
+        saved = pipeline.forward(replace(call, keep_lists=False), q, k, v, prepared.routing)
+        rows = pipeline.device_rows(call.plan, q.device)
+        lse, selected, blocks, weights = _empty_extras(q)
+        if gradients:
+            lse, selected = saved.lse, _at_the_end(saved.selected.to(torch.int32), topk, -1)
+        if return_selection:
+            found = made_selection(saved.selected, rows, prepared.routing)
+            blocks, weights = _at_the_end(found.blocks, topk, -1), _at_the_end(found.weights, topk, 0)
+    return saved.out, lse, selected, blocks, weights, _route_tensor(saved.route, call.number, made)
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, layout: Tensor, selection: Tensor | None, q_gate: Tensor | None,
+    k_gate: Tensor | None, block_size: int, topk: int, softmax_scale: float | None, group: str, comm: str,
+    check_selection: bool, return_selection: bool, gradients: bool, workspace_bytes: int, exchange_bytes: int,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check_tensors(q, k, v)
+    tokens, q_heads, _ = q.shape
+    lse, selected, blocks, weights = _empty_extras(q)
+    if gradients:
+        lse = q.new_empty(q_heads, tokens, dtype=accumulate_dtype(q.dtype))
+        selected = q.new_empty(q_heads, tokens, topk, dtype=torch.int32)
+    if return_selection:
+        blocks = q.new_empty(q_heads, tokens, topk, dtype=torch.int32)
+        weights = q.new_empty(q_heads, tokens, topk, dtype=accumulate_dtype(q.dtype))
+    route = torch.empty(_ROUTE_NUMBERS, dtype=torch.int64, device="cpu")
+    return q.new_empty(tokens, q_heads, v.shape[2]), lse, selected, blocks, weights, route
+
+
+@torch.library.custom_op("moba_cp::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selected: Tensor,
+    layout: Tensor,
+    route: Tensor,
+    block_size: int,
+    topk: int,
+    softmax_scale: float | None,
+    group: str,
+    comm: str,
+    workspace_bytes: int,
+    exchange_bytes: int,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv from what `attention` took and returned."""
+    name, forward_walks, backward_walks, number, *key = route.tolist()
+    made = _known_layout(tuple(key), layout, max_seqlen)
+    config = MoBAConfig(block_size, topk, softmax_scale)
+    comm_group = CommGroup(_group_of(group), made.cp_size)
+    if comm_group.size > 1:
+        backward_order.check(comm_group.group, number, dout.device)
+    plan = rank_plan(home_plan(made, block_size), comm_group.rank)
+    call = pipeline.Call(
+        config=config,
+        plan=plan,
+        comm=comm_group,
+        backend=backend_for(q.device, q.dtype),
+        requested=comm,
+        workspace_bytes=workspace_bytes,
+        exchange_bytes=exchange_bytes,
+        stage=Stages(q.device),
+        keep_lists=False,
+        number=number,
+        rounds=True,
+    )
+    with torch.cuda.device_of(q), as_given(dout):
+        chosen = selected[:, :, topk - call.topk :].to(selection_dtype(call.n_blocks))
+        known = _route_of(_EXCHANGES[name], (forward_walks, backward_walks), call, chosen, k.shape[1])
+        saved = pipeline.Saved(out, lse, chosen, (), known)
+        dq, dk, dv = pipeline.backward(call, q, k, v, saved, dout)
+    return dq, dk.contiguous(), dv.contiguous()  # both may be views of one tensor
+
+
+@attention_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, selected: Tensor, layout: Tensor,
+    route: Tensor, block_size: int, topk: int, softmax_scale: float | None, group: str, comm: str, workspace_bytes: int,
+    exchange_bytes: int, max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, layout, _, _, _, *rest = inputs
+    block_size, topk, scale, group, comm, _, _, gradients, workspace_bytes, exchange_bytes, max_seqlen = rest
+    out, lse, selected, _, _, route = output
+    ctx.gradients = gradients
+    ctx.rest = (block_size, topk, scale, group, comm, workspace_bytes, exchange_bytes, max_seqlen)
+    ctx.save_for_backward(q, k, v, out, lse, selected, layout, route)
+
+
+def _backward(ctx: Any, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
+    if not ctx.gradients:
+        raise RuntimeError("moba_cp::attention was called with gradients=False, so it has no backward")
+    gradients = torch.ops.moba_cp.attention_backward(dout, *ctx.saved_tensors, *ctx.rest)
+    return *gradients, *(None,) * 15
+
+
+attention.register_autograd(_backward, setup_context=_save)
+
+
+def _empty_extras(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-sum-exps, selected blocks, blocks and weights where nobody asked for them."""
+    acc = accumulate_dtype(q.dtype)
+    return (
+        q.new_empty(0, 0, dtype=acc),
+        q.new_empty(0, 0, 0, dtype=torch.int32),
+        q.new_empty(0, 0, 0, dtype=torch.int32),
+        q.new_empty(0, 0, 0, dtype=acc),
+    )
+
+
+def _at_the_end(x: Tensor, slots: int, fill: int) -> Tensor:
+    """`x` `[H, T, n]` as contiguous `[H, T, slots]`, filled up at the front."""
+    padded = x.new_full((*x.shape[:2], slots), fill)
+    padded[:, :, slots - x.shape[2] :] = x
+    return padded
+
+
+def _layout_of(description: Tensor) -> SequenceLayout:
+    array = description.numpy()
+    return _kept(_key(array)).get("layout", lambda: SequenceLayout.from_description(array))
+
+
+def _known_layout(key: tuple[int, ...], layout: Tensor, max_seqlen: int | None) -> SequenceLayout:
+    """The layout of a forward pass; made of `layout` again where it has been dropped meanwhile."""
+    make = lambda: SequenceLayout.from_description(layout.numpy())  # noqa: E731
+    if max_seqlen is not None:
+        make = lambda: SequenceLayout.contiguous(layout.cpu(), 1)  # noqa: E731
+    return _kept(key).get("layout", make)
+
+
+def _key(description: np.ndarray) -> tuple[int, ...]:
+    digest = hashlib.blake2b(description.tobytes(), digest_size=16).digest()
+    return tuple(np.frombuffer(digest, dtype=np.int64).tolist())
+
+
+def _kept(key: tuple[int, ...]) -> Memo:
+    """Where the layout with this key is kept: like plans, the latest ones, and counted."""
+    return PLANS.get(("layout of a graph", key), Memo)
+
+
+def _group_of(name: str) -> dist.ProcessGroup | None:
+    return distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
+
+
+def _route_tensor(route: Route, number: int, layout: SequenceLayout) -> Tensor:
+    key = _key(layout.description)
+    _kept(key).get("layout", lambda: layout)
+    return torch.tensor([_EXCHANGES.index(route.name), *route.walks, number, *key])
+
+
+def _route_of(name: str, walks: tuple[int, int], call: pipeline.Call, selected: Tensor, kv_heads: int) -> Route:
+    """The route of a forward pass, with what its exchange asks for made again."""
+    if name not in (Fetch.name, Pull.name):
+        return Route(name, "", walks)
+    mine = call.backend.wanted_pairs(selected, n_blocks=call.n_blocks, kv_heads=kv_heads)
+    if name == Pull.name:
+        return Route(name, "", walks, mine=mine.view(torch.uint8))
+    return Route(name, "", walks, wanted=exchange_wanted(mine, call.plan, call.comm))

@@ -1,0 +1,51 @@
+"""Lists on the command line: "8192,32768", "16/16,32/8"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import typer
+
+
+def integers(text: str) -> list[int]:
+    """ "8192,32768" -> [8192, 32768]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected integers separated by commas, got {text!r}") from None
+
+
+def pairs(text: str, separator: str) -> list[tuple[int, int]]:
+    """ "16/16,32/8" -> [(16, 16), (32, 8)]."""
+    try:
+        return [(int(first), int(second)) for first, second in (part.split(separator) for part in text.split(","))]
+    except ValueError:
+        raise typer.BadParameter(f"expected pairs like 16{separator}8 separated by commas, got {text!r}") from None
+
+
+def heads(text: str) -> list[tuple[int, int]]:
+    """Query and key-value heads: "16/16,32/8"."""
+    return pairs(text, "/")
+
+
+def configs(text: str) -> list[tuple[int, int]]:
+    """Block sizes and topk: "128:8,512:8"."""
+    return pairs(text, ":")
+
+
+def choices(text: str, known: Iterable[str]) -> list[str]:
+    """Names separated by commas, each of `known`."""
+    names, allowed = text.split(","), list(known)
+    if unknown := [name for name in names if name not in allowed]:
+        raise typer.BadParameter(f"expected some of {', '.join(allowed)}, got {', '.join(unknown)}")
+    return names
+
+
+def device(name: str) -> torch.device:
+    """ "cuda" or "cpu", if this machine has it."""
+    if name not in ("cuda", "cpu"):
+        raise typer.BadParameter(f"expected cuda or cpu, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("no GPU is visible; --device cpu runs on the CPU, to try the program")
+    return torch.device(name)

@@ -1,0 +1,147 @@
+"""The layer on one GPU: tables and the plot of `bench_kernels`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .text import pyplot, thousands
+
+DENSE = "dense cuDNN"
+
+
+def headline(results: list[dict], dense: dict[tuple, dict], training: dict[str, Any]) -> str:
+    """Markdown: full attention against MoBA at 128K tokens, one layer, and the training step of `bench_training.py`."""
+    lines = ["| 128K tokens | full attention | MoBA | times as fast |", "|---|---|---|---|"]
+    for r in results:
+        reference = dense.get((*case(r), DENSE))
+        if r["tokens"] == 1 << 17 and reference is not None:
+            what = f"layer, {r['q_heads']}/{r['kv_heads']} heads, ({r['block_size']}, {r['topk']})"
+            lines.append(f"| {what} | {both(reference)} ms | **{both(r)} ms** | {faster(r, reference)} |")
+    setup, moba = training["setup"], training["setup"]["moba"]
+    for name in ("cp1", "cp2"):
+        run = training["runs"].get(name)
+        if run and run["steps"]:
+            gpus = f"{run['context']} GPU" + "s" * (run["context"] > 1)
+            what = f"training step, {run['parameters'] / 1e6:.0f}M, ({moba['block_size']}, {moba['topk']}), {gpus}"
+            seconds = setup["tokens_per_step"] / run["tokens_per_second"]
+            lines.append(f"| {what} | not measured | {seconds:.2f} s | |")
+    return "\n".join(lines)
+
+
+def load(files: list[Path]) -> tuple[dict[str, Any], list[dict], dict[tuple, dict]]:
+    """What the first file says about the machine, finished MoBA results, and dense ones by (tokens, heads, name).
+
+    Raises:
+        ValueError: no files, or files of different devices: their times are not comparable.
+    """
+    if not files:
+        raise ValueError("no results: expected kernels*.json, made by scripts/bench_kernels.py")
+    contents = [json.loads(f.read_text()) for f in files]
+    devices = {c["about"]["device"] for c in contents}
+    if len(devices) > 1:
+        raise ValueError(f"results of different devices do not go into one table: {sorted(devices)}")
+    done = {(*case(r), r["block_size"], r["topk"]): r for c in contents for r in c["results"] if "forward_ms" in r}
+    dense = {(*case(r), r["name"]): r for c in contents for r in c["dense"] if "forward_ms" in r}
+    return contents[0]["about"], [done[key] for key in sorted(done)], dense
+
+
+def case(result: dict) -> tuple[int, int, int]:
+    return result["q_heads"], result["kv_heads"], result["tokens"]
+
+
+def kernels_table(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict]) -> str:
+    """Markdown: one row per (heads, tokens, block size, top-k), forward / forward+backward milliseconds."""
+    lines = [
+        f"{about['device']}, bf16, D = {about['head_dim']}, N(0, 1) inputs, one document; torch {about['torch']}, "
+        f"Triton {about['triton']}, commit {about['commit'][:10]}. Medians of milliseconds, forward / forward+backward. "
+        "*Floor*: scoring, and the larger of "
+        "the attention FLOPs at 800 TFLOP/s and the bytes of a block-major design at 3.0 TB/s.",
+        "",
+        "| heads | tokens | (B, k) | moba_cp | of the floor | against dense cuDNN | dense cuDNN | dense flash | peak GiB "
+        "| output / dq error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        reference, flash = (dense.get((*case(r), name)) for name in (DENSE, "dense flash"))
+        checks = r.get("checks", {})
+        cells = [
+            f"{r['q_heads']}/{r['kv_heads']}",
+            thousands(r["tokens"]),
+            f"({r['block_size']}, {r['topk']})",
+            f"**{both(r)}**",
+            of_the_floor(r),
+            faster(r, reference),
+            both(reference),
+            both(flash),
+            f"{r['forward_peak_gib']:.1f} / {r['forward_backward_peak_gib']:.1f}",
+            f"{checks['out_error']:.1e} / {checks['dq_error']:.1e}" if checks else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    checked = [r["checks"] for r in results if "checks" in r]
+    if checked:
+        rows, wrong = (sum(c[key] for c in checked) for key in ("rows", "wrong_rows"))
+        seeds = sorted({c["seeds"] for c in checked})
+        drawn = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        lines += ["", f"Rows whose blocks were checked against fp32 scores, {drawn} seeds: {rows:,}; wrong: {wrong}."]
+    return "\n".join(lines)
+
+
+def kernels_plot(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict], path: Path) -> None:
+    """Forward+backward time against tokens, one panel per pair of heads, log-log."""
+    plt = pyplot()
+    heads = sorted({case(r)[:2] for r in results})
+    figure, axes = plt.subplots(1, len(heads), figsize=(5 * len(heads), 4), squeeze=False, sharey=True)
+    for axis, pair in zip(axes[0], heads):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for r in [*results, *dense.values()]:
+            if case(r)[:2] == pair and "forward_backward_ms" in r:
+                label = r.get("name") or f"MoBA ({r['block_size']}, {r['topk']})"
+                lines.setdefault(label, []).append((r["tokens"], r["forward_backward_ms"]["median"]))
+        for label, points in sorted(lines.items()):
+            tokens, times = zip(*sorted(points))
+            axis.plot(tokens, times, "o--" if label.startswith("dense") else "o-", label=label)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{pair[0]} q / {pair[1]} kv heads")
+        ticks = sorted({point[0] for points in lines.values() for point in points})
+        axis.set_xticks(ticks, [thousands(t) for t in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("forward + backward, ms")
+    axes[0][-1].legend(fontsize=8)
+    figure.suptitle(f"{about['device']}, bf16, D = {about['head_dim']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def both(result: dict | None) -> str:
+    if result is None:
+        return "-"
+    return " / ".join(milliseconds(result.get(key)) for key in ("forward_ms", "forward_backward_ms"))
+
+
+def of_the_floor(result: dict) -> str:
+    """Share of the lower bound in the time taken, forward / forward+backward; `floors` of bench_kernels.py."""
+    floors = result["floors_ms"]
+    forward = floors["scoring"] + max(floors["forward_attention"], floors["forward_traffic"])
+    whole = forward + max(floors["backward_attention"], floors["backward_traffic"])
+    shares = {"forward_ms": forward, "forward_backward_ms": whole}
+    return " / ".join(f"{floor / result[key]['median']:.0%}" for key, floor in shares.items() if key in result)
+
+
+def faster(result: dict, reference: dict | None) -> str:
+    """How many times as fast as `reference`, forward / forward+backward."""
+    if reference is None:
+        return "-"
+    cells = []
+    for key in ("forward_ms", "forward_backward_ms"):
+        known = key in reference and key in result
+        cells.append(f"{reference[key]['median'] / result[key]['median']:.1f}x" if known else "-")
+    return " / ".join(cells)
+
+
+def milliseconds(time: dict | None) -> str:
+    if time is None:
+        return "-"
+    value = time["median"]
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

@@ -1,0 +1,51 @@
+"""What the tables share: filling marked blocks of a page, short numbers, matplotlib without a screen."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+
+def fill(blocks: dict[str, str], files: list[Path]) -> None:
+    """Write every block into all files that are marked for it.
+
+    Raises:
+        ValueError: no file is marked for a block.
+    """
+    for name, text in blocks.items():
+        marked = [file for file in files if f"<!-- {name} -->" in file.read_text()]
+        if not marked:
+            raise ValueError(
+                f"none of {', '.join(file.name for file in files)} has lines <!-- {name} --> and <!-- /{name} -->"
+            )
+        for file in marked:
+            replace_between(file, name, text)
+
+
+def replace_between(path: Path, name: str, text: str) -> None:
+    """Put `text` between the comments `<!-- name -->` and `<!-- /name -->`.
+
+    Raises:
+        ValueError: the file lacks them.
+    """
+    content = path.read_text()
+    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    if not pattern.search(content):
+        raise ValueError(f"{path} has no lines <!-- {name} --> and <!-- /{name} -->")
+    path.write_text(pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", content))
+
+
+def thousands(tokens: int) -> str:
+    """131072 -> "128K"."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

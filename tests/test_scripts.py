@@ -1,0 +1,169 @@
+"""The programs of scripts/: each starts, and the benchmarks run with small sizes on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+import typer
+from typer.testing import CliRunner
+
+from moba_cp import MoBAConfig, SequenceLayout, moba_attention
+from moba_cp.kernels import configs
+from moba_cp.kernels.gpu import gpu_of_capability
+from scripts import (
+    bench_huggingface,
+    bench_kernels,
+    bench_layer,
+    bench_training,
+    make_picture,
+    make_tables,
+    parallel_equality,
+    pretrain_gpt_stock,
+    quickstart,
+    sanitize,
+    tune,
+)
+from scripts.harness import checks, options, records
+from scripts.harness.inputs import draw_inputs
+from scripts.harness.timing import Times, time_calls
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+PROGRAMS = (
+    bench_huggingface, bench_kernels, bench_layer, bench_training, make_picture, make_tables, parallel_equality,
+    pretrain_gpt_stock, quickstart, sanitize, tune,
+)  # fmt: skip
+
+
+def test_every_program_is_tested() -> None:
+    names = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", "scaling"}
+    assert names == {module.__name__.removeprefix("scripts.") for module in PROGRAMS}
+
+
+@pytest.mark.parametrize("module", PROGRAMS, ids=lambda module: module.__name__)
+def test_a_program_describes_itself_and_its_options(module) -> None:
+    app = typer.Typer()
+    app.command()(module.main)
+    result = CliRunner().invoke(app, ["--help"], terminal_width=200)
+    assert result.exit_code == 0, result.output
+    assert "Usage" in result.output
+    assert f"-m {module.__name__}" in (module.__doc__ or "")  # its first lines show how it is run
+
+
+def run(tmp_path: Path, *line: str) -> dict:
+    """Run a benchmark from the root of the repository as documented, without PYTHONPATH, and return what it wrote."""
+    out = tmp_path / "out.json"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    line = (sys.executable, *line, "--out", str(out))
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+def test_bench_kernels_measures_and_checks(tmp_path: Path) -> None:
+    found = run(
+        tmp_path, "-m", "scripts.bench_kernels", "--device", "cpu", "--tokens", "300", "--heads", "4/2", "--configs", "64:3",
+        "--iterations", "2", "--seeds", "2", "--no-dense",
+    )  # fmt: skip
+    assert {"device", "torch", "commit", "head_dim"} <= found["about"].keys()
+    (entry,) = found["results"]
+    assert entry["forward_ms"]["quartile_1"] <= entry["forward_ms"]["median"] <= entry["forward_ms"]["quartile_3"]
+    assert entry["checks"]["same_bits_again"]
+    assert (entry["checks"]["rows"], entry["checks"]["wrong_rows"]) == (2 * 4 * 300, 0)
+    # bf16 results of fp32 sums: half a unit in the last place is 2 ** -9 = 2e-3.
+    assert entry["checks"]["out_error"] < 3e-3
+    assert max(entry["checks"][f"{x}_error"] for x in ("dq", "dk", "dv")) < 6e-3
+
+
+def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    found = run(
+        tmp_path, "-m", "scripts.bench_huggingface", "--device", "cpu", "--tokens", "300", "--chunk", "20", "--heads", "4/2",
+        "--configs", "64:3", "--iterations", "2", "--layers", "2",
+    )  # fmt: skip
+    results = found["results"]
+    assert [(r["what"], r["attention"]) for r in results] == [
+        (what, attention) for attention in ("sdpa", "moba") for what in ("prefill", "chunk", "decode")
+    ]
+    assert [r["queries"] for r in results[3:]] == [300, 20, 1]
+    assert max(r["output_error"] for r in results[3:]) < 3e-3  # as above
+
+
+def test_bench_layer_compares_exchanges_and_one_rank(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
+    found = run(
+        tmp_path, *torchrun, "-m", "scripts.bench_layer", "--device", "cpu", "--tokens-per-gpu", "128", "--heads", "2/1",
+        "--configs", "32:3", "--transports", "ring,fetch", "--routing", "correlated", "--iterations", "2",
+    )  # fmt: skip
+    assert found["world_size"] == 2
+    assert [(r["ranks"], r["comm"], r["transport"]) for r in found["results"]] == [
+        (2, "ring", "ring"), (2, "fetch", "fetch"), (1, "auto", "local"),
+    ]  # fmt: skip
+    for entry in found["results"]:
+        assert "error" not in entry
+        assert entry["output_error"] < 3e-3
+    assert found["results"][2]["tokens"] == 128
+
+
+def test_a_wrong_output_row_shows() -> None:
+    """The sampled definition, which serves both benchmarks, sees one wrong block of one row."""
+    config, layout = MoBAConfig(32, 3), SequenceLayout.contiguous([0, 256], 1)
+    q, k, v, _ = draw_inputs(256, 2, 1, seed=0, device=CPU)
+    out = moba_attention(q, k, v, config, layout=layout)
+    assert checks.output_error(q, k, v, out, config, layout, rank=0) < 3e-3
+    fewer = moba_attention(q, k, v, MoBAConfig(32, 2), layout=layout)
+    assert checks.output_error(q, k, v, fewer, config, layout, rank=0) > 0.05
+
+
+def test_a_failure_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
+    def fail() -> dict:
+        raise RuntimeError("out of luck")
+
+    results = records.Results(tmp_path / "out.json", {"about": {}}, "results")
+    results.attempt("results", {"tokens": 1}, fail)
+    results.attempt("results", {"tokens": 2}, lambda: {"ms": 3})
+    written = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert (written[0]["tokens"], written[0]["error"]) == (1, "RuntimeError: out of luck")
+    assert written[1] == {"tokens": 2, "ms": 3}
+    assert results.failed == written[:1]
+
+
+def test_times_have_a_median_and_a_spread() -> None:
+    assert Times((3.0, 1.0, 2.0)).record() == {"median": 2.0, "quartile_1": 1.0, "quartile_3": 3.0, "count": 3}
+    assert Times((3.0,), (1.0,)).record()["quartile_3"] == 3.0
+    assert len(time_calls(lambda: None, CPU, iterations=4).all) == 4
+
+
+def test_bad_options_are_refused_by_name() -> None:
+    with pytest.raises(typer.BadParameter, match="16x16"):
+        options.heads("16x16")
+    with pytest.raises(typer.BadParameter, match="many"):
+        options.integers("8192,many")
+    with pytest.raises(typer.BadParameter, match="skewed"):
+        options.choices("uniform,skewed", ("uniform", "correlated"))
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 512, 4096])
+def test_tuning_changes_fields_that_exist(block_size: int) -> None:
+    """Launch configurations are renamed now and then; the tuner must follow."""
+    gpu = gpu_of_capability((9, 0))
+    for some in (tune.attend_configs(block_size, gpu), tune.own_configs(gpu), tune.merge_configs()):
+        assert len(some) == len(set(some)) > 8
+    assert tune.attend_configs(block_size, gpu)[0] in (
+        configs.stream_rows(128, 128, block_size, gpu), configs.hold_rows(128, 128, block_size, gpu)
+    )  # fmt: skip
+    known = {field.name for field in fields(configs.ListConfig)}
+    assert all(change.keys() <= known for change in tune.list_changes(131072 // block_size))
+    known = {field.name for field in fields(configs.GluonConfig)}
+    assert all(change.keys() <= known for _, change in tune.backward_changes(block_size))
