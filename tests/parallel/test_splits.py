@@ -77,7 +77,10 @@ def test_bytes_of_the_two_ways() -> None:
             4,
         ),  # measured, ms: 41.7 against 57.8 of pull at (128, 8), 438 against 485 at (4096, 12)
         (4, (32, 8), True, NODE[4], 4),  # 145 against 174
-        (4, (32, 8), False, NODE[4], 1),  # 76.9 against 77.6, a draw; fewer bytes decide
+        (4, (32, 8), False, NODE[4], 1),  # 76.9 against 77.6, a draw
+        (2, (16, 16), True, NODE[2], 1),  # 28.1 against 22.4
+        (2, (32, 8), True, NODE[2], 1),  # 45.0 against 37.8
+        (2, (16, 16), False, NODE[2], 1),  # 11.7 against 10.4
         (8, (16, 16), True, NODE[8], 8),
         (8, (32, 8), True, TWO_NODES, 4),  # as far as the node goes
         (8, (6, 6), True, TWO_NODES, 2),  # as far as heads go
@@ -91,7 +94,7 @@ def test_auto_takes_what_was_measured_to_be_faster(
 ) -> None:
     chosen, reason = choose_head_parallel(sizes(size, *heads, gradients), topology, None)
     assert chosen == expected
-    assert f"heads over {expected} ranks; ms on the wire" in reason
+    assert f"heads over {expected} ranks; model's ms of exposed communication" in reason
 
 
 def test_auto_leaves_short_sequences_alone() -> None:
@@ -134,4 +137,4 @@ def test_all_ranks_choose_alike() -> None:
     found = run_ranks(4, auto_on_rank, case, SequenceLayout.zigzag(case.cu_seqlens, 4))
     assert found == [found[0]] * 4
     assert found[0][:2] == ("a2a", 4)
-    assert "auto: heads over 4 ranks; ms on the wire by ranks that split heads: 1: " in found[0][2]
+    assert "auto: heads over 4 ranks; model's ms of exposed communication by ranks that split heads: 1: " in found[0][2]
