@@ -22,28 +22,28 @@ model = model.eval().to(device, torch.bfloat16 if device.type == "cuda" else tor
 configure(model, moba, full_last=1)  # the last layer keeps full attention
 
 # Two prompts, the second one shorter: padding on the left. Blocks are counted from content.
-prompts = torch.randint(1, 512, (2, 500), device=device)
+prompts = torch.randint(1, 512, (2, 240), device=device)
 mask = torch.ones_like(prompts)
-mask[1, :123] = 0
+mask[1, :57] = 0
 begin = time.perf_counter()
 answers = model.generate(
     prompts,
     attention_mask=mask,
-    max_new_tokens=32,
+    max_new_tokens=16,
     do_sample=False,
     cache_implementation="static",
     disable_compile=True,
 )
 seconds = time.perf_counter() - begin
-print(f"{2 * 32} tokens in {seconds:.2f} s; each attends to at most {moba.topk} blocks of {moba.block_size} tokens")
+print(f"{2 * 16} tokens in {seconds:.2f} s; each attends to at most {moba.topk} blocks of {moba.block_size} tokens")
 
-alone = model.generate(prompts[1:, 123:], max_new_tokens=32, do_sample=False, use_cache=False)
-print("the shorter prompt alone, without a cache: same tokens:", torch.equal(alone[0, -32:], answers[1, -32:]))
+alone = model.generate(prompts[1:, 57:], max_new_tokens=16, do_sample=False, use_cache=False)
+print("the shorter prompt alone, without a cache: same tokens:", torch.equal(alone[0, -16:], answers[1, -16:]))
 
 # A prompt in chunks: queries at an offset, against keys that are in the cache already.
-cache, last = StaticCache(config=model.config, max_cache_len=512), None
+cache, last = StaticCache(config=model.config, max_cache_len=240), None
 with torch.no_grad():
-    for chunk in prompts[:1].split(200, dim=1):
+    for chunk in prompts[:1].split(100, dim=1):
         last = model(chunk, past_key_values=cache, use_cache=True).logits[0, -1]
     whole = model(prompts[:1], use_cache=False).logits[0, -1]
-print(f"chunks of 200 against one forward pass: largest difference of logits {(last - whole).abs().max():.1e}")
+print(f"chunks of 100 against one forward pass: largest difference of logits {(last - whole).abs().max():.1e}")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
 
+import triton
+
 from .gpu import LEAST_SHARED, Gpu
 from .sizes import cdiv, next_power_of_2, padded
 from .types import OWN_TILE
@@ -261,7 +263,8 @@ def backward(dim: int, dim_v: int, block_size: int, gpu: Gpu) -> BackwardConfig:
         rows = 32 if wide == 128 else 64
         return config(rows, keys, 8 if keys >= 64 else 4, 2, block <= keys, (128, min(block, 64), 8, 2))
     keys = min(block, 64)
-    return config(32, keys, 8 if keys >= 64 else 4, 2, block <= keys, (64, min(block, 32), 8, 2))
+    rows = 64 if triton.__version__.startswith(("3.6.", "3.7.")) else 32  # 3.8 spills with 64
+    return config(32, keys, 8 if keys >= 64 else 4, 2, block <= keys, (rows, min(block, 32), 8, 2))
 
 
 @lru_cache(maxsize=64)

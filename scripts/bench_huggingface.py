@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -55,7 +56,7 @@ def main(
         if config is not None:
             case |= {"block_size": config.block_size, "topk": config.topk}
         for name, measure in (("prefill", bench.prefill), ("chunk", bench.chunk), ("decode", bench.decode)):
-            results.attempt("results", {"what": name} | case, lambda measure=measure, config=config: measure(config))
+            results.attempt("results", {"what": name} | case, partial(measure, config))
     if results.failed:
         raise typer.Exit(1)
 

@@ -32,6 +32,7 @@ from scripts import (
     pretrain_gpt_stock,
     quickstart,
     sanitize,
+    training_speed,
     tune,
 )
 from scripts.harness import checks, options, records
@@ -42,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
     bench_huggingface, bench_kernels, bench_layer, bench_training, make_picture, make_tables, parallel_equality,
-    pretrain_gpt_stock, quickstart, sanitize, tune,
+    pretrain_gpt_stock, quickstart, sanitize, training_speed, tune,
 )  # fmt: skip
 
 
