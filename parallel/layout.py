@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .balance import balanced_runs
-from .partition import Chunked, Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
+from .partition import Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
 
 _SHOWN_RANKS = 8
 """`repr` of a layout shows the token counts of at most this many ranks."""
@@ -51,12 +50,10 @@ class SequenceLayout:
     """
 
     def __init__(self, cu_seqlens: np.ndarray, partition: Partition) -> None:
+        self.partition = partition
         self.description = describe(cu_seqlens, partition)
         self.description.flags.writeable = False
-        self._cu_seqlens = self.description[-cu_seqlens.size :]  # a view: documents are kept once
-        if isinstance(partition, Chunked) and np.array_equal(partition.bounds, cu_seqlens):
-            partition = replace(partition, bounds=self._cu_seqlens)
-        self.partition = partition
+        self._ends = cu_seqlens.size
         self._local_tokens: dict[int, int] = {}
 
     @classmethod
@@ -173,22 +170,21 @@ class SequenceLayout:
 
     @property
     def cu_seqlens(self) -> tuple[int, ...]:
-        return tuple(self._cu_seqlens.tolist())
+        return tuple(self.cu_seqlens_array.tolist())
 
     @property
     def cu_seqlens_array(self) -> np.ndarray:
         """`cu_seqlens` as a read-only int64 array."""
-        return self._cu_seqlens
+        return self.description[-self._ends :]  # kept once; always at least one
 
     @property
     def total_tokens(self) -> int:
-        return int(self._cu_seqlens[-1])
+        return int(self.cu_seqlens_array[-1])
 
     @property
     def nbytes(self) -> int:
         """Bytes of host memory, without `runs` of a layout kept as a rule."""
-        shared = isinstance(self.partition, Chunked) and self.partition.bounds is self._cu_seqlens
-        return self.description.nbytes + (0 if shared else self.partition.nbytes)
+        return self.description.nbytes + self.partition.nbytes
 
     def local_tokens(self, rank: int) -> int:
         """Number of tokens that `rank` holds."""
@@ -256,7 +252,7 @@ class SequenceLayout:
     def digest(self) -> bytes:
         """16 bytes: equal for equal layouts on every rank, different for different ones."""
         h = hashlib.blake2b(digest_size=16)
-        h.update(np.int64(self._cu_seqlens.size).tobytes() + self._cu_seqlens.tobytes() + self.partition.key)
+        h.update(np.int64(self.cu_seqlens_array.size).tobytes() + self.cu_seqlens_array.tobytes() + self.partition.key)
         return h.digest()
 
     def __eq__(self, other: object) -> bool:
@@ -269,7 +265,7 @@ class SequenceLayout:
         """Equal for equal layouts. Error messages show it where ranks disagree."""
         shown = [str(self.local_tokens(rank)) for rank in range(min(self.cp_size, _SHOWN_RANKS))]
         more = f", ... on {self.cp_size} ranks" if self.cp_size > _SHOWN_RANKS else ""
-        documents = len(self._cu_seqlens) - 1
+        documents = len(self.cu_seqlens_array) - 1
         return f"SequenceLayout({documents} documents, {self.total_tokens} tokens, held [{', '.join(shown)}{more}])"
 
 
