@@ -4,8 +4,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import diagnostics, operators, reference
 from .attention import moba_attention, moba_attn_varlen
+from .block_scores import block_scores
 from .config import MoBAConfig
 from .memory import KeptMemory, kept_bytes
+from .module import MoBAAttention, batch_layout, set_layout
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
 from .selection import Selection
@@ -17,15 +19,19 @@ except PackageNotFoundError:  # a checkout on PYTHONPATH
 
 __all__ = [
     "KeptMemory",
+    "MoBAAttention",
     "MoBAConfig",
     "MoBAReport",
     "Selection",
     "SequenceLayout",
     "__version__",
+    "batch_layout",
+    "block_scores",
     "diagnostics",
     "kept_bytes",
     "moba_attention",
     "moba_attn_varlen",
     "operators",
     "reference",
+    "set_layout",
 ]
