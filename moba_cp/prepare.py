@@ -1,4 +1,4 @@
-"""What comes before the pipeline in a call of attention: checks, agreement of the ranks, plans, and the selection if it is given."""
+"""What comes before the pipeline in a call of attention: checks, agreement of ranks, plans, a selection that is given."""
 
 from __future__ import annotations
 

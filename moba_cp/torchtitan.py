@@ -39,7 +39,8 @@ class TitanAttention(MoBAAttention):
         Args:
             q_BLNH, k_BLNH, v_BLNH: `[B, L, heads, head size]`.
             attention_masks: None, for sequences that are a document each; or torchtitan's `VarlenMetadata` on one rank, whose
-                `cu_seq_q` gives the documents.
+                `cu_seq_q` gives the documents. Where the module has a layout, the layout alone says what the documents are,
+                and any mask stands for the same.
             scale: factor on the scores; None for the configuration's.
             is_causal: True.
             enable_gqa: whatever it is, q heads may be a multiple of kv heads.
@@ -66,9 +67,12 @@ class TitanAttention(MoBAAttention):
         return scaled(q_BLNH, k_BLNH, v_BLNH, layout=layout)
 
     def _of_documents(self, masks: Any, q: Tensor) -> SequenceLayout:
+        if self.layout is not None:
+            return self.layout
         if not hasattr(masks, "cu_seq_q"):
             raise ValueError(
-                f"attention_masks must be None or VarlenMetadata, got {type(masks).__name__}: MoBA takes no masks"
+                f"attention_masks must be None or VarlenMetadata, got {type(masks).__name__}: MoBA takes no masks, so the "
+                "documents must come from a layout (moba_cp.set_layout)"
             )
         if self.cp_size > 1:
             raise ValueError(

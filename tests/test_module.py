@@ -181,6 +181,9 @@ def test_torchtitan_arguments() -> None:
     documents = SimpleNamespace(cu_seq_q=torch.tensor([0, 5, 24], dtype=torch.int32))
     packed = MoBAAttention(CONFIG)(q, q, q, layout=SequenceLayout.contiguous([0, 5, 24], 1))
     assert torch.equal(module(q, q, q, attention_masks=documents), packed)
+    module.layout = SequenceLayout.contiguous([0, 5, 24], 1)
+    assert torch.equal(module(q, q, q, attention_masks=object()), packed)  # the layout says the documents
+    module.layout = None
     for options, text in (
         ({"is_causal": False}, "is causal, got is_causal=False"),
         ({"attention_masks": object()}, "must be None or VarlenMetadata, got object"),
