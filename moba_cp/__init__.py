@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import diagnostics, operators, reference
 from .attention import moba_attention, moba_attn_varlen
 from .block_scores import block_scores
+from .cached import CachedTokens, CentroidCache, moba_attention_cached
 from .config import MoBAConfig
 from .memory import KeptMemory, kept_bytes
 from .module import MoBAAttention, batch_layout, set_layout
@@ -18,6 +19,8 @@ except PackageNotFoundError:  # a checkout on PYTHONPATH
     __version__ = "0.1.0+checkout"
 
 __all__ = [
+    "CachedTokens",
+    "CentroidCache",
     "KeptMemory",
     "MoBAAttention",
     "MoBAConfig",
@@ -30,6 +33,7 @@ __all__ = [
     "diagnostics",
     "kept_bytes",
     "moba_attention",
+    "moba_attention_cached",
     "moba_attn_varlen",
     "operators",
     "reference",

@@ -278,8 +278,12 @@ class _Rows(NamedTuple):
 
 def head_transfer(comm: CommGroup, tokens: tuple[int, ...], device: torch.device) -> HeadTransfer:
     """How heads move between these members: directly where GPUs can access each other's memory; alike on all of them."""
-    direct = device.type == "cuda" and can_share(comm, device)
-    return (PeerHeadTransfer if direct else HeadTransfer)(comm, tokens)
+    if device.type == "cpu":
+        return HeadTransfer(comm, tokens)
+    if can_share(comm, device):
+        return PeerHeadTransfer(comm, tokens)
+    own = sub_group(comm.group, range(comm.size), device, own=True)
+    return HeadTransfer(CommGroup(own, comm.size, comm.traffic, comm.nodes), tokens)
 
 
 class HeadsBack:

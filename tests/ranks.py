@@ -40,7 +40,15 @@ _POOL_GROUP_TIMEOUT = 120.0  # seconds; run_ranks' own limit is meant to strike 
 _ERROR_GRACE = 5.0  # seconds the other ranks get to answer once one rank has raised
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch.distributed", "numpy", "pytest", "hypothesis", "moba_cp"])
+_preloaded = ["torch.distributed", "numpy", "pytest", "hypothesis", "moba_cp"]
+_server.set_forkserver_preload(_preloaded)
+
+
+def preload(*modules: str) -> None:
+    """Let the server import these too, if they are installed, before it starts with the first ranks. Also for other processes of
+    the start method "forkserver"."""
+    _preloaded.extend(module for module in modules if module not in _preloaded)
+    _server.set_forkserver_preload(_preloaded)
 
 
 class RankDiedError(RuntimeError):

@@ -47,8 +47,8 @@ def comms(u: int, size: int) -> list[str]:
 
 
 def on_rank_in_slabs(rank: int, size: int, calls: list[tuple]) -> list[tuple[torch.Tensor, ...]]:
-    """`on_rank` for each `(case, layout, comm, head_parallel, workspace)`; in several slabs, by all-to-all and through each other's
-    memory in turn."""
+    """`on_rank` for each `(case, layout, comm, head_parallel, workspace)`; in several slabs, by all-to-all and through each
+    other's memory in turn."""
     found = []
     for number, (case, layout, comm, u, workspace) in enumerate(calls):
         how = (HeadTransfer, PeerHeadTransfer)[number % 2]

@@ -3,16 +3,17 @@
 Skipped with the reason where such namespaces are not permitted; root in a container needs CAP_SYS_ADMIN and CAP_NET_ADMIN. To
 run this file alone: `python -m pytest tests/test_nodes.py`.
 
-A cut link drops packets and closes no socket, so gloo finds out by its timeout alone. The file takes about 50 s on two idle
-cores; `-m "not slow"` leaves out the training run.
+A cut link drops packets and closes no socket, so gloo finds out by its timeout alone. The training run is `heavy`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import fields
 from datetime import timedelta
@@ -142,13 +143,20 @@ def attend_for_ever(rank: int, size: int, comm: str, folder: str) -> None:
         progress(folder, rank).touch()
 
 
-def cut_when(nodes: Nodes, ready: Callable[[], bool], limit: float) -> list[RankOutcome]:
-    """Cut the link once `ready()`; how the ranks ended, in seconds since the cut."""
+def wait_until(ready: Callable[[], bool], nodes: Nodes, limit: float) -> None:
     while not ready():
         assert nodes.seconds() < limit, "the ranks did not get going"
         time.sleep(0.05)
+
+
+def cut(nodes: Nodes) -> float:
+    """Cut the link; when, in seconds since `start`."""
     nodes.cut()
-    cut_at = nodes.seconds()
+    return nodes.seconds()
+
+
+def ended(nodes: Nodes, cut_at: float) -> list[RankOutcome]:
+    """How the ranks ended after the cut: all of them by an exception, and in time."""
     outcomes = nodes.outcomes(cut_at + GROUP_TIMEOUT + MARGIN + EXIT)
     for outcome in outcomes:
         assert not outcome.timed_out, outcome
@@ -157,12 +165,19 @@ def cut_when(nodes: Nodes, ready: Callable[[], bool], limit: float) -> list[Rank
     return outcomes
 
 
-@pytest.mark.parametrize("comm", ["fetch", "ring"])
-def test_a_cut_link_ends_attention_on_every_rank(comm: str, tmp_path: Path) -> None:
-    with Nodes(hosts=2, processes=2) as nodes:
-        nodes.start(attend_for_ever, comm, str(tmp_path))
-        outcomes = cut_when(nodes, lambda: all(progress(str(tmp_path), r).exists() for r in range(4)), limit=60.0)
-    assert not nodes.left_behind()
+def test_a_cut_link_ends_attention_on_every_rank(tmp_path: Path) -> None:
+    """Two pairs of hosts, one per exchange, side by side: most of the time is the group's timeout."""
+    with contextlib.ExitStack() as stack:
+        pairs = {comm: stack.enter_context(Nodes(hosts=2, processes=2)) for comm in ("fetch", "ring")}
+        for comm, nodes in pairs.items():
+            (tmp_path / comm).mkdir()
+            nodes.start(attend_for_ever, comm, str(tmp_path / comm))
+        for comm, nodes in pairs.items():
+            files = [progress(str(tmp_path / comm), rank) for rank in range(4)]
+            wait_until(lambda: all(file.exists() for file in files), nodes, limit=60.0)  # noqa: B023
+        with ThreadPoolExecutor() as pool:
+            outcomes = [x for some in pool.map(ended, pairs.values(), map(cut, pairs.values())) for x in some]
+    assert not any(nodes.left_behind() for nodes in pairs.values())
     for outcome in outcomes:
         assert isinstance(outcome.exception, RuntimeError)
         assert re.search(rf"rank {outcome.rank} of 4 waited for the .*it did not come", str(outcome.exception))
@@ -212,7 +227,8 @@ def test_a_cut_link_ends_training_on_every_rank(tmp_path: Path) -> None:
 
     with Nodes(hosts=2, processes=2, preload=["examples.megatron_gpt.train"]) as nodes:
         nodes.start(train, str(tmp_path), overrides)
-        outcomes = cut_when(nodes, ready, limit=120.0)
+        wait_until(ready, nodes, limit=120.0)
+        outcomes = ended(nodes, cut(nodes))
     assert not nodes.left_behind()
     # Megatron's own collectives give gloo's words; those of attention are named.
     waited = r"waited for the .*it did not come|Timed out waiting \d+ms for (send|recv) operation"

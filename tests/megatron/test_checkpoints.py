@@ -19,27 +19,15 @@ def build(moba_block_size: int | None) -> Any:
     """A GPT with stock ``DotProductAttention``, or with MoBA of this block size."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from moba_cp import MoBAConfig
     from moba_cp.megatron import with_moba
+    from tests.megatron_models import transformer_config
 
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=2,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        use_cpu_initialization=True,
-        init_method_std=0.2,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-    )
     spec = get_gpt_layer_local_spec()
     if moba_block_size is not None:
         spec = with_moba(spec, MoBAConfig(moba_block_size, topk=3))
+    config = transformer_config(init_method_std=0.2)
     return GPTModel(config, spec, VOCAB, LENGTH, position_embedding_type="rope")
 
 
@@ -98,7 +86,7 @@ def both_ways(directory: str) -> dict[str, Any]:
 
 def test_dense_checkpoints_load_into_moba_models_and_back(tmp_path: Path) -> None:
     # Megatron's checkpoint writer starts processes, which the pool of ranks does not allow its own to do.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
         found = pool.submit(both_ways, str(tmp_path)).result(timeout=240)
     assert (found["stock"], found["moba"]) == (0, 2)
     dense, sparse = found["parameters"]

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moba_cp import MoBAConfig, reference
 from moba_cp.megatron import MoBACoreAttention, MoBASettings
 from moba_cp.megatron.layout import packed_layout
+from tests.megatron_models import packed_params
 from tests.ranks import run_ranks
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -98,13 +99,7 @@ def thd_on_rank(rank: int, world_size: int, local_cp_size: int | None) -> float:
     wanted = expected([x[real] for x in qkv], list(TRUE))
     for x in qkv:
         x[~is_real] = float("nan")
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=torch.tensor(TRUE),
-        cu_seqlens_kv=torch.tensor(TRUE),
-        cu_seqlens_q_padded=torch.tensor(PADDED),
-        cu_seqlens_kv_padded=torch.tensor(PADDED),
-    )
+    packed = packed_params(TRUE, PADDED)
     if local_cp_size:  # dynamic context parallelism: off for this micro-batch
         packed.local_cp_size = local_cp_size
     local = [x[held].requires_grad_() for x in qkv]

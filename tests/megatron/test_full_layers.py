@@ -20,6 +20,7 @@ from moba_cp import MoBAConfig
 from moba_cp.megatron import MoBACoreAttention, MoBASchedule, MoBASettings, use_full_attention
 from moba_cp.megatron.layout import packed_layout
 from tests.megatron.test_core_attention import HEADS, MOBA, PADDED, TRUE, build, random_qkv
+from tests.megatron_models import packed_params
 from tests.ranks import run_ranks
 
 
@@ -105,13 +106,7 @@ def test_transport_of_full_layers() -> None:
 
 def full_on_rank(rank: int, world_size: int, comm: str) -> float:
     """Largest difference, forward and backward, from MoBA whose blocks hold a whole document; padding is NaN."""
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=torch.tensor(TRUE),
-        cu_seqlens_kv=torch.tensor(TRUE),
-        cu_seqlens_q_padded=torch.tensor(PADDED),
-        cu_seqlens_kv_padded=torch.tensor(PADDED),
-    )
+    packed = packed_params(TRUE, PADDED)
     held = packed_layout(TRUE, PADDED, world_size).local_indices(rank)
     real = torch.cat([torch.arange(p, p + e - s) for p, s, e in zip(PADDED, TRUE, TRUE[1:])])
     mine = torch.isin(held, real)

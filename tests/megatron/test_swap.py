@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import MoBAConfig
 from moba_cp.megatron import MoBACoreAttention, swap_core_attention
+from tests.megatron_models import transformer_config
 from tests.ranks import run_fresh_ranks
 
 MOBA = MoBAConfig(block_size=16, topk=2)
@@ -32,18 +33,7 @@ def compare_on_rank(rank: int, world_size: int) -> dict[str, Any]:
 
     use_cpu_as_cuda()
     parallel_state.initialize_model_parallel(context_parallel_size=world_size)
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=2,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        context_parallel_size=world_size,
-        cp_comm_type="moba_ring",
-        use_cpu_initialization=True,
-        softmax_scale=0.5,
-    )
+    config = transformer_config(context_parallel_size=world_size, cp_comm_type="moba_ring", softmax_scale=0.5)
 
     def model(spec: Any) -> GPTModel:
         torch.manual_seed(0)

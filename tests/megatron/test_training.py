@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core")
 
 from examples.megatron_gpt.progress import Reporter, read_metrics
 
 ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 SMALL = ["data.seq_length=192", "run.steps=4", "run.eval_interval=4", "run.eval_batches=1", "optimizer.warmup_steps=1"]
 
 
-def train(directory: Path, processes: int, *overrides: str) -> str:
+def by_torchrun(directory: Path, processes: int, *overrides: str) -> str:
     """Run the script over ``processes`` processes on CPU; what it printed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    script = [str(ROOT / "examples" / "megatron_gpt" / "train.py"), str(ROOT / "configs" / "quickstart.yaml")]
+    script = [str(ROOT / "examples" / "megatron_gpt" / "train.py"), str(QUICKSTART)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [*launch, *script, *SMALL, f"run.directory={directory}", *overrides]
@@ -31,9 +35,31 @@ def train(directory: Path, processes: int, *overrides: str) -> str:
     return done.stdout + done.stderr
 
 
+def main_on_rank(rank: int, size: int, port: int, directory: str, overrides: list[str]) -> None:
+    """The script in a process that has it imported, started as torchrun would."""
+    from examples.megatron_gpt import train
+
+    os.chdir(directory)
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with open(Path(directory) / f"printed{rank}", "w") as printed, redirect_stdout(printed):
+        train.main(QUICKSTART, [*SMALL, f"run.directory={directory}", *overrides])
+
+
+def by_ranks(directory: Path, processes: int, *overrides: str) -> str:
+    """The same without torchrun and its imports; what was printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (processes, port, str(directory), list(overrides))
+    torch.multiprocessing.start_processes(main_on_rank, arguments, nprocs=processes, start_method="forkserver")
+    return "".join((directory / f"printed{rank}").read_text() for rank in range(processes))
+
+
 @pytest.mark.slow
 def test_losses_do_not_depend_on_context_parallelism_and_resuming_is_exact(tmp_path: Path) -> None:
-    train(tmp_path, 2, "run.name=a", "parallel.context=2", "run.save_interval=2", "run.routing_interval=2")
+    by_ranks(tmp_path, 2, "run.name=a", "parallel.context=2", "run.save_interval=2", "run.routing_interval=2")
     run = tmp_path / "a"
     through = read_metrics(run)
     assert [entry["step"] for entry in through] == [1, 2, 3, 4]
@@ -49,14 +75,14 @@ def test_losses_do_not_depend_on_context_parallelism_and_resuming_is_exact(tmp_p
 
     # The same sizes: the same bits.
     (run / "checkpoints" / "latest").write_text("step_00000002\n")
-    assert "resumed after step 2" in train(tmp_path, 2, "run.name=a", "parallel.context=2")
+    assert "resumed after step 2" in by_ranks(tmp_path, 2, "run.name=a", "parallel.context=2")
     resumed = read_metrics(run)
     for name in ("loss", "grad_norm", "learning_rate"):
         assert [entry[name] for entry in resumed] == [entry[name] for entry in through]
 
     # One process instead of two, from the same checkpoint: equal to rounding.
     (run / "checkpoints" / "latest").write_text("step_00000002\n")
-    train(tmp_path, 1, "run.name=a", "parallel.context=1", "run.routing_picture=false", "run.save_last=false")
+    by_torchrun(tmp_path, 1, "run.name=a", "parallel.context=1", "run.routing_picture=false", "run.save_last=false")
     unsharded = read_metrics(run)
     assert len(unsharded) == 4
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(unsharded, through, strict=True)) < 1e-5

@@ -118,7 +118,7 @@ def free_ports(count: int) -> list[int]:
 @pytest.mark.slow
 def test_model_chunks_train_like_the_whole_model_and_resume_exactly(tmp_path: Path) -> None:
     # Not the pool of ranks: Megatron's checkpoint writer starts processes of its own.
-    torch.multiprocessing.spawn(train, (str(tmp_path), free_ports(3)), nprocs=2)
+    torch.multiprocessing.start_processes(train, (str(tmp_path), free_ports(3)), nprocs=2, start_method="forkserver")
     first, last = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert (first["layers"], last["layers"]) == ([[1], [3]], [[2], [4]])
     assert (first["moba"], last["moba"]) == ([[False], [True]], [[True], [False]])

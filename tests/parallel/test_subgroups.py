@@ -23,6 +23,9 @@ def lives_on_rank(rank: int, size: int) -> list[float]:
             assert dist.get_world_size(alone) == 1
             assert sub_group(pair, [rank - 2], CPU) is alone
             assert sub_group(pair, [0, 1], CPU) is pair
+            twin = sub_group(pair, [0, 1], CPU, own=True)
+            assert twin is not pair
+            assert sub_group(twin, [0, 1], CPU, own=True) is twin
             x = torch.tensor(float(rank))
             dist.all_reduce(x, group=alone)
             sums.append(x.item())
