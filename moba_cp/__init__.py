@@ -4,9 +4,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import diagnostics, operators, reference
 from .attention import moba_attention, moba_attn_varlen
+from .block_scores import block_scores
 from .cached import CachedTokens, CentroidCache, moba_attention_cached
 from .config import MoBAConfig
 from .memory import KeptMemory, kept_bytes
+from .module import MoBAAttention, batch_layout, set_layout
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
 from .selection import Selection
@@ -20,11 +22,14 @@ __all__ = [
     "CachedTokens",
     "CentroidCache",
     "KeptMemory",
+    "MoBAAttention",
     "MoBAConfig",
     "MoBAReport",
     "Selection",
     "SequenceLayout",
     "__version__",
+    "batch_layout",
+    "block_scores",
     "diagnostics",
     "kept_bytes",
     "moba_attention",
@@ -32,4 +37,5 @@ __all__ = [
     "moba_attn_varlen",
     "operators",
     "reference",
+    "set_layout",
 ]

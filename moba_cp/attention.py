@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal, overload
 
 import torch
@@ -15,30 +13,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import pipeline, wide
 from .compiled import compiled_attention, compiled_varlen, fits_a_graph
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
-from .kernels import backend_for
-from .parallel import agreement, backward_order
-from .parallel.blocks import home_plan, rank_plan
+from .parallel import backward_order
 from .parallel.comm import CommGroup, process_group_of
-from .parallel.cost import CallSizes
-from .parallel.exchanges import EXCHANGES, Route
+from .parallel.exchanges import Route
 from .parallel.layout import SequenceLayout
-from .parallel.topology import host
 from .precision import as_given
+from .prepare import needs_gradients, prepare
 from .report import MoBAReport, make_report
 from .saving import put_tensors, take_tensors
-from .selection import (
-    BY_Q_AND_K,
-    Routing,
-    Selection,
-    check_routing,
-    made_selection,
-    make_routing,
-    place,
-    routing_fact,
-)
-from .stages import Stages
+from .selection import Routing, Selection, made_selection
 from .tracing import infer_output, without_numbers
-from .validation import call_facts, check_call, check_flags, check_longest, check_tensors, group_size
+from .validation import check_longest, check_tensors
 
 
 @overload
@@ -231,138 +216,6 @@ def moba_attention(
 
 
 _outside_the_graph = torch.compiler.disable(moba_attention)
-
-
-def needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether there will be a backward pass."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A call that is checked, agreed on and planned.
-
-    Attributes:
-        layout: of the call.
-        inner: the call among ranks of the same heads.
-        call: the same, with heads in and out around it where heads are split.
-        routing: where the selection of this rank's tokens comes from.
-        divided, sizes: how the group is divided, and the sizes of the call.
-    """
-
-    layout: SequenceLayout
-    inner: pipeline.Call
-    call: pipeline.Call | wide.WideCall
-    routing: Routing
-    divided: wide.Division
-    sizes: CallSizes
-
-    @cached_property
-    def flat(self) -> pipeline.Call:
-        """The call as if no heads were split."""
-        whole = self.divided.whole
-        plan = rank_plan(home_plan(self.layout, self.inner.config.block_size), whole.rank)
-        return replace(self.inner, plan=plan, comm=whole)
-
-
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: MoBAConfig,
-    layout: SequenceLayout,
-    group: dist.ProcessGroup | None,
-    comm: str,
-    head_parallel: int | None,
-    selection: Tensor | None,
-    check_selection: bool,
-    routing: tuple[Tensor, Tensor] | None,
-    return_selection: bool,
-    return_report: bool,
-    workspace_bytes: int,
-    exchange_bytes: int,
-    gradients: bool,
-) -> Prepared | None:
-    """Check the arguments of `moba_attention`, agree with the other ranks, and plan; None where tensors hold no numbers.
-
-    Args:
-        gradients: whether there will be a backward pass. The others are those of `moba_attention`.
-    """
-    inferred = without_numbers(q, k, v)
-    try:
-        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)
-        check_flags(check_selection=check_selection, return_selection=return_selection)
-        if selection is not None or routing is not None:
-            check_routing(selection, routing, q, k, config)
-        if inferred:
-            if return_report or return_selection:
-                raise ValueError(
-                    "return_report=True and return_selection=True need tensors that hold numbers, got tensors under tracing or "
-                    "on meta"
-                )
-            return None
-        if layout.cp_size > 1:
-            facts = call_facts(q, k, v, layout, comm, gradients) | {
-                "config": repr(config),
-                "routing": routing_fact(selection, routing),
-                "return_selection": str(return_selection),
-                "return_report": str(return_report),
-                "workspace_bytes": str(workspace_bytes),
-                "exchange_bytes": str(exchange_bytes),
-                "head_parallel": str(head_parallel),
-            }
-            if comm in EXCHANGES and EXCHANGES[comm].same_host:
-                facts[f"host ({comm} is for ranks of one)"] = host()
-        placed = None if selection is None else _place(selection, q, config, layout, group, check_selection)
-    except (TypeError, ValueError) as error:
-        if group_size(layout, group) > 1 and not inferred:
-            agreement.refuse(group, error, q)
-        raise
-    comm_group = CommGroup(group, layout.cp_size)
-    if comm_group.size > 1:
-        agreement.check(group, facts, q.device)
-    number = backward_order.take_number(group) if comm_group.size > 1 else 0
-    sizes = wide.call_sizes(q, k, v, layout, gradients)
-    divided = wide.divide(comm, head_parallel, comm_group, sizes, layout, q.device, return_report)
-    call = pipeline.Call(
-        config=config,
-        plan=rank_plan(home_plan(divided.layout, config.block_size, divided.split.size > 1), divided.wide_rank),
-        comm=divided.sequence,
-        backend=backend_for(q.device, q.dtype),
-        requested=divided.split.exchange,
-        workspace_bytes=workspace_bytes,
-        exchange_bytes=exchange_bytes,
-        stage=Stages(q.device),
-        keep_lists=gradients,
-        number=number,
-        rounds=divided.heads.copies == 1,
-    )
-    source = BY_Q_AND_K
-    if placed is not None or routing is not None or return_selection:
-        source = make_routing(q, call.topk, placed, routing, return_selection)
-    around = wide.widen(call, divided, sizes, q.device, return_report or return_selection)
-    prepared = Prepared(layout, call, around, source, divided, sizes)
-    if source.q_gate is not None and divided.split.size > 1:
-        # Gates have heads of their own number: each rank selects for its own tokens, and the selection travels with the heads.
-        with torch.no_grad(), torch.cuda.device_of(q), as_given(q):
-            selected = pipeline.select_by_gates(prepared.flat, source, q.shape[1])
-        prepared = replace(prepared, routing=replace(source, selected=selected, q_gate=None, k_gate=None))
-    return prepared
-
-
-def _place(
-    selection: Tensor,
-    q: Tensor,
-    config: MoBAConfig,
-    layout: SequenceLayout,
-    group: dist.ProcessGroup | None,
-    check: bool,
-) -> Tensor:
-    """The caller's selection, checked if asked for, before any collective."""
-    plan = rank_plan(home_plan(layout, config.block_size), dist.get_rank(group) if layout.cp_size > 1 else 0)
-    rows, slots = pipeline.device_rows(plan, q.device), pipeline.slots_of(config, plan)
-    with torch.no_grad(), torch.cuda.device_of(q):
-        return place(selection, q.shape[1], plan, rows, slots, backend_for(q.device, q.dtype), check)
 
 
 def moba_attn_varlen(

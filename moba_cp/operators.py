@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from . import pipeline
-from .attention import prepare
 from .config import MoBAConfig
 from .kernels import backend_for
 from .kernels.torch_backend import accumulate_dtype
@@ -42,6 +41,7 @@ from .parallel.layout import SequenceLayout
 from .parallel.plan_cache import PLANS, Memo
 from .parallel.wanted import exchange_wanted
 from .precision import as_given
+from .prepare import prepare
 from .selection import made_selection
 from .stages import Stages
 from .validation import check_longest, check_tensors

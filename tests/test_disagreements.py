@@ -66,7 +66,7 @@ def test_ranks_that_disagree_all_say_on_what() -> None:
 
 
 def on_another_host(rank: int, size: int) -> tuple[Exception | None, int, float]:
-    with mock.patch("moba_cp.attention.host", return_value=f"node{rank}"):
+    with mock.patch("moba_cp.prepare.host", return_value=f"node{rank}"):
         return outcome(good_call(rank) | {"comm": "pull"})
 
 

@@ -50,7 +50,7 @@ def test_figures_by_brute_force(name: str, comm: str) -> None:
     chosen, own = selections(CASE), own_blocks(CASE)
     blocks = block_table(np.array(CASE.cu_seqlens), CASE.block_size)
     holder = {t: r for r in range(3) for t in layout.local_indices(r).tolist()}
-    home = moba_cp.attention.home_plan(layout, CASE.block_size).home
+    home = moba_cp.parallel.home_plan(layout, CASE.block_size).home
 
     earlier = Counter(b for t, _, b in chosen if b != own[t])
     distance = Counter((own[t] - b).bit_length() for t, _, b in chosen)  # 2 ** (i - 1) <= d < 2 ** i; 0 for 0

@@ -13,7 +13,7 @@ from tests.kernels import interpreter
 
 def kernels(capability: int):
     """(name, kernel, element type of its floating-point or entry tensors, constants) of every configuration."""
-    from moba_cp.kernels import centroids, configs, gate, gate_exact, lists, lists_kernels
+    from moba_cp.kernels import centroids, configs, gate, gate_exact, lists, lists_kernels, selection
     from moba_cp.kernels.gpu import gpu_of_capability
 
     gpu = gpu_of_capability(divmod(capability, 10))
@@ -63,6 +63,12 @@ def kernels(capability: int):
             yield f"scatter few {name}", lists_kernels.scatter_few_kernel, element, few
         batch["INDEX_BITS"] = config.entries.bit_length() - 1
         yield f"scatter {name}", lists_kernels.scatter_kernel, element, batch | {"num_warps": config.warps}
+    for listed, slots in ((8, 8), (3, 4), (16, 16), (128, 128)):
+        width = max(listed, slots)
+        constants = {"K": listed, "SLOTS": slots, "WIDTH": 1 << (width - 1).bit_length()}
+        constants["ROWS"] = configs.PLACED_ENTRIES // constants["WIDTH"]
+        for element in ("i32", "i64"):
+            yield f"place {listed} of {slots} {element}", selection.place_kernel, element, constants
     items = {"BINS": configs.LISTS.item_bins, "ITEMS": configs.LISTS.items_at_once}
     yield "item", lists_kernels.item_kernel, "i32", items
 
@@ -90,8 +96,13 @@ def usage(kernel, element: str, constants: dict, capability: int) -> dict[str, i
 
     options = {key: constants[key] for key in ("num_warps", "maxnreg") if key in constants}
     constants = {key: value for key, value in constants.items() if key not in options}
-    elements = dict.fromkeys(("q", "centroids", "k", "out", "entry"), element) | {"keys": "i64", "selected": "i16"}
-    elements |= dict.fromkeys(("start", "own_block", "first_block", "again_count", "again_row", "count"), "i32")
+    elements = dict.fromkeys(("q", "centroids", "k", "out", "entry", "listed"), element) | {
+        "keys": "i64",
+        "selected": "i16",
+    }
+    elements |= dict.fromkeys(
+        ("start", "own_block", "first_block", "again_count", "again_row", "count", "faults"), "i32"
+    )
     elements |= dict.fromkeys(("begin_of", "pointer", "item_bin", "item_start", "item_end"), "i32")
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):

@@ -75,7 +75,7 @@ def test_fetch_receives_the_lower_bound(name: str) -> None:
     case = Case((29, 0, 3, 22), block_size=5, topk=2, q_heads=4, kv_heads=2, dim=8, v_dim=4)
     layout = every_layout(case.cu_seqlens, 3)[name]
     results = stages(case, layout, "fetch")
-    plan = moba_cp.attention.home_plan(layout, case.block_size)
+    plan = moba_cp.parallel.home_plan(layout, case.block_size)
     for rank, (forward, backward, _, _, figures) in enumerate(results):
         selected = figures["selected"].unflatten(0, (2, 2))
         wanted = {(h, b) for h in range(2) for b in selected[h].unique().tolist() if b >= 0 and plan.home[b] != rank}

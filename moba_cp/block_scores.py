@@ -1,0 +1,136 @@
+"""Scores of selected blocks with gradients to what scores them: the hook by which an indexer is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .config import MoBAConfig
+from .kernels.torch_backend import accumulate_dtype
+from .parallel import agreement
+from .parallel.blocks import home_plan, rank_plan
+from .parallel.comm import named_error, process_group_of
+from .parallel.layout import SequenceLayout
+from .validation import check_config, check_layout, check_placement, check_tensor, group_size
+
+
+def block_scores(
+    q_gate: Tensor,
+    k_gate: Tensor,
+    blocks: Tensor,
+    config: MoBAConfig,
+    *,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+) -> Tensor:
+    """Routing scores `<q_gate, mean of k_gate over the block>` of some blocks per row; differentiable in both.
+
+    `moba_attention(routing=(q_gate, k_gate), return_selection=True)` selects by the same scores, but gives no gradient for them.
+    The means here are fp32 and not rounded, so scores of bf16 gates may differ from the gate's in the last bits.
+
+    All ranks of the group call it together, and run its backward together: each adds up the block sums of all ranks,
+    `n_blocks * Hc * Dg` numbers, by one all-reduce. Gathered means take `Hs * T * n * Dg` numbers until backward.
+
+    Args:
+        q_gate: `[T, Hs, Dg]`, fp64, fp32, bf16 or fp16, of this rank's tokens.
+        k_gate: `[T, Hc, Dg]`; `Hs` is a multiple of `Hc`.
+        blocks: int `[Hs, T, n]`, block numbers within the row's document, up to its own block, as `Selection.blocks` has them;
+            -1 for none.
+        config: its block size counts.
+        layout, group: as for `moba_attention`.
+
+    Returns:
+        `[Hs, T, n]`, fp32 (fp64 for fp64 inputs): the scores; 0 where `blocks` is -1, and for a row's own block, which no score
+        decides about.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said, or the ranks disagree on sizes or layout; on every rank.
+    """
+    ranks = process_group_of(group)
+    try:
+        _check(q_gate, k_gate, blocks, config, layout, ranks)
+    except (TypeError, ValueError) as error:
+        if group_size(layout, ranks) > 1:
+            agreement.refuse(ranks, error, q_gate)
+        raise
+    if layout.cp_size > 1:
+        facts = {
+            "function": "block_scores",
+            "layout": f"{layout.digest.hex()} {layout!r}",
+            "k_gate": f"{k_gate.shape[1]} heads of {k_gate.shape[2]}, {k_gate.dtype} on {k_gate.device.type}",
+            "block_size": str(config.block_size),
+        }
+        agreement.check(ranks, facts, q_gate.device)
+    plan = rank_plan(home_plan(layout, config.block_size), dist.get_rank(ranks) if layout.cp_size > 1 else 0)
+    acc, table = accumulate_dtype(q_gate.dtype), plan.plan.blocks
+    own, first = (torch.from_numpy(x).to(q_gate.device) for x in (plan.block, plan.first_block))
+    sums = k_gate.new_zeros(len(table), *k_gate.shape[1:], dtype=acc).index_add(0, own, k_gate.to(acc))
+    if layout.cp_size > 1:
+        sums = _SumOverRanks.apply(sums, ranks)
+    means = sums / torch.from_numpy(table.length).to(q_gate.device, acc)[:, None, None]
+    number = blocks.long() + first[:, None]
+    counted = (blocks >= 0) & (number < own[:, None])
+    head = torch.arange(q_gate.shape[1], device=q_gate.device) // (q_gate.shape[1] // k_gate.shape[1])
+    gathered = means[number.masked_fill(~counted, 0), head[:, None, None]]  # [Hs, T, n, Dg]
+    scores = torch.einsum("thd,htnd->htn", q_gate.to(acc), gathered)
+    return scores.masked_fill(~counted, 0)
+
+
+def _check(
+    q_gate: Tensor,
+    k_gate: Tensor,
+    blocks: Tensor,
+    config: MoBAConfig,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None,
+) -> None:
+    check_config(config)
+    check_layout(layout)
+    for name, x in (("q_gate", q_gate), ("k_gate", k_gate), ("blocks", blocks)):
+        check_tensor(name, x)
+        if x.dim() != 3:
+            raise ValueError(f"{name} must have three dimensions, got shape {tuple(x.shape)}")
+    if q_gate.dtype != k_gate.dtype or not q_gate.is_floating_point():
+        raise TypeError(f"q_gate and k_gate must have one floating dtype, got {q_gate.dtype} and {k_gate.dtype}")
+    if blocks.dtype not in (torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"blocks must be int16, int32 or int64, got {blocks.dtype}")
+    tokens, heads, dim = q_gate.shape
+    shapes = f"got q_gate {tuple(q_gate.shape)}, k_gate {tuple(k_gate.shape)}, blocks {tuple(blocks.shape)}"
+    if k_gate.shape[0] != tokens or k_gate.shape[2] != dim or k_gate.shape[1] == 0 or heads % k_gate.shape[1]:
+        raise ValueError(f"k_gate must have q_gate's tokens and head size, and heads that divide q_gate's, {shapes}")
+    if blocks.shape[:2] != (heads, tokens):
+        raise ValueError(f"blocks must have shape [heads of q_gate, tokens, n], {shapes}")
+    check_placement(q_gate, layout, group)
+    last = rank_plan(home_plan(layout, config.block_size), dist.get_rank(group) if layout.cp_size > 1 else 0)
+    own = torch.from_numpy(last.block - last.first_block).to(blocks.device)
+    wrong = (blocks < -1) | (blocks > own[:, None])
+    if bool(wrong.any()):
+        head, row, slot = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"blocks must be -1 or a block up to the row's own: head {head}, row {row}, whose own block is {int(own[row])} of "
+            f"its document, has {int(blocks[head, row, slot])}"
+        )
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over the ranks of a group, on each of them; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradient, ctx.group), None
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    x = x.contiguous().clone()
+    with named_error("waited for the all-reduce of block_scores"):
+        dist.all_reduce(x, group=group)
+    return x

@@ -1,0 +1,152 @@
+"""MoBA attention as a module without parameters, for models under FSDP2 and `torch.compile`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .attention import moba_attention
+from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .parallel.comm import check_group, process_group_of
+from .parallel.layout import SequenceLayout
+from .parallel.partition import Kind
+from .validation import check_config, check_layout
+
+
+class MoBAAttention(nn.Module):
+    """`moba_attention` over a context-parallel group, with the layout of its inputs.
+
+    Takes q, k, v of this rank's tokens as `[T, H, D]` in the order of `layout`; or as `[B, L, H, D]`, a batch of B sequences of
+    which each rank holds L tokens. Without a layout, each sequence is a document whose tokens are dealt as `batch_layout` says:
+    as by the head-tail load balancer of torch and torchtitan.
+
+    Args:
+        config: block size, top-k and scale.
+        group: the context-parallel group, or a `DeviceMesh` of one dimension such as `mesh["cp"]`; None: one rank holds all.
+        comm, workspace_bytes, exchange_bytes: as for `moba_attention`.
+        layout: which rank holds which tokens; may be set later, or for each call. See `set_layout`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said.
+    """
+
+    def __init__(
+        self,
+        config: MoBAConfig,
+        *,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        comm: str = "auto",
+        layout: SequenceLayout | None = None,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        exchange_bytes: int = DEFAULT_EXCHANGE_BYTES,
+    ) -> None:
+        super().__init__()
+        check_config(config)
+        self.config, self.comm = config, comm
+        self.group = process_group_of(group)
+        check_group(self.group)
+        self.cp_size = 1 if self.group is None else dist.get_world_size(self.group)
+        self.cp_rank = 0 if self.group is None else dist.get_rank(self.group)
+        self.workspace_bytes, self.exchange_bytes = workspace_bytes, exchange_bytes
+        self.layout = layout
+        if layout is not None:
+            check_layout(layout)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, layout: SequenceLayout | None = None) -> Tensor:
+        """Attention of this rank's tokens.
+
+        Args:
+            q: `[T, Hq, D]` or `[B, L, Hq, D]`.
+            k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`, or likewise `[B, L, Hkv, ...]`.
+            layout: of this call, instead of the module's.
+
+        Returns:
+            `[T, Hq, Dv]` or `[B, L, Hq, Dv]`.
+
+        Raises:
+            TypeError, ValueError: as `moba_attention`; or there is no layout for `[T, H, D]`.
+        """
+        layout = self.layout if layout is None else layout
+        if q.dim() != 4:
+            if layout is None:
+                raise ValueError(
+                    f"q, k, v [tokens, heads, head size] need a layout, got {tuple(q.shape)} and layout None"
+                )
+            return self._attend(q, k, v, layout)
+        batch, length = q.shape[:2]
+        if layout is None:
+            layout = self._batch_layout(batch, length)
+        out = self._attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout)
+        return out.unflatten(0, (batch, length))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+        return moba_attention(
+            q, k, v, self.config, layout=layout, group=self.group, comm=self.comm, workspace_bytes=self.workspace_bytes,
+            exchange_bytes=self.exchange_bytes,
+        )  # fmt: skip
+
+    def _batch_layout(self, batch: int, length: int) -> SequenceLayout:
+        if not torch.compiler.is_compiling():
+            return batch_layout(batch, length * self.cp_size, self.cp_size)
+        # A graph takes a layout as numbers, and makes these for any batch and length.
+        kind = [int(Kind.ZIGZAG_PER_DOCUMENT), self.cp_size, batch]
+        description = torch.cat([torch.tensor(kind), torch.arange(batch + 1) * (length * self.cp_size)])
+        return _Described(description)  # type: ignore[return-value]
+
+    def shard(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The tokens of this rank out of a tensor of all tokens, along `dim`: what the module's inputs are made of.
+
+        Raises:
+            ValueError: the module has no layout, or `x` has another number of tokens.
+        """
+        if self.layout is None:
+            raise ValueError("the module has no layout to shard by: set one, see set_layout")
+        return self.layout.shard(x, self.cp_rank, dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, cp_size={self.cp_size}, comm={self.comm!r}"
+
+
+@dataclass(frozen=True)
+class _Described:
+    """Stands for a layout while a graph is recorded, which reads nothing else of one."""
+
+    description: Tensor
+
+
+@lru_cache(maxsize=64)
+def batch_layout(batch: int, length: int, cp_size: int) -> SequenceLayout:
+    """The layout of `batch` sequences of `length` tokens, each cut into `2 * cp_size` chunks of which rank r holds chunks r and
+    `2 * cp_size - 1 - r`: torch's head-tail load balancer.
+
+    Raises:
+        ValueError: the chunks are not equally long, as that balancer has them.
+    """
+    if length % (2 * cp_size) and cp_size > 1:
+        raise ValueError(f"sequences over {cp_size} ranks must be multiples of {2 * cp_size} tokens long, got {length}")
+    return SequenceLayout.zigzag([row * length for row in range(batch + 1)], cp_size)
+
+
+def set_layout(model: nn.Module, layout: SequenceLayout | None) -> int:
+    """Give all `MoBAAttention` modules in `model` the layout of the next step; how many there are.
+
+    Raises:
+        TypeError: `layout` is no `SequenceLayout`, nor None.
+        ValueError: there is none, or the layout is for another number of ranks than one of them has.
+    """
+    if layout is not None:
+        check_layout(layout)
+    modules = [module for module in model.modules() if isinstance(module, MoBAAttention)]
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no MoBAAttention module")
+    for module in modules:
+        if layout is not None and module.cp_size != layout.cp_size:
+            raise ValueError(f"the layout is for {layout.cp_size} ranks, but a module's group has {module.cp_size}")
+    for module in modules:
+        module.layout = layout
+    return len(modules)

@@ -1,0 +1,124 @@
+"""MoBA in a torchtitan model: the inner attention of its layers swapped, after torchtitan has parallelized them.
+
+Written for torchtitan 0.3.0, and imports nothing of it: what counts is that `model.layers` are blocks with an
+`attention.inner_attention`, which is called with q, k, v of shape `[B, L, heads, head size]`. docs/fsdp.md has the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .config import MoBAConfig
+from .module import MoBAAttention
+from .parallel.layout import SequenceLayout
+
+
+class TitanAttention(MoBAAttention):
+    """`MoBAAttention` with the arguments of torchtitan's inner attention modules. Grouped heads need no flag."""
+
+    def forward(  # type: ignore[override]
+        self,
+        q_BLNH: Tensor,
+        k_BLNH: Tensor,
+        v_BLNH: Tensor,
+        *,
+        attention_masks: Any = None,
+        scale: float | None = None,
+        is_causal: bool = True,
+        enable_gqa: bool = False,
+        **other: Any,
+    ) -> Tensor:
+        """Attention of this rank's tokens.
+
+        Args:
+            q_BLNH, k_BLNH, v_BLNH: `[B, L, heads, head size]`.
+            attention_masks: None, for sequences that are a document each; or torchtitan's `VarlenMetadata` on one rank, whose
+                `cu_seq_q` gives the documents. Where the module has a layout, the layout alone says what the documents are,
+                and any mask stands for the same.
+            scale: factor on the scores; None for the configuration's.
+            is_causal: True.
+            enable_gqa: whatever it is, q heads may be a multiple of kv heads.
+
+        Raises:
+            ValueError: an argument asks for what MoBA does not do.
+        """
+        for name, value in other.items():
+            if value is not None:
+                raise ValueError(f"MoBA attention has no {name}, got {value!r}")
+        if not is_causal:
+            raise ValueError("MoBA attention is causal, got is_causal=False")
+        layout = self.layout if attention_masks is None else self._of_documents(attention_masks, q_BLNH)
+        if scale is None or scale == self.config.softmax_scale:
+            return super().forward(q_BLNH, k_BLNH, v_BLNH, layout=layout)
+        if self.config.softmax_scale is not None:
+            raise ValueError(
+                f"the model's scale is {scale}, but the configuration's softmax_scale is {self.config.softmax_scale}"
+            )
+        scaled = MoBAAttention(
+            replace(self.config, softmax_scale=scale), group=self.group, comm=self.comm,
+            workspace_bytes=self.workspace_bytes, exchange_bytes=self.exchange_bytes,
+        )  # fmt: skip
+        return scaled(q_BLNH, k_BLNH, v_BLNH, layout=layout)
+
+    def _of_documents(self, masks: Any, q: Tensor) -> SequenceLayout:
+        if self.layout is not None:
+            return self.layout
+        if not hasattr(masks, "cu_seq_q"):
+            raise ValueError(
+                f"attention_masks must be None or VarlenMetadata, got {type(masks).__name__}: MoBA takes no masks, so the "
+                "documents must come from a layout (moba_cp.set_layout)"
+            )
+        if self.cp_size > 1:
+            raise ValueError(
+                f"packed documents over {self.cp_size} ranks need a layout (moba_cp.set_layout), not attention_masks"
+            )
+        host = getattr(masks, "cu_seq_q_host", None)
+        return SequenceLayout.contiguous(masks.cu_seq_q.cpu() if host is None else host, 1)
+
+
+def swap_attention(
+    model: nn.Module,
+    config: MoBAConfig,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    comm: str = "auto",
+    layers: Iterable[str | int] | None = None,
+) -> list[str]:
+    """Put MoBA in the place of the inner attention of a torchtitan model's layers.
+
+    Call it after torchtitan's `parallelize` function, which wraps the attention that it finds for torch's own context
+    parallelism. Inputs stay as torchtitan shards them, by the head-tail load balancer. There are no parameters, so FSDP2,
+    activation checkpointing, `torch.compile` and checkpoints are as before.
+
+    Args:
+        model: has `layers`, a dict or list of blocks with `attention.inner_attention`.
+        config: of MoBA.
+        group: the context-parallel mesh, `parallel_dims.get_mesh("cp")`; None where context parallelism is off.
+        comm: as for `moba_attention`.
+        layers: names or numbers of the layers to swap; None for all. Published models keep full attention in the last ones.
+
+    Returns:
+        Names of the layers that were swapped.
+
+    Raises:
+        ValueError: there is no such layer, or a layer has no `attention.inner_attention`.
+    """
+    blocks = getattr(model, "layers", None)
+    if not isinstance(blocks, (nn.ModuleDict, nn.ModuleList)):
+        raise ValueError(f"{type(model).__name__} has no layers as torchtitan's models have")
+    named = dict(blocks.named_children())
+    wanted = list(named) if layers is None else [str(layer) for layer in layers]
+    if missing := [layer for layer in wanted if layer not in named]:
+        raise ValueError(f"layers must be among {', '.join(named)}; got {', '.join(missing)}")
+    for layer in wanted:
+        if not isinstance(getattr(getattr(named[layer], "attention", None), "inner_attention", None), nn.Module):
+            raise ValueError(f"layer {layer} has no attention.inner_attention")
+    for layer in wanted:
+        named[layer].attention.inner_attention = TitanAttention(config, group=group, comm=comm)  # type: ignore[union-attr]
+    return wanted

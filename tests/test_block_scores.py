@@ -1,0 +1,110 @@
+"""`block_scores`: the gate's scores with gradients, over any layout; and the indexer that is trained with them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import moba_cp
+from moba_cp import MoBAConfig, SequenceLayout
+from tests.cases import every_layout
+from tests.ranks import run_ranks
+
+CU = [0, 29, 29, 32, 54, 55]
+CONFIG = MoBAConfig(5, 3)
+EXAMPLE = Path(__file__).parents[1] / "examples" / "indexer.py"
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gates of 4 and 2 heads, blocks of which some are own or none, and gradients of the scores; of all tokens."""
+    generator = torch.Generator().manual_seed(0)
+    q_gate, k_gate = (torch.randn(55, h, 6, generator=generator, dtype=torch.float64) for h in (4, 2))
+    own = torch.cat([torch.arange(b - a) // 5 for a, b in zip(CU[:-1], CU[1:], strict=True)])
+    blocks = (torch.rand(4, 55, 3, generator=generator) * (own[:, None] + 2)).long() - 1
+    return q_gate, k_gate, blocks, torch.randn(4, 55, 3, generator=generator, dtype=torch.float64)
+
+
+def by_loops() -> tuple[Tensor, Tensor, Tensor]:
+    """Scores and both gradients, one at a time."""
+    q_gate, k_gate, blocks, gradient = inputs()
+    q_gate.requires_grad_(), k_gate.requires_grad_()
+    starts = torch.cat([torch.full((b - a,), a) for a, b in zip(CU[:-1], CU[1:], strict=True)]).tolist()
+    scores = torch.zeros(4, 55, 3, dtype=torch.float64)
+    for head, row, slot in torch.ones_like(blocks).nonzero().tolist():
+        block, start = int(blocks[head, row, slot]), starts[row]
+        if 0 <= block < (row - start) // 5:
+            mean = k_gate[start + 5 * block : start + 5 * block + 5, head // 2].mean(0)
+            scores[head, row, slot] = (q_gate[row, head] * mean).sum()
+    return scores.detach(), *torch.autograd.grad(scores, (q_gate, k_gate), gradient)
+
+
+def scores_on_rank(rank: int, size: int, layouts: list[SequenceLayout]) -> list[tuple[Tensor, ...]]:
+    found = []
+    for layout in layouts:
+        q_gate, k_gate, blocks, gradient = inputs()
+        gates = [layout.shard(x, rank).requires_grad_() for x in (q_gate, k_gate)]
+        scores = moba_cp.block_scores(*gates, layout.shard(blocks, rank, 1), CONFIG, layout=layout)
+        found.append((scores.detach(), *torch.autograd.grad(scores, gates, layout.shard(gradient, rank, 1))))
+    return found
+
+
+@pytest.mark.parametrize("cp_size", [1, 3])
+def test_scores_and_gradients_over_every_layout(cp_size: int) -> None:
+    layouts = list(every_layout(CU, cp_size).values())
+    per_rank = run_ranks(cp_size, scores_on_rank, layouts)
+    expected = by_loops()
+    for i, layout in enumerate(layouts):
+        for n, dim in enumerate((1, 0, 0)):
+            whole = layout.unshard([r[i][n] for r in per_rank], dim)
+            torch.testing.assert_close(whole, expected[n], rtol=1e-12, atol=1e-12)  # fp64 sums in another order
+
+
+def test_the_best_scored_blocks_are_those_that_are_selected() -> None:
+    q_gate, k_gate, _, _ = inputs()
+    layout, v = SequenceLayout.contiguous(CU, 1), torch.randn(55, 1, 4, dtype=torch.float64)
+    q, k = torch.randn(55, 4, 4, dtype=torch.float64), torch.randn(55, 1, 4, dtype=torch.float64)
+    call = lambda topk: moba_cp.moba_attention(  # noqa: E731
+        q, k, v, MoBAConfig(5, topk), layout=layout, routing=(q_gate, k_gate), return_selection=True
+    )[1]
+    every, best = call(6), call(3)
+    scores = moba_cp.block_scores(q_gate, k_gate, every.blocks, CONFIG, layout=layout).masked_fill(
+        ~every.earlier, float("-inf")
+    )
+    top = scores.topk(2, 2)
+    wanted = torch.where(top.values > float("-inf"), every.blocks.gather(2, top.indices), -1).sort(2).values
+    assert torch.equal(best.blocks[:, :, :-1], wanted)
+
+
+def refused_on_rank(rank: int, size: int) -> list[str]:
+    layout, errors = SequenceLayout.contiguous(CU, size), []
+    q_gate, k_gate, blocks = (layout.shard(x, rank, dim) for x, dim in zip(inputs()[:3], (0, 0, 1), strict=True))
+    bad = blocks.clone()
+    bad[2, 1, 0] = 99
+    for arguments in ((q_gate, k_gate, bad), (q_gate, k_gate[:, :, :4], blocks), (q_gate, k_gate, blocks[:1])):
+        with pytest.raises(ValueError) as error:  # the text is looked at below
+            moba_cp.block_scores(*arguments, CONFIG, layout=layout)
+        errors.append(str(error.value))
+    with pytest.raises(ValueError, match="disagree on block_size: rank 0 has 5, rank 1 has 6"):
+        moba_cp.block_scores(q_gate, k_gate, blocks.clamp(max=0), MoBAConfig(5 + rank, 2), layout=layout)
+    return errors
+
+
+def test_bad_input_is_refused_on_every_rank() -> None:
+    for values, sizes, shape in run_ranks(2, refused_on_rank):
+        assert "head 2, row 1, whose own block is" in values
+        assert "has 99" in values
+        assert "k_gate must have q_gate's tokens and head size" in sizes
+        assert "blocks must have shape [heads of q_gate, tokens, n]" in shape
+
+
+def test_the_example_learns_what_to_select() -> None:
+    spec = importlib.util.spec_from_file_location("indexer", EXAMPLE)
+    assert spec is not None
+    indexer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(indexer)  # type: ignore[union-attr]
+    found = indexer.main(dense_steps=90, sparse_steps=20)
+    assert found["indexer"] > 0.85 > 0.75 > found["mean keys"]

@@ -1,0 +1,196 @@
+"""`MoBAAttention`: shapes and layouts; FSDP2 and context parallelism together; the swap in a torchtitan model."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import moba_cp
+from moba_cp import MoBAAttention, MoBAConfig, SequenceLayout
+from moba_cp.torchtitan import TitanAttention, swap_attention
+from tests.ranks import run_ranks
+
+CONFIG = MoBAConfig(4, 2)
+WIDTH, HEADS, VOCABULARY = 16, 4, 32
+
+
+class Attention(nn.Module):
+    """As torchtitan's: projections around an `inner_attention` of `[B, L, heads, head size]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, WIDTH * 2, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.inner_attention = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (8, 4)).split([HEADS, 2, 2], 2)
+        return self.out(self.inner_attention(q, k, v, attention_masks=None, scale=None, enable_gqa=True).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + F.silu(self.mlp(x))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.layers = nn.ModuleDict({str(i): Block() for i in range(2)})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers.values():
+            x = layer(x)
+        return self.head(x)
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().double()
+
+
+def batch(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(VOCABULARY, (rows, length + 1), generator=torch.Generator().manual_seed(1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def steps(model_: nn.Module, tokens: Tensor, labels: Tensor, share: float) -> list[float]:
+    """Losses of two steps. `share`: this rank's tokens over the mean of all ranks', for FSDP averages over ranks."""
+    optimizer = torch.optim.SGD(model_.parameters(), lr=0.5)
+    losses = []
+    for _ in range(2):
+        loss = F.cross_entropy(model_(tokens).flatten(0, 1), labels.flatten()) * share
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+def fsdp_on_rank(rank: int, size: int, compiled: bool) -> tuple[list[float], list[Tensor]]:
+    """Two steps of FSDP2 over all ranks, of which pairs share sequences."""
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "cp"))
+    everybody = mesh["dp", "cp"]._flatten("fsdp")
+    sharded = model()
+    swap_attention(sharded, CONFIG, group=mesh["cp"])
+    for block in sharded.layers.values():
+        if compiled:
+            block.compile(backend="aot_eager", fullgraph=True)
+        fully_shard(block, mesh=everybody)
+    fully_shard(sharded, mesh=everybody)
+    dp, cp = mesh.get_local_rank("dp"), mesh.get_local_rank("cp")
+    layout = moba_cp.batch_layout(1, 24, 2)
+    tokens, labels = (layout.shard(x[2 * dp : 2 * dp + 2], cp, dim=1) for x in batch(2 * (size // 2), 24))
+    losses = steps(sharded, tokens, labels, 1.0)
+    total = torch.tensor(losses)
+    dist.all_reduce(total)
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in sharded.parameters()]
+    return (total / size).tolist(), [p.detach() for p in whole]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fsdp2_with_context_parallelism_is_the_same_training(compiled: bool) -> None:
+    alone = model()
+    swap_attention(alone, CONFIG)
+    expected = steps(alone, *batch(4, 24), 1.0)
+    for losses, parameters in run_ranks(4, fsdp_on_rank, compiled, timeout=240):
+        assert losses == pytest.approx(expected, rel=1e-6)  # gathered in fp32
+        for a, b in zip(parameters, alone.parameters(), strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-12)  # fp64 sums in another order
+
+
+def module_on_rank(rank: int, size: int) -> list[Tensor]:
+    """Batches and packed tokens, the group as a mesh; a mesh of two dimensions is refused."""
+    mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("cp", "one"))
+    module = MoBAAttention(CONFIG, group=mesh["cp"])
+    generator = torch.Generator().manual_seed(2)
+    whole = [torch.randn(3, 24, heads, 4, generator=generator) for heads in (4, 2, 2)]
+    rows = moba_cp.batch_layout(1, 24, size)
+    found = [module(*(rows.shard(x, rank, dim=1) for x in whole))]
+    packed = SequenceLayout.contiguous([0, 30, 72], size)
+    assert moba_cp.set_layout(module, packed) == 1
+    found.append(module(*(module.shard(x.flatten(0, 1)) for x in whole)))
+    with pytest.raises(ValueError, match="one dimension"):
+        MoBAAttention(CONFIG, group=mesh)
+    with pytest.raises(ValueError, match="one dimension"):
+        moba_cp.moba_attention(*(module.shard(x.flatten(0, 1)) for x in whole), CONFIG, layout=packed, group=mesh)
+    return found
+
+
+def test_the_module_shards_batches_and_packed_tokens() -> None:
+    per_rank = run_ranks(2, module_on_rank)
+    generator = torch.Generator().manual_seed(2)
+    whole = [torch.randn(3, 24, heads, 4, generator=generator) for heads in (4, 2, 2)]
+    alone = MoBAAttention(CONFIG)
+    rows, packed = moba_cp.batch_layout(1, 24, 2), SequenceLayout.contiguous([0, 30, 72], 2)
+    # fp32 sums in another order
+    torch.testing.assert_close(rows.unshard([r[0] for r in per_rank], dim=1), alone(*whole), rtol=1e-5, atol=1e-6)
+    flat = alone(*(x.flatten(0, 1) for x in whole), layout=SequenceLayout.contiguous([0, 30, 72], 1))
+    torch.testing.assert_close(packed.unshard([r[1] for r in per_rank]), flat, rtol=1e-5, atol=1e-6)
+    assert alone(*whole).shape == (3, 24, 4, 4)
+
+
+def test_the_module_says_what_it_cannot_do() -> None:
+    module, q = MoBAAttention(CONFIG), torch.zeros(8, 2, 4)
+    with pytest.raises(ValueError, match=r"need a layout, got \(8, 2, 4\)"):
+        module(q, q, q)
+    with pytest.raises(ValueError, match="no layout to shard by"):
+        module.shard(q)
+    with pytest.raises(ValueError, match="multiples of 4 tokens long, got 6"):
+        moba_cp.batch_layout(2, 6, 2)
+    with pytest.raises(ValueError, match="for 2 ranks, but a module's group has 1"):
+        moba_cp.set_layout(module, SequenceLayout.contiguous([0, 8], 2))
+    with pytest.raises(ValueError, match="Linear has no MoBAAttention"):
+        moba_cp.set_layout(nn.Linear(2, 2), None)
+    assert repr(module) == "MoBAAttention(MoBAConfig(block_size=4, topk=2, softmax_scale=None), cp_size=1, comm='auto')"
+
+
+def test_layers_are_swapped_by_name() -> None:
+    swapped = model()
+    assert swap_attention(swapped, CONFIG, layers=[1]) == ["1"]
+    kinds = [type(block.attention.inner_attention) for block in swapped.layers.values()]
+    assert kinds == [nn.Identity, TitanAttention]
+    before = copy.deepcopy(model().state_dict())
+    assert all(torch.equal(a, before[name]) for name, a in swapped.state_dict().items())
+    with pytest.raises(ValueError, match="layers must be among 0, 1; got 7"):
+        swap_attention(swapped, CONFIG, layers=[7])
+    with pytest.raises(ValueError, match="Linear has no layers"):
+        swap_attention(nn.Linear(2, 2), CONFIG)
+
+
+def test_torchtitan_arguments() -> None:
+    module = TitanAttention(CONFIG)
+    q = torch.randn(2, 12, 2, 4)
+    expected = MoBAAttention(MoBAConfig(4, 2, 0.3))(q, q, q)
+    assert torch.equal(module(q, q, q, scale=0.3, enable_gqa=True, attention_masks=None), expected)
+    documents = SimpleNamespace(cu_seq_q=torch.tensor([0, 5, 24], dtype=torch.int32))
+    packed = MoBAAttention(CONFIG)(q, q, q, layout=SequenceLayout.contiguous([0, 5, 24], 1))
+    assert torch.equal(module(q, q, q, attention_masks=documents), packed)
+    module.layout = SequenceLayout.contiguous([0, 5, 24], 1)
+    assert torch.equal(module(q, q, q, attention_masks=object()), packed)  # the layout says the documents
+    module.layout = None
+    for options, text in (
+        ({"is_causal": False}, "is causal, got is_causal=False"),
+        ({"attention_masks": object()}, "must be None or VarlenMetadata, got object"),
+        ({"score_mod": abs}, "has no score_mod"),
+        ({"out_transform": abs}, "has no out_transform"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            module(q, q, q, **options)
+    with pytest.raises(ValueError, match="the model's scale is 0.3, but the configuration's softmax_scale is 0.5"):
+        TitanAttention(MoBAConfig(4, 2, 0.5))(q, q, q, scale=0.3)
