@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 ALONE = definition.Ranks(None)
 FIELDS = {
     "ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "comm", "forward_ms", "forward_backward_ms",
-    "forward_ms_spread", "output_error", "dq_error", "exposed_ms", "received_bytes", "between_bytes", "traffic_rank0", "fingerprint",
-    "bitwise_equal_to_first", "layout",
+    "forward_ms_spread", "output_error", "dq_error", "exposed_ms", "received_bytes", "between_bytes", "traffic_rank0", "layout",
+    "fingerprint", "bitwise_equal_to_first",
 }  # fmt: skip
 
 
@@ -220,6 +220,6 @@ def test_recorded_selections_are_replayed(tmp_path: Path) -> None:
     assert all(e["bitwise_equal_to_first"] for e in results)
     assert max(e["output_error"] for e in results) < 3e-3
     assert results[1]["received_bytes"] < results[0]["received_bytes"]  # fetch brings what is selected
+    config.write_text(yaml.safe_dump({"sweeps": [one | {"blocks": [[32, 3]]}]}))
     with pytest.raises(ValueError, match="recorded at .16, 3."):
-        config.write_text(yaml.safe_dump({"sweeps": [one | {"blocks": [[32, 3]]}]}))
         load_plan(config, 2)

@@ -12,6 +12,8 @@ from .sizes import Cluster, Layer, Split
 
 SHARE_FOR_ATTENTION = 0.5
 """Of a GPU's memory, what attention and what it keeps for backward may take; the model takes the rest."""
+ALIKE = 0.03
+"""Times that differ by less are alike: predictions are no better."""
 BLOCK_SETTINGS = ((128, 8), (256, 8), (512, 8), (1024, 8), (2048, 12), (4096, 12))
 """What the block-size trade-off shows."""
 
@@ -40,13 +42,18 @@ def options(
 ) -> list[Option]:
     """All ways to split the layer over the cluster, those that fit first, then the fastest.
 
+    The first is the one of least memory among those that are `ALIKE`.
+
     Heads are split inside a node, over a number of ranks that divides q heads and ranks. `pull` serves ranks of one node.
     """
     found = []
     for split in splits(layer, cluster, layouts):
         needed = memory(layer, split)
         found.append(Option(split, predict(layer, split, cluster, calibration), needed, needed.peak <= cluster.memory))
-    return sorted(found, key=lambda option: (not option.fits, option.milliseconds))
+    found.sort(key=lambda option: (not option.fits, option.milliseconds))
+    alike = [x for x in found if x.fits == found[0].fits and x.milliseconds <= (1 + ALIKE) * found[0].milliseconds]
+    best = min(alike, key=lambda option: option.memory.peak)
+    return [best, *(option for option in found if option is not best)]
 
 
 def splits(layer: Layer, cluster: Cluster, layouts: Iterable[str]) -> list[Split]:

@@ -21,6 +21,8 @@ BACKWARD = ("delta", "attend backward", "merge dq")
 BESIDE = ("lists",)
 """Stages that run beside others."""
 CALIBRATED_DIM = 128
+RING_STEP_MS = 0.1
+"""Latency of a step of a ring; see `parallel.cost.GATHER_BYTES`."""
 GRADIENT_ITEMSIZE = 4
 """Gradients of keys and values travel between sequence ranks in fp32."""
 
@@ -130,6 +132,8 @@ def predict(layer: Layer, split: Split, cluster: Cluster, calibration: Calibrati
         bytes_ = received(layer, split, cluster, backward)
         attention = stages["attend backward" if backward else "attend"] + stages["merge dq" if backward else "merge"]
         wire = max(bytes_.inside / cluster.link, bytes_.between / cluster.fabric) / 1e6
+        if split.exchange == "ring":
+            wire += RING_STEP_MS * (split.sequence_ranks - 1)
         if split.ranks > 1:
             stages["exchange, exposed"] = max(0.0, wire - attention)
             stages["exchange, overhead"] = sum(
