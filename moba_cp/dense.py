@@ -12,7 +12,8 @@ rank is busy starting small kernels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +26,22 @@ from .kernels import dense
 from .kernels.torch_backend import accumulate_dtype
 from .parallel import agreement, backward_order
 from .parallel.comm import CommGroup, Traffic
-from .parallel.dense import COMMS, DenseTransport, Shard, equal_documents, transport, visible_pairs
+from .parallel.dense import COMMS as FLAT_COMMS
+from .parallel.dense import DenseTransport, Shard, equal_documents, transport, visible_pairs
 from .parallel.layout import SequenceLayout
+from .parallel.splits import check_split
 from .pipeline import unit_stride
 from .stages import Stages
 from .tracing import infer_output, without_numbers
 from .validation import call_facts, check_comm, check_layout, check_placement, check_tensors, group_size
+from .wide import call_sizes
+from .wide_dense import COMMS as WIDE_COMMS
+from .wide_dense import WideDense, wide_dense
+from .wide_dense import backward as wide_dense_backward
+from .wide_dense import forward as wide_dense_forward
+
+COMMS = (*FLAT_COMMS, *WIDE_COMMS)
+"""Values of `comm` of full attention."""
 
 
 @torch.compiler.disable
@@ -43,11 +54,12 @@ def causal_attention(
     layout: SequenceLayout,
     group: dist.ProcessGroup | None = None,
     comm: str = "auto",
+    head_parallel: int | None = None,
     traffic: Traffic | None = None,
 ) -> Tensor:
     """Full causal attention within each document of the layout. All ranks of the group must make the same call.
 
-    The same call gives the same bits with any `comm`, but for dq on GPUs (see `moba_cp.kernels.dense`).
+    The same call gives the same bits with any `comm` that splits no heads, but for dq on GPUs (see `moba_cp.kernels.dense`).
 
     Args:
         q: `[T, Hq, D]`, fp64, fp32, bf16 or fp16: this rank's queries in the order of `layout.local_indices(rank)`.
@@ -56,7 +68,10 @@ def causal_attention(
         layout: who holds which token.
         group: the ranks of the layout; None for the default group, or for none at all when `layout.cp_size == 1`.
         comm: "ring" (memory for two shards of keys and values, whatever the number of ranks), "all_gather" (one collective;
-            memory for all of them), or "auto", which gathers up to 32 MiB (`moba_cp.parallel.dense.choose_transport`).
+            memory for all of them), "a2a" (heads are split over all ranks, so each computes whole sequences of its heads),
+            "a2a+ring", "a2a+all_gather" (heads over ranks of a node, keys and values between), or "auto", which gathers up to
+            32 MiB and beyond takes what receives the fewest bytes (`moba_cp.wide_dense.choose_heads`).
+        head_parallel: ranks that split heads, as in `moba_attention`.
         traffic: counts what is sent and received, also by the backward pass.
 
     Returns:
@@ -72,6 +87,7 @@ def causal_attention(
         check_comm(comm, COMMS)
         check_tensors(q, k, v)
         check_placement(q, layout, group)
+        check_split(comm, head_parallel, q.shape[1], layout.cp_size)
         softmax_scale = checked_scale(softmax_scale)
     except (TypeError, ValueError) as error:
         if group_size(layout, group) > 1 and not without_numbers(q, k, v):
@@ -80,19 +96,42 @@ def causal_attention(
     if without_numbers(q, k, v):
         return infer_output(q, k, v)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    comm_group = CommGroup(group, layout.cp_size, traffic)
+    comm_group, wide = CommGroup(group, layout.cp_size, traffic), None
     if comm_group.size > 1:
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        facts = call_facts(q, k, v, layout, comm, gradients) | {"attention": "full", "softmax_scale": str(scale)}
+        facts = call_facts(q, k, v, layout, comm, gradients) | {
+            "attention": "full",
+            "softmax_scale": str(scale),
+            "head_parallel": str(head_parallel),
+        }
         agreement.check(group, facts, q.device)
+        sizes = call_sizes(q, k, v, layout, gradients)
+        wide = wide_dense(comm, head_parallel, comm_group, sizes, layout, q.device)
     number = backward_order.take_number(group) if comm_group.size > 1 else 0
-    call = _Call(layout, comm_group, comm, scale, equal_documents(layout), Stages(q.device), number)
+    call = _Call(layout, comm_group, comm, scale, equal_documents(layout), Stages(q.device), number, comm_group)
+    if wide is not None:
+        steady = equal_documents(wide.layout)
+        call = _Call(
+            wide.layout, wide.sequence, wide.exchange, scale, steady, Stages(q.device), number, comm_group, wide
+        )
+    elif comm in WIDE_COMMS:  # one rank
+        call = replace(call, comm="auto")
     return _CausalAttention.apply(q, k, v, call)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What forward and backward of one call share."""
+    """What forward and backward of one call share.
+
+    Attributes:
+        layout, comm_group, comm: of what passes keys and values on: all ranks, or the sequence ranks where heads are split.
+        scale: of the logits.
+        steady: see `moba_cp.kernels.dense`.
+        stage: names the steps in profiles.
+        number: the call's number in its group.
+        whole: all ranks.
+        wide: how heads move, if they are split.
+    """
 
     layout: SequenceLayout
     comm_group: CommGroup
@@ -101,67 +140,88 @@ class _Call:
     steady: bool
     stage: Stages
     number: int
+    whole: CommGroup
+    wide: WideDense | None = None
 
     def transport(self, k: Tensor, v: Tensor) -> DenseTransport:
         return transport(self.comm, self.layout, self.comm_group, Shard(k, v))
 
 
 class _CausalAttention(torch.autograd.Function):
-    """All pairs of this rank's queries with one shard after the other."""
+    """All pairs of this rank's queries with one shard after the other, with heads in and out around it where they are split."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
         q, k, v = (unit_stride(x) for x in (q, k, v))
-        dtype = accumulate_dtype(q.dtype)
-        total = q.new_zeros(*q.shape[:2], v.shape[2], dtype=dtype)
-        lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype)
-        with torch.cuda.device_of(q):  # kernels are launched on the current device
-            for source, shard in call.stage.taking(call.transport(k, v).forward(), "dense wait"):
-                with call.stage("dense attention"):
-                    for pair in visible_pairs(call.layout, call.comm_group.rank, source):
-                        rows, keys = pair.queries, pair.keys
-                        dense.attend(
-                            q[rows],
-                            shard.k[keys],
-                            shard.v[keys],
-                            call.scale,
-                            pair.causal,
-                            total[rows],
-                            lse[:, rows],
-                            call.steady,
-                        )
-        out = total.to(q.dtype)
         ctx.call = call
-        ctx.save_for_backward(q, k, v, out, lse)
+        if call.wide is not None:
+            out, saved = wide_dense_forward(call.wide, partial(_attend, call), q, k, v)
+        else:
+            out, lse = _attend(call, q, k, v)
+            saved = (q, k, v, out, lse)
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
         call: _Call = ctx.call
-        dout = dout.contiguous()
-        if call.comm_group.size > 1:
-            backward_order.check(call.comm_group.group, call.number, q.device)
-        dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
-        with torch.cuda.device_of(q):
-            parts = call.transport(k, v).backward(Shard(dk, dv))
-            for source, shard, gradient in call.stage.taking(parts, "dense backward wait"):
-                with call.stage("dense attention backward"):
-                    for pair in visible_pairs(call.layout, call.comm_group.rank, source):
-                        rows, keys = pair.queries, pair.keys
-                        dense.attend_backward(
-                            q[rows],
-                            shard.k[keys],
-                            shard.v[keys],
-                            out[rows],
-                            lse[:, rows],
-                            dout[rows],
-                            call.scale,
-                            pair.causal,
-                            dq[rows],
-                            gradient.k[keys],
-                            gradient.v[keys],
-                            call.steady,
-                        )
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        saved, dout = ctx.saved_tensors, dout.contiguous()
+        if call.whole.size > 1:
+            backward_order.check(call.whole.group, call.number, dout.device)
+        if call.wide is not None:
+            return *wide_dense_backward(call.wide, partial(_attend_backward, call), saved, dout), None
+        q, k, v, out, lse = saved
+        gradients = _attend_backward(call, q, k, v, out, lse, dout)
+        return *(x.to(dout.dtype) for x in gradients), None
+
+
+def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of the queries that this rank computes."""
+    dtype = accumulate_dtype(q.dtype)
+    total = q.new_zeros(*q.shape[:2], v.shape[2], dtype=dtype)
+    lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype)
+    with torch.cuda.device_of(q):  # kernels are launched on the current device
+        for source, shard in call.stage.taking(call.transport(k, v).forward(), "dense wait"):
+            with call.stage("dense attention"):
+                for pair in visible_pairs(call.layout, call.comm_group.rank, source):
+                    rows, keys = pair.queries, pair.keys
+                    dense.attend(
+                        q[rows],
+                        shard.k[keys],
+                        shard.v[keys],
+                        call.scale,
+                        pair.causal,
+                        total[rows],
+                        lse[:, rows],
+                        call.steady,
+                    )
+    return total.to(q.dtype), lse
+
+
+def _attend_backward(
+    call: _Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv in the dtype of sums."""
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
+    with torch.cuda.device_of(q):
+        parts = call.transport(k, v).backward(Shard(dk, dv))
+        for source, shard, gradient in call.stage.taking(parts, "dense backward wait"):
+            with call.stage("dense attention backward"):
+                for pair in visible_pairs(call.layout, call.comm_group.rank, source):
+                    rows, keys = pair.queries, pair.keys
+                    dense.attend_backward(
+                        q[rows],
+                        shard.k[keys],
+                        shard.v[keys],
+                        out[rows],
+                        lse[:, rows],
+                        dout[rows],
+                        call.scale,
+                        pair.causal,
+                        dq[rows],
+                        gradient.k[keys],
+                        gradient.v[keys],
+                        call.steady,
+                    )
+    return dq, dk, dv

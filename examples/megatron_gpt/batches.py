@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -12,6 +15,8 @@ from moba_cp.megatron.layout import sbhd_layout
 from moba_cp.megatron.packing import Packing
 
 from .data import SEPARATOR, PackedText
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,18 @@ class MicroBatch:
     position_ids: torch.Tensor
     counts: torch.Tensor | None = None
     packed: PackedSeqParams | None = None
+
+    def pinned(self) -> MicroBatch:
+        """The same in pinned memory, from which copies to a GPU run beside everything else."""
+        return self._each(lambda x: x.pin_memory())
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on ``device``, but for the lengths in ``packed``, which stay on the host: layouts are planned there."""
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        names = ("tokens", "labels", "position_ids", "counts")
+        return replace(self, **{name: change(x) for name in names if (x := getattr(self, name)) is not None})
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,12 @@ class Sharding:
 
 
 def micro_batches(
-    text: PackedText, micro_batch_size: int, consumed: int, sharding: Sharding, separate_documents: bool = False
+    text: PackedText,
+    micro_batch_size: int,
+    consumed: int,
+    sharding: Sharding,
+    separate_documents: bool = False,
+    ahead: int = 0,
 ) -> Iterator[MicroBatch]:
     """Micro-batches of this process from sample number ``consumed`` on, without end.
 
@@ -58,13 +80,58 @@ def micro_batches(
         sharding: what of it this process reads.
         separate_documents: no token attends to another document: documents become packed sequences (THD). Otherwise a
             sample is one sequence, and attention crosses from a document into the ones before it.
+        ahead: so many micro-batches are read by a thread before they are asked for; 0: each when it is asked for.
     """
-    make = _packed if separate_documents else _unpacked
-    while True:
-        first = consumed + sharding.dp_rank * micro_batch_size
-        samples = torch.stack([text.sample(first + i) for i in range(micro_batch_size)])
-        yield make(samples, sharding)
-        consumed += micro_batch_size * sharding.dp_size
+
+    def read() -> Iterator[MicroBatch]:
+        make, begin = _packed if separate_documents else _unpacked, consumed
+        while True:
+            first = begin + sharding.dp_rank * micro_batch_size
+            samples = torch.stack([text.sample(first + i) for i in range(micro_batch_size)])
+            batch = make(samples, sharding)
+            yield batch.pinned() if sharding.device.type == "cuda" else batch
+            begin += micro_batch_size * sharding.dp_size
+
+    for batch in read_ahead(read(), ahead) if ahead else read():
+        yield batch.to(sharding.device)
+
+
+def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """The items, up to ``count`` of them made by a thread before they are asked for. What making one raises is raised here, in
+    its turn. Closing the iterator ends the thread."""
+    made: queue.Queue[tuple[bool, Any]] = queue.Queue(count)
+    closed = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> bool:
+        while not closed.is_set():
+            try:
+                made.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    threading.Thread(target=work, name="read ahead", daemon=True).start()
+    try:
+        while True:
+            is_item, value = made.get()
+            if is_item:
+                yield value
+            elif value is None:
+                return
+            else:
+                raise value
+    finally:
+        closed.set()
 
 
 def sequence_lengths(text: PackedText, first: int, count: int, separate_documents: bool) -> list[int]:
@@ -78,8 +145,8 @@ def _unpacked(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
     batch, length = len(samples), samples.size(1) - 1
     # Sequences of a micro-batch are cut alike, so the indices of one do for all.
     held = sbhd_layout(length // sharding.cp_size, 1, sharding.cp_size).local_indices(sharding.cp_rank)
-    tokens, labels = (samples[:, offset + held].to(sharding.device) for offset in (0, 1))
-    return MicroBatch(tokens, labels, held.expand(batch, -1).to(sharding.device))
+    tokens, labels = (samples[:, offset + held] for offset in (0, 1))
+    return MicroBatch(tokens, labels, held.expand(batch, -1))
 
 
 def _packed(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
@@ -91,9 +158,9 @@ def _packed(samples: torch.Tensor, sharding: Sharding) -> MicroBatch:
     counts = torch.ones(tokens.numel(), dtype=torch.bool)
 
     def mine(x: torch.Tensor) -> torch.Tensor:
-        return packing.pad(x.flatten())[held][None].to(sharding.device)
+        return packing.pad(x.flatten())[held][None]
 
-    packed = packing.parameters(sharding.device)
+    packed = packing.parameters(torch.device("cpu"))
     return MicroBatch(mine(tokens), mine(labels), mine(positions), mine(counts), packed)
 
 

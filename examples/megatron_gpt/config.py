@@ -31,7 +31,8 @@ class MoBASection:
 
     block_size: int = 48
     topk: int = 3  # the query's own block counts
-    comm: str = "auto"  # auto, pull, fetch, ring, all_gather
+    comm: str = "auto"  # auto, pull, fetch, ring, all_gather, a2a, a2a+pull, a2a+fetch, a2a+ring, a2a+all_gather
+    head_parallel: int = 0  # context-parallel ranks that split heads, with a2a and auto; 0: comm decides
     full_last_layers: int = 0  # this many layers at the end: full causal attention
     layer_pattern: list[int] = field(default_factory=list)  # or one entry a layer: 1 MoBA, 0 full
     fraction: float = 1.0  # of the steps with MoBA; the rest of the run computes full attention in every layer
@@ -89,7 +90,11 @@ class RunConfig:
     micro_batch_size: int = 1
     global_batch_size: int = 1
     precision: str = "fp32"  # or bf16
-    recompute: str = "none"  # or selective (attention only) or full
+    recompute: str = "none"  # or all_but_attention, selective (attention only), full
+    layers: str = "auto"  # long (moba_cp.megatron.layer), megatron, or auto: long where it can be used
+    chunk_tokens: int = 0  # long layers: sequence positions that the MLP works on at a time; 0: all at once
+    offload_inputs: bool = False  # with recompute=all_but_attention: inputs of layers in host memory until backward
+    loss_chunk: int = 0  # sequence positions for which logits exist at a time; 0: all
     token_parts: int = 1  # more: weight gradients are rounded as with parallel.context of this (see parts.py)
     device: str = "auto"  # auto: GPUs if there are any; or cpu, cuda
     seed: int = 1234
@@ -103,6 +108,7 @@ class RunConfig:
     routing_picture: bool = True  # at the end: which blocks the last layer's queries select, as a heatmap
     resume: bool = True  # from the newest checkpoint of this run, if there is one
     allow_moba_change: bool = False  # resume although the checkpoint has other blocks, topk or MoBA layers
+    check_memory: bool = True  # refuse a run whose estimated peak is far above the GPU's memory
     timeout_seconds: float = 600.0  # how long a collective waits for the other ranks before the run fails
 
 
@@ -145,17 +151,29 @@ def _check(config: TrainConfig) -> None:
     model, data, parallel, run = config.model, config.data, config.parallel, config.run
     _choose("model.normalization", model.normalization, ("RMSNorm", "LayerNorm"))
     _choose("run.precision", run.precision, ("fp32", "bf16"))
-    _choose("run.recompute", run.recompute, ("none", "selective", "full"))
+    _choose("run.recompute", run.recompute, ("none", "all_but_attention", "selective", "full"))
+    _choose("run.layers", run.layers, ("auto", "long", "megatron"))
     _choose("run.device", run.device, ("auto", "cpu", "cuda"))
     for section in (model, config.moba, parallel):
         for name, value in vars(section).items():
-            if name != "full_last_layers" and isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            if (
+                name not in ("full_last_layers", "head_parallel")
+                and isinstance(value, int)
+                and not isinstance(value, bool)
+                and value < 1
+            ):
                 raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.moba.head_parallel < 0:
+        raise ValueError(f"moba.head_parallel must not be negative (0: comm decides), got {config.moba.head_parallel}")
     if not 0 <= config.moba.fraction <= 1:
         raise ValueError(f"moba.fraction must be between 0 and 1, got {config.moba.fraction}")
     for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval"):
         if getattr(run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(run, name)}")
+    for name in ("chunk_tokens", "loss_chunk"):
+        if getattr(run, name) < 0:
+            raise ValueError(f"run.{name} must not be negative (0: all at once), got {getattr(run, name)}")
+    _check_layers(config)
     for name in ("eval_interval", "routing_interval", "save_interval"):
         if getattr(run, name) < 0:
             raise ValueError(f"run.{name} must not be negative (0: never), got {getattr(run, name)}")
@@ -189,6 +207,45 @@ def _check(config: TrainConfig) -> None:
         )
     if config.optimizer.warmup_steps >= run.steps:
         raise ValueError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below run.steps={run.steps}")
+
+
+def _check_layers(config: TrainConfig) -> None:
+    """Raise where the kind of layers and what is asked of them do not go together."""
+    run, why = config.run, why_not_long(config)
+    if run.layers == "long" and why:
+        raise ValueError(f"run.layers=long does not go with {why}")
+    wanted = [
+        f"run.{name}={value}"
+        for name, value, off in (
+            ("recompute", run.recompute, run.recompute != "all_but_attention"),
+            ("chunk_tokens", run.chunk_tokens, run.chunk_tokens == 0),
+            ("offload_inputs", run.offload_inputs, not run.offload_inputs),
+        )
+        if not off
+    ]
+    if wanted and not uses_long_layers(config):
+        raise ValueError(
+            f"{', '.join(wanted)} needs run.layers=long, which does not go with {why or 'run.layers=megatron'}"
+        )
+    if run.offload_inputs and run.recompute != "all_but_attention":
+        raise ValueError(f"run.offload_inputs=true needs run.recompute=all_but_attention, got {run.recompute!r}")
+
+
+def uses_long_layers(config: TrainConfig) -> bool:
+    """Whether the run's layers are those of `moba_cp.megatron.layer`."""
+    return config.run.layers == "long" or (config.run.layers == "auto" and not why_not_long(config))
+
+
+def why_not_long(config: TrainConfig) -> str:
+    """The setting with which long layers do not go; empty if there is none."""
+    run, model, tensor = config.run, config.model, config.parallel.tensor
+    if run.recompute == "selective":
+        return "run.recompute=selective"
+    if run.token_parts > 1:
+        return f"run.token_parts={run.token_parts}"
+    if model.num_query_groups % tensor:
+        return f"model.num_query_groups={model.num_query_groups} and parallel.tensor={tensor}"
+    return ""
 
 
 def _choose(name: str, value: Any, choices: tuple[str, ...]) -> None:

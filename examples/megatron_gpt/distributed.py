@@ -16,6 +16,8 @@ from moba_cp.megatron.cpu import use_cpu_as_cuda
 from .config import TrainConfig
 
 PROGRAM = "examples/megatron_gpt/train.py"
+RESERVED_BYTES = int(2.5 * (1 << 30))
+"""Memory that torch leaves to NCCL, to buffers that ranks share, and to the CUDA context, where there are several ranks."""
 
 
 class TrainingError(ValueError):
@@ -74,6 +76,8 @@ def start(config: TrainConfig) -> Ranks:
     # Megatron demands it below compute capability 10, so that overlapped collectives start before the next kernel. The
     # driver reads it when CUDA is first asked for anything.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Long sequences free and ask for blocks of many sizes; without this, a third of the memory may lie idle between them.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     timeout = timedelta(seconds=config.run.timeout_seconds)
     device = _choose_device(config.run.device, int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu":
@@ -81,6 +85,9 @@ def start(config: TrainConfig) -> Ranks:
         dist.init_process_group("gloo", timeout=timeout)
     else:
         torch.cuda.set_device(device)
+        if dist_size() > 1:  # what torch took, NCCL and shared buffers could not have
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(1 - RESERVED_BYTES / total, device)
         # Without device_id: with it, all of Megatron's groups, dozens, would open NCCL communicators now; most are never
         # used.
         dist.init_process_group("nccl", timeout=timeout)
@@ -95,6 +102,11 @@ def start(config: TrainConfig) -> Ranks:
     torch.manual_seed(config.run.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
     return Ranks(device, ProcessGroupCollection.use_mpu_process_groups())
+
+
+def dist_size() -> int:
+    """Processes of the run, before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def stop() -> None:

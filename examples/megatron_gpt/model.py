@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import MoBAConfig
+from moba_cp.megatron.heads import full_comm_of
+from moba_cp.megatron.layer import LongLayerSettings, with_long_layers
+from moba_cp.megatron.loss import ChunkedLossGPT
 from moba_cp.megatron.norm import TorchNorm
+from moba_cp.megatron.optimizer import use_foreach_kernels
 from moba_cp.megatron.settings import MoBASettings
 from moba_cp.megatron.spec import with_moba
 
-from .config import TrainConfig
+from .config import TrainConfig, uses_long_layers
 from .data import PADDED_VOCAB_SIZE
 from .distributed import Ranks
 from .parts import split_tokens
@@ -31,6 +36,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
+    "all_but_attention": {},  # by the layers themselves
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
@@ -67,6 +73,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Trainer:
     ]
     transformer_config.finalize_model_grads_func = finalize_model_grads
     transformer_config.no_sync_func = [ddp.no_sync for ddp in model] if len(model) > 1 else model[0].no_sync
+    use_foreach_kernels()
     optimizer = get_megatron_optimizer(_optimizer_config(config), model)
     transformer_config.grad_scale_func = optimizer.scale_loss
     return Trainer(model, optimizer, _scheduler(config, optimizer), transformer_config)
@@ -76,7 +83,8 @@ def _chunk(config: TrainConfig, transformer_config: TransformerConfig, ranks: Ra
     """Model chunk ``number`` of this pipeline stage; with virtual pipeline, the stages hold the layers of all chunks 0,
     then those of all chunks 1, and so on."""
     chunks = config.parallel.virtual_pipeline
-    model = GPTModel(
+    kind = partial(ChunkedLossGPT, loss_chunk=config.run.loss_chunk) if config.run.loss_chunk else GPTModel
+    model = kind(
         transformer_config,
         block_spec(config, transformer_config),
         vocab_size=PADDED_VOCAB_SIZE,
@@ -154,7 +162,14 @@ def block_spec(config: TrainConfig, transformer_config: TransformerConfig) -> Tr
         comm=settings.comm,
         full_attention_last_n_layers=settings.full_attention_last_n_layers,
         layer_pattern=settings.layer_pattern,
+        full_attention_comm=settings.full_attention_comm,
+        head_parallel=settings.head_parallel,
     )
+    if uses_long_layers(config):
+        run = config.run
+        layer = with_long_layers(
+            layer, LongLayerSettings(run.recompute == "all_but_attention", run.chunk_tokens, run.offload_inputs)
+        )
     layers_here = config.model.num_layers // (config.parallel.pipeline * config.parallel.virtual_pipeline)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=TorchNorm)
 
@@ -167,6 +182,8 @@ def moba_settings(config: TrainConfig) -> MoBASettings:
         comm=section.comm,
         full_attention_last_n_layers=section.full_last_layers,
         layer_pattern=tuple(section.layer_pattern) or None,
+        full_attention_comm=full_comm_of(section.comm) or "auto" if section.comm.startswith("a2a") else "auto",
+        head_parallel=section.head_parallel or None,
     )
 
 

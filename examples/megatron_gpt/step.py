@@ -19,6 +19,7 @@ from moba_cp.megatron.routing import routing_statistics
 from .batches import MicroBatch
 from .config import TrainConfig
 from .distributed import Ranks, TrainingError, largest
+from .fit import doing
 from .model import Trainer
 
 
@@ -42,10 +43,12 @@ def train_step(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainCon
         chunk.train()
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    loss = _run_batch(trainer, batches, config, ranks, forward_only=False)
+    with doing("forward and backward"):
+        loss = _run_batch(trainer, batches, config, ranks, forward_only=False)
     _check_finite("loss", loss if ranks.is_last_stage else 0.0, ranks)
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
-    succeeded, grad_norm, _ = trainer.optimizer.step()
+    with doing("the optimizer's step"):
+        succeeded, grad_norm, _ = trainer.optimizer.step()
     if succeeded:
         _check_finite("gradient norm", float(grad_norm or 0.0), ranks)
         trainer.scheduler.step(increment=config.run.global_batch_size)
@@ -63,7 +66,10 @@ def _check_finite(what: str, value: float, ranks: Ranks) -> None:
 def evaluate(trainer: Trainer, batches: Iterator[MicroBatch], config: TrainConfig, ranks: Ranks) -> float:
     """Mean loss over ``run.eval_batches`` global batches (NaN before the last pipeline stage)."""
     _evaluation_mode(trainer)
-    losses = [_run_batch(trainer, batches, config, ranks, forward_only=True) for _ in range(config.run.eval_batches)]
+    with doing("evaluation"):
+        losses = [
+            _run_batch(trainer, batches, config, ranks, forward_only=True) for _ in range(config.run.eval_batches)
+        ]
     return sum(losses) / len(losses)
 
 
@@ -147,7 +153,8 @@ def _loss(
     if counts is not None:
         losses = losses.masked_fill(~counts, 0.0)
     loss = losses.sum()
-    count = (
-        torch.tensor(losses.numel(), dtype=torch.int, device=losses.device) if counts is None else counts.sum().int()
-    )
+    if counts is not None:
+        count = counts.sum().int()
+    else:  # filled on the device: a number from the host would be a copy that waits
+        count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
     return loss, count, {"loss": torch.stack([loss.detach().double(), count.double()])}

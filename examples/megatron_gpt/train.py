@@ -21,7 +21,7 @@ import typer  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from examples.megatron_gpt import checkpoint, distributed  # noqa: E402
+from examples.megatron_gpt import checkpoint, distributed, fit  # noqa: E402
 from examples.megatron_gpt.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
 from examples.megatron_gpt.config import TrainConfig, load_config  # noqa: E402
 from examples.megatron_gpt.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
@@ -32,6 +32,9 @@ from examples.megatron_gpt.step import evaluate, last_layer_report, routing, tra
 from moba_cp import diagnostics  # noqa: E402
 from moba_cp.megatron import MoBASchedule  # noqa: E402
 from moba_cp.megatron.flops import peak_flops, step_flops  # noqa: E402
+
+READ_AHEAD = 2
+"""Micro-batches that a thread reads beside the training."""
 
 
 def main(
@@ -56,6 +59,8 @@ def main(
     try:
         with note_signals() as stop:
             train(config, ranks, stop)
+    except fit.OutOfMemoryError as error:  # on one rank: the others wait for it until torchrun ends them
+        sys.exit(f"error: rank {dist.get_rank()}: {fit.explain(error, config, ranks)}")
     except distributed.TrainingError as error:  # on every rank
         if ranks.is_reporter:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -88,11 +93,13 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
         sequence_shards=parallel.tensor if parallel.sequence else 1,
     )
 
-    def read(text: PackedText, consumed: int) -> Iterator[MicroBatch]:
-        return micro_batches(text, run.micro_batch_size, consumed, sharding, data.separate_documents)
+    def read(text: PackedText, consumed: int, ahead: int = 0) -> Iterator[MicroBatch]:
+        return micro_batches(text, run.micro_batch_size, consumed, sharding, data.separate_documents, ahead)
 
     # Model, optimizer, and where the last attempt got to.
-    trainer = build(config, ranks)
+    warning = fit.check(config, ranks)
+    with fit.doing("building the model"):
+        trainer = build(config, ranks)
     checkpoints = config.run_directory / "checkpoints"
     moba, notes, restored = moba_record(config), list[str](), None
     if run.resume:
@@ -105,7 +112,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
             notes=notes,
         )
     progress = restored or checkpoint.Progress(corpus=train_corpus.fingerprint)
-    batches = read(train_text, progress.consumed_samples)
+    batches = read(train_text, progress.consumed_samples, ahead=READ_AHEAD)
 
     schedule = MoBASchedule.by_fraction(config.moba.fraction, run.steps)
     tokens_per_step = run.global_batch_size * data.seq_length
@@ -129,6 +136,8 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
         peak,
     ) as reporter:
         reporter.say(describe(config, ranks, train_corpus))
+        if warning:
+            reporter.say(warning)
         reporter.model(count_parameters(trainer, ranks))
         reporter.moba(moba)
         for note in notes:

@@ -36,6 +36,13 @@ def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="how keys and values travel between context-parallel ranks",
     )
     group.add_argument(
+        "--moba-head-parallel",
+        type=int,
+        default=_DEFAULTS.head_parallel,
+        help="neighbouring context-parallel ranks that split heads, with a2a transports or auto; by default the first of "
+        "--hierarchical-context-parallel-sizes, else the transport decides",
+    )
+    group.add_argument(
         "--moba-partition",
         default=_DEFAULTS.partition,
         choices=PARTITIONS,
@@ -112,8 +119,8 @@ def settings_from_arguments(arguments: argparse.Namespace, num_layers: int | Non
         if layers is None:
             raise ValueError(f"--moba-layer-freq {pattern} needs the number of layers")
         pattern = tuple(int((number + 1) % pattern == 0) for number in range(layers))
-    packs = arguments.moba_packed_partition
-    return ({} if packs is None else {"packed_partition": packs}) | {
+    optional = {"packed_partition": arguments.moba_packed_partition, "head_parallel": arguments.moba_head_parallel}
+    return {name: value for name, value in optional.items() if value is not None} | {
         "moba_config": MoBAConfig(arguments.moba_block_size, arguments.moba_topk),
         "comm": arguments.moba_comm,
         "partition": arguments.moba_partition,

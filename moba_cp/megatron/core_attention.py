@@ -18,11 +18,12 @@ from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.dense import causal_attention
 from moba_cp.validation import COMMS
 
+from .heads import full_comm_of, resolve_head_parallel
 from .layout import sbhd_layout
 from .lengths import pack_lengths
 from .partition import is_packed, resolve_packed_partition, resolve_partition
 from .record import megatron_arguments, packs_of_flags, record_settings
-from .settings import COMM_PREFIX, FULL_ATTENTION_COMMS, MoBASettings
+from .settings import COMM_PREFIX, MoBASettings
 from .te import build_te_attention
 from .unsupported import refuse_extra, refuse_flags, refuse_unsupported
 
@@ -50,9 +51,9 @@ class MoBACoreAttention(MegatronModule):
         attention_dropout: must be None or 0.
         softmax_scale: scale of the logits; None means the one of ``settings.moba``, by default ``d ** -0.5``.
         cp_comm_type: ``"moba_<comm>"`` chooses the transport of this layer; None and Megatron's default ``"p2p"``
-            leave it to the settings. Full attention takes ``moba_ring`` and ``moba_all_gather`` unless
-            ``settings.full_attention_comm`` says another; of the other transports, which bring selected blocks only, it
-            knows none and decides by size. A full layer of Transformer Engine's takes Transformer Engine's own values.
+            leave it to the settings. Full attention takes it too (:func:`moba_cp.megatron.heads.full_comm_of`), unless
+            ``settings.full_attention_comm`` says another; of transports that bring selected blocks only it knows none and
+            decides by size. A full layer of Transformer Engine's takes Transformer Engine's own values.
         pg_collection: process groups of the layer; ``cp`` is used. None takes Megatron's global ones.
 
     Raises:
@@ -107,6 +108,14 @@ class MoBACoreAttention(MegatronModule):
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.cp_group: torch.distributed.ProcessGroup = pg_collection.cp
         self._settings = settings
+        cp_size = self.cp_group.size()
+        tp_size = config.tensor_model_parallel_size
+        # Of a group of another size, which dynamic context parallelism may choose, the transport decides.
+        self._heads_over = resolve_head_parallel(config, settings, self.comm, cp_size, tp_size, layer_number)
+        full = self.full_comm if "a2a" in self.full_comm or self.full_comm == "auto" else None
+        self._full_heads_over = (
+            None if full is None else resolve_head_parallel(config, settings, full, cp_size, tp_size, layer_number)
+        )
         resolve_partition(config, settings, self.cp_group.size())
         if (arguments := megatron_arguments()) is not None:
             refuse_flags(arguments, config.context_parallel_size)
@@ -190,15 +199,27 @@ class MoBACoreAttention(MegatronModule):
         layout: SequenceLayout,
         group: torch.distributed.ProcessGroup | None,
     ) -> torch.Tensor:
+        same_size = layout.cp_size == self.cp_group.size()
         if not self.computes_moba:
             return causal_attention(
-                q_thd, k_thd, v_thd, self.moba.softmax_scale, layout=layout, group=group, comm=self.full_comm
+                q_thd,
+                k_thd,
+                v_thd,
+                self.moba.softmax_scale,
+                layout=layout,
+                group=group,
+                comm=self.full_comm,
+                head_parallel=self._full_heads_over if same_size else None,
             )
+        options: dict[str, Any] = {
+            "layout": layout,
+            "group": group,
+            "comm": self.comm,
+            "head_parallel": self._heads_over if same_size else None,
+        }
         if self.report_to is None:
-            return moba_attention(q_thd, k_thd, v_thd, self.moba, layout=layout, group=group, comm=self.comm)
-        out_thd, report = moba_attention(
-            q_thd, k_thd, v_thd, self.moba, layout=layout, group=group, comm=self.comm, return_report=True
-        )
+            return moba_attention(q_thd, k_thd, v_thd, self.moba, **options)
+        out_thd, report = moba_attention(q_thd, k_thd, v_thd, self.moba, return_report=True, **options)
         self.report_to(self, report, layout, group)
         return out_thd
 
@@ -281,6 +302,5 @@ def _resolve_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
 def _resolve_full_comm(settings: MoBASettings, cp_comm_type: str | None) -> str:
     """Of a full layer, or of one that is switched."""
     named = (cp_comm_type or "").removeprefix(COMM_PREFIX)
-    if settings.full_attention_comm == "auto" and named in FULL_ATTENTION_COMMS:
-        return named
-    return settings.full_attention_comm
+    named = full_comm_of(named) or "auto"
+    return named if settings.full_attention_comm == "auto" else settings.full_attention_comm

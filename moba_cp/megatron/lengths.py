@@ -76,6 +76,7 @@ class _Pack:
     lengths: PackLengths
     layer: int  # the latest that asked in a forward pass
     refilled: bool = False  # its values changed while it lived
+    peeked: int | None = None  # the layer that asked ahead of its attention
     forwards: dict[int, _Forwards] = field(default_factory=dict)
 
 
@@ -115,6 +116,13 @@ def pack_lengths(packed: PackedSeqParams, layer_number: int, training: bool) -> 
     return pack.lengths
 
 
+def peek_lengths(packed: PackedSeqParams, layer_number: int) -> PackLengths:
+    """The same for a layer that asks before its attention does in the same forward pass; reads lengths on a GPU no more often."""
+    lengths = pack_lengths(packed, layer_number, training=False)
+    _packs[packed].peeked = layer_number
+    return lengths
+
+
 _OVERWRITTEN = (
     "MoBA attention, layer {}: recomputation needs the lengths of the forward pass, {}, but packed_seq_params now has {}. "
     "Give every micro-batch in flight a PackedSeqParams and tensors of its own"
@@ -130,6 +138,9 @@ def _is_current(pack: _Pack, tensors: Tensors, layer_number: int, recomputing: b
     if any(a is not b for a, b in zip(pack.tensors, tensors, strict=True)) or _state(tensors) != pack.state:
         return False
     if recomputing or on_host(tensors):
+        return True
+    if pack.peeked == layer_number:
+        pack.peeked = None
         return True
     return layer_number == pack.layer + 1 or (layer_number > pack.layer and not pack.refilled)
 

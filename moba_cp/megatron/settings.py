@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moba_cp import MoBAConfig
-from moba_cp.parallel.dense import COMMS as FULL_ATTENTION_COMMS
+from moba_cp.dense import COMMS as FULL_ATTENTION_COMMS
 from moba_cp.validation import COMMS, check_config
 
 from .layout import PACKED_PARTITIONS, PARTITIONS
@@ -38,9 +38,12 @@ class MoBASettings:
             one-million-token setting: 3).
         layer_pattern: instead, one entry per layer: 1 for MoBA, 0 for full causal attention. Layers are counted over all
             pipeline stages.
-        full_attention_comm: how keys and values travel for full causal attention: ``"ring"``, ``"all_gather"``, or
-            ``"auto"``, which decides by size.
+        full_attention_comm: how keys and values travel for full causal attention: ``"ring"``, ``"all_gather"``, ``"a2a"``,
+            ``"a2a+ring"``, ``"a2a+all_gather"``, or ``"auto"``, which decides by size.
         full_attention_backend: what computes full causal attention: ``"torch"``, or ``"te"`` for Transformer Engine.
+        head_parallel: neighbouring context-parallel ranks that split heads, with ``"a2a..."`` or ``"auto"``.
+            None: what Megatron's ``hierarchical_context_parallel_sizes`` says (:mod:`moba_cp.megatron.heads`), else the
+            transport decides.
 
     Raises:
         TypeError: ``moba`` is no ``MoBAConfig``.
@@ -55,6 +58,7 @@ class MoBASettings:
     layer_pattern: tuple[int, ...] | None = None
     full_attention_comm: str = "auto"
     full_attention_backend: str = "torch"
+    head_parallel: int | None = None
 
     def __post_init__(self) -> None:
         check_config(self.moba)
@@ -74,6 +78,8 @@ class MoBASettings:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.head_parallel is not None and self.head_parallel < 1:
+            raise ValueError(f"head_parallel must be None or at least 1, got {self.head_parallel}")
         if self.packed_partition is not None and self.packed_partition not in PACKED_PARTITIONS:
             raise ValueError(
                 f"packed_partition must be None or one of {PACKED_PARTITIONS}, got {self.packed_partition!r}"

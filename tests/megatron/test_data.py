@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from examples.megatron_gpt.batches import Sharding, micro_batches
+from examples.megatron_gpt.batches import Sharding, micro_batches, read_ahead
 from examples.megatron_gpt.data import SEPARATOR, Corpus, PackedText
 from moba_cp.megatron.layout import packed_layout
 
@@ -136,3 +140,34 @@ def test_reading_resumes_after_any_number_of_samples(corpus: Corpus) -> None:
     through = list(islice(micro_batches(text, 1, 0, sharding), 70))  # into the third epoch
     resumed = list(islice(micro_batches(text, 1, 41, sharding), 29))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(through[41:], resumed, strict=True))
+
+
+def test_a_thread_reads_ahead_the_same_micro_batches(corpus: Corpus) -> None:
+    text = PackedText(corpus, seq_length=16, seed=0)
+    sharding = Sharding(0, 1, 0, 1, torch.device("cpu"))
+    plain, ahead = (islice(micro_batches(text, 2, 3, sharding, ahead=count), 9) for count in (0, 2))
+    for a, b in zip(plain, ahead, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_an_error_of_the_reading_thread_comes_in_its_turn() -> None:
+    def items() -> Iterator[int]:
+        yield from (1, 2)
+        raise OSError("the disk is gone")
+
+    found = read_ahead(items(), 4)
+    assert [next(found), next(found)] == [1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(found)
+
+
+def test_closing_ends_the_reading_thread() -> None:
+    found = read_ahead(itertools.count(), 2)
+    assert next(found) == 0
+    found.close()
+    deadline = time.monotonic() + 5
+    while any(thread.name == "read ahead" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert list(read_ahead(iter([]), 1)) == []

@@ -1,0 +1,243 @@
+"""What a transformer layer computes between its matrices, each in one pass over memory on GPUs: without Transformer Engine, apex
+or a compiler.
+
+On GPUs these are the Triton kernels of :mod:`.fused_kernels`; elsewhere the same formulas in torch, in the inputs' dtype.
+Everything is differentiable once. Tensors are made contiguous where a kernel needs it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from . import fused_kernels as kernels
+
+_PROGRAMS = 2048
+"""Programs of a norm's backward pass, each with partial sums of the weight's gradient; fixed, so bits are those of any GPU."""
+_COLUMNS = 512
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether a tensor goes to the kernels: on GPUs, and on CPU under Triton's interpreter."""
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / rms(x) * weight`` over the last dimension.
+
+    Args:
+        x: ``[..., h]``.
+        weight: ``[h]``.
+        eps: added to the mean square.
+    """
+    if runs_kernels(x):
+        return _RmsNorm.apply(x, weight, eps)
+    # The view sums the norm's own contributions to the gradient of x, so that x gets one, as from the kernel.
+    return F.rms_norm(x.view_as(x), weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x + y`` (rounded to the dtype of ``x``), and its norm as in :func:`rms_norm`.
+
+    Args:
+        x, y: ``[..., h]`` of one shape and dtype.
+        weight: ``[h]``.
+        eps: added to the mean square.
+    """
+    if runs_kernels(x):
+        return _AddRmsNorm.apply(x, y, weight, eps)
+    total = x + y
+    return total, F.rms_norm(total, weight.shape, weight, eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` for ``x = [gate, up]``: ``[..., 2 f]`` to ``[..., f]``."""
+    if runs_kernels(x):
+        return _SwiGLU.apply(x)
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def split_rotate(
+    mixed: Tensor, groups: int, dim: int, table: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of Megatron's fused projection, with rotary embedding (halves, not interleaved).
+
+    Args:
+        mixed: ``[s, b, groups * (r + 2) * dim]``: per kv head its ``r`` q heads, its key, its value.
+        groups: kv heads.
+        dim: head dimension.
+        table: cosine and sine, fp32 (fp64 for fp64) ``[s, m]`` with ``2 m <= dim``: the first ``2 m`` dimensions rotate.
+            None: nothing does.
+
+    Returns:
+        q ``[s, b, groups * r, dim]``, k ``[s, b, groups, dim]``, and v of the same shape, which is a view of ``mixed``.
+    """
+    if table is not None and runs_kernels(mixed):
+        return _SplitRotate.apply(mixed, *table, groups, dim)
+    by_group = mixed.unflatten(-1, (groups, -1, dim))
+    q, k, v = by_group[..., :-2, :].flatten(2, 3), by_group[..., -2, :], by_group[..., -1, :]
+    return (q, k, v) if table is None else (rotate(q, *table), rotate(k, *table), v)
+
+
+def rotation_table(freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[s, m]`` of Megatron's rotary angles ``[s, 1, 1, 2 m]``, whose halves are equal; fp32, for fp64 fp64."""
+    angles = freqs[:, 0, 0, : freqs.size(-1) // 2]
+    angles = angles.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return angles.cos().contiguous(), angles.sin().contiguous()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` ``[s, b, heads, d]`` with its first dimensions rotated by a table of :func:`rotation_table`; in torch."""
+    half = cos.size(1)
+    first, second, rest = x.split([half, half, x.size(-1) - 2 * half], -1)
+    cos, sin = cos[:, None, None].to(x.dtype), sin[:, None, None].to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        normed = torch.empty_like(x)
+        rows, width = x.numel() // x.size(-1), x.size(-1)
+        kernels.rms_norm_kernel[(rows,)](x, x, weight, x, normed, eps, WIDTH=width, ADD=False, **_row_options(width))
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        return *_norm_backward(x, weight, dnormed, None, ctx.eps), None
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if x.shape != y.shape or x.dtype != y.dtype:
+            raise ValueError(f"x and y must be alike, got {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}")
+        x, y = x.contiguous(), y.contiguous()
+        total, normed = torch.empty_like(x), torch.empty_like(x)
+        rows, width = x.numel() // x.size(-1), x.size(-1)
+        kernels.rms_norm_kernel[(rows,)](x, y, weight, total, normed, eps, WIDTH=width, ADD=True, **_row_options(width))
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        total, weight = ctx.saved_tensors
+        dx, dweight = _norm_backward(total, weight, dnormed, dtotal, ctx.eps)
+        return dx, dx, dweight, None
+
+
+def _norm_backward(
+    total: Tensor, weight: Tensor, dnormed: Tensor, dtotal: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    rows, width = total.numel() // total.size(-1), total.size(-1)
+    programs = min(_PROGRAMS, rows)
+    dx = torch.empty_like(total)
+    partial = torch.empty(programs, width, dtype=torch.float32, device=total.device)
+    dnormed = dnormed.contiguous()
+    added = dnormed if dtotal is None else dtotal.contiguous()
+    kernels.rms_norm_backward_kernel[(programs,)](
+        total, weight, dnormed, added, dx, partial, rows, eps,
+        WIDTH=width, ADD=dtotal is not None, **_row_options(width),
+    )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        width = x.size(-1) // 2
+        y = x.new_empty(*x.shape[:-1], width)
+        grid = (x.numel() // (2 * width), triton.cdiv(width, _COLUMNS))
+        kernels.swiglu_kernel[grid](x, y, WIDTH=width, COLUMNS=_COLUMNS, num_warps=2)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        width = x.size(-1) // 2
+        dx = torch.empty_like(x)
+        grid = (x.numel() // (2 * width), triton.cdiv(width, _COLUMNS))
+        kernels.swiglu_backward_kernel[grid](x, dy.contiguous(), dx, WIDTH=width, COLUMNS=_COLUMNS, num_warps=2)
+        return dx
+
+
+class _SplitRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, groups: int, dim: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        length, batch, width = mixed.shape
+        group = width // (groups * dim) - 2
+        if cos.size(0) != length or 2 * cos.size(1) > dim:
+            raise ValueError(f"{length} rows with heads of {dim} do not fit a rotation table of {tuple(cos.shape)}")
+        mixed = mixed.contiguous()
+        q = mixed.new_empty(length, batch, groups * group, dim)
+        k = mixed.new_empty(length, batch, groups, dim)
+        ctx.sizes = _rotary_sizes(group, groups, dim, cos.size(1))
+        kernels.split_rotate_kernel[(length * batch,)](mixed, cos, sin, q, k, batch, **ctx.sizes, num_warps=2)
+        ctx.save_for_backward(cos, sin)
+        return q, k, mixed.view(length, batch, groups, group + 2, dim)[..., group + 1, :]
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        sizes = ctx.sizes
+        length, batch, groups, dim = dk.shape
+        dq, dk, dv = (_rows_of_heads(x) for x in (dq, dk, dv))
+        dmixed = dq.new_empty(length, batch, groups * (sizes["GROUP"] + 2) * dim)
+        strides = [x.stride(n) for x in (dq, dk, dv) for n in (0, 1)]
+        kernels.split_rotate_backward_kernel[(length * batch,)](
+            dq, dk, dv, cos, sin, dmixed, batch, *strides, **sizes,
+            GROUPS_PADDED=_padded(groups), DIM_PADDED=_padded(dim), num_warps=2,
+        )  # fmt: skip
+        return dmixed, None, None, None, None
+
+
+def _rows_of_heads(x: Tensor) -> Tensor:
+    """``[s, b, heads, d]`` as ``[s * b, heads, d]`` with dense heads; a view where there is one."""
+    x = x.flatten(0, 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rotary_sizes(group: int, groups: int, dim: int, half: int) -> dict[str, int]:
+    return {
+        "GROUP": group,
+        "GROUPS": groups,
+        "HEADS_PADDED": _padded(groups * (group + 1)),
+        "DIM": dim,
+        "HALF": half,
+        "HALF_PADDED": _padded(half),
+        "REST_PADDED": _padded(dim - 2 * half) if dim > 2 * half else 0,
+    }
+
+
+def _row_options(width: int) -> dict[str, int]:
+    padded = _padded(width)
+    return {"WIDTH_PADDED": padded, "num_warps": min(max(padded // 512, 1), 8)}
+
+
+def _padded(n: int) -> int:
+    return triton.next_power_of_2(n)
+
+
+class FusedRMSNorm(torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` in one pass per direction."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., h]`` to the same."""
+        assert self.weight is not None
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)

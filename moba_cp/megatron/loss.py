@@ -1,0 +1,81 @@
+"""A GPT whose logits never exist for all tokens: output layer and cross entropy work on a chunk of tokens at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from .recompute import InChunks
+
+
+class ChunkedLossGPT(GPTModel):
+    """Megatron's ``GPTModel`` with logits of ``loss_chunk`` tokens at a time, forward and again in backward.
+
+    Where labels are given, the output layer runs inside the loss: a chunk's logits are made, reduced to losses and dropped, and
+    made again for their gradients. Without labels (inference) it is Megatron's model. Parameters and their names are the same.
+
+    Args:
+        loss_chunk: sequence positions of a chunk of the residual stream (with sequence parallelism of this rank's part).
+        others: as Megatron's model takes them.
+
+    Raises:
+        ValueError: a chunk below 1, multi-token prediction, or MuP, which scales logits.
+    """
+
+    def __init__(self, *args: Any, loss_chunk: int, **kwargs: Any) -> None:
+        if loss_chunk < 1:
+            raise ValueError(f"loss_chunk must be at least 1, got {loss_chunk}")
+        super().__init__(*args, **kwargs)
+        self.loss_chunk = loss_chunk
+        self._deferred: tuple[Tensor, Tensor | None] | None = (
+            None  # output layer's arguments, between its call and the loss
+        )
+        self._with_labels = False
+        for name in ("mtp_num_layers", "use_mup"):
+            if value := getattr(self.config, name, None):
+                raise ValueError(f"{name}={value} is not supported with logits in chunks")
+        if self.post_process:
+            self._output = self.output_layer.forward
+            self.output_layer.__dict__["forward"] = self._output_or_defer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Megatron's: losses ``[b, s]`` if ``labels=`` is given, else logits or hidden states."""
+        self._with_labels = kwargs.get("labels") is not None
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._with_labels, self._deferred = False, None
+
+    def _output_or_defer(self, hidden: Tensor, weight: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Stands for the output layer's forward: with labels it passes the hidden states on."""
+        if not self._with_labels:
+            logits, bias = self._output(hidden, weight=weight, **kwargs)
+            return logits, bias
+        self._deferred = (hidden, weight)
+        return hidden, None
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses ``[b, s]`` of labels ``[b, s]``.
+
+        Args:
+            labels: ``[b, s]``.
+            logits: logits, or the hidden states that the output layer passed on.
+        """
+        if self._deferred is None:
+            return super().compute_language_model_loss(labels, logits)
+        hidden, weight = self._deferred
+        # With sequence parallelism a rank's chunk is gathered with those of the others, which lie len(hidden) rows apart.
+        shards = labels.size(1) // len(hidden)
+        labels_csb = labels.t().unflatten(0, (shards, -1)).transpose(0, 1)
+        whole = self.output_layer.weight if weight is None else weight
+
+        def losses(hidden: Tensor, labels_csb: Tensor) -> Tensor:
+            logits, _ = self._output(hidden, weight=weight)
+            labels = labels_csb.transpose(0, 1).flatten(0, 1).t()
+            loss = super(ChunkedLossGPT, self).compute_language_model_loss(labels, logits)
+            return loss.t().unflatten(0, (shards, -1)).transpose(0, 1)
+
+        loss_csb = InChunks(losses, self.loss_chunk)([hidden, labels_csb], [whole])
+        return loss_csb.transpose(0, 1).flatten(0, 1).t()
