@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..planning.advice import Option, block_sizes, label, options, recomputation, visiting_pays_from
+from ..planning.advice import Option, automatic, block_sizes, label, options, recomputation, visiting_pays_from
 from ..planning.calibration import DEFAULT, Calibration, known
 from ..planning.measured import calibrate, read
 from ..planning.prediction import predict
@@ -179,9 +179,14 @@ def recommended(best: Option, layer: Layer, cluster: Cluster, calibration: Calib
             for x in ("zigzag", "balanced")
         )
         layout = f"balanced ({1 - balanced / zigzag:.0%} less time)" if balanced < 0.98 * zigzag else "zigzag"
+    size, reason = automatic(layer, cluster)
+    by_auto = reason.removeprefix("auto: ") or (
+        "no split of heads: the call is small" if split.ranks > 1 else f"U = {size}"
+    )
     return [
         f"recommended: {arguments}: heads over U = {split.head_parallel}, sequence over S = {split.sequence_ranks}",
         f"  layout: {layout}",
+        f"  auto would choose: {by_auto}",
         f"  recomputation: {recomputation(best, layers, cluster)}",
     ]
 

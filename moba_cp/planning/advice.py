@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ..parallel.cost import choose_head_parallel
+from ..parallel.topology import Topology
 from .calibration import Calibration
 from .memory import Memory, memory
-from .prediction import Prediction, predict
+from .prediction import Prediction, call_sizes, predict
 from .sizes import Cluster, Layer, Split
 
 SHARE_FOR_ATTENTION = 0.5
@@ -70,6 +72,12 @@ def splits(layer: Layer, cluster: Cluster, layouts: Iterable[str]) -> list[Split
             # Where heads are split over all ranks, one layout is as good as another.
             found += [Split(cluster.gpus, size, exchange, x) for x in (layouts if sequence > 1 else list(layouts)[:1])]
     return found
+
+
+def automatic(layer: Layer, cluster: Cluster) -> tuple[int, str]:
+    """Over how many ranks `comm="auto"` splits heads there, and why, by the rules of `parallel.cost`."""
+    topology = Topology(tuple(rank // cluster.node for rank in range(cluster.gpus)))
+    return choose_head_parallel(call_sizes(layer, cluster.gpus), topology, None)
 
 
 def visiting_pays_from(layer: Layer) -> float:
