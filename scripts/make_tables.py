@@ -58,7 +58,7 @@ def blocks() -> dict[str, str]:
         "results:predictions": predictions_table(RESULTS),
         "results:clusters": clusters_table(Calibration.default()),
         "results:balance": balance_table(),
-        "results:scaling-headline": scaling_headline(),
+        "results:scaling_headline": scaling_headline(),
     }
 
 
