@@ -26,14 +26,14 @@ from .balance import balanced_runs
 from .partition import Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
 
 _SHOWN_RANKS = 8
-"""Of so many ranks a layout shows how many tokens they hold."""
+"""`repr` of a layout shows the token counts of at most this many ranks."""
 
 
 class SequenceLayout:
     """Tokens of packed documents spread over the ranks of a context-parallel group.
 
-    Make one with `contiguous`, `zigzag`, `balanced` or `from_runs`. Immutable, hashable, equal when it puts the same tokens of
-    the same documents at the same places, however it was made.
+    Make one with `contiguous`, `zigzag`, `balanced` or `from_runs`. Immutable and hashable. Layouts are equal if every rank holds
+    the same tokens of the same documents in the same order, however they were made.
 
     Attributes:
         cu_seqlens: `(0, end of document 0, end of document 1, ...)`; documents may be empty.
@@ -64,7 +64,7 @@ class SequenceLayout:
             cp_size: number of ranks, at least 1.
 
         Raises:
-            TypeError, ValueError: an argument is not as said; the message carries its value.
+            TypeError, ValueError: an argument is not as described; the message carries its value.
         """
         cu = _host_cu_seqlens(cu_seqlens)
         return cls(cu, chunked(cu, _check_cp_size(cp_size), mirrored=False, per_document=False))
@@ -80,7 +80,7 @@ class SequenceLayout:
                 `[c * L // 2P, (c + 1) * L // 2P)`); False cuts the whole packed sequence instead.
 
         Raises:
-            TypeError, ValueError: an argument is not as said; the message carries its value.
+            TypeError, ValueError: an argument is not as described; the message carries its value.
         """
         if not isinstance(per_document, bool):
             raise TypeError(f"per_document must be True or False, got {per_document!r}")
@@ -118,7 +118,7 @@ class SequenceLayout:
             cu_seqlens: host ints: 0 and the end of each document.
 
         Raises:
-            TypeError, ValueError: an argument is not as said; the message carries its value.
+            TypeError, ValueError: an argument is not as described; the message carries its value.
         """
         if isinstance(runs, (str, bytes)) or not isinstance(runs, Sequence):
             raise TypeError(f"runs must be a list with one list of (start, end) for each rank, got {runs!r}")
@@ -249,7 +249,7 @@ class SequenceLayout:
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes that differ between layouts; equal layouts have equal digests on every rank."""
+        """16 bytes: equal for equal layouts on every rank, different for different ones."""
         h = hashlib.blake2b(digest_size=16)
         h.update(np.int64(self._cu_seqlens.size).tobytes() + self._cu_seqlens.tobytes() + self.partition.key)
         return h.digest()
@@ -261,7 +261,7 @@ class SequenceLayout:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        """Equal for equal layouts; ranks show it to each other where they disagree."""
+        """Equal for equal layouts. Error messages show it where ranks disagree."""
         shown = [str(self.local_tokens(rank)) for rank in range(min(self.cp_size, _SHOWN_RANKS))]
         more = f", ... on {self.cp_size} ranks" if self.cp_size > _SHOWN_RANKS else ""
         documents = len(self._cu_seqlens) - 1

@@ -23,9 +23,9 @@ from .topology import gather_text, host
 T = TypeVar("T")
 
 ALIGNMENT = 256
-"""Pieces of a buffer begin at multiples of so many bytes."""
+"""Alignment of sub-buffers, in bytes."""
 GROWTH = 1.25
-"""A buffer that has to grow becomes at least so many times as large."""
+"""Growth factor of a buffer that is too small."""
 _SET_UP = "pull set-up"
 _MANY = 1 << 62
 
