@@ -13,15 +13,21 @@ from typing import Annotated, Any
 
 import typer
 
+from moba_cp.planning.calibration import Calibration
+
 from .harness.records import REPOSITORY
 from .tables.equality import equality_table, pretrain_table
 from .tables.huggingface import huggingface_table
 from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
+from .tables.planning import balance_table, clusters_table, predictions_table
+from .tables.scaling import longest_table, scaling_plot, scaling_tables
 from .tables.text import fill
 from .tables.training import training_plot, training_table
 
 RESULTS = REPOSITORY / "docs" / "results"
+NOT_MEASURED = "Not measured yet: no docs/results/scaling*.json."
+NO_LONGEST = "No context of 4M tokens or more was measured yet; `configs/scaling/longest.yaml` does it."
 
 
 def main(
@@ -34,6 +40,8 @@ def main(
     fill(blocks(), [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))])
     kernels_plot(*load(sorted(RESULTS.glob("kernels*.json"))), RESULTS / "kernels.png")
     training_plot(content("training"), RESULTS / "training.png")
+    if scaling := scaling_contents():
+        scaling_plot(scaling, [RESULTS / "scaling.png", RESULTS / "scaling.svg"])
 
 
 def blocks() -> dict[str, str]:
@@ -47,7 +55,26 @@ def blocks() -> dict[str, str]:
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
+        "results:scaling": scaling_tables(scaling_contents()) or NOT_MEASURED,
+        "results:longest": longest_table(scaling_contents()) or NO_LONGEST,
+        "results:predictions": predictions_table(RESULTS),
+        "results:clusters": clusters_table(Calibration.default()),
+        "results:balance": balance_table(),
+        "results:scaling_headline": scaling_headline(),
     }
+
+
+def scaling_headline() -> str:
+    """The picture and the longest contexts, for the README."""
+    if not scaling_contents():
+        return NOT_MEASURED
+    picture = "![Time of one layer by tokens and GPUs, and its efficiency](docs/results/scaling.png)"
+    return "\n\n".join(filter(None, [picture, longest_table(scaling_contents())]))
+
+
+def scaling_contents() -> list[dict[str, Any]]:
+    """Of every scaling*.json; none where nothing was measured yet."""
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("scaling*.json"))]
 
 
 def content(name: str) -> dict[str, Any]:

@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 ALONE = definition.Ranks(None)
 FIELDS = {
     "ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "comm", "forward_ms", "forward_backward_ms",
-    "forward_ms_spread", "output_error", "dq_error", "exposed_ms", "received_bytes", "between_bytes", "traffic_rank0",
-    "fingerprint", "bitwise_equal_to_first", "layout",
+    "forward_ms_spread", "output_error", "dq_error", "exposed_ms", "received_bytes", "between_bytes", "traffic_rank0", "layout",
+    "fingerprint", "bitwise_equal_to_first",
 }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from scripts import (
     pretrain_gpt_stock,
     quickstart,
     sanitize,
+    scaling,
     training_speed,
     tune,
 )
@@ -43,12 +44,12 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
     bench_huggingface, bench_kernels, bench_layer, bench_training, make_picture, make_tables, parallel_equality,
-    pretrain_gpt_stock, quickstart, sanitize, training_speed, tune,
+    pretrain_gpt_stock, quickstart, sanitize, scaling, training_speed, tune,
 )  # fmt: skip
 
 
 def test_every_program_is_tested() -> None:
-    names = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", "scaling"}
+    names = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__"}
     assert names == {module.__name__.removeprefix("scripts.") for module in PROGRAMS}
 
 

@@ -6,15 +6,16 @@ moba-cp plan --model 32/8 --block-size 512 --topk 8 --tokens 10M --gpus 64 --gpu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..planning.advice import Option, block_sizes, label, options, recomputation, visiting_pays_from
-from ..planning.calibration import Calibration
+from ..planning.advice import Option, automatic, block_sizes, label, options, recomputation, visiting_pays_from
+from ..planning.calibration import DEFAULT, Calibration, known
 from ..planning.measured import calibrate, read
+from ..planning.prediction import predict
 from ..planning.sizes import Cluster, Layer
 
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20}
@@ -53,6 +54,7 @@ def plan(
     wanted_share: Annotated[
         float, typer.Option(help="MoBAReport.wanted_share; 1 is uniform routing", min=0, max=1)
     ] = 1.0,
+    device: Annotated[str, typer.Option(help=f"calibrated GPU: {', '.join(known())}")] = DEFAULT,
     results: Annotated[list[Path] | None, typer.Option(help="calibrate from these result files", exists=True)] = None,
     save: Annotated[Path | None, typer.Option(help="write the calibration there, as JSON")] = None,
 ) -> None:
@@ -70,7 +72,7 @@ def plan(
         )
         cluster = Cluster(gpus, gpus_per_node, link, fabric, memory)
         calibration = (
-            calibrate(*read(results), Cluster(1, link=link, fabric=fabric)) if results else Calibration.default()
+            calibrate(*read(results), Cluster(1, link=link, fabric=fabric)) if results else Calibration.of(device)
         )
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
@@ -136,7 +138,7 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
         lines.append(f"No split fits {cluster.memory:g} GiB; the least time would be:")
     lines += [
         "",
-        *recommended(best, layer, cluster, layers),
+        *recommended(best, layer, cluster, calibration, layers),
         "",
         *parts(best),
         "",
@@ -164,23 +166,27 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
     return lines
 
 
-def recommended(best: Option, layer: Layer, cluster: Cluster, layers: int) -> list[str]:
+def recommended(best: Option, layer: Layer, cluster: Cluster, calibration: Calibration, layers: int) -> list[str]:
     """What to set."""
     split = best.split
     arguments = f'comm="{split.comm}"' if split.ranks > 1 else "one GPU"
     if 1 < split.head_parallel < split.ranks:
         arguments += f", head_parallel={split.head_parallel}"
-    fast = {
-        option.split.layout: option
-        for option in options(layer, cluster, Calibration.default(), ("zigzag", "balanced"))[::-1]
-    }
     layout = "any (each rank computes whole sequences of its heads)"
     if split.sequence_ranks > 1:
-        zigzag, balanced = fast["zigzag"].milliseconds, fast["balanced"].milliseconds
+        zigzag, balanced = (
+            predict(layer, replace(split, layout=x), cluster, calibration).forward_backward_ms
+            for x in ("zigzag", "balanced")
+        )
         layout = f"balanced ({1 - balanced / zigzag:.0%} less time)" if balanced < 0.98 * zigzag else "zigzag"
+    size, reason = automatic(layer, cluster)
+    by_auto = reason.removeprefix("auto: ") or (
+        "no split of heads: the call is small" if split.ranks > 1 else f"U = {size}"
+    )
     return [
         f"recommended: {arguments}: heads over U = {split.head_parallel}, sequence over S = {split.sequence_ranks}",
         f"  layout: {layout}",
+        f"  auto would choose: {by_auto}",
         f"  recomputation: {recomputation(best, layers, cluster)}",
     ]
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ..parallel.cost import choose_head_parallel
+from ..parallel.topology import Topology
 from .calibration import Calibration
 from .memory import Memory, memory
-from .prediction import Prediction, predict
+from .prediction import Prediction, call_sizes, predict
 from .sizes import Cluster, Layer, Split
 
 SHARE_FOR_ATTENTION = 0.5
 """Of a GPU's memory, what attention and what it keeps for backward may take; the model takes the rest."""
+ALIKE = 0.03
+"""Times that differ by less are alike: predictions are no better."""
 BLOCK_SETTINGS = ((128, 8), (256, 8), (512, 8), (1024, 8), (2048, 12), (4096, 12))
 """What the block-size trade-off shows."""
 
@@ -40,13 +44,18 @@ def options(
 ) -> list[Option]:
     """All ways to split the layer over the cluster, those that fit first, then the fastest.
 
+    The first is the one of least memory among those that are `ALIKE`.
+
     Heads are split inside a node, over a number of ranks that divides q heads and ranks. `pull` serves ranks of one node.
     """
     found = []
     for split in splits(layer, cluster, layouts):
         needed = memory(layer, split)
         found.append(Option(split, predict(layer, split, cluster, calibration), needed, needed.peak <= cluster.memory))
-    return sorted(found, key=lambda option: (not option.fits, option.milliseconds))
+    found.sort(key=lambda option: (not option.fits, option.milliseconds))
+    alike = [x for x in found if x.fits == found[0].fits and x.milliseconds <= (1 + ALIKE) * found[0].milliseconds]
+    best = min(alike, key=lambda option: option.memory.peak)
+    return [best, *(option for option in found if option is not best)]
 
 
 def splits(layer: Layer, cluster: Cluster, layouts: Iterable[str]) -> list[Split]:
@@ -63,6 +72,12 @@ def splits(layer: Layer, cluster: Cluster, layouts: Iterable[str]) -> list[Split
             # Where heads are split over all ranks, one layout is as good as another.
             found += [Split(cluster.gpus, size, exchange, x) for x in (layouts if sequence > 1 else list(layouts)[:1])]
     return found
+
+
+def automatic(layer: Layer, cluster: Cluster) -> tuple[int, str]:
+    """Over how many ranks `comm="auto"` splits heads there, and why, by the rules of `parallel.cost`."""
+    topology = Topology(tuple(rank // cluster.node for rank in range(cluster.gpus)))
+    return choose_head_parallel(call_sizes(layer, cluster.gpus), topology, None)
 
 
 def visiting_pays_from(layer: Layer) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .calibration import ASSUMED, Calibration, non_negative_fit
+from .calibration import ASSUMED, Calibration, known, non_negative_fit
 from .prediction import BACKWARD, FORWARD, NOTHING, features, moved_by, predict, received
 from .sizes import Cluster, Layer, Split, busiest
 
@@ -62,6 +62,20 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Measured]]:
     if len(devices) != 1:
         raise ValueError(f"results of one device are needed, got {sorted(devices)}")
     return devices.pop(), found
+
+
+def judged(results: Path) -> list[tuple[Calibration, list[Path]]]:
+    """Each calibration with the files that judge it: its sources, and every scaling*.json, by device. Files of a device that has
+    no calibration are judged with the default one."""
+    found = [
+        (calibration, [results / name for name in calibration.sources]) for calibration in map(Calibration.of, known())
+    ]
+    others: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(results.glob("scaling*.json")):
+        if path.name not in {name for calibration, _ in found for name in calibration.sources}:
+            others[json.loads(path.read_text())["device"]].append(path)
+    own = {calibration.device: calibration for calibration, _ in found}
+    return found + [(own.get(device, Calibration.default()), paths) for device, paths in others.items()]
 
 
 def _measured(entry: dict[str, Any], source: str) -> Measured:

@@ -11,8 +11,9 @@ Routing lists are made beside attention: they are shown, and not added.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ..parallel.cost import CallSizes
 from .calibration import Calibration
 from .sizes import Cluster, Layer, Split, Work, busiest
 
@@ -21,6 +22,8 @@ BACKWARD = ("delta", "attend backward", "merge dq")
 BESIDE = ("lists",)
 """Stages that run beside others."""
 CALIBRATED_DIM = 128
+RING_STEP_MS = 0.1
+"""Latency of a step of a ring; see `parallel.cost.GATHER_BYTES`."""
 GRADIENT_ITEMSIZE = 4
 """Gradients of keys and values travel between sequence ranks in fp32."""
 
@@ -92,19 +95,27 @@ def features(work: Work, head_dim: int) -> dict[str, list[float]]:
     }
 
 
+def call_sizes(layer: Layer, ranks: int) -> CallSizes:
+    """The layer as the cost model of `auto` sees it."""
+    heads = layer.q_heads, layer.kv_heads, layer.head_dim, layer.head_dim
+    return CallSizes(ranks, -(-layer.tokens // ranks), *heads, layer.itemsize, GRADIENT_ITEMSIZE, True)
+
+
 def received(layer: Layer, split: Split, cluster: Cluster, backward: bool) -> Bytes:
-    """Bytes that a GPU receives in one pass, by where they come from.
+    """Bytes that a GPU receives in one pass, by where they come from: as `parallel.cost` counts them for `auto`.
 
     Heads: q, k, v in and the output out; backward its gradient in, and dq, dk, dv out. Sequence: keys and values of all other
     sequence ranks that are wanted; backward these again, and their gradients in fp32.
     """
-    size, sequence, dim = split.head_parallel, split.sequence_ranks, layer.head_dim
-    kv_heads = layer.kv_heads_of(size)
-    tokens = layer.tokens / split.ranks
-    heads = tokens * (2 * layer.q_heads + 2 * kv_heads * size) * dim * layer.itemsize * (size - 1) / size
-    pair = 2 * dim * (layer.itemsize + GRADIENT_ITEMSIZE if backward else layer.itemsize)
-    wanted = layer.wanted_share if split.exchange in ("fetch", "pull") else 1.0
-    remote = tokens * size * (sequence - 1) * kv_heads * pair * wanted
+    size, sequence = split.head_parallel, split.sequence_ranks
+    sizes = call_sizes(layer, split.ranks)
+    heads = replace(sizes, gradients=False).head_bytes(size)
+    remote = sizes.sequence_bytes(size, gradients=False)
+    if backward:
+        heads = sizes.head_bytes(size) - heads
+        remote = sizes.sequence_bytes(size, gradients=True) - remote
+    if split.exchange in ("fetch", "pull"):
+        remote *= layer.wanted_share
     neighbours = max(1, cluster.node // size)  # sequence ranks of equal head index in one node
     near = (min(neighbours, sequence) - 1) / max(1, sequence - 1)
     heads_near = 1.0 if size <= cluster.node else (cluster.node - 1) / (size - 1)
@@ -130,6 +141,8 @@ def predict(layer: Layer, split: Split, cluster: Cluster, calibration: Calibrati
         bytes_ = received(layer, split, cluster, backward)
         attention = stages["attend backward" if backward else "attend"] + stages["merge dq" if backward else "merge"]
         wire = max(bytes_.inside / cluster.link, bytes_.between / cluster.fabric) / 1e6
+        if split.exchange == "ring":
+            wire += RING_STEP_MS * (split.sequence_ranks - 1)
         if split.ranks > 1:
             stages["exchange, exposed"] = max(0.0, wire - attention)
             stages["exchange, overhead"] = sum(

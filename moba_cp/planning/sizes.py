@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..parallel.balance import candidates_before, keys_before, pairs_before
+from ..parallel.cost import BETWEEN_BYTES_PER_MS, INSIDE_BYTES_PER_MS
 from ..parallel.layout import SequenceLayout
 
 LAYOUTS = ("zigzag", "balanced", "contiguous")
@@ -77,8 +78,8 @@ class Cluster:
 
     gpus: int
     gpus_per_node: int = 8
-    link: float = 300.0
-    fabric: float = 40.0
+    link: float = INSIDE_BYTES_PER_MS / 1e6
+    fabric: float = BETWEEN_BYTES_PER_MS / 1e6
     memory: float = 80.0
 
     def __post_init__(self) -> None:

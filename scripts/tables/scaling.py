@@ -1,0 +1,229 @@
+"""Scaling: tables and plots of `scripts.scaling`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .text import pyplot
+
+LONGEST_TOKENS = 4 << 20
+"""From so many tokens on, a result is one of the longest contexts."""
+FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10
+"""Of dense attention, per (query, key) pair and D."""
+
+
+def scaling_tables(contents: Sequence[dict[str, Any]]) -> str:
+    """Markdown: of each machine, times by exchange beside equal work on one GPU and dense attention."""
+    return "\n\n".join(_of_machine(content) for content in contents if _measured(content))
+
+
+def _of_machine(content: dict[str, Any]) -> str:
+    results, baselines = _measured(content), [b for b in content["baselines"] if "forward_ms" in b]
+    comms = list(dict.fromkeys(r["comm"] for r in results if r["ranks"] > 1))
+    lines = [
+        f"{content['world_size']} x {content['device']}, NCCL {content['nccl']}, bf16, D = 128, one document; torch "
+        f"{content['torch']}, commit {content['commit'][:10]}. Milliseconds of the slowest rank, forward / forward+backward. "
+        "*Equal work*: one GPU with all tokens and its share of the heads; *efficiency*: that over the best exchange. *Exposed*: "
+        "what the best one waits for others, by stages, in ms. *Dense*: the faster of torch's ring and heads by all-to-all.",
+        "",
+        "| GPUs | tokens | heads | (B, k) | routing, layout | "
+        + " | ".join(comms or ["alone"])
+        + " | equal work | efficiency | exposed | GiB received | peak GiB | dense | error |",
+        "|" + "---|" * (12 + len(comms or ["alone"])),
+    ]
+    for key, of_comm in _cases(results):
+        ranks = key[0]
+        best = min(of_comm.values(), key=lambda r: r.get("forward_backward_ms", r["forward_ms"]))
+        share = _baseline(baselines, best, "equal_work")
+        dense = [b for b in baselines if b["baseline"].startswith("dense") and _same(b, best)]
+        fastest = min(dense, key=lambda b: b["forward_backward_ms"], default=None)
+        documents = f", documents of {best['document']:,}" if "document" in best else ""
+        cells = [
+            str(ranks), tokens_text(best["tokens"]), f"{best['q_heads']}/{best['kv_heads']}",
+            f"({best['block_size']}, {best['topk']})",
+            f"{best['routing']}, {best['layout']}{documents}",
+            *([times(of_comm.get(comm)) for comm in comms] if ranks > 1 or comms == [] else _alone(best, comms)),
+            times(share), efficiency(share, best), f"{best['exposed_ms']:.1f}" if ranks > 1 else "-",
+            f"{best['received_bytes'] / 2**30:.2f}" if ranks > 1 else "-", peak(best),
+            dense_cell(fastest, best), f"{max(r['output_error'] for r in of_comm.values()):.0e}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    of_exchanges = [r["bitwise_equal_to_first"] for _, of_comm in _cases(results) for r in list(of_comm.values())[1:]]
+    of_counts = [r[key] for key in ("bitwise_equal_to_other_rank_counts",) for r in results if key in r]
+    compared = ((of_exchanges, "with another exchange"), (of_counts, "with other numbers of GPUs"))
+    text = ", ".join(f"{sum(same)} of {len(same)} compared {how}" for same, how in compared if same)
+    lines += [
+        "",
+        f"Equal bits of output and dq, as timed: {text or 'nothing to compare'}. *Error*: output of sampled rows against the "
+        "definition in fp64, norm over norm; bf16 rounds to 2e-03 at most.",
+    ]
+    return "\n".join(lines)
+
+
+def _alone(best: dict[str, Any], comms: list[str]) -> list[str]:
+    """Cells of one rank, where nothing moves: its time stands in the first column."""
+    return [f"{times(best)} (alone)", *["-"] * (len(comms) - 1)]
+
+
+def longest_table(contents: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the longest contexts, beside what dense attention would take by FLOPs at the rate it was measured at."""
+    lines = [
+        "| tokens | GPUs | heads | (B, k) | exchange | forward / forward+backward | dense, by FLOPs | peak GiB per GPU | error |",
+        "|" + "---|" * 9,
+    ]
+    found = False
+    for content in contents:
+        rates = [r for r in map(dense_rate, content["baselines"]) if r]
+        for r in sorted(_measured(content), key=lambda r: (r["tokens"], r["ranks"], r["block_size"])):
+            if r["tokens"] < LONGEST_TOKENS:
+                continue
+            found = True
+            dense = "-"
+            if rates:
+                flops = (FORWARD_FLOPS + BACKWARD_FLOPS) * r["tokens"] ** 2 / 2 * r["q_heads"] * 128
+                seconds = flops / (max(rates) * r["ranks"])
+                dense = (
+                    f"{seconds:,.0f} s ({seconds * 1e3 / r['forward_backward_ms']:.0f}x)"
+                    if "forward_backward_ms" in r
+                    else "-"
+                )
+            lines.append(
+                f"| {r['tokens']:,} | {r['ranks']} x {content['device']} | {r['q_heads']}/{r['kv_heads']} | ({r['block_size']}, "
+                f"{r['topk']}) | {r['comm']} | {times(r, 's')} | {dense} | {peak(r)} | {r['output_error']:.0e} |"
+            )
+    if not found:
+        return ""
+    lines += [
+        "",
+        f"*By FLOPs*: forward+backward at the best rate that dense attention reached in the same run{_rate_text(contents)}.",
+    ]
+    return "\n".join(lines)
+
+
+def _rate_text(contents: Sequence[dict[str, Any]]) -> str:
+    rates = [r for content in contents for r in map(dense_rate, content["baselines"]) if r]
+    return f", {max(rates) / 1e12:.0f} TFLOP/s per GPU" if rates else ""
+
+
+def dense_rate(baseline: dict[str, Any]) -> float:
+    """FLOP/s per GPU of a dense baseline, forward with backward; 0 for others."""
+    if not baseline["baseline"].startswith("dense") or "forward_backward_ms" not in baseline:
+        return 0.0
+    flops = (FORWARD_FLOPS + BACKWARD_FLOPS) * baseline["tokens"] ** 2 / 2 * baseline["q_heads"] * 128
+    return float(flops / baseline["ranks"] / baseline["forward_backward_ms"] * 1e3)
+
+
+def scaling_plot(contents: Sequence[dict[str, Any]], paths: Sequence[Path]) -> None:
+    """Left: time of one layer against tokens, by number of GPUs. Right: share of the time that equal work on one GPU takes."""
+    plt = pyplot()
+    plt.rcParams["svg.hashsalt"] = "moba_cp"  # ids inside the file do not change from run to run
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=130, layout="constrained")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    bars: dict[str, float] = {}
+    for content in contents:
+        results = [
+            r for r in _measured(content) if "forward_backward_ms" in r and r["routing"] in ("uniform", "correlated")
+        ]
+        for _, of_comm in _cases(results):
+            best = min(of_comm.values(), key=lambda r: r["forward_backward_ms"])
+            heads = f"{best['q_heads']}/{best['kv_heads']}"
+            label = f"({best['block_size']}, {best['topk']}), {heads}, {best['ranks']} GPU" + "s" * (best["ranks"] > 1)
+            curves.setdefault(label, []).append((best["tokens"], best["forward_backward_ms"]))
+            share = _baseline(content["baselines"], best, "equal_work")
+            if share is not None and best["layout"] == "zigzag":
+                where = f"{best['ranks']} GPUs, {tokens_text(best['tokens'])}, {heads}"
+                name = f"{where}\n({best['block_size']}, {best['topk']}): {best['comm']}"
+                bars[name] = share["forward_backward_ms"] / best["forward_backward_ms"]
+        for b in content["baselines"]:
+            if b["baseline"].startswith("dense") and "forward_backward_ms" in b:
+                label = f"dense, {b['q_heads']}/{b['kv_heads']}, {b['ranks']} GPU" + "s" * (b["ranks"] > 1)
+                curves.setdefault(label, []).append((b["tokens"], b["forward_backward_ms"]))
+    for index, (label, points) in enumerate(sorted(curves.items())):
+        tokens, ms = zip(*sorted(points), strict=True)
+        left.plot(
+            tokens, ms, "s:" if label.startswith("dense") else "o-", label=label, color=f"C{index % 10}", markersize=4
+        )
+    left.set(xscale="log", yscale="log", xlabel="tokens, all GPUs", ylabel="forward + backward, ms")
+    ticks = sorted({point[0] for points in curves.values() for point in points})
+    left.set_xticks(ticks, [tokens_text(t) for t in ticks])
+    left.minorticks_off()
+    left.grid(alpha=0.3)
+    left.legend(fontsize=6)
+    right.barh(range(len(bars)), list(bars.values()), color="C0")
+    right.set_yticks(range(len(bars)), list(bars), fontsize=6)
+    right.axvline(1.0, color="black", linewidth=0.8)
+    right.invert_yaxis()
+    right.set_xlabel("efficiency: equal work on one GPU over this time")
+    figure.suptitle("; ".join(sorted({content["device"] for content in contents})), fontsize=10)
+    for path in paths:
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+    plt.close(figure)
+
+
+def _measured(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return [r for r in content["results"] if "forward_ms" in r]
+
+
+def _cases(results: Sequence[dict[str, Any]]) -> list[tuple[tuple[Any, ...], dict[str, dict[str, Any]]]]:
+    """By case in the order of measurement: results by exchange; of equal ones with other head groups, the fastest."""
+    names = ("ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "layout")
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for r in results:
+        of_comm = found.setdefault(tuple(r[name] for name in names), {})
+        before = of_comm.get(r["comm"])
+        if before is None or r.get("forward_backward_ms", 0) < before.get("forward_backward_ms", 0):
+            of_comm[r["comm"]] = r
+    return sorted(found.items(), key=lambda item: (item[0][2:6], item[0][6:], item[0][1], item[0][0]))
+
+
+def _same(baseline: dict[str, Any], result: dict[str, Any]) -> bool:
+    return all(baseline[name] == result[name] for name in ("ranks", "tokens", "q_heads", "kv_heads"))
+
+
+def _baseline(baselines: Sequence[dict[str, Any]], result: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """One GPU with the same tokens and its share of the heads."""
+    for b in baselines:
+        wanted = ("ranks", "tokens", "block_size", "topk", "routing")
+        timed = b["baseline"] == name and "forward_backward_ms" in b
+        if timed and all(b[x] == result[x] for x in wanted) and b["q_heads"] * result["ranks"] == result["q_heads"]:
+            return b
+    return None
+
+
+def efficiency(share: dict[str, Any] | None, best: dict[str, Any]) -> str:
+    """Forward / forward+backward, in per cent."""
+    if share is None:
+        return "-"
+    return " / ".join(f"{share[key] / best[key]:.0%}" for key in ("forward_ms", "forward_backward_ms"))
+
+
+def dense_cell(dense: dict[str, Any] | None, best: dict[str, Any]) -> str:
+    """Its time, and how many times as long that is."""
+    if dense is None:
+        return "-"
+    return f"{times(dense)} ({dense['forward_backward_ms'] / best['forward_backward_ms']:.1f}x)"
+
+
+def times(result: dict[str, Any] | None, unit: str = "ms") -> str:
+    """Forward / forward+backward."""
+    if result is None:
+        return "-"
+    factor = 1e-3 if unit == "s" else 1.0
+    values = [result[key] * factor for key in ("forward_ms", "forward_backward_ms") if key in result]
+    text = " / ".join(f"{x:.2f}" if unit == "s" else f"{x:.1f}" for x in values)
+    return f"{text} s" if unit == "s" else text
+
+
+def peak(result: dict[str, Any]) -> str:
+    """GiB of the busiest GPU; nothing on the CPU."""
+    value = result.get("peak_gib_forward_backward") or result.get("peak_gib_forward")
+    return f"{value:.1f}" if value else "-"
+
+
+def tokens_text(tokens: int) -> str:
+    """131072 -> "128K", 10485760 -> "10M"."""
+    if tokens % (1 << 20) == 0:
+        return f"{tokens >> 20}M"
+    return f"{tokens >> 10}K" if tokens % 1024 == 0 else str(tokens)
