@@ -17,6 +17,7 @@ from .harness.records import REPOSITORY
 from .tables.equality import equality_table, pretrain_table
 from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
+from .tables.speed import profile_plot, speed_table
 from .tables.text import fill
 from .tables.training import training_plot, training_table
 
@@ -33,16 +34,18 @@ def main(
     fill(blocks(), [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))])
     kernels_plot(*load(sorted(RESULTS.glob("kernels*.json"))), RESULTS / "kernels.png")
     training_plot(content("training"), RESULTS / "training.png")
+    profile_plot(content("training_speed"), RESULTS / "training_profile.png")
 
 
 def blocks() -> dict[str, str]:
     """Markdown of every table, by the name of the block that it goes into."""
     about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
     return {
-        "results:headline": headline(results, dense, content("training")),
+        "results:headline": headline(results, dense, content("training"), content("training_speed")),
         "results:kernels": kernels_table(about, results, dense),
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
         "results:training": training_table(content("training")),
+        "results:speed": speed_table(content("training_speed")),
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
     }
