@@ -173,3 +173,61 @@ class Backend(Protocol):
             arrived: `[N, H, D + Dv]` each, in the accumulation dtype.
             dk, dv: the sums, written, in the dtype of the keys and values; any strides of the first two dimensions.
         """
+
+    def update_centroids(
+        self, k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, count: Tensor, centroids: Tensor,
+        block_size: int, at_most: int,
+    ) -> None:  # fmt: skip
+        """Centroids of the complete blocks of a cache, as far as they are missing; the bits of `centroids`.
+
+        Args:
+            k: `[samples, slots, H, D]` keys of a cache, any strides of the first three dimensions.
+            slots: int32 `[samples, slots]`, slot of each sample's content in order. Its last dimension is dense.
+            before, lengths: int32 `[samples]`, content before this step, and with it. Content before it may have shrunk
+                since the last step: `count` then covers too much.
+            count: int32 `[samples, H, tiles]`, contiguous: known centroids of each tile of `COUNT_TILE` blocks; updated.
+            centroids: `[samples, n, H, D]` in the dtype of `k`, contiguous; missing ones are written.
+            block_size: keys per block.
+            at_most: about how many centroids a sample misses at most; decides the grid only.
+        """
+
+    def select_for_decoding(
+        self, q: Tensor, k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor,
+        rows: QueryRows, count: Tensor, centroids: Tensor, block_size: int, topk: int,
+    ) -> Tensor:  # fmt: skip
+        """`update_centroids`, and `select_blocks` for one query per sample.
+
+        Args:
+            q: `[samples, Hq, D]`.
+            k, slots, before, lengths, count, centroids, block_size: as in `update_centroids`.
+            position: int32 `[samples]`, position of the query in the sample's content; -1 where there is none.
+            rows: the same, as rows among `n` blocks per sample.
+            topk: most blocks per row, own block included.
+
+        Returns:
+            `[Hq, samples, topk]`, as of `select_blocks`: block j of sample i has number `i * n + j`.
+        """
+        ...
+
+    def attend_selected(
+        self, q: Tensor, k: Tensor, v: Tensor, *, slots: Tensor, position: Tensor, selected: Tensor, blocks: int,
+        block_size: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Attention of one query per sample and q head to the selected blocks of a cache.
+
+        Args:
+            q: `[samples, Hq, D]`.
+            k, v: `[samples, slots, Hkv, D]`, `[samples, slots, Hkv, Dv]`, any strides of the first three dimensions.
+            slots: int32 `[samples, slots]`, slot of each sample's content in order. Its last dimension is dense.
+            position: int32 `[samples]`, position of the query in the sample's content; later content is not visible. -1
+                where a sample has no query: its output is zero.
+            selected: `[Hq, samples, topk]` of `select_blocks`, contiguous: block j of sample i has number
+                `i * blocks + j`.
+            blocks: see `selected`.
+            block_size: keys per block.
+            scale: factor on the scores.
+
+        Returns:
+            `[samples, Hq, Dv]` in the dtype of `q`, contiguous.
+        """
+        ...

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
 
+import triton
+
 from .gpu import LEAST_SHARED, Gpu
 from .sizes import cdiv, next_power_of_2, padded
 from .types import OWN_TILE
@@ -93,6 +95,21 @@ class CentroidConfig:
 
     keys: int
     num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Attention of one query per row to its selected blocks.
+
+    Attributes:
+        split: most keys per program; a block of more keys is split.
+        keys: keys per tile.
+        num_warps: Triton's.
+    """
+
+    split: int
+    keys: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -217,6 +234,10 @@ def merge(dim: int) -> RowConfig:
     return RowConfig(rows=max(4, 2048 // padded(dim)), num_warps=4, num_stages=3)
 
 
+DECODE = DecodeConfig(split=256, keys=64, num_warps=4)
+"""At (512, 8) with 32 q heads a sample makes 512 programs, enough for one wave on 132 multiprocessors."""
+
+
 # ---- backward
 
 
@@ -242,7 +263,8 @@ def backward(dim: int, dim_v: int, block_size: int, gpu: Gpu) -> BackwardConfig:
         rows = 32 if wide == 128 else 64
         return config(rows, keys, 8 if keys >= 64 else 4, 2, block <= keys, (128, min(block, 64), 8, 2))
     keys = min(block, 64)
-    return config(32, keys, 8 if keys >= 64 else 4, 2, block <= keys, (64, min(block, 32), 8, 2))
+    rows = 64 if triton.__version__.startswith(("3.6.", "3.7.")) else 32  # 3.8 spills with 64
+    return config(32, keys, 8 if keys >= 64 else 4, 2, block <= keys, (rows, min(block, 32), 8, 2))
 
 
 @lru_cache(maxsize=64)

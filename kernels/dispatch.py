@@ -27,8 +27,9 @@ from .gpu import gpu_of
 from .types import KVPart, RoutingLists
 
 PORTABLE, SM90 = "portable", "sm90"
-TRITON_VERSIONS = ("3.6.", "3.7.")
-"""Gluon is experimental and changes between versions; with any other version the portable kernels serve."""
+TRITON_VERSIONS = ("3.6.", "3.7.", "3.8.")
+"""Gluon is experimental and changes between versions. Compile tests pass with these; with any other version the portable kernels
+serve."""
 _SM90_DIMS = (64, 128)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .types import DqPartials, KVPart, Partials, QueryRows, RoutingLists, list_shape, selection_dtype
+from .types import COUNT_TILE, DqPartials, KVPart, Partials, QueryRows, RoutingLists, list_shape, selection_dtype
 
 NAME = "torch"
 _GATE_ROWS = 1024
@@ -261,3 +261,52 @@ def merge_dq(dq_partials: DqPartials, *, selected: Tensor, dq: Tensor) -> None:
     for slot in range(selected.shape[2]):
         total += torch.where((selected[:, :, slot] >= 0)[:, :, None], dq_partials.dq[:, :, slot], 0)
     dq.copy_(total.transpose(0, 1))
+
+
+def update_centroids(
+    k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, count: Tensor, centroids: Tensor, block_size: int,
+    at_most: int,
+) -> None:  # fmt: skip
+    """See `backend.Backend.update_centroids`."""
+    first = torch.arange(count.shape[2], dtype=torch.int32, device=count.device) * COUNT_TILE
+    in_tiles = lambda x: (x[:, None] // block_size - first).clamp(0, COUNT_TILE)  # noqa: E731
+    known = torch.minimum(count[:, 0], in_tiles(before)).sum(1).tolist()
+    complete = (lengths // block_size).tolist()
+    for sample, (begin, end) in enumerate(zip(known, complete, strict=True)):
+        if end > begin:
+            slot = slots[sample, begin * block_size : end * block_size].long().unflatten(0, (-1, block_size))
+            centroids[sample, begin:end] = ordered_mean(k[sample, slot].to(accumulate_dtype(k.dtype))).to(k.dtype)
+    count.copy_(in_tiles(lengths)[:, None].expand_as(count))
+
+
+def select_for_decoding(
+    q: Tensor, k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor, rows: QueryRows,
+    count: Tensor, centroids: Tensor, block_size: int, topk: int,
+) -> Tensor:  # fmt: skip
+    """See `backend.Backend.select_for_decoding`."""
+    update_centroids(
+        k, slots=slots, before=before, lengths=lengths, count=count, centroids=centroids, block_size=block_size,
+        at_most=1,
+    )  # fmt: skip
+    return select_blocks(q, centroids=centroids.flatten(0, 1), rows=rows, topk=topk)
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, *, slots: Tensor, position: Tensor, selected: Tensor, blocks: int, block_size: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """See `backend.Backend.attend_selected`."""
+    acc = accumulate_dtype(q.dtype)
+    samples, q_heads, _ = q.shape
+    group = q_heads // k.shape[2]
+    out = q.new_zeros(samples, q_heads, v.shape[3])
+    offset = torch.arange(block_size, device=q.device)
+    for sample, last in enumerate(position.tolist()):
+        for head in range(q_heads if last >= 0 else 0):
+            chosen = selected[head, sample].long()
+            at = ((chosen[chosen >= 0] - sample * blocks) * block_size)[:, None] + offset
+            slot = slots[sample, at[at <= last]].long()
+            keys, values = k[sample, slot, head // group].to(acc), v[sample, slot, head // group].to(acc)
+            weight = torch.softmax((keys @ q[sample, head].to(acc)) * scale, 0)
+            out[sample, head] = (weight @ values).to(q.dtype)
+    return out

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backward import attend_backward, delta
 from .centroids import centroids
+from .decode import attend_selected, select_for_decoding, update_centroids
 from .forward import attend
 from .gate import select_blocks
 from .gradients import add_gradients
@@ -25,6 +26,7 @@ __all__ = [
     "add_gradients",
     "attend",
     "attend_backward",
+    "attend_selected",
     "block_weights",
     "bytes_per_slot",
     "centroids",
@@ -38,6 +40,8 @@ __all__ = [
     "place_selection",
     "route",
     "select_blocks",
+    "select_for_decoding",
+    "update_centroids",
     "wanted_pairs",
 ]
 

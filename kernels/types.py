@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+COUNT_TILE = 64
+"""Blocks of a cache whose known centroids are counted together; see `Backend.update_centroids`."""
 OWN_TILE = 128
 """Most query rows per entry of `QueryRows.own_tiles`."""
 

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import diagnostics, operators, reference
 from .attention import moba_attention, moba_attn_varlen
+from .cached import CachedTokens, CentroidCache, moba_attention_cached
 from .config import MoBAConfig
 from .memory import KeptMemory, kept_bytes
 from .parallel.layout import SequenceLayout
@@ -16,6 +17,8 @@ except PackageNotFoundError:  # a checkout on PYTHONPATH
     __version__ = "0.1.0+checkout"
 
 __all__ = [
+    "CachedTokens",
+    "CentroidCache",
     "KeptMemory",
     "MoBAConfig",
     "MoBAReport",
@@ -25,6 +28,7 @@ __all__ = [
     "diagnostics",
     "kept_bytes",
     "moba_attention",
+    "moba_attention_cached",
     "moba_attn_varlen",
     "operators",
     "reference",

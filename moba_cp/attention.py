@@ -173,7 +173,7 @@ def moba_attention(
             which the number of ranks must divide. "a2a+ring", "a2a+fetch", "a2a+all_gather" and "a2a+pull" split heads
             over neighbouring ranks of a node, and move keys and values between ranks of equal heads.
         head_parallel: how many neighbouring ranks split heads; divides `Hq` and the ranks of the layout. None: with "a2a" all
-            ranks, with "a2a+..." as many ranks of a node as `Hq` allows, with "auto" what takes least time on the wire.
+            ranks, with "a2a+..." as many ranks of a node as `Hq` allows, with "auto" what the model there says.
         selection: what each row attends to, instead of what the gate would choose: int16, int32 or int64
             `[Hq or Hkv or 1, T, k]` with `k <= topk`, block numbers within the row's document, -1 for none, in any order. The
             row's own block is always attended to, listed or not, and counts in `topk`. Blocks after it, numbers below -1 and

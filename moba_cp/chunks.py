@@ -1,4 +1,4 @@
-"""Which query rows and kv heads are worked on together, so that their partial results fit the workspace."""
+"""Ranges of kv heads and chunks of query rows whose partial results fit the workspace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Chunk:
 
     Attributes:
         heads, q_heads, rows: ranges of kv heads, of their q heads and of local rows.
-        whole: these are all heads and all rows, so that nothing has to be cut out: each view costs the host microseconds.
+        whole: the chunk has all heads and all rows. No views are taken then: each costs the host microseconds.
     """
 
     heads: slice
@@ -41,9 +41,12 @@ Ranges: TypeAlias = tuple[tuple[slice, tuple[Chunk, ...]], ...]
 
 @lru_cache(maxsize=64)
 def ranges_of(tokens: int, most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> Ranges:
-    """Ranges and chunks of `tokens` local rows where no rank has more than `most`; a row takes `head_bytes` a q head.
+    """Ranges and chunks of `tokens` local rows; no rank has more than `most` rows.
 
-    As many of each, whatever `tokens` is.
+    Counts depend on `most` only, so ranks issue equal numbers of collectives.
+
+    Args:
+        head_bytes: workspace per row and q head.
     """
     group = q_heads // kv_heads
     row_bytes = max(1, group * head_bytes)  # of one kv head

@@ -9,10 +9,10 @@ LARGEST_BLOCK = 2**62
 """Token numbers and their sums are int64."""
 
 DEFAULT_WORKSPACE_BYTES = 1280 << 20
-"""Default of `workspace_bytes`: 1.25 GiB, which holds 128K tokens of a group of four q heads at topk 8 and D 128."""
+"""Default of `workspace_bytes`: 1.25 GiB holds 128K tokens of one group of four q heads at topk 8 and D = 128."""
 
 DEFAULT_EXCHANGE_BYTES = 4 << 30
-"""Default of `exchange_bytes`: 4 GiB, which holds one kv head of 2.7M remote tokens with its gradients at D = Dv = 128."""
+"""Default of `exchange_bytes`: 4 GiB holds 2.7M remote tokens of one kv head with their gradients at D = Dv = 128."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class MoBAConfig:
     """Mixture of Block Attention (arXiv 2502.13189), section 2.2.
 
     Attributes:
-        block_size: tokens a block, from 1 to 2^62.
-        topk: blocks a query attends to at most, its own block counted, at least 1. With `topk=1` a query attends to its
-            own block only; with `topk * block_size` covering a document it is full causal attention.
+        block_size: tokens per block, from 1 to 2^62.
+        topk: most blocks that a query attends to, its own block included; at least 1. With `topk=1` a query attends to its
+            own block only. Where `topk * block_size` covers a document, this is full causal attention.
         softmax_scale: factor on the attention scores (not on the routing scores); None stands for `D ** -0.5`.
 
     Raises:

@@ -1,13 +1,13 @@
-"""Full causal attention over a context-parallel group, for layers that do not use MoBA; needs neither Megatron nor
-Transformer Engine.
+"""Full causal attention over a context-parallel group, for layers that do not use MoBA. Needs neither Megatron nor Transformer
+Engine.
 
-Keys and values of each rank come over as whole shards, and every pair of shards is computed by torch's own fused attention
-and merged by log-sum-exp (`moba_cp.kernels.dense`); in backward the gradients of a shard go home in fp32
-(`moba_cp.parallel.dense`). Shards are cut where documents and runs of tokens end, so every layout works, and under a zigzag
-layout the ranks are equally busy. No `tokens x tokens` mask exists, and with `ring` no rank ever holds all keys and values.
+Each rank's keys and values travel as one whole shard. Torch's fused attention computes each pair of shards, and the results merge
+by log-sum-exp (`moba_cp.kernels.dense`). In backward, the gradients of a shard return in fp32 (`moba_cp.parallel.dense`). Shards
+are split where documents and runs of tokens end, so every layout works. Under a zigzag layout, ranks have equal work. No
+`tokens x tokens` mask exists, and with `ring` no rank ever holds all keys and values.
 
-A document takes at least one kernel for each pair of ranks that hold some of it: with thousands of short documents a
-rank is busy starting small kernels.
+A document takes at least one kernel per pair of ranks that hold some of it: with thousands of short documents, launches of small
+kernels dominate.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def causal_attention(
 ) -> Tensor:
     """Full causal attention within each document of the layout. All ranks of the group must make the same call.
 
-    The same call gives the same bits with any `comm` that splits no heads, but for dq on GPUs (see `moba_cp.kernels.dense`).
+    The same call gives the same bits with any `comm` that splits no heads, except for dq on GPUs (see `moba_cp.kernels.dense`).
 
     Args:
         q: `[T, Hq, D]`, fp64, fp32, bf16 or fp16: this rank's queries in the order of `layout.local_indices(rank)`.
         k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`, its keys and values; `Hq` must be a multiple of `Hkv`.
         softmax_scale: scale of the logits; None for `D ** -0.5`.
-        layout: who holds which token.
+        layout: which rank holds which token.
         group: the ranks of the layout; None for the default group, or for none at all when `layout.cp_size == 1`.
         comm: "ring" (memory for two shards of keys and values, whatever the number of ranks), "all_gather" (one collective;
             memory for all of them), "a2a" (heads are split over all ranks, so each computes whole sequences of its heads),
@@ -78,8 +78,8 @@ def causal_attention(
         `[T, Hq, Dv]`; differentiable in q, k and v, with gradients summed over the group.
 
     Raises:
-        TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
-            any tensor is sent; or the ranks disagree.
+        TypeError, ValueError: on every rank, before any tensor is sent: an argument of some rank is not as described, or ranks
+            disagree.
         RuntimeError: a rank did not take part within the group's timeout.
     """
     try:

@@ -85,6 +85,7 @@ def format_report(report: MoBAReport) -> str:
     wanted = ", ".join(f"{block} ({times:,}x)" for block, times in report.most_wanted[:5]) or "none"
     facts = [
         ("transport", f"{report.transport}, {ranks} rank{'s' * (ranks > 1)}"),
+        *[("heads", f"split over {report.head_parallel} ranks: {report.reason}")] * (report.head_parallel > 1),
         ("blocks", f"{report.n_blocks:,} of {report.block_size:,} tokens"),
         ("wanted share", f"{report.wanted_share:.1%} of the bytes of remote blocks in sight"),
         ("entropy", f"{report.entropy:.3f} (1: all blocks alike, 0: one block takes all)"),
@@ -99,11 +100,17 @@ def format_report(report: MoBAReport) -> str:
 
     stages: list[tuple[str, StageTraffic | Traffic]] = [*report.traffic.stages.items()]
     stages.sort(key=lambda stage: -stage[1].received_bytes)
+    columns = ["traffic of this rank", "collectives", "sent", "received"]
+    apart = report.traffic.between_bytes > 0
     traffic = [
-        (name, f"{t.collectives:,}", format_bytes(t.sent_bytes), format_bytes(t.received_bytes))
+        (
+            name,
+            f"{t.collectives:,}",
+            *(format_bytes(n) for n in (t.sent_bytes, t.received_bytes, t.between_bytes)[: 2 + apart]),
+        )
         for name, t in [*stages, ("total", report.traffic)]
     ]
-    lines += ["", *text_table(("traffic of this rank", "collectives", "sent", "received"), traffic)]
+    lines += ["", *text_table((*columns, *["from other nodes"] * apart), traffic)]
 
     figures = zip(report.lower_bound_bytes.tolist(), report.visible_bytes.tolist(), report.attended_keys.tolist())
     by_rank = [

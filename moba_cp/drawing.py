@@ -1,4 +1,4 @@
-"""The pictures of `moba_cp.diagnostics`, out of plain arrays; the one place that imports matplotlib, when first used."""
+"""Draws the pictures of `moba_cp.diagnostics` from plain arrays. Only this file imports matplotlib, on first use."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 from .parallel.blocks import BlockTable
 
-# Okabe and Ito's colours, which people with any colour vision tell apart.
+# Okabe and Ito's palette, which is safe for colour-blind readers.
 _BLUE, _SKY, _GREEN, _YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
 _ORANGE, _RED, _PINK = "#E69F00", "#D55E00", "#CC79A7"
 _INK, _GREY, _PALE = "#222222", "#777777", "#EBEBEB"
 
 _MAX_FRAMES = 128
-"""Frames around more documents than this would cover the picture: none are drawn."""
+"""Above this many documents, frames would cover the picture and are not drawn."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def draw_selection(
     image = axes.imshow(
         np.ma.masked_invalid(grid.earlier),
         cmap="YlGnBu",
-        norm=mpl.colors.PowerNorm(0.5, 0, top),  # a few blocks that all want would drown the rest on a linear scale
+        norm=mpl.colors.PowerNorm(0.5, 0, top),  # on a linear scale, a few blocks that all select would hide the rest
         **picture,
     )
     axes.imshow(_flat(grid.own, _RED), **picture)

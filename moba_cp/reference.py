@@ -1,4 +1,4 @@
-"""MoBA attention as it is defined, to be read and to be compared with; O(T^2) memory, any device, no process group."""
+"""MoBA attention as it is defined: a reference to read and to compare with. O(T^2) memory, any device, no process group."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Iterable[int] | 
         config: block size, top-k, scale.
 
     Returns:
-        `[T, Hq, Dv]` in the dtype of `q`; computed in fp64 for fp64 inputs, in fp32 otherwise. A NaN or infinity in `v`
-        shows in every row of its document here, for a weight of 0 times NaN is NaN.
+        `[T, Hq, Dv]` in the dtype of `q`; computed in fp64 for fp64 inputs, in fp32 otherwise. Here a NaN or infinity in `v`
+        reaches every row of its document, since a weight of 0 times NaN is NaN.
 
     Raises:
-        TypeError, ValueError: an argument is not as said.
+        TypeError, ValueError: an argument is not as described.
     """
     layout = SequenceLayout.contiguous(cu_seqlens, 1)
     check_config(config)
@@ -53,7 +53,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], con
 
 
 def attention_mask(q: Tensor, k: Tensor, config: MoBAConfig) -> Tensor:
-    """bool `[Hq, L, L]`: keys that each query of one document attends to."""
+    """bool `[Hq, L, L]`: which keys each query of one document attends to."""
     tokens, block_size = q.shape[0], config.block_size
     position = torch.arange(tokens, device=q.device)
     chosen = select_blocks(q, k, config)  # [Hq, L, n_blocks]

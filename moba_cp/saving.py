@@ -1,5 +1,7 @@
-"""Takes the tensors out of plain objects and puts them back, so that autograd can save them: what hangs on `ctx` in any other
-way is neither freed by checkpointing nor moved by `saved_tensors_hooks`."""
+"""Takes tensors out of plain objects and puts them back, so that they go through autograd's `save_for_backward`.
+
+Checkpointing does not free a tensor that is kept on `ctx` in any other way, and `saved_tensors_hooks` do not move it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class _Taken:
-    """Stands where a tensor was."""
+    """Placeholder of a tensor."""
 
     index: int
 

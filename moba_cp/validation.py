@@ -1,4 +1,4 @@
-"""Checks at the border of the public functions: messages carry the offending values."""
+"""Argument checks of the public functions. Messages carry the offending values."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _check_is_tensor(name: str, x: object) -> None:
 def _check_class(name: str, x: Tensor) -> None:
     """`x` is a plain tensor or a parameter, or one that holds no numbers (see `tracing`).
 
-    Other subclasses are refused, also those that only override `__torch_function__`: what they mean would be lost on the way.
+    Other subclasses are refused, even if they only override `__torch_function__`: kernels would ignore what they stand for.
     """
     kind = type(x)
     if kind is Tensor or kind is torch.nn.Parameter or x.is_nested or isinstance(x, TRACED):
@@ -76,7 +76,7 @@ def _check_class(name: str, x: Tensor) -> None:
 
 
 def _wrong_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> str:
-    """What does not fit together among three shapes `[tokens, heads, head size]`; empty if all does."""
+    """How three shapes `[tokens, heads, head size]` fail to match; empty if they match."""
     if not q[0] == k[0] == v[0]:
         return "q, k and v must have the same number of tokens"
     if k[1] != v[1]:
@@ -101,7 +101,7 @@ def check_call(
     exchange_bytes: int,
     head_parallel: int | None,
 ) -> None:
-    """Everything about one rank's call that it can check alone. Raises TypeError or ValueError."""
+    """All checks that a rank can make alone. Raises TypeError or ValueError."""
     check_config(config)
     check_layout(layout)
     check_comm(comm, COMMS)
@@ -141,7 +141,7 @@ def check_bytes(name: str, value: int, least: int) -> None:
 
 
 def check_layout(layout: SequenceLayout) -> None:
-    """It is a `SequenceLayout`, which checks its own values."""
+    """`layout` is a `SequenceLayout`, which checks its own values."""
     if not isinstance(layout, SequenceLayout):
         raise TypeError(f"layout must be a SequenceLayout, got {type(layout).__name__}")
 
@@ -165,7 +165,7 @@ def check_placement(q: Tensor, layout: SequenceLayout, group: dist.ProcessGroup 
 
 
 def check_config(config: MoBAConfig) -> None:
-    """It is a `MoBAConfig`, which checks its own values."""
+    """`config` is a `MoBAConfig`, which checks its own values."""
     if not isinstance(config, MoBAConfig):
         raise TypeError(f"config must be a MoBAConfig, got {type(config).__name__}")
 

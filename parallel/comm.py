@@ -47,14 +47,14 @@ class Traffic:
         entry.between_bytes += between
 
     def add_read(self, stage: str, received: Callable[[], int]) -> None:
-        """Count what this rank reads out of other ranks' memory: `received` gives the bytes, and is called when somebody
-        asks. Nobody sends them."""
+        """Count what this rank reads from other ranks' memory; no rank counts it as sent. `received` gives the bytes and is
+        called when the traffic is read."""
         self._stages.setdefault(stage, StageTraffic())
         self._reads.append((stage, received))
 
     @property
     def stages(self) -> dict[str, StageTraffic]:
-        """By stage; waits for the device where it alone knows what was read."""
+        """By stage. Waits for the device if the bytes of a read are known there only."""
         for stage, received in self._reads:
             self._stages[stage].received_bytes += received()
         self._reads.clear()

@@ -39,6 +39,24 @@ INSIDE_BYTES_PER_MS, BETWEEN_BYTES_PER_MS = 300e6, 40e6
 """What a GPU receives inside a node (all-to-all over NVLink of H100s: 295 GB/s measured) and between nodes (one adapter of 400
 Gb/s per GPU, less what protocols take)."""
 
+HEADS_EXPOSED = 1.6
+"""Exposed time of heads in and out over their time on the wire; more than 1, as it covers packing and smaller slabs. Measured as
+what calls took longer than one GPU with the same work: forward+backward, 128K tokens per GPU, ms (over time on the wire):
+
+    GPUs  heads  (B, k)   heads split           pull
+    2     16/16  128, 8   12.5 (1.7)            6.8 (0.5)     two H200, all-to-all by NCCL
+    2     16/16  512, 8   13.6 (1.9)            8.0 (0.6)
+    2     32/8   128, 8   11.8 (1.3)            4.6 (0.6)
+    2     32/8   512, 8   15.4 (1.7)            10.0 (1.4)
+    4     16/16  128, 8   21.3 (2.0)            37.4 (0.9)    four H100, a prototype that overlapped nothing
+    4     16/16  512, 8   20.6 (1.9)            24.6 (0.6)
+    4     32/8   128, 8   41 (1.5)              70 (1.6)      256K tokens per GPU
+
+Time among sequence ranks hides behind the local part, so the exposed share grows with their number, and so does what ranks wait
+for each other: `sequence_exposed` is 0.5 for two, 1.5 for four and more. The model has no term for attention that a layout
+divides unevenly: at (4096, 12) on two GPUs, heads split took 407 ms and `pull` over zigzag, which `auto` takes there, 428.
+"""
+
 
 @dataclass(frozen=True)
 class CallSizes:
@@ -85,16 +103,26 @@ class CallSizes:
         return (self.cp_size // size - 1) * self.tokens * size * kv_heads * (self.dim + self.dim_v) * pair
 
     def milliseconds(self, size: int, topology: Topology) -> float:
-        """Time on the wire of a call whose heads are split over `size` ranks of a node."""
-        inside = all(topology.inside_one(range(first, self.cp_size, size)) for first in range(size))
-        rate = INSIDE_BYTES_PER_MS if inside else BETWEEN_BYTES_PER_MS
-        neighbours = all(topology.inside_one(range(r, r + size)) for r in range(0, self.cp_size, size))
-        heads = INSIDE_BYTES_PER_MS if neighbours else BETWEEN_BYTES_PER_MS
-        return self.head_bytes(size) / heads + self.sequence_bytes(size, self.gradients) / rate
+        """Exposed communication of a call whose heads are split over `size` neighbours, by `HEADS_EXPOSED` and
+        `sequence_exposed`."""
+        groups = [range(first, self.cp_size, size) for first in range(size)]
+        members = [range(first, first + size) for first in range(0, self.cp_size, size)]
+        heads, sequence = (
+            INSIDE_BYTES_PER_MS if all(map(topology.inside_one, ranks)) else BETWEEN_BYTES_PER_MS
+            for ranks in (members, groups)
+        )
+        exposed = sequence_exposed(self.cp_size // size) * self.sequence_bytes(size, self.gradients)
+        return HEADS_EXPOSED * self.head_bytes(size) / heads + exposed / sequence
+
+
+def sequence_exposed(ranks: int) -> float:
+    """Exposed time of an exchange of keys and values among so many ranks, over its time on the wire: see `HEADS_EXPOSED`."""
+    return min(1.5, (ranks - 1) / 2)
 
 
 def choose_head_parallel(sizes: CallSizes, topology: Topology, asked: int | None) -> tuple[int, str]:
-    """Over how many ranks `auto` splits heads, and why: the split inside nodes that takes the least time on the wire.
+    """Over how many ranks `auto` splits heads, and why: none, or as many of a node as heads allow, whichever exposes less
+    communication. Splits in between are for `head_parallel`: none has been measured.
 
     Args:
         sizes: of the call.
@@ -105,10 +133,13 @@ def choose_head_parallel(sizes: CallSizes, topology: Topology, asked: int | None
         return asked, f"auto: head_parallel={asked}"
     if not sizes.splits_may_pay:
         return 1, ""
-    cost = {size: sizes.milliseconds(size, topology) for size in topology.splits(sizes.q_heads)}
+    cost = {size: sizes.milliseconds(size, topology) for size in {1, topology.splits(sizes.q_heads)[-1]}}
     best = min(cost, key=lambda size: (cost[size], size))
-    shown = ", ".join(f"{size}: {ms:.2f}" for size, ms in cost.items())
-    return best, f"auto: heads over {best} ranks; ms on the wire by ranks that split heads: {shown}"
+    shown = ", ".join(f"{size}: {ms:.2f}" for size, ms in sorted(cost.items()))
+    return (
+        best,
+        f"auto: heads over {best} ranks; model's ms of exposed communication by ranks that split heads: {shown}",
+    )
 
 
 def visible_tokens(plan: HomePlan, rank: int) -> np.ndarray:

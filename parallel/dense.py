@@ -1,12 +1,12 @@
 """Dense attention over a group: which rows of two shards see each other, and how whole shards of keys and values travel.
 
-Nothing is selected, so every earlier key of a document is wanted. Two transports bring the other ranks' shards in the same
-order (the rank before, the one before that, ...) and add gradients in the same order, so their results are the same bits:
+Nothing is selected: every earlier key of a document is needed. Two transports deliver the other ranks' shards in the same order
+(rank - 1, rank - 2, ...) and add gradients in the same order, so they give the same bits:
 
-- `ring`: shards pass round the ring. A rank holds its own, the one it computes with and the one that arrives; in backward also
-  two shards of gradients in the accumulation dtype. `P - 1` messages each way.
-- `all_gather`: all shards at once, padded to the largest, by one collective; in backward the gradients of all of them, in the
-  accumulation dtype, and one all-to-all to bring them home.
+- `ring`: `P - 1` messages each way. A rank holds its own shard, the one it computes with and the one that arrives. Backward adds
+  two shards of gradients in the accumulation dtype.
+- `all_gather`: one collective brings all shards, padded to the largest. Backward holds the gradients of all shards in the
+  accumulation dtype and returns them by one all-to-all.
 
 A shard travels as one flat tensor: its keys, then its values.
 """
@@ -54,10 +54,10 @@ class _Run:
 
 
 def visible_pairs(layout: SequenceLayout, rank: int, source: int) -> tuple[Pair, ...]:
-    """What the queries of `rank` see of the keys of `source`, in as few pairs as can be.
+    """Which rows of `rank` see which keys of `source`, in as few pairs as possible.
 
-    Each query row is in at least one causal pair with its own shard, which comes before all others. Under zigzag a
-    document takes one pair for each source rank::
+    Causal pairs come first; each query row is in one of them with its own shard. Under zigzag, a document takes one pair per
+    source rank::
 
         queries of rank 1 of 2      own keys 2 3 4 5     keys of rank 0: 0 1 6 7
           2 3 4 5                   causal               all four see 0 1; none sees 6 7
@@ -66,7 +66,7 @@ def visible_pairs(layout: SequenceLayout, rank: int, source: int) -> tuple[Pair,
 
 
 def _memo(layout: SequenceLayout) -> Memo:
-    """What was made of the layout for full attention."""
+    """What full attention derived from the layout, kept with it."""
     return PLANS.get((layout, "full attention"), Memo)
 
 
@@ -80,10 +80,10 @@ def _visible_pairs(layout: SequenceLayout, rank: int, source: int) -> tuple[Pair
         if rank != source:
             pairs += _full_pairs(mine, keys.get(document, []))
             continue
-        stretches = _ascending(mine)
-        pairs += [Pair(rows, rows, True) for rows in (slice(s[0].row, s[-1].row_end) for s in stretches)]
-        for stretch in stretches:
-            pairs += _full_pairs(stretch, [run for other in stretches if other is not stretch for run in other])
+        spans = _ascending(mine)
+        pairs += [Pair(rows, rows, True) for rows in (slice(s[0].row, s[-1].row_end) for s in spans)]
+        for span in spans:
+            pairs += _full_pairs(span, [run for other in spans if other is not span for run in other])
     return tuple(sorted(pairs, key=lambda pair: not pair.causal))
 
 
@@ -110,18 +110,19 @@ def _runs_of_documents(layout: SequenceLayout, rank: int) -> dict[int, list[_Run
 
 
 def _ascending(runs: list[_Run]) -> list[list[_Run]]:
-    """Runs in neighbouring rows whose tokens ascend: in row order, causal attention among them is the usual triangle."""
-    stretches: list[list[_Run]] = []
+    """Groups of runs in adjacent rows whose tokens ascend: within a group, causal attention in row order is the usual
+    triangle."""
+    spans: list[list[_Run]] = []
     for run in runs:
-        if stretches and stretches[-1][-1].row_end == run.row and stretches[-1][-1].end <= run.start:
-            stretches[-1].append(run)
+        if spans and spans[-1][-1].row_end == run.row and spans[-1][-1].end <= run.start:
+            spans[-1].append(run)
         else:
-            stretches.append([run])
-    return stretches
+            spans.append([run])
+    return spans
 
 
 def _full_pairs(queries: Iterable[_Run], keys: list[_Run]) -> list[Pair]:
-    """Pairs of whole runs, joined where their rows are neighbours."""
+    """Pairs of whole runs, merged where their rows are adjacent."""
     wanted: list[tuple[slice, list[slice]]] = []
     for query in queries:
         seen: list[slice] = []
@@ -139,13 +140,14 @@ def _full_pairs(queries: Iterable[_Run], keys: list[_Run]) -> list[Pair]:
 
 
 def choose_transport(layout: SequenceLayout, token_bytes: int) -> str:
-    """`auto`, decided alike by every rank: `all_gather` where the keys and values of all other ranks are at most
-    `moba_cp.parallel.cost.GATHER_BYTES`, which is where one collective costs less than the latency of the ring's steps;
-    else `ring`, whose memory does not grow with the number of ranks.
+    """`auto`, the same on every rank.
+
+    `all_gather` where all other ranks hold at most `moba_cp.parallel.cost.GATHER_BYTES` of keys and values: one collective then
+    costs less than the latency of the ring's steps. Otherwise `ring`, whose memory does not grow with the number of ranks.
 
     Args:
-        layout: who holds which token.
-        token_bytes: of a token's keys and values, all kv heads.
+        layout: which rank holds which token.
+        token_bytes: bytes of one token's keys and values, all kv heads.
     """
     fewest = min(layout.all_local_tokens)
     return "all_gather" if (layout.total_tokens - fewest) * token_bytes <= GATHER_BYTES else "ring"
@@ -160,10 +162,10 @@ class Shard:
 
 
 class DenseTransport(ABC):
-    """Brings the other ranks' shards over. Every rank walks its iterators to the end.
+    """Brings the other ranks' shards. Every rank exhausts its iterators.
 
     Args:
-        layout: who holds which token.
+        layout: which rank holds which token.
         comm: the group.
         local: this rank's own shard.
     """
@@ -177,8 +179,8 @@ class DenseTransport(ABC):
 
     @abstractmethod
     def backward(self, home: Shard) -> Iterator[tuple[int, Shard, Shard]]:
-        """Rank, shard, and where the caller adds the shard's gradients before it takes the next. Once the iterator is
-        exhausted, `home` also holds what the other ranks added.
+        """Rank, shard, and the buffer to which the caller adds the shard's gradients before it takes the next shard. Once the
+        iterator is exhausted, `home` also holds what the other ranks added.
 
         Args:
             home: the gradients of this rank's own shard, zeros at first.
@@ -208,7 +210,7 @@ class DenseTransport(ABC):
 
 
 class DenseRing(DenseTransport):
-    """See the module. In a group of one nothing moves."""
+    """The ring; see the module. In a group of one, nothing moves."""
 
     def forward(self) -> Iterator[tuple[int, Shard]]:
         relay = self._relay()
@@ -236,7 +238,7 @@ class DenseRing(DenseTransport):
 
 
 class DenseAllGather(DenseTransport):
-    """See the module."""
+    """One all-gather; see the module."""
 
     def forward(self) -> Iterator[tuple[int, Shard]]:
         pending = self._gather()
@@ -253,10 +255,10 @@ class DenseAllGather(DenseTransport):
         gathered = pending.wait()
         held = [self._numel(source) if source != rank else 0 for source in range(size)]
         outgoing = gathered.new_zeros(sum(held), dtype=home.k.dtype)
-        rooms = outgoing.split(held)
+        buffers = outgoing.split(held)
         for step in range(1, size):
             source = self.comm.source(step)
-            yield source, self._shard(gathered[source], source), self._shard(rooms[source], source)
+            yield source, self._shard(gathered[source], source), self._shard(buffers[source], source)
         received = [self._numel(rank) if source != rank else 0 for source in range(size)]
         incoming = self.comm.all_to_all(outgoing, held, received, "dense all_gather gradients").wait().split(received)
         total = incoming[(rank + 1) % size].clone()

@@ -17,18 +17,18 @@ def _heads_kernel(
     COUNT: tl.constexpr, COPIES: tl.constexpr, W: tl.constexpr, W_PADDED: tl.constexpr, ROWS: tl.constexpr,
     PUTS: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS (token, head) pairs of one member; reads and writes each once.
+    """One program: ROWS (token, head) pairs of one member; reads and writes `W` elements of each once.
 
     Moves head `(member * per_member + first + j) // COPIES` of `x` to head j of the member in `packed`; with PUTS the other way.
     """
     member = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = row // COUNT
     head = (member * per_member + first + row - token * COUNT) // COPIES
     column = tl.arange(0, W_PADDED)[None, :]
     inside = (row < rows)[:, None] & (column < W)
-    at_x = x + (token * x_n + head * x_h)[:, None] + column
-    at_packed = packed + (member.to(tl.int64) * packed_m + row * W)[:, None] + column
+    at_x = x + (token.to(tl.int64) * x_n + head.to(tl.int64) * x_h)[:, None] + column
+    at_packed = packed + (member.to(tl.int64) * packed_m + row.to(tl.int64) * W)[:, None] + column
     if PUTS:
         tl.store(at_x, tl.load(at_packed, mask=inside), mask=inside)
     else:

@@ -36,6 +36,9 @@ from .subgroups import sub_group
 
 IN, OUT = "heads in", "heads out"
 """Stages of the traffic: towards attention, and back."""
+THROUGH_MEMORY = False
+"""Whether heads move through GPUs' memory (`PeerHeadTransfer`) where all members can access it; the same on all ranks. Off, as
+this way has run over CPU ranks only. All-to-all by NCCL has run on two GPUs, with the bits of one."""
 BARRIERS = "heads barriers"
 """On the CPU, where members wait for each other by a collective."""
 
@@ -277,13 +280,9 @@ class _Rows(NamedTuple):
 
 
 def head_transfer(comm: CommGroup, tokens: tuple[int, ...], device: torch.device) -> HeadTransfer:
-    """How heads move between these members: directly where GPUs can access each other's memory; alike on all of them."""
-    if device.type == "cpu":
-        return HeadTransfer(comm, tokens)
-    if can_share(comm, device):
-        return PeerHeadTransfer(comm, tokens)
-    own = sub_group(comm.group, range(comm.size), device, own=True)
-    return HeadTransfer(CommGroup(own, comm.size, comm.traffic, comm.nodes), tokens)
+    """How heads move between these members; alike on all of them."""
+    direct = THROUGH_MEMORY and device.type == "cuda" and can_share(comm, device)
+    return (PeerHeadTransfer if direct else HeadTransfer)(comm, tokens)
 
 
 class HeadsBack:

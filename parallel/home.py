@@ -1,4 +1,4 @@
-"""Brings every block whole to its home rank, and takes gradients back to the ranks that hold the tokens."""
+"""Brings whole blocks to their home ranks, and returns gradients to the ranks that hold the tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bring_home(plan: RankPlan, k: Tensor, v: Tensor, comm: CommGroup) -> HomeBlo
 
 
 def send_back(plan: RankPlan, dk: Tensor, dv: Tensor, comm: CommGroup) -> tuple[Tensor, Tensor]:
-    """Gradients of home keys and values to the ranks that hold the tokens: the inverse of `bring_home`.
+    """Return gradients of home keys and values to the ranks that hold the tokens: the inverse of `bring_home`.
 
     Args:
         plan: this rank's plan.
@@ -57,7 +57,7 @@ def send_back(plan: RankPlan, dk: Tensor, dv: Tensor, comm: CommGroup) -> tuple[
 
 
 def _stays(plan: RankPlan, order: str, device: torch.device) -> bool:
-    """Whether rows are where they belong already, on all ranks as far as fragments go."""
+    """Whether no row moves: neither on this rank, nor as a fragment between any ranks."""
     return index_tensor(plan, order, device) is None and not plan.plan.has_fragments
 
 
@@ -85,9 +85,9 @@ def _moved(
 def centroid_start(plan: RankPlan, device: torch.device) -> Tensor:
     """int32 on the device: home row of the first key of each block of which this rank makes a centroid.
 
-    In a group of one these are all blocks in order, so that the centroids need no reordering. Blocks that are no candidates
-    may have too few keys for a centroid: the first candidate stands in for them, and nobody reads it there. In a larger group
-    they are the rank's `centroid_blocks`.
+    In a group of one these are all blocks in order, so that centroids need no reordering. A block that is no candidate may have
+    too few keys for a centroid: the first candidate takes its position, where it is never read. In a larger group these are the
+    rank's `centroid_blocks`.
     """
     return plan.plan.memo.get(("centroid start", plan.rank, device), lambda: _centroid_start(plan, device))
 
@@ -159,7 +159,7 @@ def _index_tensor(plan: RankPlan, name: str, device: torch.device) -> Tensor | N
 
 
 _STARTS_BYTES = 8 << 20
-"""Starts of all ranks are kept on the device up to this size; of larger groups they are made at each use."""
+"""Starts of all ranks are kept on the device up to this size; beyond it, each use makes them again."""
 
 
 def home_start(plan: HomePlan, rank: int, device: torch.device) -> Tensor:

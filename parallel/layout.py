@@ -16,23 +16,25 @@ import contextlib
 import hashlib
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .partition import Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
+from .balance import balanced_runs
+from .partition import Chunked, Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
 
 _SHOWN_RANKS = 8
-"""Of so many ranks a layout shows how many tokens they hold."""
+"""`repr` of a layout shows the token counts of at most this many ranks."""
 
 
 class SequenceLayout:
     """Tokens of packed documents spread over the ranks of a context-parallel group.
 
-    Make one with `contiguous`, `zigzag` or `from_runs`. Immutable, hashable, equal when it puts the same tokens of the
-    same documents at the same places, however it was made.
+    Make one with `contiguous`, `zigzag`, `balanced` or `from_runs`. Immutable and hashable. Layouts are equal if every rank holds
+    the same tokens of the same documents in the same order, however they were made.
 
     Attributes:
         cu_seqlens: `(0, end of document 0, end of document 1, ...)`; documents may be empty.
@@ -49,10 +51,13 @@ class SequenceLayout:
     """
 
     def __init__(self, cu_seqlens: np.ndarray, partition: Partition) -> None:
-        self._cu_seqlens, self.partition = cu_seqlens, partition
-        self._cu_seqlens.flags.writeable = False
-        self._local_tokens: dict[int, int] = {}
         self.description = describe(cu_seqlens, partition)
+        self.description.flags.writeable = False
+        self._cu_seqlens = self.description[-cu_seqlens.size :]  # a view: documents are kept once
+        if isinstance(partition, Chunked) and np.array_equal(partition.bounds, cu_seqlens):
+            partition = replace(partition, bounds=self._cu_seqlens)
+        self.partition = partition
+        self._local_tokens: dict[int, int] = {}
 
     @classmethod
     def contiguous(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int) -> SequenceLayout:
@@ -63,7 +68,7 @@ class SequenceLayout:
             cp_size: number of ranks, at least 1.
 
         Raises:
-            TypeError, ValueError: an argument is not as said; the message carries its value.
+            TypeError, ValueError: an argument is not as described; the message carries its value.
         """
         cu = _host_cu_seqlens(cu_seqlens)
         return cls(cu, chunked(cu, _check_cp_size(cp_size), mirrored=False, per_document=False))
@@ -79,12 +84,33 @@ class SequenceLayout:
                 `[c * L // 2P, (c + 1) * L // 2P)`); False cuts the whole packed sequence instead.
 
         Raises:
-            TypeError, ValueError: an argument is not as said; the message carries its value.
+            TypeError, ValueError: an argument is not as described; the message carries its value.
         """
         if not isinstance(per_document, bool):
             raise TypeError(f"per_document must be True or False, got {per_document!r}")
         cu = _host_cu_seqlens(cu_seqlens)
         return cls(cu, chunked(cu, _check_cp_size(cp_size), mirrored=True, per_document=per_document))
+
+    @classmethod
+    def balanced(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int, block_size: int, topk: int) -> SequenceLayout:
+        """Equal attention and scoring work on every rank, and equal numbers of tokens, for callers who slice themselves.
+
+        A rank holds up to two runs of each document, near its start and near its end. `zigzag` gives equal tokens only: at
+        (4096, 12) and 256K tokens, one of two ranks then attends to a fifth more keys than the other. Splitting heads
+        (`comm="a2a"`) balances every layout, and needs this one for the sequence ranks only.
+
+        Args:
+            cu_seqlens: host ints: 0 and the end of each document.
+            cp_size: number of ranks, at least 1.
+            block_size, topk: of the attention that will run, at least 1. Other values still give a right layout.
+
+        Raises:
+            TypeError, ValueError: an argument is not as said; the message carries its value.
+        """
+        cu, size = _host_cu_seqlens(cu_seqlens), _check_cp_size(cp_size)
+        block_size, topk = (_positive(name, x) for name, x in (("block_size", block_size), ("topk", topk)))
+        runs = [merge_adjacent(rank) for rank in balanced_runs(cu, size, block_size, topk)]
+        return cls(cu, partition_of(runs, cu))
 
     @classmethod
     def from_runs(cls, runs: Sequence[Sequence[tuple[int, int]]], cu_seqlens: Iterable[int] | Tensor) -> SequenceLayout:
@@ -96,7 +122,7 @@ class SequenceLayout:
             cu_seqlens: host ints: 0 and the end of each document.
 
         Raises:
-            TypeError, ValueError: an argument is not as said; the message carries its value.
+            TypeError, ValueError: an argument is not as described; the message carries its value.
         """
         if isinstance(runs, (str, bytes)) or not isinstance(runs, Sequence):
             raise TypeError(f"runs must be a list with one list of (start, end) for each rank, got {runs!r}")
@@ -114,18 +140,18 @@ class SequenceLayout:
         Raises:
             ValueError: it is no layout's.
         """
-        kind, size, documents = (int(x) for x in description[:3])
-        rest = description[3:].tolist()
-        cu, listed = rest[: documents + 1], rest[documents + 1 :]
+        size, kind = divmod(int(description[0]), len(Kind))
+        rest = description[1:]
         match kind:
             case Kind.CONTIGUOUS:
-                return cls.contiguous(cu, size)
+                return cls.contiguous(rest.tolist(), size)
             case Kind.ZIGZAG | Kind.ZIGZAG_PER_DOCUMENT:
-                return cls.zigzag(cu, size, per_document=kind == Kind.ZIGZAG_PER_DOCUMENT)
+                return cls.zigzag(rest.tolist(), size, per_document=kind == Kind.ZIGZAG_PER_DOCUMENT)
             case Kind.LISTED:
-                counts, flat = listed[:size], np.array(listed[size:], dtype=np.int64).reshape(-1, 2)
-                return cls(_host_cu_seqlens(cu), Listed(np.split(flat, np.cumsum(counts)[:-1])))
-        raise ValueError(f"no layout has a description that begins with {description[:3].tolist()}")
+                counts = rest[:size]
+                flat, cu = np.split(rest[size:], [2 * int(counts.sum())])
+                return cls(_host_cu_seqlens(cu.tolist()), Listed(np.split(flat.reshape(-1, 2), np.cumsum(counts)[:-1])))
+        raise ValueError(f"no layout has a description that begins with {description[0]}")
 
     @cached_property
     def runs(self) -> tuple[np.ndarray, ...]:
@@ -161,7 +187,8 @@ class SequenceLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory, without `runs` of a layout kept as a rule."""
-        return self._cu_seqlens.nbytes + self.partition.nbytes + self.description.nbytes
+        shared = isinstance(self.partition, Chunked) and self.partition.bounds is self._cu_seqlens
+        return self.description.nbytes + (0 if shared else self.partition.nbytes)
 
     def local_tokens(self, rank: int) -> int:
         """Number of tokens that `rank` holds."""
@@ -227,7 +254,7 @@ class SequenceLayout:
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes that differ between layouts; equal layouts have equal digests on every rank."""
+        """16 bytes: equal for equal layouts on every rank, different for different ones."""
         h = hashlib.blake2b(digest_size=16)
         h.update(np.int64(self._cu_seqlens.size).tobytes() + self._cu_seqlens.tobytes() + self.partition.key)
         return h.digest()
@@ -239,7 +266,7 @@ class SequenceLayout:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        """Equal for equal layouts; ranks show it to each other where they disagree."""
+        """Equal for equal layouts. Error messages show it where ranks disagree."""
         shown = [str(self.local_tokens(rank)) for rank in range(min(self.cp_size, _SHOWN_RANKS))]
         more = f", ... on {self.cp_size} ranks" if self.cp_size > _SHOWN_RANKS else ""
         documents = len(self._cu_seqlens) - 1
@@ -250,6 +277,15 @@ def _integer(name: str, value: int) -> int:
     if not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return operator.index(value)
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    number = _integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
 
 
 def _check_cp_size(cp_size: int) -> int:

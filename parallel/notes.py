@@ -1,11 +1,11 @@
-"""Notes that the ranks of a group leave in its store when one of them refuses its input, or waits for the others for long.
+"""Notes in a group's store: a rank leaves one when it refuses its input, or has waited long for the others.
 
-All notes of one call stand under one prefix: the group's name, its life and the number of the call. A group made again under
-the same name is another life. The threads here talk to the store so that a store whose host stalls stalls nobody else.
+The notes of one call share a prefix: the group's name, its incarnation and the call's number. A group that is made again
+under the same name is another incarnation. Threads talk to the store, so that a store whose host stalls blocks no caller.
 
     refused     rank and error of the latest refusing rank
     refusals    how many ranks refused
-    decision    what becomes of the call's all-gather, by the first rank that decided: "none started" or "owed"
+    decision    whether the call's all-gather still takes place, by the first rank that decided: "none started" or "owed"
     waiting     written by a rank that has waited in the all-gather for `PATIENCE_S`
 """
 
@@ -24,12 +24,12 @@ from torch.distributed import distributed_c10d
 PATIENCE_S = 0.3
 """Seconds that a rank waits for the others before it says so in the store and looks there for a refusal."""
 GRACE_S = 2.0
-"""Seconds that a refusing rank holds its caller back to find out what the others do."""
+"""Seconds that a refusing rank delays its caller to find out what the others do."""
 _NAMES = ("refused", "refusals", "decision", "waiting")
 _FIRST_POLL_S = 0.02
 _LONGEST_POLL_S = 1.0
 _LONGEST_REFUSING_POLL_S = 0.1, 0.5
-"""While the caller is held back, and after."""
+"""While the caller is delayed, and afterwards."""
 
 
 def store_of(group: dist.ProcessGroup | None) -> dist.Store | None:
@@ -41,8 +41,8 @@ def store_of(group: dist.ProcessGroup | None) -> dist.Store | None:
 
 
 def rendezvous_of(group: dist.ProcessGroup) -> str:
-    """What tells this life of a gloo group from an earlier one of the same name: the address under which rank 0 was found.
-    Empty for other backends, whose stores know nothing of the kind."""
+    """Tells this incarnation of a gloo group from an earlier one of the same name: a digest of the address of rank 0. Empty for
+    other backends, which store no address."""
     store, key = store_of(group), "cpu//0/0"
     with contextlib.suppress(RuntimeError):
         if store is not None and store.check([key]):
@@ -64,10 +64,10 @@ def _sweep(group: weakref.ref[dist.ProcessGroup], prefixes: Sequence[str]) -> No
 
 
 class Refusal(threading.Thread):
-    """Tells the others of a refusal, and finds out what becomes of the call's all-gather.
+    """Tells the other ranks of a refusal, and finds out whether the call's all-gather still takes place.
 
-    The caller waits for the outcome for `GRACE_S`. After that the thread goes on to look for ranks that wait, so that they
-    need not wait until this rank's next call.
+    The caller waits up to `GRACE_S` for the outcome. The thread then keeps looking for waiting ranks, which would otherwise wait
+    until this rank's next call.
 
     Args:
         group: the group; the thread keeps neither it nor its store alive.
@@ -92,7 +92,7 @@ class Refusal(threading.Thread):
         self._known, self._stopped = threading.Event(), threading.Event()
 
     def wait(self) -> None:
-        """Until the outcome is known, `GRACE_S` at the most."""
+        """Until the outcome is known, or about `GRACE_S`."""
         self._known.wait(GRACE_S + 0.5)
 
     def stop(self) -> None:
@@ -136,7 +136,7 @@ class Refusal(threading.Thread):
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[dist.Store]:
-        """The group's store, for as long as it is asked something: on its host it may be the server too."""
+        """The group's store. No reference outlives the request: on the host, this object may be the server itself."""
         store = store_of(self._group())
         if store is None:
             raise RuntimeError("the group was left")
@@ -159,7 +159,7 @@ class NoteReader(threading.Thread):
         self.found_at = 0.0
 
     def stop(self) -> None:
-        """Nobody waits any more."""
+        """The all-gather is over."""
         self._stopped.set()
 
     def run(self) -> None:
@@ -178,7 +178,7 @@ class NoteReader(threading.Thread):
 
 
 def _pauses(longest: Callable[[], float]) -> Iterator[float]:
-    """Seconds between looks, each twice the one before, up to `longest()`."""
+    """Seconds between polls: exponential backoff up to `longest()`."""
     pause = _FIRST_POLL_S
     while True:
         yield min(pause, longest())

@@ -22,11 +22,11 @@ _SLAB = 1 << 20
 
 
 class Fragments(NamedTuple):
-    """Consecutive tokens of one interval that one rank holds consecutively; int64 arrays of one length, in token order.
+    """Runs of consecutive tokens of an interval in consecutive rows of one rank; int64 arrays of equal length, in token order.
 
     Attributes:
         interval: index of the interval.
-        rank: who holds them.
+        rank: the rank that holds them.
         start: token number of the first.
         length: tokens, at least 1.
     """
@@ -59,10 +59,10 @@ class Partition(Protocol):
         """int64 `[P]`: tokens of each rank."""
 
     def fragments(self, start: np.ndarray, end: np.ndarray) -> Fragments:
-        """Who holds the tokens of the intervals `[start, end)`."""
+        """The ranks that hold the tokens of the intervals `[start, end)`."""
 
     def largest(self, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each interval the rank that holds most of its tokens (the lowest of equals), and how many it holds."""
+        """Per interval: the rank that holds most of its tokens (the lowest on a tie), and how many it holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class Chunked:
         return merge_adjacent(np.stack(cuts, axis=1).reshape(-1, 2))
 
     def tokens(self) -> np.ndarray:
-        """Takes memory for `P` numbers, and time for P x different remainders of segments' lengths by the chunks."""
+        """O(P) memory; O(P x distinct remainders of segment length modulo chunks) time."""
         n = self.chunks
         length = np.diff(self.bounds)
         times = np.bincount(length % n, minlength=1)
@@ -130,7 +130,7 @@ class Chunked:
         return Fragments(interval, self._rank(chunk), at, stop - at)
 
     def largest(self, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """By looking at a few ranks of each interval, among which is the one looked for.
+        """Compares a few candidate ranks per interval; the answer is always among them.
 
         All chunks inside an interval have `L // C` tokens or one more. So the first chunk that the interval cuts, the last
         one, the first and the last inside it, and the first and the last inside it of the larger size hold the answer, unless
@@ -237,7 +237,7 @@ class Listed:
 
     @property
     def nbytes(self) -> int:
-        """With what is made of the runs when it is first needed."""
+        """Includes the arrays that are derived on first use."""
         return sum(r.nbytes for r in self._runs) * 5 // 2
 
     @property
@@ -300,7 +300,7 @@ def chunked(cu_seqlens: np.ndarray, size: int, mirrored: bool, per_document: boo
 
 
 class Kind(IntEnum):
-    """First number of a layout's description."""
+    """How a partition is kept."""
 
     CONTIGUOUS = 0
     ZIGZAG = 1
@@ -309,7 +309,7 @@ class Kind(IntEnum):
 
 
 def describe(cu_seqlens: np.ndarray, partition: Partition) -> np.ndarray:
-    """int64: kind, ranks, documents, `cu_seqlens`; of listed runs also their number on each rank, and the runs."""
+    """int64: `ranks * len(Kind) + kind`; of listed runs their number on each rank, and the runs; last, `cu_seqlens`."""
     kind, listed = Kind.LISTED, []
     if isinstance(partition, Chunked):
         whole = partition.bounds.size <= 2
@@ -317,8 +317,7 @@ def describe(cu_seqlens: np.ndarray, partition: Partition) -> np.ndarray:
     else:
         runs = [partition.runs(rank) for rank in range(partition.size)]
         listed = [np.array([len(r) for r in runs]), *(r.reshape(-1) for r in runs)]
-    head = np.array([kind, partition.size, cu_seqlens.size - 1])
-    return np.concatenate([head, cu_seqlens, *listed])
+    return np.concatenate([np.array([partition.size * len(Kind) + kind]), *listed, cu_seqlens])
 
 
 def partition_of(runs: Sequence[np.ndarray], cu_seqlens: np.ndarray) -> Partition:

@@ -18,14 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .comm import CommGroup, process_group
+from .subgroups import sub_groups_of
 from .topology import gather_text, host
 
 T = TypeVar("T")
 
 ALIGNMENT = 256
-"""Pieces of a buffer begin at multiples of so many bytes."""
+"""Alignment of sub-buffers, in bytes."""
 GROWTH = 1.25
-"""A buffer that has to grow becomes at least so many times as large."""
+"""Growth factor of a buffer that is too small."""
 _SET_UP = "pull set-up"
 _MANY = 1 << 62
 
@@ -90,20 +91,26 @@ def aligned(size: int) -> int:
 
 
 def kept_bytes(group: dist.ProcessGroup | None = None) -> int:
-    """Bytes of this rank's buffers for `group` (None: the default one), which live until `release` or as long as the group.
-    Torch's own count of GPU memory does not have them."""
-    memories = _memories.get(process_group(group), {})
-    return sum(memory.buffers[0].numel() for memory in memories.values())
+    """Bytes of this rank's buffers for `group` (None: the default one) and the groups made of its ranks. They live until
+    `release` or as long as the group. Torch's own count of GPU memory does not have them."""
+    memories = [memory for one in _with_sub_groups(group) for memory in _memories.get(one, {}).values()]
+    return sum(memory.buffers[0].numel() for memory in memories)
 
 
 def release(group: dist.ProcessGroup | None = None) -> None:
-    """Give the buffers of `group` (None: the default one) back; all its ranks call alike. The next call that needs buffers
-    sets up new ones."""
-    memories = _memories.get(process_group(group), {})
-    comm = CommGroup(group, dist.get_world_size(group))
-    for device in {device for device, _ in memories}:
-        _synchronize(comm, device)
-    memories.clear()
+    """Give the buffers of `group` (None: the default one) and of the groups made of its ranks back; all its ranks call alike. The
+    next call that needs buffers sets up new ones."""
+    for one in _with_sub_groups(group):
+        memories = _memories.get(one, {})
+        comm = CommGroup(one, dist.get_world_size(one))
+        for device in {device for device, _ in memories}:
+            _synchronize(comm, device)
+        memories.clear()
+
+
+def _with_sub_groups(group: dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
+    whole = process_group(group)
+    return [whole, *sub_groups_of(whole)]
 
 
 def peer_memory(comm: CommGroup, device: torch.device, purpose: str, size: int) -> PeerMemory:

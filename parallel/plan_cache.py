@@ -1,15 +1,16 @@
 """The one cache of plans: few, found by value, limited by bytes.
 
-Planning a layout takes milliseconds, and every layer of a step asks for the same plan; with packed data the next step brings
-another layout. So the latest plans are kept, the least recently used ones are dropped, and what is kept is counted. A plan in
-use lives on: the call holds it.
+Planning a layout takes milliseconds. Every layer of a step asks for the same plan, and with packed data the next step brings
+another layout. The cache keeps the latest plans, evicts the least recently used ones and counts what it keeps. A call holds its
+plan, so eviction frees no plan in use.
 
-Everything made of a plan is kept with the plan and dropped with it: index tensors in the plan's own memo, what refers to the
-plan (one rank's side) beside it in the cache. So no plan refers to itself: a dropped plan is freed at once, where a cycle would
-keep its tensors until the garbage collector runs, which large tensors do not hasten. On CUDA a
-dropped tensor may have readers on side streams, but the caller's stream has joined them before the call that held the plan
-ended. Its memory is used next on the stream that allocated it: the caller's, or a side stream, which then waits for what the
-caller's stream had enqueued by its next `SideStream.mark`.
+What is derived from a plan is kept with it and evicted with it: index tensors in the plan's memo, and what refers to the plan
+(one rank's side) beside it in the cache. No plan refers to itself, so an evicted plan is freed at once. A reference cycle would
+keep its tensors until the garbage collector runs, which does not see the size of tensors.
+
+On CUDA, an evicted tensor may have readers on side streams. The caller's stream has joined them by the end of the call that held
+the plan. The memory is used next on the stream that allocated it: the caller's, or a side stream, which first waits for all that
+the caller's stream had enqueued at its next `SideStream.mark`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from torch import Tensor
 T = TypeVar("T")
 
 MOST_HOST_BYTES = 96 << 20
-"""Plans are dropped where more is kept on the host, but never the newest."""
+"""Host memory above which plans are evicted, but never the newest."""
 MOST_DEVICE_BYTES = 96 << 20
-"""The same for all CUDA devices together."""
+"""The same for all CUDA devices in total."""
 MOST_PLANS = 64
-"""No more plans are kept, however small."""
+"""Most plans, whatever their size."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class KeptBytes:
 
 
 class Memo:
-    """What was made of a plan; kept as long as the plan, to which nothing here may refer (see `PlanCache.beside`)."""
+    """What was derived from a plan, kept as long as the plan. Nothing here may refer to the plan (see `PlanCache.beside`)."""
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returned the first time for `key`. Tensors made in inference mode would be of no use outside it, so they
-        are ordinary ones."""
+        """What `make` returned the first time for `key`. Tensors are made outside inference mode, so that later calls can
+        use them in either."""
         if key not in self._made:
             with torch.inference_mode(False):
                 self._made[key] = make()
@@ -75,16 +76,16 @@ class _Kept:
 
     @property
     def made(self) -> int:
-        """How much has been made of the plan so far."""
+        """How many things have been derived from the plan so far."""
         return len(self.beside) + len(self.plan if isinstance(self.plan, Memo) else self.plan.memo)
 
 
 class PlanCache:
-    """Plans by value, the latest used last."""
+    """Plans by value, the most recently used last."""
 
     def __init__(self) -> None:
         self._plans: OrderedDict[Hashable, _Kept] = OrderedDict()
-        self._sizes: dict[Hashable, tuple[int, KeptBytes]] = {}  # with how much had been made of the plan by then
+        self._sizes: dict[Hashable, tuple[int, KeptBytes]] = {}  # with `_Kept.made` at that time
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The plan of `key`: kept, or made now."""
@@ -103,13 +104,13 @@ class PlanCache:
         return plan
 
     def beside(self, key: Hashable, plan: object, name: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returned the first time for `name`; it may refer to `plan`, the plan of `key`. Made anew at each call
-        once the plan has been dropped."""
+        """What `make` returned the first time for `name`. It may refer to `plan`, the plan of `key`. Once the plan has been
+        evicted, every call makes it again."""
         kept = self._plans.get(key)
         return kept.beside.get(name, make) if kept is not None and kept.plan is plan else make()
 
     def kept_bytes(self) -> KeptBytes:
-        """What all plans take."""
+        """Bytes of all plans."""
         for key, kept in self._plans.items():
             if key not in self._sizes or self._sizes[key][0] != kept.made:
                 self._sizes[key] = kept.made, bytes_of(kept)
@@ -128,7 +129,7 @@ PLANS = PlanCache()
 
 
 def bytes_of(x: object) -> KeptBytes:
-    """Bytes of the arrays and tensors that `x` holds, each memory once."""
+    """Bytes of the arrays and tensors that `x` holds; shared memory counts once."""
     seen: dict[int, KeptBytes] = {}
     _collect(x, seen, set())
     return sum(seen.values(), KeptBytes(0, 0))

@@ -1,4 +1,4 @@
-"""The ring: tensors of each rank travel once round all ranks, and gradients one step behind them.
+"""The ring: each rank's tensor visits all ranks once, and its gradients follow one step behind.
 
 Four ranks, whose tensor each one holds at each step::
 
@@ -22,13 +22,13 @@ from .comm import CommGroup, Pending
 
 
 class Relay:
-    """One walk round the ring; its first message is sent when it is made.
+    """One pass around the ring. The first message is sent on construction.
 
     Args:
         comm: the group.
         first: this rank's own tensor.
-        empty: gives a tensor for what the rank of that number sends, uninitialized.
-        stage: name of the traffic.
+        empty: rank number -> uninitialized buffer for that rank's tensor.
+        stage: name under which the traffic is counted.
     """
 
     def __init__(self, comm: CommGroup, first: Tensor, empty: Callable[[int], Tensor], stage: str) -> None:
@@ -36,7 +36,7 @@ class Relay:
         self._pending = self._pass_on(first, 1) if comm.size > 1 else None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """Source rank and tensor of the steps 1 to P - 1."""
+        """Source rank and tensor at steps 1 to P - 1."""
         for step in range(1, self._comm.size):
             assert self._pending is not None
             current = self._pending.wait()
@@ -60,10 +60,10 @@ class GradientRelay:
         self._step += 1
         if self._travelling is not None:
             own += self._travelling.wait()
-            self._travelling = None  # frees what arrived before the next buffer is allocated
+            self._travelling = None  # free what arrived before the next buffer is allocated
         # What leaves here belongs to rank - step; what arrives belongs to rank - step - 1, in the end to this rank.
         self._travelling = self._comm.shift(own, self._empty(self._comm.source(self._step + 1)), self._stage)
 
     def home(self) -> Pending | None:
-        """This rank's own gradients, complete but for its own share; None in a group of one."""
+        """Sum of the other ranks' gradients for this rank's tensor; None in a group of one."""
         return self._travelling

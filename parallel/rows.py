@@ -14,7 +14,7 @@ def pack(k: Tensor, v: Tensor, packed: Tensor | None = None) -> Tensor:
 
     Args:
         k, v: unit stride in the last dimension.
-        packed: where to, `[N, H, D + Dv]`; by default a new tensor.
+        packed: destination, `[N, H, D + Dv]`; a new tensor by default.
     """
     if packed is None:
         packed = k.new_empty(*k.shape[:2], k.shape[2] + v.shape[2])
@@ -35,7 +35,7 @@ def copy_wanted(source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, l
         wanted: uint8 `[H, n_blocks]`, unit stride in the last dimension: 1 for the pairs to copy.
         start: int32 `[n_blocks]`, row of each block's first key in both; -1 for blocks that are not there.
         length: int64 `[n_blocks]`, rows of each block.
-        block_size: rows of a block at most.
+        block_size: most rows per block.
     """
     if source.is_cuda:
         from .rows_kernel import launch
@@ -49,7 +49,7 @@ def copy_wanted(source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, l
 def add_wanted(
     source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, length: Tensor, block_size: int, first: bool
 ) -> None:
-    """Add the rows of wanted blocks to `target`; with `first`, `target` holds nothing yet: its other rows become 0.
+    """Add the rows of wanted blocks to `target`. With `first`, `target` is uninitialized and its other rows become 0.
 
     Args:
         source, target, wanted, start, length, block_size: as for `copy_wanted`; every row of `target` is in a block.
@@ -79,7 +79,7 @@ def add_rows(values: Tensor, rows: Tensor, k: Tensor, v: Tensor) -> None:
 
     Args:
         values: `[n, D + Dv]`.
-        rows: int64 `[n]`, `token * H + head` of each, at most once: so the order of additions changes no bit.
+        rows: int64 `[n]`, `token * H + head`, each at most once, so that the order of additions changes no bit.
         k, v: contiguous `[N, H, D]`, `[N, H, Dv]`, added to in place.
     """
     width = k.shape[-1]

@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 64
-"""Programs of a launch: together they have 2 MiB under way. With half as many, NVLink (NV18) was not full beside attention."""
+"""Programs per launch, with 2 MiB in flight in total. Half as many did not saturate NVLink (NV18) beside attention."""
 _TILE_BYTES = 32 << 10
-"""What a program of `_wanted_kernel` has under way."""
+"""Bytes that one program of `_wanted_kernel` has in flight."""
 WANTED_WARPS, PACK_WARPS = 8, 4
 _PACK_TILE = 8192
-"""Elements of a tile of keys or values."""
+"""Elements per tile of keys or values."""
 
 
 @triton.jit(do_not_specialize=["units", "n_blocks", "wanted_h"], do_not_specialize_on_alignment=["wanted", "start"])
@@ -25,10 +25,10 @@ def _wanted_kernel(
     W: tl.constexpr, W_PADDED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, ADDS: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One program: tiles of ROWS rows of every so many-th (kv head, block), TILES of them a block.
+    """One program: a grid-stride loop over the tiles of (kv head, block) pairs, ROWS rows per tile and TILES tiles per block.
 
-    Reads a wanted tile once from `source`, which may be another GPU's memory, and writes it to `target`; with ADDS adds
-    to what is there, or to 0 with FIRST, when it writes every tile.
+    Reads each wanted tile once from `source`, which may be another GPU's memory, and writes it to `target`. With ADDS it adds to
+    `target`. With ADDS and FIRST it adds to 0 and writes every tile, wanted or not.
     """
     column = tl.arange(0, W_PADDED)
     for unit in tl.range(tl.program_id(0), units, tl.num_programs(0)):
@@ -52,7 +52,7 @@ def _wanted_kernel(
 
 @triton.jit
 def _copy_row(source_at, packed_at, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of WIDTH from where they begin to where they begin."""
+    """Copy rows of WIDTH elements, given the addresses of their first elements."""
     column = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (column < WIDTH)
     tl.store(packed_at[:, None] + column, tl.load(source_at[:, None] + column, mask=mask), mask=mask)
@@ -63,7 +63,7 @@ def _pack_kernel(
     k, v, packed, rows, heads, k_n, k_h, v_n, v_h, packed_n, packed_h,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS (token, head) pairs; reads each key and value once and writes them side by side."""
+    """One program: ROWS (token, head) pairs. Reads each key and value once and writes them side by side."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = row // heads
     head = row - token * heads

@@ -20,17 +20,14 @@ from torch.distributed import distributed_c10d
 from .agreement import life_of
 from .comm import process_group
 
-_MADE_HERE = "moba_cp"
-"""Description of the groups made here."""
 _Groups = dict[tuple[tuple[int, ...], str], dist.ProcessGroup]
 _made: weakref.WeakKeyDictionary[dist.ProcessGroup, _Groups] = weakref.WeakKeyDictionary()
 _parents: list[tuple[weakref.ref[dist.ProcessGroup], dist.ProcessGroup]] = []
 
 
-def sub_group(
-    parent: dist.ProcessGroup | None, ranks: Sequence[int], device: torch.device, own: bool = False
-) -> dist.ProcessGroup:
-    """The group of `ranks` of `parent`, this rank among them; made at the first call, which all of `ranks` make alike.
+def sub_group(parent: dist.ProcessGroup | None, ranks: Sequence[int], device: torch.device) -> dist.ProcessGroup:
+    """The group of `ranks` of `parent`, this rank among them; made at the first call, which all of `ranks` make alike. `parent`
+    itself, if these are all its ranks.
 
     It has the parent's backend for `device` and its timeout. Its life ends with the parent's.
 
@@ -38,10 +35,9 @@ def sub_group(
         parent: a context-parallel group whose ranks have agreed on a call (`agreement.check`); None for the default group.
         ranks: ranks of `parent`, ascending.
         device: where its tensors are.
-        own: a group of its own also where `ranks` are all of the parent's, for its streams: NCCL's are of high priority here.
     """
     parent = process_group(parent)
-    if tuple(ranks) == tuple(range(parent.size())) and not (own and parent.group_desc != _MADE_HERE):
+    if tuple(ranks) == tuple(range(parent.size())):
         return parent
     groups = _made.setdefault(parent, {})
     key = tuple(ranks), device.type
@@ -50,6 +46,11 @@ def sub_group(
         groups[key] = _make(parent, key[0], device)
         _parents.append((weakref.ref(parent), groups[key]))
     return groups[key]
+
+
+def sub_groups_of(parent: dist.ProcessGroup) -> list[dist.ProcessGroup]:
+    """The groups made of ranks of `parent` so far, in that order."""
+    return list(_made.get(parent, {}).values())
 
 
 def _make(parent: dist.ProcessGroup, ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup:
@@ -70,7 +71,7 @@ def _make(parent: dist.ProcessGroup, ranks: tuple[int, ...], device: torch.devic
             f"moba_cp/{parent.group_name}/{life_of(parent)}/{'-'.join(map(str, ranks))}",  # type: ignore[arg-type]
             backend_options=options,
             timeout=timeout_of(parent, device),
-            group_desc=_MADE_HERE,
+            group_desc="moba_cp",
         )
     distributed_c10d._world.pg_group_ranks[made] = {rank: index for index, rank in enumerate(world_ranks)}
     return made

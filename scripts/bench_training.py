@@ -9,15 +9,15 @@ picture:
 
     cp2    two processes, parallel.context=2 (and cp2_ring, ... for more names in --comm)
     cp1    one process, parallel.context=1
-    noise2, noise4, ...  cp1 with run.token_parts=2, 4, ...: every layer with weights works on its tokens in so many parts
+    noise2, noise4, ...  cp1 with run.token_parts=2, 4, ...: every layer with weights processes its tokens in 2, 4, ... parts
 
-How noise is measured: a weight's gradient is a sum over all tokens. With CP = 2 each rank sums its half, rounds it to bf16,
-and the halves are added; with CP = 1 there is one sum, twice as long, rounded once. No implementation can avoid that
-difference (and tensor cores cut what they add to a sum, so that a longer one comes out smaller). A noise run is CP = 1 with
-the sums taken in parts: that rounding alone, nothing communicated.
-What rounding starts grows with the training, so curves are compared: |loss of cp2 - loss of cp1| and, for each noise run,
-|loss of noise - loss of cp1| by step. `within_noise`: the largest and the median of the first are at most 3 times the greatest
-of the noise runs. 3, because each curve is one draw of a random one.
+How noise is measured: a weight's gradient is a sum over all tokens. With CP = 2, each rank sums its half and rounds it to bf16,
+and the halves are added. With CP = 1 there is one sum, twice as long, rounded once. No implementation can avoid that difference.
+(Tensor cores also truncate what they add to a sum, so that a longer sum comes out smaller.) A noise run is CP = 1 with sums in
+parts: the same rounding, without communication.
+Training amplifies rounding, so curves are compared: |loss of cp2 - loss of cp1| and, per noise run, |loss of noise - loss of
+cp1| by step. `within_noise`: maximum and median of the first are at most 3 times the largest of the noise runs; 3, because each
+curve is one random draw.
 
 cp2 runs first; then the others two at a time, each on its own GPU, unless --alone. Results are written after every run;
 a run that fails, or is stopped at the time limit, keeps the steps that it made.
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 WARMUP_STEPS = 5
 """First steps that speed leaves out: they compile."""
 NOISE = "noise"
-"""Names of noise runs begin so; the number of parts follows."""
+"""Prefix of the names of noise runs; the number of parts follows."""
 FACTOR = 3.0
 """Differences up to this many times the noise count as noise."""
 TAIL_LINES = 40
@@ -122,7 +122,7 @@ def main(
     }
     write_json(out, content)
     for number, phase in enumerate(phases):
-        # A phase may take half of what is left, so that a run that hangs leaves time to the next; the last one all.
+        # A phase may take half of the remaining time, so that a hanging run leaves time for the next; the last phase, all of it.
         left = deadline - time.monotonic()
         until = deadline if number == len(phases) - 1 else time.monotonic() + left / 2
         started = [start(run, config, changes, output, device) for run in phase]

@@ -15,6 +15,7 @@ import typer
 
 from .harness.records import REPOSITORY
 from .tables.equality import equality_table, pretrain_table
+from .tables.huggingface import huggingface_table
 from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.speed import profile_plot, speed_table
@@ -48,6 +49,7 @@ def blocks() -> dict[str, str]:
         "results:speed": speed_table(content("training_speed")),
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
+        "results:huggingface": huggingface_table(content("huggingface")),
     }
 
 

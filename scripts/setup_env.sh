@@ -88,7 +88,7 @@ PY
 modules_for() { # the modules that tell whether the extras are installed
     local modules="torch numpy triton"
     case ",$1," in *,train,*) modules+=" megatron.core omegaconf typer rich tensorboard matplotlib" ;; esac
-    case ",$1," in *,dev,*) modules+=" pytest hypothesis pytest_timeout xdist ruff mypy" ;; esac
+    case ",$1," in *,dev,*) modules+=" pytest hypothesis pytest_timeout xdist ruff mypy transformers" ;; esac
     echo "$modules"
 }
 

@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 
 import moba_cp
 from moba_cp import SequenceLayout
-from tests.cases import TRANSPORTS
-from tests.saved_bits import CASES, PATH, all_alone, hashes
+from tests.cases import comms_for
+from tests.saved_bits import CASES, PATH, BitsCase, all_alone, hashes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +37,11 @@ def test_one_gpu() -> None:
     assert as_json(all_alone()) == saved()
 
 
+def comms(case: BitsCase, size: int) -> tuple[str, ...]:
+    """Every exchange, and heads split where they can be."""
+    return comms_for(case.heads[0], size)[1:]
+
+
 def on_rank(rank: int, size: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     device = torch.device("cuda", rank)
@@ -51,7 +56,7 @@ def on_rank(rank: int, size: int, port: int, folder: str) -> None:
             SequenceLayout.zigzag(cu, size, per_document=False),
         ]
         layout = layouts[number % 3]
-        for comm in TRANSPORTS:
+        for comm in comms(case, size):
             q, k, v, dout = (layout.shard(x, rank).to(device) for x in inputs)
             for x in (q, k, v):
                 x.requires_grad_()
@@ -84,7 +89,7 @@ def test_groups(tmp_path: Path) -> None:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     mp.spawn(on_rank, (size, port, str(tmp_path)), nprocs=size)
-    expected = [x for x in saved() for _ in TRANSPORTS]
+    expected = [x for case, x in zip(CASES, saved(), strict=True) for _ in comms(case, size)]
     wrong = [
         (comm, right)
         for (comm, got), right in zip(json.loads((tmp_path / "found.json").read_text()), expected, strict=True)

@@ -180,6 +180,9 @@ def traffic_on_rank(
         out, report = moba_cp.moba_attention(*qkv, case.config, **options)
     forward = {name: StageTraffic(**vars(stage)) for name, stage in report.traffic.stages.items()}
     out.sum().backward()
+    text = moba_cp.diagnostics.format_report(report)
+    assert ("from other nodes" in text) == (report.traffic.between_bytes > 0)
+    assert (f"split over {report.head_parallel} ranks: " in text) == (report.head_parallel > 1)
     figures = {"transport": report.transport, "head_parallel": report.head_parallel, "reason": report.reason}
     return forward, report.traffic.stages, figures | {"selected": report.selected}
 

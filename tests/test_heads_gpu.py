@@ -1,4 +1,4 @@
-"""On several GPUs: heads split over ranks give the bits of one GPU, in any slabs, and packing moves every head to its place."""
+"""On several GPUs: heads split over ranks give the bits of one GPU, in any slabs, by NCCL and through the GPUs' memory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,9 @@ import torch.multiprocessing as mp
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, wide
 from moba_cp.parallel import heads
-from moba_cp.parallel.head_rows import put_heads, take_heads
 from tests.test_attention_gpu import CASES, layouts, make, relative
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("width", [1, 80, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int32])
-def test_packing_equals_that_of_the_cpu(dtype: torch.dtype, width: int, copies: int) -> None:
-    x = torch.arange(301 * 8 * width).view(301, 8, width).to(dtype)[:, ::2]
-    on_gpu = x.cuda()  # 4 heads, of which 2 members have 2 * copies each
-    packed = take_heads(on_gpu, 2, 1, 2 * copies - 1, 2 * copies, copies)
-    assert torch.equal(packed.cpu(), take_heads(x, 2, 1, 2 * copies - 1, 2 * copies, copies))
-    if copies == 1:
-        back = torch.zeros_like(on_gpu)
-        put_heads(packed, back, 1, 2)
-        expected = torch.zeros_like(x)
-        put_heads(packed.cpu(), expected, 1, 2)
-        assert torch.equal(back.cpu(), expected)
 
 
 def splits(q_heads: int, size: int) -> list[tuple[str, int]]:
@@ -47,8 +30,7 @@ def on_rank(rank: int, size: int, port: int, cases: list[tuple], nccl: bool) -> 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device("cuda", rank))
-    if nccl:
-        heads.can_share = lambda *_: False
+    heads.THROUGH_MEMORY = not nccl
     failures = []
     for case in cases:
         cu, config = case[0], MoBAConfig(*case[1:3])
@@ -89,6 +71,6 @@ def run_on_all(cases: list[tuple], nccl: bool) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("nccl", [False, True])
+@pytest.mark.parametrize("nccl", [True, False])
 def test_splits_give_the_bits_of_one_gpu(nccl: bool) -> None:
     run_on_all(CASES, nccl)

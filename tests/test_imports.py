@@ -115,3 +115,14 @@ def test_only_the_megatron_package_imports_megatron() -> None:
         if inside("megatron", name) or inside("moba_cp.megatron", name)
     }
     assert importing == set()
+
+
+def test_only_its_own_package_imports_transformers() -> None:
+    importing = {
+        module
+        for module, path in modules().items()
+        if not inside("moba_cp.transformers", module)
+        for name in imported_names(module, path)
+        if inside("transformers", name) or inside("moba_cp.transformers", name)
+    }
+    assert importing == set()

@@ -22,6 +22,7 @@ from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.kernels import configs
 from moba_cp.kernels.gpu import gpu_of_capability
 from scripts import (
+    bench_huggingface,
     bench_kernels,
     bench_layer,
     bench_training,
@@ -41,8 +42,8 @@ from scripts.harness.timing import Times, time_calls
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
-    bench_kernels, bench_layer, bench_training, make_picture, make_tables, parallel_equality, pretrain_gpt_stock, quickstart,
-    sanitize, training_speed, tune,
+    bench_huggingface, bench_kernels, bench_layer, bench_training, make_picture, make_tables, parallel_equality,
+    pretrain_gpt_stock, quickstart, sanitize, training_speed, tune,
 )  # fmt: skip
 
 
@@ -84,6 +85,20 @@ def test_bench_kernels_measures_and_checks(tmp_path: Path) -> None:
     # bf16 results of fp32 sums: half a unit in the last place is 2 ** -9 = 2e-3.
     assert entry["checks"]["out_error"] < 3e-3
     assert max(entry["checks"][f"{x}_error"] for x in ("dq", "dk", "dv")) < 6e-3
+
+
+def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    found = run(
+        tmp_path, "-m", "scripts.bench_huggingface", "--device", "cpu", "--tokens", "300", "--chunk", "20", "--heads", "4/2",
+        "--configs", "64:3", "--iterations", "2", "--layers", "2",
+    )  # fmt: skip
+    results = found["results"]
+    assert [(r["what"], r["attention"]) for r in results] == [
+        (what, attention) for attention in ("sdpa", "moba") for what in ("prefill", "chunk", "decode")
+    ]
+    assert [r["queries"] for r in results[3:]] == [300, 20, 1]
+    assert max(r["output_error"] for r in results[3:]) < 3e-3  # as above
 
 
 def test_bench_layer_compares_exchanges_and_one_rank(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def attend(
         spec: what to compute.
         q, k, v: as above; with a group, the rank's own tokens.
         layout: of all sequences over the group.
-        length: tokens a sequence.
+        length: tokens per sequence.
         group: the context-parallel group; MoBA alone can have one.
         reports: gets the report of a MoBA call.
     """

@@ -35,7 +35,7 @@ def held_out(
         model, attention: what to measure.
         tokens: int32 `[n]`, the corpus on the device.
         corpus: its documents.
-        length, batch: tokens a window and windows a forward.
+        length, batch: tokens a window and windows per forward pass.
         most: most windows; they are taken evenly over all of them.
 
     Returns:
@@ -94,7 +94,7 @@ def retrieval(
     Args:
         lengths: tokens of the whole prompt, each divisible by what the attention needs.
         trials: prompts per length and number of needles.
-        most_tokens: most tokens a forward.
+        most_tokens: most tokens per forward pass.
 
     Returns:
         One entry per length and number of needles (0: the statement is absent; 1; 4: three others are hidden too):
@@ -205,7 +205,7 @@ def selection_facts(selected: np.ndarray, block_size: int, kv_heads: int, ranks:
 
     Args:
         selected: `[Hq, T, topk]`, ascending, -1 for none, blocks numbered from 0.
-        block_size: tokens a block.
+        block_size: tokens per block.
         kv_heads: kv heads; neighbouring q heads share one.
         ranks: the `wanted_share` of a contiguous split over so many ranks.
 

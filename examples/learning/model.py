@@ -96,7 +96,7 @@ class GPT(nn.Module):
             tokens: `[T]`, this rank's tokens of packed sequences of `length` tokens.
             attention: one per layer.
             layout: of the sequences over the group.
-            length: tokens a sequence.
+            length: tokens per sequence.
             group: the context-parallel group.
             theta: RoPE's base; None for the model's own.
             compiled: False runs the plain functions, for shapes that occur once.

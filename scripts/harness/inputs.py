@@ -11,6 +11,10 @@ HEAD_DIM = 128
 """Head size of all benchmarks: D = Dv."""
 
 
+_DRAWN_TOGETHER = 4096
+"""Tokens that one generator of `draw_global` draws."""
+
+
 def draw_inputs(
     tokens: int, q_heads: int, kv_heads: int, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -21,6 +25,36 @@ def draw_inputs(
         return torch.randn(tokens, heads, HEAD_DIM, device=device, dtype=torch.bfloat16, generator=generator)
 
     return draw(q_heads), draw(kv_heads), draw(kv_heads), draw(q_heads)
+
+
+def draw_global(
+    layout: SequenceLayout, rank: int, q_heads: int, kv_heads: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, dout of a rank's tokens: bf16 N(0, 1), `[tokens, heads, HEAD_DIM]`.
+
+    A token's numbers depend on its number alone, so that every layout and rank count holds the same global tensors.
+    """
+    number = layout.local_indices(rank)
+    order = torch.argsort(number)
+    ascending = number[order]
+    tokens = len(number)
+    tensors = [
+        torch.empty(tokens, n, HEAD_DIM, device=device, dtype=torch.bfloat16)
+        for n in (q_heads, kv_heads, kv_heads, q_heads)
+    ]
+    chunks, counts = torch.unique_consecutive(ascending // _DRAWN_TOGETHER, return_counts=True)
+    begin = 0
+    for chunk, count in zip(chunks.tolist(), counts.tolist(), strict=True):
+        rows, inside = (
+            order[begin : begin + count].to(device),
+            (ascending[begin : begin + count] % _DRAWN_TOGETHER).to(device),
+        )
+        generator = torch.Generator(device).manual_seed(chunk)
+        for x in tensors:
+            drawn = torch.randn(_DRAWN_TOGETHER, *x.shape[1:], device=device, dtype=torch.bfloat16, generator=generator)
+            x[rows] = drawn[inside]
+        begin += count
+    return tensors[0], tensors[1], tensors[2], tensors[3]
 
 
 def correlate(q: Tensor, k: Tensor, layout: SequenceLayout, rank: int, config: MoBAConfig) -> None:

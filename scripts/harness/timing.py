@@ -83,12 +83,12 @@ def time_calls(
     marks, host = [], []
     for _ in range(count):
         began = time.perf_counter()
-        start = _mark(device)
+        start = mark(device)
         call()
-        marks.append((start, _mark(device)))
+        marks.append((start, mark(device)))
         host.append(1e3 * (time.perf_counter() - began))
     synchronize(device)
-    return Times(tuple(_between(start, end) for start, end in marks), tuple(host))
+    return Times(tuple(elapsed(start, end) for start, end in marks), tuple(host))
 
 
 def time_on_ranks(call: Callable[[], Any], device: torch.device, *, iterations: int, ranks: int) -> Times:
@@ -101,14 +101,14 @@ def time_on_ranks(call: Callable[[], Any], device: torch.device, *, iterations: 
         if ranks > 1:
             dist.barrier()
         synchronize(device)
-        start = _mark(device)
+        start = mark(device)
         call()
-        end = _mark(device)
+        end = mark(device)
         synchronize(device)
-        elapsed = torch.tensor(_between(start, end), device=device)
+        took = torch.tensor(elapsed(start, end), device=device)
         if ranks > 1:
-            dist.all_reduce(elapsed, dist.ReduceOp.MAX)
-        found.append(elapsed.item())
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+        found.append(took.item())
     return Times(tuple(found))
 
 
@@ -138,8 +138,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _mark(device: torch.device) -> Mark:
-    """A point in the device's time."""
+def mark(device: torch.device) -> Mark:
+    """A point in the device's time; on the CPU, the clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -147,8 +147,8 @@ def _mark(device: torch.device) -> Mark:
     return event
 
 
-def _between(start: Mark, end: Mark) -> float:
-    """Milliseconds."""
+def elapsed(start: Mark, end: Mark) -> float:
+    """Milliseconds between two marks; the device must have reached both."""
     if isinstance(start, float) or isinstance(end, float):
         assert isinstance(start, float)
         assert isinstance(end, float)

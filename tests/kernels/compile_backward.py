@@ -15,7 +15,7 @@ INT32 = {
     "position", "pointer", "entry", "start", "length", "segment_bin", "item_bin", "item_start", "item_end", "own_tiles",
 }  # fmt: skip
 FP32 = {"lse", "delta", "sums", "own_dk", "own_dv", "arrived"}
-HALF = {"q", "dout", "out", "k", "v", "dq", "packed", "source"}
+HALF = {"q", "dout", "out", "k", "v", "dq", "packed", "source", "x"}
 GRADIENTS = {"dk", "dv", "target"}
 
 
@@ -111,10 +111,11 @@ def build_small(dim, dtype, capability) -> dict[str, dict]:
 
 
 def build_moving(dim, value_dim, dtype, capability) -> dict[str, dict]:
-    """Kernels around the exchange: packing, wanted rows of keys, values and gradients, and the final sum of dK and dV."""
+    """Kernels around the exchange: packing, also of heads; wanted rows of keys, values and gradients; the sum of dK and dV."""
     from moba_cp.kernels import gradients
-    from moba_cp.parallel import rows_kernel
+    from moba_cp.parallel import head_rows_kernel, rows_kernel
 
+    heads = head_rows_kernel.constants(dim) | {"COUNT": 2}
     wanted, width = rows_kernel._wanted_kernel, dim + value_dim
     keys = rows_kernel.wanted_constants(width, 2, 128) | {"ADDS": False, "FIRST": False}
     sums = rows_kernel.wanted_constants(width, 4, 128) | {"ADDS": True}
@@ -123,11 +124,20 @@ def build_moving(dim, value_dim, dtype, capability) -> dict[str, dict]:
     last = gradients.constants(dim, value_dim, config)
     return {
         "pack": build(rows_kernel._pack_kernel, packing, dtype, capability, rows_kernel.PACK_WARPS),
+        "take heads": build_heads(heads | {"COPIES": 3, "PUTS": False}, dtype, capability),
+        "put heads": build_heads(heads | {"COPIES": 1, "PUTS": True}, dtype, capability),
         "copy": build(wanted, keys, dtype, capability, rows_kernel.WANTED_WARPS, dtype),
         "first": build(wanted, sums | {"FIRST": True}, "fp32", capability, rows_kernel.WANTED_WARPS),
         "add": build(wanted, sums | {"FIRST": False}, "fp32", capability, rows_kernel.WANTED_WARPS),
         "sum": build(gradients.add_gradients_kernel, last, dtype, capability, config.num_warps, dtype),
     }
+
+
+def build_heads(constants: dict, dtype: str, capability: tuple[int, int]) -> dict:
+    """The kernel that packs heads, or puts them in place."""
+    from moba_cp.parallel import head_rows_kernel
+
+    return build(head_rows_kernel._heads_kernel, constants, dtype, capability, head_rows_kernel.WARPS)
 
 
 def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[str, dict]:

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import triton
 
 from tests.kernels import interpreter
 
@@ -114,8 +115,10 @@ def test_no_spills(capability):
     lines = interpreter.run_without_interpreter(__file__, str(capability)).splitlines()
     results = [json.loads(line) for line in lines if line.startswith("{")]
     assert len(results) > 10
-    # On sm_80 the scatter kernel of 64-bit entries keeps one word on the stack.
-    spilled = [r for r in results if r["stack"] > (8 if capability == 80 else 0) or r["local"] > 0]
+    # On sm_80 the scatter kernel of 64-bit entries keeps one word on the stack. Triton 3.8 keeps 12 words of the gate there.
+    known = triton.__version__.startswith(("3.6.", "3.7."))
+    most = {80: 8, 90: 0 if known else 48}[capability]
+    spilled = [r for r in results if r["stack"] > most or r["local"] > 0]
     assert not spilled, spilled
     limit = 166912 if capability == 80 else 232448
     assert all(r["shared"] <= limit for r in results)

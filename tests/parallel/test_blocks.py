@@ -1,4 +1,4 @@
-"""Plans as pure data: the block table, one home a block, the pieces each rank holds, and what has to move."""
+"""Plans as pure data: the block table, one home per block, the pieces that each rank holds, and what has to move."""
 
 from __future__ import annotations
 

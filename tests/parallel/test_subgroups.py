@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from moba_cp.parallel import agreement, subgroups
-from moba_cp.parallel.subgroups import sub_group, timeout_of
+from moba_cp.parallel.subgroups import sub_group, sub_groups_of, timeout_of
 from tests.ranks import run_fresh_ranks, run_ranks
 
 CPU = torch.device("cpu")
@@ -23,9 +23,7 @@ def lives_on_rank(rank: int, size: int) -> list[float]:
             assert dist.get_world_size(alone) == 1
             assert sub_group(pair, [rank - 2], CPU) is alone
             assert sub_group(pair, [0, 1], CPU) is pair
-            twin = sub_group(pair, [0, 1], CPU, own=True)
-            assert twin is not pair
-            assert sub_group(twin, [0, 1], CPU, own=True) is twin
+            assert sub_groups_of(pair) == [alone]
             x = torch.tensor(float(rank))
             dist.all_reduce(x, group=alone)
             sums.append(x.item())

@@ -1,0 +1,73 @@
+"""`moba-cp doctor`: what is installed, what connects the GPUs and how fast, and what `auto` will choose here.
+
+moba-cp doctor                                               # one process, all GPUs it sees; works without GPUs
+torchrun --nproc-per-node 4 -m moba_cp doctor                # also collectives, shared memory and `auto`, over the ranks
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import torch.distributed as dist
+import typer
+
+from .checks import Finding, environment_findings, gpu_findings, version_findings
+from .group_checks import group_findings, join, leave
+
+STATUS = {"ok": "  ok  ", "note": " note ", "problem": "PROBLEM"}
+
+
+def doctor(
+    tokens_per_gpu: Annotated[int, typer.Option(help="of the call that `auto` is asked about", min=1)] = 131072,
+    heads: Annotated[str, typer.Option(help="query/kv heads of that call")] = "16/16",
+    megabytes: Annotated[int, typer.Option(help="size of the transfers that are timed", min=1)] = 256,
+) -> None:
+    """Look at this machine: one line per finding, and the cure of each problem. Ends with status 1 if there is a problem."""
+    given = heads.split("/")
+    if len(given) != 2 or not all(part.isdigit() and int(part) for part in given) or int(given[0]) % int(given[1]):
+        raise typer.BadParameter(f"heads must be like 32/8, got {heads!r}")
+    pair = int(given[0]), int(given[1])
+    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    findings = [*version_findings(), *gpu_findings(megabytes << 20), *environment_findings()]
+    if not started:
+        for finding in findings:
+            show(finding)
+        print("\nFor collectives and what `auto` chooses: torchrun --nproc-per-node <GPUs> -m moba_cp doctor")
+        end(findings)
+    device = join()
+    try:
+        findings += group_findings(device, tokens_per_gpu, pair, megabytes << 20)
+        everyone: list[list[Finding]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, findings)
+    finally:
+        leave()
+    shown: list[Finding] = []
+    for rank, of_rank in enumerate(everyone):
+        for finding in of_rank:
+            if finding in shown:
+                continue  # the same on several ranks
+            shown.append(finding)
+            if int(os.environ["RANK"]) == 0 and (rank == 0 or finding.status == "problem"):
+                show(finding, f"rank {rank}: " if rank else "")
+    end([finding for of_rank in everyone for finding in of_rank], quiet=int(os.environ["RANK"]) != 0)
+
+
+def show(finding: Finding, where: str = "") -> None:
+    """One line, and the cure below it."""
+    print(
+        f"[{STATUS[finding.status]}] {where}{finding.what}: {finding.text}"
+        + (f" -> {finding.cure}" if finding.cure else "")
+    )
+
+
+def end(findings: list[Finding], quiet: bool = False) -> None:
+    """The verdict as the last line and the exit status.
+
+    Raises:
+        typer.Exit: always.
+    """
+    problems = sum(finding.status == "problem" for finding in findings)
+    if not quiet:
+        print(f"\n{problems or 'no'} problem{'' if problems == 1 else 's'}")
+    raise typer.Exit(1 if problems else 0)

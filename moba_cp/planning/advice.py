@@ -1,0 +1,117 @@
+"""What to set: every split of a cluster by predicted time, tables over cluster sizes, and where one way overtakes another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from .calibration import Calibration
+from .memory import Memory, memory
+from .prediction import Prediction, predict
+from .sizes import Cluster, Layer, Split
+
+SHARE_FOR_ATTENTION = 0.5
+"""Of a GPU's memory, what attention and what it keeps for backward may take; the model takes the rest."""
+BLOCK_SETTINGS = ((128, 8), (256, 8), (512, 8), (1024, 8), (2048, 12), (4096, 12))
+"""What the block-size trade-off shows."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to split a layer, with what it takes.
+
+    Attributes:
+        split, prediction, memory: the way, its time and bytes, its memory.
+        fits: whether attention's peak fits the memory of a GPU.
+    """
+
+    split: Split
+    prediction: Prediction
+    memory: Memory
+    fits: bool
+
+    @property
+    def milliseconds(self) -> float:
+        return self.prediction.forward_backward_ms
+
+
+def options(
+    layer: Layer, cluster: Cluster, calibration: Calibration, layouts: Sequence[str] = ("zigzag",)
+) -> list[Option]:
+    """All ways to split the layer over the cluster, those that fit first, then the fastest.
+
+    Heads are split inside a node, over a number of ranks that divides q heads and ranks. `pull` serves ranks of one node.
+    """
+    found = []
+    for split in splits(layer, cluster, layouts):
+        needed = memory(layer, split)
+        found.append(Option(split, predict(layer, split, cluster, calibration), needed, needed.peak <= cluster.memory))
+    return sorted(found, key=lambda option: (not option.fits, option.milliseconds))
+
+
+def splits(layer: Layer, cluster: Cluster, layouts: Iterable[str]) -> list[Split]:
+    """All ways to split the layer over the cluster."""
+    found = []
+    for size in range(1, min(cluster.node, layer.q_heads) + 1):
+        if layer.q_heads % size or cluster.gpus % size or cluster.node % size:
+            continue
+        sequence = cluster.gpus // size
+        exchanges = ["local"] if sequence == 1 else ["ring", "fetch", "all_gather"]
+        if sequence > 1 and cluster.gpus <= cluster.gpus_per_node:
+            exchanges.append("pull")
+        for exchange in exchanges:
+            # Where heads are split over all ranks, one layout is as good as another.
+            found += [Split(cluster.gpus, size, exchange, x) for x in (layouts if sequence > 1 else list(layouts)[:1])]
+    return found
+
+
+def visiting_pays_from(layer: Layer) -> float:
+    """Sequence ranks from which sending query rows to blocks moves fewer bytes than sending blocks to rows.
+
+    With uniform routing a row visits topk - 1 earlier blocks: its query there and its partial result back, 2 D numbers each, for
+    every q head; keys and values of everybody take 2 D numbers per kv head and token of the other ranks.
+    """
+    return 2 * layer.q_heads / layer.kv_heads * max(1, layer.topk - 1)
+
+
+def recomputation(option: Option, layers: int, cluster: Cluster) -> str:
+    """What to recompute, so that what attention keeps of all layers fits `SHARE_FOR_ATTENTION` of a GPU."""
+    kept = option.memory.saved * layers
+    room = SHARE_FOR_ATTENTION * cluster.memory - (option.memory.peak - option.memory.saved)
+    text = f"{layers} layers keep {kept:.1f} GiB for backward; {max(0.0, room):.1f} GiB are there for it"
+    if kept <= room:
+        return f"none: {text}"
+    return f"every layer: {text}, and attention's forward runs again ({option.prediction.forward_ms:.1f} ms per layer)"
+
+
+def block_sizes(layer: Layer, cluster: Cluster, calibration: Calibration) -> list[tuple[int, int, Option]]:
+    """The fastest option by block setting; the layer's own setting among them."""
+    settings = sorted({*BLOCK_SETTINGS, (layer.block_size, layer.topk)})
+    found = []
+    for block_size, topk in settings:
+        if block_size * 2 <= layer.length:
+            changed = replace(layer, block_size=block_size, topk=topk)
+            found.append((block_size, topk, options(changed, cluster, calibration)[0]))
+    return found
+
+
+def crossings(
+    layer: Layer, cluster: Cluster, calibration: Calibration, gpus: Sequence[int]
+) -> list[tuple[str, str, int]]:
+    """Where the fastest way changes over cluster sizes: (what was best before, what is best from there on, GPUs)."""
+    found, before = [], ""
+    for count in gpus:
+        here = replace(cluster, gpus=count)
+        fitting = [option for option in options(layer, here, calibration) if option.fits]
+        if not fitting:
+            continue
+        name = label(fitting[0].split)
+        if before and name != before:
+            found.append((before, name, count))
+        before = name
+    return found
+
+
+def label(split: Split) -> str:
+    """`a2a+ring, U = 8`."""
+    return split.comm + (f", U = {split.head_parallel}" if split.head_parallel > 1 else "")

@@ -1,0 +1,72 @@
+"""GiB per GPU of one layer's attention, by part: at the peak of forward and backward, and what stays until backward.
+
+Tensors follow from shapes. What exchanges hold at once was counted on two H100s, in units of one range of heads: keys and values
+of the kv heads whose partial results fit the workspace together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..chunks import ranges_of
+from .sizes import Layer, Split
+
+GIB = 2.0**30
+WORKSPACE = 1280 << 20
+"""Default of `workspace_bytes` of `moba_attention`."""
+UNITS = {"ring": 15.0, "pull": 15.0, "fetch": 12.0, "all_gather": 11.0}
+"""Bytes that an exchange holds, in bf16 keys and values of one range of one rank: parts that arrive, their gradients in fp32,
+sums of this rank's own, and the range before and after. `fetch` and `all_gather` hold every other rank's part at once."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of one GPU.
+
+    Attributes:
+        parts: at the peak of backward, by part.
+        saved: what one layer keeps from forward to backward, where nothing is recomputed.
+    """
+
+    parts: dict[str, float]
+    saved: float
+
+    @property
+    def peak(self) -> float:
+        return sum(self.parts.values())
+
+
+def memory(layer: Layer, split: Split) -> Memory:
+    """Of attention alone: projections, weights, optimizer and other layers come on top."""
+    local = layer.tokens / split.ranks
+    row = layer.head_dim * layer.itemsize
+    q, kv = local * layer.q_heads * row, local * layer.kv_heads * row
+    wide_tokens = layer.tokens // split.sequence_ranks
+    heads, kv_heads = layer.q_heads // split.head_parallel or 1, layer.kv_heads_of(split.head_parallel)
+    rows = wide_tokens * heads
+    blocks = -(-layer.tokens // layer.block_size)
+    selected = rows * layer.topk * (2 if blocks < 1 << 15 else 4)
+    lists = rows * layer.topk * 4
+    sums = rows * 4
+    saved = 2 * q + 2 * kv + selected + lists + sums
+    partial = layer.topk * (row + 4)
+    parts = {
+        "q, k, v and the output": 2 * q + 2 * kv,
+        "gradients": 2 * q + 2 * kv,
+        "selection and routing lists": selected + lists + 2 * sums,
+        "centroids": blocks * kv_heads * row,
+        "workspace": min(WORKSPACE, rows * partial),
+    }
+    if split.head_parallel > 1:
+        wide_kv = wide_tokens * kv_heads * row
+        parts["tensors split by heads"] = 2 * (2 * q + 2 * wide_kv)
+        saved += 2 * q + 2 * wide_kv
+    if split.sequence_ranks > 1:
+        ranges = ranges_of(wide_tokens, wide_tokens, heads, kv_heads, partial, WORKSPACE)
+        widest = max(of_range.stop - of_range.start for of_range, _ in ranges)
+        unit = wide_tokens * widest * 2 * row
+        others = split.sequence_ranks - 1 if split.exchange in ("fetch", "all_gather") else 1
+        parts["exchange"] = UNITS[split.exchange] * unit * others
+        if split.exchange == "pull":
+            parts["memory that other ranks read"] = wide_tokens * kv_heads * 2 * row
+    return Memory({name: bytes_ / GIB for name, bytes_ in parts.items()}, saved / GIB)

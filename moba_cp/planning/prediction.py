@@ -1,0 +1,148 @@
+"""Milliseconds by stage and bytes by link of one layer, from the work it counts and the coefficients of a calibration.
+
+Computing is a sum of stages, each linear in what it does (keys attended to, partial results, candidates scored). An exchange adds
+
+    exposed     max(0, time on the wire - time of attention, beside which it runs)
+    overhead    a cost per partial result (parts are attended to one after the other), per byte that travels beside attention,
+                and per call
+
+Routing lists are made beside attention: they are shown, and not added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .calibration import Calibration
+from .sizes import Cluster, Layer, Split, Work, busiest
+
+FORWARD = ("centroids", "gate", "attend", "merge")
+BACKWARD = ("delta", "attend backward", "merge dq")
+BESIDE = ("lists",)
+"""Stages that run beside others."""
+CALIBRATED_DIM = 128
+GRADIENT_ITEMSIZE = 4
+"""Gradients of keys and values travel between sequence ranks in fp32."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What a GPU receives in one pass.
+
+    Attributes:
+        heads: of the all-to-all among ranks that split heads.
+        sequence: of keys, values and their gradients from other sequence ranks.
+        inside, between: of both, from GPUs of its node and from other nodes.
+    """
+
+    heads: float
+    sequence: float
+    inside: float
+    between: float
+
+
+NOTHING = Bytes(0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One forward pass, and one backward pass where it was asked for.
+
+    Attributes:
+        forward, backward: ms by stage that add up to the pass.
+        beside: ms of stages that run beside these.
+        forward_bytes, backward_bytes: what a GPU receives.
+        assumed: exchanges that no result file measured, so that their overhead is a guess.
+    """
+
+    forward: dict[str, float]
+    backward: dict[str, float]
+    beside: dict[str, float]
+    forward_bytes: Bytes
+    backward_bytes: Bytes
+    assumed: tuple[str, ...] = field(default=())
+
+    @property
+    def forward_ms(self) -> float:
+        return sum(self.forward.values())
+
+    @property
+    def forward_backward_ms(self) -> float:
+        return self.forward_ms + sum(self.backward.values())
+
+    @property
+    def exposed_ms(self) -> float:
+        """Of both passes, what communication adds."""
+        return sum(ms for x in (self.forward, self.backward) for name, ms in x.items() if name.startswith("exchange"))
+
+
+def features(work: Work, head_dim: int) -> dict[str, list[float]]:
+    """What each stage's time is linear in."""
+    wide = head_dim / CALIBRATED_DIM
+    keys, pairs, rows = work.keys * wide, work.pairs * wide, work.rows * wide
+    return {
+        "centroids": [work.kv_rows * wide, 1.0],
+        "gate": [work.scored * wide, rows, 1.0],
+        "lists": [work.pairs, 1.0],
+        "attend": [keys, pairs, 1.0],
+        "merge": [pairs, 1.0],
+        "delta": [rows, 1.0],
+        "attend backward": [keys, pairs, 1.0],
+        "merge dq": [pairs, 1.0],
+    }
+
+
+def received(layer: Layer, split: Split, cluster: Cluster, backward: bool) -> Bytes:
+    """Bytes that a GPU receives in one pass, by where they come from.
+
+    Heads: q, k, v in and the output out; backward its gradient in, and dq, dk, dv out. Sequence: keys and values of all other
+    sequence ranks that are wanted; backward these again, and their gradients in fp32.
+    """
+    size, sequence, dim = split.head_parallel, split.sequence_ranks, layer.head_dim
+    kv_heads = layer.kv_heads_of(size)
+    tokens = layer.tokens / split.ranks
+    heads = tokens * (2 * layer.q_heads + 2 * kv_heads * size) * dim * layer.itemsize * (size - 1) / size
+    pair = 2 * dim * (layer.itemsize + GRADIENT_ITEMSIZE if backward else layer.itemsize)
+    wanted = layer.wanted_share if split.exchange in ("fetch", "pull") else 1.0
+    remote = tokens * size * (sequence - 1) * kv_heads * pair * wanted
+    neighbours = max(1, cluster.node // size)  # sequence ranks of equal head index in one node
+    near = (min(neighbours, sequence) - 1) / max(1, sequence - 1)
+    heads_near = 1.0 if size <= cluster.node else (cluster.node - 1) / (size - 1)
+    if split.exchange == "ring" and sequence > neighbours:
+        near = 0.0  # each step is as slow as the slowest link of the ring
+    inside = heads * heads_near + remote * near
+    return Bytes(heads, remote, inside, heads + remote - inside)
+
+
+def predict(layer: Layer, split: Split, cluster: Cluster, calibration: Calibration) -> Prediction:
+    """Times and bytes of one layer on the busiest rank.
+
+    Raises:
+        ValueError: `split` is over another number of ranks than the cluster has.
+    """
+    if split.ranks != cluster.gpus:
+        raise ValueError(f"a split over {split.ranks} ranks does not fit a cluster of {cluster.gpus} GPUs")
+    work = busiest(layer, split)
+    of_stage = {name: calibration.stage_ms(name, x) for name, x in features(work, layer.head_dim).items()}
+    passes, sent = [], []
+    for backward, names in ((False, FORWARD), (True, BACKWARD)):
+        stages = {name: of_stage[name] for name in names}
+        bytes_ = received(layer, split, cluster, backward)
+        attention = stages["attend backward" if backward else "attend"] + stages["merge dq" if backward else "merge"]
+        wire = max(bytes_.inside / cluster.link, bytes_.between / cluster.fabric) / 1e6
+        if split.ranks > 1:
+            stages["exchange, exposed"] = max(0.0, wire - attention)
+            stages["exchange, overhead"] = sum(
+                calibration.exchange_ms(name, backward, [work.pairs * layer.head_dim / CALIBRATED_DIM, moved, 1.0])
+                for name, moved in moved_by(split, bytes_)
+            )
+        passes.append(stages)
+        sent.append(bytes_)
+    assumed = tuple(name for name, _ in moved_by(split, sent[0]) if name in calibration.assumed)
+    return Prediction(passes[0], passes[1], {name: of_stage[name] for name in BESIDE}, sent[0], sent[1], assumed)
+
+
+def moved_by(split: Split, bytes_: Bytes) -> list[tuple[str, float]]:
+    """The exchanges of a split, each with the bytes it brings a GPU."""
+    found = [("a2a", bytes_.heads)] if split.head_parallel > 1 else []
+    return found + ([(split.exchange, bytes_.sequence)] if split.sequence_ranks > 1 else [])

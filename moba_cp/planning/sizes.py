@@ -1,0 +1,216 @@
+"""What is predicted: a layer, a cluster, a way to split the one over the other; and the work of the busiest rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from ..parallel.balance import candidates_before, keys_before, pairs_before
+from ..parallel.layout import SequenceLayout
+
+LAYOUTS = ("zigzag", "balanced", "contiguous")
+FLAT = ("all_gather", "ring", "fetch", "pull")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer over one sequence.
+
+    Attributes:
+        tokens: of the sequence, over all ranks.
+        q_heads, kv_heads, head_dim: of the model; D = Dv.
+        block_size, topk: of MoBA.
+        document: tokens of each packed document; 0: the sequence is one.
+        wanted_share: of the blocks a rank could want, how many its rows select: 1 for uniform routing; `MoBAReport.wanted_share`.
+        itemsize: bytes of a number; 2 for bf16.
+
+    Raises:
+        ValueError: a size is not positive, or kv heads do not divide q heads.
+    """
+
+    tokens: int
+    q_heads: int
+    kv_heads: int
+    block_size: int
+    topk: int
+    head_dim: int = 128
+    document: int = 0
+    wanted_share: float = 1.0
+    itemsize: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "q_heads", "kv_heads", "block_size", "topk", "head_dim", "itemsize"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.q_heads % self.kv_heads:
+            raise ValueError(f"kv heads must divide q heads, got {self.kv_heads} and {self.q_heads}")
+        if not 0 <= self.wanted_share <= 1:
+            raise ValueError(f"wanted_share must be between 0 and 1, got {self.wanted_share}")
+        if self.document and self.tokens % self.document:
+            raise ValueError(f"documents of {self.document} tokens do not fill {self.tokens} tokens")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a document."""
+        return self.document or self.tokens
+
+    def kv_heads_of(self, head_parallel: int) -> int:
+        """kv heads of a rank where q heads are split: at least one."""
+        return max(1, self.kv_heads // head_parallel)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs and what connects them.
+
+    Attributes:
+        gpus, gpus_per_node: in all, and of one host.
+        link: GB/s that a GPU receives from GPUs of its node, all of them together.
+        fabric: GB/s that a GPU receives from other nodes: its share of the adapters, less protocol.
+        memory: GiB of a GPU.
+
+    Raises:
+        ValueError: a number is not positive, or nodes are not full.
+    """
+
+    gpus: int
+    gpus_per_node: int = 8
+    link: float = 300.0
+    fabric: float = 40.0
+    memory: float = 80.0
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpus_per_node", "link", "fabric", "memory"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise ValueError(f"{self.gpus} GPUs do not fill nodes of {self.gpus_per_node}")
+
+    @property
+    def node(self) -> int:
+        """GPUs of a node that take part."""
+        return min(self.gpus, self.gpus_per_node)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a layer is spread: heads over `head_parallel` neighbouring ranks, the sequence over the rest.
+
+    Attributes:
+        ranks: GPUs.
+        head_parallel: U; 1 splits no heads.
+        exchange: of keys and values between sequence ranks, one of `FLAT`; "local" where there is one.
+        layout: one of `LAYOUTS`.
+
+    Raises:
+        ValueError: U does not divide the ranks, or the exchange does not fit the number of sequence ranks.
+    """
+
+    ranks: int
+    head_parallel: int = 1
+    exchange: str = "local"
+    layout: str = "zigzag"
+
+    def __post_init__(self) -> None:
+        if self.head_parallel < 1 or self.ranks % self.head_parallel:
+            raise ValueError(f"head_parallel must divide {self.ranks} ranks, got {self.head_parallel}")
+        if (self.exchange == "local") != (self.sequence_ranks == 1) or self.exchange not in ("local", *FLAT):
+            raise ValueError(
+                f"exchange must be one of {', '.join(FLAT)} between several sequence ranks and local for one, got "
+                f"{self.exchange!r} for {self.sequence_ranks}"
+            )
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+
+    @property
+    def sequence_ranks(self) -> int:
+        return self.ranks // self.head_parallel
+
+    @property
+    def comm(self) -> str:
+        """The argument of `moba_attention`."""
+        if self.head_parallel == 1:
+            return self.exchange
+        return "a2a" if self.exchange == "local" else f"a2a+{self.exchange}"
+
+    @classmethod
+    def of_comm(cls, comm: str, ranks: int, head_parallel: int, layout: str = "zigzag") -> Split:
+        """The split that a call with `comm=` makes; "local" and "auto" on one rank."""
+        if ranks == 1:
+            return cls(1, layout=layout)
+        _, _, exchange = comm.rpartition("+")
+        if "a2a" not in comm:
+            return cls(ranks, 1, exchange, layout)
+        return cls(ranks, head_parallel, "local" if exchange == "a2a" or head_parallel == ranks else exchange, layout)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the busiest rank computes in one forward pass, counted over its rows and q heads.
+
+    Attributes:
+        rows: query rows times q heads.
+        kv_rows: keys times kv heads that it holds.
+        keys: (row, key) pairs that it attends to.
+        pairs: (row, block) pairs: partial results.
+        scored: (row, candidate block) pairs.
+    """
+
+    rows: float
+    kv_rows: float
+    keys: float
+    pairs: float
+    scored: float
+
+
+def busiest(layer: Layer, split: Split) -> Work:
+    """Work of the sequence rank that attends to most keys; heads are spread evenly."""
+    keys, pairs, scored = _busiest(layer.length, split.sequence_ranks, layer.block_size, layer.topk, split.layout)
+    documents, heads = layer.tokens / layer.length, layer.q_heads / split.head_parallel
+    tokens = layer.tokens / split.sequence_ranks
+    return Work(
+        rows=tokens * heads,
+        kv_rows=tokens * layer.kv_heads_of(split.head_parallel),
+        keys=keys * documents * heads,
+        pairs=pairs * documents * heads,
+        scored=scored * documents * heads,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) -> tuple[int, int, int]:
+    """Keys, pairs and candidates of one document and q head on the busiest rank."""
+    if layout == "balanced":
+        cuts = SequenceLayout.balanced([0, length], size, block_size, topk)
+    else:
+        cuts = (SequenceLayout.zigzag if layout == "zigzag" else SequenceLayout.contiguous)([0, length], size)
+    best, most = (0, 0, 0), -1
+    for rank in range(size):
+        start, end = cuts.runs_of(rank).T
+        counts = [
+            int((before(end) - before(start)).sum())
+            for before in (
+                lambda x: keys_before(x, block_size, topk),
+                lambda x: pairs_before(x, block_size, topk),
+                lambda x: candidates_before(x, block_size),
+            )
+        ]
+        if 7 * counts[0] + counts[2] > most:
+            best, most = (counts[0], counts[1], counts[2]), 7 * counts[0] + counts[2]
+    return best
+
+
+def of_one_rank(layer: Layer, split: Split) -> Layer:
+    """The same tokens with a rank's share of the heads: equal work, for one GPU alone."""
+    return replace(
+        layer,
+        q_heads=max(1, layer.q_heads // split.ranks),
+        kv_heads=max(1, layer.kv_heads // split.ranks),
+    )
+
+
+def numbers(work: Work) -> np.ndarray:
+    """rows, kv_rows, keys, pairs, scored."""
+    return np.array([work.rows, work.kv_rows, work.keys, work.pairs, work.scored])

@@ -1,0 +1,207 @@
+"""The attention function that transformers calls in every layer: MoBA, or full causal attention in layers that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..attention import moba_attention
+from ..cached import CachedTokens, CentroidCache, moba_attention_cached
+from ..config import MoBAConfig
+from ..dense import causal_attention
+from ..parallel.layout import SequenceLayout
+from . import kept, masks
+from .settings import settings_of
+
+REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask")
+"""Arguments of attention functions that change its meaning, and that MoBA attention does not have."""
+
+
+@torch.compiler.disable
+def moba_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    moba_layout: SequenceLayout | None = None,
+    moba_group: dist.ProcessGroup | None = None,
+    moba_centroids: CentroidCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """MoBA attention for an attention module of transformers.
+
+    Args:
+        module: its `config` has the settings of `configure`, its `layer_idx` counts layers from 0.
+        query: `[samples, Hq, queries, D]`.
+        key, value: `[samples, Hkv, slots, D]`, `[samples, Hkv, slots, Dv]`, not expanded to `Hq`.
+        attention_mask: of `moba_mask`.
+        scaling: factor on the scores; None for `D ** -0.5`.
+        dropout: must be 0.
+        position_ids: `[samples or 1, queries]`. Without a mask and a cache, a document begins wherever a position is not one
+            more than the position before it.
+        cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, where documents begin; instead of positions, for one sample.
+        moba_layout, moba_group: the sample is this rank's part of a sequence under context parallelism. They reach this
+            function as arguments of the model's forward pass.
+        moba_centroids: of the keys in the cache; from a hook on the module.
+        **kwargs: others are for other attention functions. Those that would change the result are refused.
+
+    Returns:
+        `[samples, queries, Hq, Dv]`, and None in place of attention weights.
+
+    Raises:
+        ValueError: what MoBA attention does not compute, named.
+    """
+    _refuse(module, dropout, kwargs)
+    settings, moba = settings_of(module)
+    config = MoBAConfig(settings.block_size, settings.topk, scaling)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [samples, tokens, heads, head size]
+    if moba_layout is not None:
+        if attention_mask is not None or q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"moba_layout needs one sample without padding and without a cache, got q {tuple(q.shape)}, k {tuple(k.shape)}"
+            )
+        return _attend(moba, q[0], k[0], v[0], config, moba_layout, moba_group)[None], None
+    if attention_mask is None:
+        if q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"{q.shape[1]} queries and {k.shape[1]} keys need the mask of moba_mask, got none: cross-attention, or a "
+                "cache that transformers makes no masks for"
+            )
+        ends = _documents(q, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        layout = SequenceLayout.contiguous(ends, 1)
+        out = _attend(moba, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), config, layout)
+        kept.hook(module)
+        return out.unflatten(0, q.shape[:2]), None
+    if cu_seq_lens_q is not None:
+        raise ValueError("give cu_seq_lens or a mask with padding, not both")
+    if attention_mask.shape[0] != q.shape[0]:
+        raise ValueError(f"the mask is of {attention_mask.shape[0]} samples, the queries of {q.shape[0]}")
+    tokens = masks.unpack(attention_mask, q.shape[1], k.shape[1])
+    kept.hook(module)
+    decoding = q.shape[1] == 1 and k.shape[1] > 1
+    if not decoding and tokens.host.whole:
+        return _prefill(moba, q, k, v, config, tokens), None
+    if not moba or (decoding and settings.decode == "full"):
+        return _full_from_cache(query, key, value, tokens, scaling), None
+    centroids = moba_centroids if moba_centroids is not None else CentroidCache()
+    out = moba_attention_cached(q, k, v, config, tokens=tokens, centroids=centroids)
+    kept.keep(key, centroids)
+    return out, None
+
+
+def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for what MoBA attention does not compute."""
+    if dropout:
+        raise ValueError(f"MoBA attention has no dropout, got {dropout}: set config.attention_dropout to 0")
+    for name in REFUSED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"MoBA attention has no {name}, got {_shown(kwargs[name])}")
+    if kwargs.get("output_attentions"):
+        raise ValueError("MoBA attention makes no attention weights, got output_attentions=True")
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ValueError(
+            f"MoBA attention is causal: {type(module).__name__} computes cross-attention or bidirectional one"
+        )
+
+
+def _shown(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _attend(
+    moba: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """MoBA or full causal attention of `[T, H, D]` within the documents of `layout`; differentiable."""
+    if moba:
+        return moba_attention(q, k, v, config, layout=layout, group=group)
+    return causal_attention(q, k, v, config.softmax_scale, layout=layout, group=group)
+
+
+def _documents(
+    q: Tensor, position_ids: Tensor | None, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
+) -> Sequence[int]:
+    """Ends of the documents of `q` `[samples, tokens, Hq, D]`, samples one after the other, from 0."""
+    samples, tokens = q.shape[:2]
+    if cu_seq_lens_q is not None:
+        if samples != 1:
+            raise ValueError(f"cu_seq_lens are for one sample, got {samples}")
+        if cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q:
+            return _on_host(cu_seq_lens_q, "ends", lambda x: x.tolist())
+        ends, of_keys = (_on_host(x, "ends", lambda x: x.tolist()) for x in (cu_seq_lens_q, cu_seq_lens_k))
+        if ends != of_keys:
+            raise ValueError(f"queries and keys must have the same documents, got {ends} and {of_keys}")
+        return ends
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != tokens:
+        return [tokens * i for i in range(samples + 1)]
+    begins = _on_host(position_ids, "begins", _begins)
+    if len(begins) == 1:
+        begins = begins * samples
+    elif len(begins) != samples:
+        raise ValueError(f"position_ids are of {len(begins)} samples, the queries of {samples}")
+    return [tokens * i + begin for i, of_sample in enumerate(begins) for begin in of_sample] + [tokens * samples]
+
+
+def _begins(position_ids: Tensor) -> list[list[int]]:
+    """Of each sample, the tokens that begin a document."""
+    found = []
+    for row in position_ids.cpu().numpy():
+        begins = np.flatnonzero(np.diff(row) != 1) + 1
+        found.append([0, *begins.tolist()])
+    return found
+
+
+def _on_host(x: Tensor, name: str, read: Callable[[Tensor], list[Any]]) -> list[Any]:
+    """`read(x)`, once for all layers of a forward pass: kept with the tensor until it is written to."""
+    if x.is_inference():
+        return read(x)  # writes are not counted
+    kept_values = getattr(x, "_moba_read", {})
+    if name not in kept_values or kept_values[name][0] != x._version:
+        kept_values = {**kept_values, name: (x._version, read(x))}
+        x._moba_read = kept_values  # type: ignore[attr-defined]
+    return kept_values[name][1]
+
+
+def _prefill(moba: bool, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, tokens: CachedTokens) -> Tensor:
+    """Attention of whole samples, padding left out; differentiable. `k` and `v` may have slots that are not used yet."""
+    host, (samples, queries) = tokens.host, q.shape[:2]
+    layout = SequenceLayout.contiguous([0, *np.cumsum(host.lengths).tolist()], 1)
+    at = np.flatnonzero(host.query_position.ravel() >= 0)
+    if at.size == samples * queries:
+        q, k, v = (x[:, :queries].flatten(0, 1) for x in (q, k, v))
+        return _attend(moba, q, k, v, config, layout).unflatten(0, (samples, queries))
+    rows = torch.from_numpy(at).to(q.device)
+    q, k, v = (x[:, :queries].flatten(0, 1).index_select(0, rows) for x in (q, k, v))
+    out = _attend(moba, q, k, v, config, layout)
+    padded = out.new_zeros(samples * queries, *out.shape[1:]).index_copy(0, rows, out)
+    return padded.unflatten(0, (samples, queries))
+
+
+def _full_from_cache(query: Tensor, key: Tensor, value: Tensor, tokens: CachedTokens, scaling: float | None) -> Tensor:
+    """Full causal attention of new queries to a cache, by torch's own attention with a mask; zeros for padding."""
+    position = tokens.slot_position[:, None, None, :]
+    query_position = tokens.query_position[:, None, :, None]
+    visible = (position >= 0) & (position <= query_position)
+    grouped = query.shape[1] != key.shape[1]
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible, scale=scaling, enable_gqa=grouped
+    )
+    out = out.masked_fill(query_position < 0, 0)  # a row that sees nothing
+    return out.transpose(1, 2)

@@ -1,0 +1,131 @@
+"""What a model's config says about MoBA: block size, top-k, which layers, how to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..config import MoBAConfig
+from ..validation import check_config
+
+IMPLEMENTATION = "moba"
+"""Name of the attention implementation, and of the entry in a model's config."""
+DECODE = ("moba", "full")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """MoBA in one model, as its config keeps it.
+
+    Attributes:
+        block_size, topk: as in `MoBAConfig`.
+        layer_pattern: one entry per layer: 1 for MoBA, 0 for full causal attention. None: MoBA in all but the last layers.
+        full_last: with no pattern, this many layers at the end compute full causal attention.
+        decode: "moba": a new token attends to its selected blocks. "full": to all of the cache, as in MoonshotAI/MoBA, where
+            only prefill is sparse; this concerns forward passes with one query per sequence that use a cache.
+
+    Raises:
+        TypeError, ValueError: a field is not as said.
+    """
+
+    block_size: int
+    topk: int
+    layer_pattern: tuple[int, ...] | None = None
+    full_last: int = 0
+    decode: str = "moba"
+
+    def __post_init__(self) -> None:
+        MoBAConfig(self.block_size, self.topk)
+        if isinstance(self.full_last, bool) or not isinstance(self.full_last, int) or self.full_last < 0:
+            raise ValueError(f"full_last must be a number of layers, got {self.full_last!r}")
+        if self.layer_pattern is not None:
+            object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
+            if self.full_last:
+                raise ValueError(f"give layer_pattern or full_last, not both: {self.layer_pattern}, {self.full_last}")
+            if set(self.layer_pattern) - {0, 1}:
+                raise ValueError(f"layer_pattern must hold 1 (MoBA) and 0 (full), got {list(self.layer_pattern)}")
+        if self.decode not in DECODE:
+            raise ValueError(f"decode must be one of {DECODE}, got {self.decode!r}")
+
+    def check_layers(self, layers: int) -> None:
+        """Raise ValueError unless the settings are for a model of so many layers."""
+        if self.layer_pattern is not None and len(self.layer_pattern) != layers:
+            raise ValueError(f"layer_pattern has {len(self.layer_pattern)} entries, the model {layers} layers")
+        if self.full_last > layers:
+            raise ValueError(f"full_last is {self.full_last}, the model has {layers} layers")
+
+    def computes_moba(self, layer: int, layers: int) -> bool:
+        """Whether layer `layer` of `layers`, counted from 0, computes MoBA."""
+        if self.layer_pattern is not None:
+            return self.layer_pattern[layer] == 1
+        return layer < layers - self.full_last
+
+
+def configure(
+    model_or_config: Any,
+    config: MoBAConfig,
+    *,
+    layer_pattern: Sequence[int] | None = None,
+    full_last: int = 0,
+    decode: str = "moba",
+) -> None:
+    """Write MoBA's settings into a model's config, from where they are saved, and select `attn_implementation="moba"`.
+
+    Args:
+        model_or_config: a model of transformers, or a config to make one from. Of a model with several configs, that of its
+            text model is meant.
+        config: block size and top-k. The scale of the scores is the model's own, so `softmax_scale` must be None.
+        layer_pattern, full_last, decode: see `Settings`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said, or the model has another number of layers; or the model's config asks
+            for what MoBA attention does not compute.
+    """
+    check_config(config)
+    if config.softmax_scale is not None:
+        raise ValueError(
+            f"softmax_scale must be None, since the model passes its own scale; got {config.softmax_scale}"
+        )
+    pattern = None if layer_pattern is None else tuple(layer_pattern)
+    settings = Settings(config.block_size, config.topk, pattern, full_last, decode)
+    is_model = isinstance(model_or_config, torch.nn.Module)
+    text = (model_or_config.config if is_model else model_or_config).get_text_config(decoder=True)
+    settings.check_layers(text.num_hidden_layers)
+    for name in ("sliding_window", "attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(text, name, None) is not None:
+            raise ValueError(f"MoBA attention has no {name}, but the model's config says {getattr(text, name)!r}")
+    setattr(text, IMPLEMENTATION, asdict(settings))
+    if is_model:
+        model_or_config.set_attn_implementation(IMPLEMENTATION)
+    else:
+        model_or_config._attn_implementation = IMPLEMENTATION
+
+
+def settings_of(module: Any) -> tuple[Settings, bool]:
+    """The settings in the config of an attention module, and whether its layer computes MoBA.
+
+    Kept with the module until they change: decoding asks for them in every layer of every token.
+
+    Raises:
+        ValueError: there are none, they are wrong, or for another number of layers.
+    """
+    kept, layers = getattr(module.config, IMPLEMENTATION, None), module.config.num_hidden_layers
+    known = getattr(module, "_moba_settings", None)
+    if known is not None and known[0] == (kept, layers):
+        return known[1]
+    if not isinstance(kept, dict):
+        raise ValueError(
+            f"the model's config has no MoBA settings (config.{IMPLEMENTATION} is {kept!r}): call "
+            "moba_cp.transformers.configure(model, MoBAConfig(...)) first"
+        )
+    try:
+        settings = Settings(**kept)
+    except TypeError as error:
+        raise ValueError(f"config.{IMPLEMENTATION} must hold the fields of Settings, got {kept!r}") from error
+    settings.check_layers(layers)
+    found = settings, settings.computes_moba(module.layer_idx, layers)
+    module._moba_settings = ((dict(kept), layers), found)
+    return found

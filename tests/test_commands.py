@@ -1,0 +1,150 @@
+"""`moba-cp plan` and `moba-cp doctor`: as users run them, alone and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("yaml")
+
+from typer.testing import CliRunner
+
+from moba_cp.__main__ import main
+from moba_cp.commands import app, checks
+from moba_cp.commands.plan import read_model, read_tokens
+
+ROOT = Path(__file__).parents[1]
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments), terminal_width=200)
+    return result.exit_code, result.output
+
+
+def test_plan_recommends_and_shows_its_parts() -> None:
+    status, text = invoke("plan", "--model", str(ROOT / "configs" / "gpt_1b_1m.yaml"), "--tokens", "1M", "--gpus", "64")
+    assert status == 0, text
+    assert "16/4 heads" in text
+    assert "block size 4096, topk 12" in text
+    for part in (
+        "recommended: comm=",
+        "recomputation",
+        "layout",
+        "forward",
+        "backward",
+        "between nodes",
+        "memory of attention",
+    ):
+        assert part in text
+    assert "*(4096, 12)" in text
+    assert "Sending queries to blocks" in text
+
+
+def test_plan_calibrates_from_result_files(tmp_path: Path) -> None:
+    saved = tmp_path / "calibration.json"
+    results = [str(ROOT / "docs" / "results" / name) for name in ("layer.json", "kernels.json")]
+    given = ["--model", "32/8", "--tokens", "512K", "--gpus", "2", "--save", str(saved)]
+    status, text = invoke("plan", *given, *(x for path in results for x in ("--results", path)))
+    assert status == 0, text
+    assert json.loads(saved.read_text())["sources"] == ["kernels.json", "layer.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"--tokens": "many"}, "many"),
+        ({"--tokens": "0"}, "'0'"),
+        ({"--model": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"--model": "32/5"}, "5 and 32"),
+        ({"--gpus": "12"}, "12 GPUs"),
+        ({"--link": "-1"}, "link must be positive"),
+    ],
+)
+def test_plan_refuses_by_name(change: dict[str, str], text: str) -> None:
+    given = {"--model": "32/8", "--tokens": "1M", "--gpus": "8"} | change
+    status, output = invoke("plan", *(x for pair in given.items() for x in pair))
+    assert status == 2
+    assert text in " ".join(output.replace("│", " ").split())
+
+
+def test_sizes_are_read() -> None:
+    assert [read_tokens(x) for x in ("131072", "128K", "10M")] == [131072, 131072, 10 << 20]
+    assert read_model("32/8").kv_heads == 8
+    assert read_model(str(ROOT / "configs" / "gpt_1b_1m.yaml")).layers == 24
+
+
+def test_doctor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    status, text = invoke("doctor", "--megabytes", "8")
+    assert status == 0, text
+    for what in ("python", "triton", "nccl", "megatron-core", "transformer-engine", "attention", "torchrun"):
+        assert what in text
+    assert text.rstrip().endswith("no problems")
+
+
+def test_a_problem_has_a_cure_and_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    status, text = invoke("doctor", "--megabytes", "8")
+    assert status == 1
+    (line,) = [line for line in text.splitlines() if "PROBLEM" in line]
+    assert "-> unset CUDA_LAUNCH_BLOCKING" in line
+    assert text.rstrip().endswith("1 problem")
+
+
+def test_wrong_attention_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "moba_attention", lambda q, k, v, config, layout: torch.zeros_like(q))
+    assert checks.attention_finding(torch.device("cpu")).status == "problem"
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(checks, "moba_attention", fail)
+    found = checks.attention_finding(torch.device("cpu"))
+    assert found.status == "problem"
+    assert "no kernel image" in found.text
+    assert found.cure
+
+
+def test_doctor_under_torchrun() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
+    line = [sys.executable, *torchrun, "-m", "moba_cp", "doctor", "--megabytes", "4"]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("python:") == 1  # one rank speaks
+    for what in ("ranks: 2", "all-to-all", "auto: ", "symmetric memory"):
+        assert what in done.stdout
+
+
+def test_without_typer_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name == "typer" or name.startswith("moba_cp.commands")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"pip install 'moba_cp\[cli\]'"):
+        main(["plan"])
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("moba_cp ")
+
+
+def test_importing_the_library_imports_no_command_line() -> None:
+    code = "import sys, moba_cp; assert not {'typer', 'yaml', 'rich', 'moba_cp.commands', 'moba_cp.planning'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_every_command_describes_itself() -> None:
+    for command in ("plan", "doctor"):
+        status, text = invoke(command, "--help")
+        assert status == 0
+        assert "Usage" in text

@@ -1,0 +1,225 @@
+"""`scripts.scaling` on the CPU: what it measures, what it checks, how it resumes; and its parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("yaml")
+
+from moba_cp import MoBAConfig, SequenceLayout, moba_attention
+from scripts import scaling
+from scripts.harness import definition, sweep
+from scripts.harness.inputs import draw_global
+from scripts.harness.sweep import load_plan
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+ALONE = definition.Ranks(None)
+FIELDS = {
+    "ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "comm", "forward_ms", "forward_backward_ms",
+    "forward_ms_spread", "output_error", "dq_error", "exposed_ms", "received_bytes", "between_bytes", "traffic_rank0",
+    "fingerprint", "bitwise_equal_to_first", "layout",
+}  # fmt: skip
+
+
+def run(*options: str, config: str = "configs/scaling/tiny.yaml") -> str:
+    """Run the tiny configuration over two ranks as documented, without PYTHONPATH."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        "2",
+    )
+    line = (*torchrun, "-m", "scripts.scaling", config, "--device", "cpu", *options)
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scaling") / "scaling.json"
+    assert "0 cases skipped" in run("--out", str(out))
+    return out
+
+
+def test_one_start_measures_every_rank_count_and_baseline(measured: Path) -> None:
+    content = json.loads(measured.read_text())
+    assert {(e["ranks"], e["comm"]) for e in content["results"]} == {
+        (1, "auto"), (2, "ring"), (2, "fetch"), (2, "a2a"), (2, "all_gather"),
+    }  # fmt: skip
+    for entry in content["results"]:
+        assert entry.keys() >= FIELDS
+        # bf16 results of fp32 sums: half a unit in the last place is 2 ** -9 = 2e-3.
+        assert entry["output_error"] < 3e-3
+        assert entry["dq_error"] < 6e-3
+        assert entry["checked_rows"] + entry["unclear_rows"] > 4
+        assert entry["forward_ms_spread"][0] <= entry["forward_ms"] <= entry["forward_ms_spread"][1]
+        assert (entry["received_bytes"] > 0) == (entry["ranks"] > 1)
+    assert {(e["ranks"], e["baseline"]) for e in content["baselines"]} == {
+        (1, "dense_heads"), (2, "equal_work"), (2, "dense_heads"),
+    }  # fmt: skip
+    share = next(e for e in content["baselines"] if e["baseline"] == "equal_work")
+    assert (share["tokens"], share["q_heads"], share["kv_heads"]) == (256, 2, 1)
+    assert "running" not in content
+
+
+def test_a_later_run_measures_what_is_missing(measured: Path, tmp_path: Path) -> None:
+    content = json.loads(measured.read_text())
+    kept, again = content["results"][0], content["results"][1]
+    died = {key: content["results"][2][key] for key in sweep.KEY if key in content["results"][2]}
+    content |= {"results": [kept], "running": died}
+    out = tmp_path / "scaling.json"
+    out.write_text(json.dumps(content))
+    output = run("--out", str(out), "--previous", str(out), "--only", "weak")
+    assert "2 cases to measure" in output
+    results = {(e["ranks"], e["comm"]): e for e in json.loads(out.read_text())["results"]}
+    assert results[1, "auto"] == kept
+    assert results[2, "ring"]["fingerprint"] == again["fingerprint"]  # the same inputs, and the same bits
+    assert results[2, "fetch"]["error"] == "the run ended in this case"  # and is not tried again
+
+
+def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    out = tmp_path / "scaling.json"
+    assert "9 cases skipped" in run("--out", str(out), "--time-limit", "0.01")
+    assert json.loads(out.read_text())["skipped_for_time"] == 9
+
+
+def test_other_devices_and_sizes_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "scaling.json"
+    path.write_text(json.dumps({"device": "CPU", "world_size": 2, "results": [], "baselines": []}))
+    with pytest.raises(ValueError, match="world_size 2, this run has 4"):
+        scaling.taken_over(path, {"device": "CPU", "world_size": 4})
+
+
+def written(tmp_path: Path, **change: object) -> Path:
+    import yaml
+
+    one = {"name": "x", "tokens": [256], "heads": [[4, 2]], "blocks": [[32, 3]], "comm": ["ring"]}
+    path = tmp_path / "sweeps.yaml"
+    path.write_text(yaml.safe_dump({"sweeps": [{k: v for k, v in (one | change).items() if v is not None}]}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"comm": ["pigeon"]}, "pigeon"),
+        ({"routing": ["skewed"]}, "skewed"),
+        ({"baselines": ["flash"]}, "flash"),
+        ({"layout": "spiral"}, "spiral"),
+        ({"color": 1}, "unknown color"),
+        ({"heads": [["4/2"]]}, "pairs like"),
+        ({"tokens": None}, "tokens_per_rank"),
+        ({"tokens_per_rank": [64]}, "not both"),
+        ({"comm": None}, "lacks 'comm'"),
+    ],
+)
+def test_a_bad_configuration_is_named(tmp_path: Path, change: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        load_plan(written(tmp_path, **change), 2)
+
+
+def test_what_this_version_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match="somewhere=.*does not have"):
+        sweep.needs_argument("somewhere", "sweep 'x'")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "scaling").glob("*.yaml")), ids=lambda p: p.stem)
+def test_committed_configurations_are_right(path: Path) -> None:
+    try:
+        plan = load_plan(path, 4)
+    except ValueError as error:
+        assert "selection=" in str(error)  # noqa: PT017
+        pytest.skip(str(error))
+    assert plan.cases
+    assert len({case.key for case in plan.cases}) == len(plan.cases)
+
+
+@pytest.mark.parametrize("name", ["contiguous", "zigzag"])
+def test_inputs_depend_on_token_numbers_alone(name: str) -> None:
+    whole = draw_global(SequenceLayout.contiguous([0, 5000], 1), 0, 2, 1, CPU)
+    layout = getattr(SequenceLayout, name)([0, 5000], 3)
+    for index, x in enumerate(whole):
+        parts = [draw_global(layout, rank, 2, 1, CPU)[index] for rank in range(3)]
+        assert torch.equal(layout.unshard(parts), x)
+
+
+def test_a_fingerprint_is_of_the_global_tensor() -> None:
+    layout, one = SequenceLayout.zigzag([0, 300], 3), SequenceLayout.contiguous([0, 300], 1)
+    x = draw_global(one, 0, 2, 1, CPU)[0]
+    whole = int(definition.fingerprint([x], one, 0, ALONE), 16)
+    parts = [int(definition.fingerprint([layout.shard(x, rank)], layout, rank, ALONE), 16) for rank in range(3)]
+    assert sum(parts) % (1 << 64) == whole
+    changed = x.clone()
+    changed[7, 1, 3] = -changed[7, 1, 3]
+    swapped = x.clone()
+    swapped[[5, 6]] = x[[6, 5]]
+    assert len({definition.fingerprint([y], one, 0, ALONE) for y in (x, changed, swapped)}) == 3
+
+
+def test_the_check_sees_one_wrong_block_and_a_wrong_gradient() -> None:
+    config, layout = MoBAConfig(32, 3), SequenceLayout.contiguous([0, 256], 1)
+    q, k, v, dout = draw_global(layout, 0, 2, 1, CPU)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def checked(used: MoBAConfig) -> dict[str, float | int]:
+        q.grad = None
+        out = moba_attention(*leaves, used, layout=layout)
+        out.backward(dout)
+        return definition.check_rows(q, k, v, dout, out, q.grad, None, config, layout, 0, ALONE, rows_per_rank=8)
+
+    right, wrong = checked(config), checked(MoBAConfig(32, 2))
+    assert right["output_error"] < 3e-3
+    assert right["dq_error"] < 6e-3
+    assert wrong["output_error"] > 0.05
+    assert wrong["dq_error"] > 0.05
+    assert wrong["worst_row_error"] > 0.3
+
+
+def test_rows_of_equal_scores_are_left_out() -> None:
+    means = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    means[3] = means[2]
+    query = means[2:3] * 3
+    _, clear = definition.select(query, means, torch.tensor([6]), 2)
+    assert not clear.item()  # blocks 2 and 3 score the same, and one of them is selected
+    _, clear = definition.select(query, means, torch.tensor([6]), 3)
+    assert clear.item()
+
+
+def test_recorded_selections_are_replayed(tmp_path: Path) -> None:
+    """Over ranks of any exchange, and checked against the definition with the recorded blocks, not with scores."""
+    import numpy as np
+    import yaml
+
+    own = np.arange(64) // 16
+    recorded = np.stack([np.full(64, -1), np.where(own > 1, own - 2, -1), own], 1)  # two blocks back, and the own one
+    np.savez(tmp_path / "recorded.npz", block_size=16, layer_0=np.repeat(recorded[None].astype(np.int16), 2, 0))
+    one = {
+        "name": "trained", "ranks": [2], "tokens": [256], "heads": [[4, 2]], "blocks": [[16, 3]], "routing": ["trained"],
+        "selections": {"file": str(tmp_path / "recorded.npz"), "layer": "layer_0"}, "comm": ["ring", "fetch", "a2a"],
+    }  # fmt: skip
+    config, out = tmp_path / "trained.yaml", tmp_path / "scaling.json"
+    config.write_text(yaml.safe_dump({"iterations": 1, "seconds": 1, "sweeps": [one]}))
+    run("--out", str(out), config=str(config))
+    results = json.loads(out.read_text())["results"]
+    assert [(e["comm"], e["document"], e.get("error")) for e in results] == [(x, 64, None) for x in one["comm"]]
+    assert all(e["bitwise_equal_to_first"] for e in results)
+    assert max(e["output_error"] for e in results) < 3e-3
+    assert results[1]["received_bytes"] < results[0]["received_bytes"]  # fetch brings what is selected
+    config.write_text(yaml.safe_dump({"sweeps": [one | {"blocks": [[32, 3]]}]}))
+    with pytest.raises(ValueError, match="recorded at .16, 3."):
+        load_plan(config, 2)

@@ -1,0 +1,55 @@
+"""The attention function under context parallelism; in its own file, since ranks import it, and models take long to import."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+pytest.importorskip("transformers")
+from moba_cp import SequenceLayout
+from moba_cp.transformers.attention import moba_attention_forward
+from tests.ranks import run_ranks
+
+LENGTHS = (11, 1, 17, 7)
+TOKENS = sum(LENGTHS)
+ENDS = [0, 11, 12, 29, 36]
+POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+
+
+class Layer(torch.nn.Module):
+    """What the attention function reads of an attention module."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        settings = {"block_size": 4, "topk": 3, "layer_pattern": [1, 0]}
+        self.config, self.layer_idx = SimpleNamespace(num_hidden_layers=2, moba=settings), index
+
+
+def attended_on_rank(rank: int, world_size: int, q: Tensor, k: Tensor, v: Tensor, index: int) -> tuple[Tensor, ...]:
+    """Output and gradients of the rank's tokens."""
+    layout = SequenceLayout.zigzag(ENDS, world_size)
+    here = [layout.shard(x, rank, dim=2).requires_grad_() for x in (q, k, v)]
+    group = dist.group.WORLD
+    out, _ = moba_attention_forward(Layer(index), *here, None, scaling=0.3, moba_layout=layout, moba_group=group)
+    out.square().sum().backward()
+    return out.detach(), *(x.grad for x in here)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["moba", "full"])
+def test_context_parallelism(index: int) -> None:
+    """A layout as an argument: outputs and gradients of one process that holds all tokens."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, TOKENS, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
+    ranks = run_ranks(2, attended_on_rank, q, k, v, index)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = moba_attention_forward(Layer(index), *leaves, None, scaling=0.3, position_ids=POSITIONS)
+    out.square().sum().backward()
+    layout = SequenceLayout.zigzag(ENDS, 2)
+    expected = (out, *(x.grad for x in leaves))
+    for number, whole_tensor in enumerate(expected):
+        together = layout.unshard([part[number] for part in ranks], dim=2 if number else 1)
+        torch.testing.assert_close(together, whole_tensor, rtol=1e-12, atol=1e-12)

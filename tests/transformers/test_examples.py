@@ -1,0 +1,49 @@
+"""The examples for transformers run as they stand, the one for training with the same losses on one rank and on two."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*line: str, **more: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+    done = subprocess.run([sys.executable, *line], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_generation() -> None:
+    printed = run(str(ROOT / "examples" / "hf_generate.py"))
+    assert "same tokens: True" in printed
+    difference = re.search(r"largest difference of logits (\S+)", printed)
+    assert difference
+    assert float(difference[1]) < 1e-4  # fp32 sums in another order, logits of order 1
+
+
+@pytest.mark.heavy
+def test_training() -> None:
+    losses = []
+    for ranks in ("1", "2"):
+        torchrun = (
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr",
+            "127.0.0.1",
+            "--nproc-per-node",
+            ranks,
+        )
+        printed = run(*torchrun, str(ROOT / "examples" / "hf_train.py"), STEPS="4")
+        losses.append([float(x) for x in re.findall(r"loss (\S+)", printed)])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)  # fp32 sums in another order, over four steps
+    assert losses[0][-1] < losses[0][0]
