@@ -61,6 +61,8 @@ FACTOR = 3.0
 TAIL_LINES = 40
 PLAIN = ["run.eval_interval=0", "run.routing_interval=0", "run.save_interval=0", "run.save_last=false"]
 PLAIN += ["run.routing_picture=false", "run.resume=false", "run.log_interval=1"]
+# Tokens in parts are a matter of Megatron's own layers, and all runs have to compute alike.
+PLAIN += ["run.layers=megatron", "run.recompute=full"]
 console = Console(width=150)
 
 

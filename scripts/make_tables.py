@@ -22,6 +22,7 @@ from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.planning import balance_table, clusters_table, predictions_table
 from .tables.scaling import longest_table, scaling_plot, scaling_tables
+from .tables.speed import profile_plot, speed_table
 from .tables.text import fill
 from .tables.training import training_plot, training_table
 
@@ -42,16 +43,18 @@ def main(
     training_plot(content("training"), RESULTS / "training.png")
     if scaling := scaling_contents():
         scaling_plot(scaling, [RESULTS / "scaling.png", RESULTS / "scaling.svg"])
+    profile_plot(content("training_speed"), RESULTS / "training_profile.png")
 
 
 def blocks() -> dict[str, str]:
     """Markdown of every table, by the name of the block that it goes into."""
     about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
     return {
-        "results:headline": headline(results, dense, content("training")),
+        "results:headline": headline(results, dense, content("training"), content("training_speed")),
         "results:kernels": kernels_table(about, results, dense),
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
         "results:training": training_table(content("training")),
+        "results:speed": speed_table(content("training_speed")),
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),

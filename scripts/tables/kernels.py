@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .speed import step_rows
 from .text import pyplot, thousands
 
 DENSE = "dense cuDNN"
 
 
-def headline(results: list[dict], dense: dict[tuple, dict], training: dict[str, Any]) -> str:
-    """Markdown: full attention against MoBA at 128K tokens, one layer, and the training step of `bench_training.py`."""
+def headline(
+    results: list[dict], dense: dict[tuple, dict], training: dict[str, Any], speed: dict[str, Any] | None = None
+) -> str:
+    """Markdown: full attention against MoBA at 128K tokens: one layer, and training steps, of `training_speed` on one GPU and of
+    `bench_training` on two."""
     lines = ["| 128K tokens | full attention | MoBA | times as fast |", "|---|---|---|---|"]
     for r in results:
         reference = dense.get((*case(r), DENSE))
@@ -20,7 +24,8 @@ def headline(results: list[dict], dense: dict[tuple, dict], training: dict[str, 
             what = f"layer, {r['q_heads']}/{r['kv_heads']} heads, ({r['block_size']}, {r['topk']})"
             lines.append(f"| {what} | {both(reference)} ms | **{both(r)} ms** | {faster(r, reference)} |")
     setup, moba = training["setup"], training["setup"]["moba"]
-    for name in ("cp1", "cp2"):
+    lines += step_rows(speed) if speed else []
+    for name in ("cp2",) if speed else ("cp1", "cp2"):
         run = training["runs"].get(name)
         if run and run["steps"]:
             gpus = f"{run['context']} GPU" + "s" * (run["context"] > 1)

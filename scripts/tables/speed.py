@@ -1,0 +1,102 @@
+"""Speed of training: the table, the bar chart and the profile of `training_speed`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .text import pyplot, thousands
+
+COLORS = {
+    "attention": "C0",
+    "matrices": "C1",
+    "elementwise": "C2",
+    "elementwise and gate": "C2",  # of profiles that did not know the gate's kernels
+    "communication": "C4",
+    "idle": "0.85",
+}
+
+
+def attention_name(name: str) -> str:
+    """`moba:512:8` and `full` for readers; `:N` behind it, the number of steps, is left out."""
+    kind, *numbers = name.split(":")
+    return f"MoBA ({numbers[0]}, {numbers[1]})" if kind == "moba" else "full attention"
+
+
+def speed_table(content: dict[str, Any]) -> str:
+    """Markdown of `training_speed`: one row per run that finished."""
+    about = content["about"]
+    lines = [
+        f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']} without Transformer Engine and apex, "
+        f"commit {about['commit'][:10]}. MFU counts MoBA as what it computes and recomputation not at all.",
+        "",
+        "| layers | attention | GPUs | parameters | tokens a step | step | tokens/s | MFU | peak GiB per GPU |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in content["runs"]:
+        if "error" in run:
+            continue
+        cells = [
+            run["label"],
+            attention_name(run["attention"]),
+            str(run["gpus"]),
+            f"{run['parameters'] / 1e6:,.0f}M",
+            thousands(run["tokens_per_step"]),
+            f"{run['step_seconds']:.2f} s",
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['mfu']:.1%}" if run["mfu"] else "-",
+            f"{run['peak_memory_gib']:.1f}" if run["peak_memory_gib"] else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def step_rows(content: dict[str, Any]) -> list[str]:
+    """Rows of the headline: MoBA against full attention with the same layers and sizes, and MoBA alone where that is missing."""
+    first, rows = content["runs"][0], []
+    runs = [run for run in content["runs"] if "error" not in run and _sizes(run) == _sizes(first)]
+    dense = {run["label"]: run["step_seconds"] for run in runs if run["attention"].startswith("full")}
+    for run in runs:
+        if run["attention"].startswith("moba"):
+            what = f"training step, {run['parameters'] / 1e6:.0f}M, {attention_name(run['attention']).removeprefix('MoBA ')}"
+            full, seconds = dense.get(run["label"]), run["step_seconds"]
+            against = (
+                f"{full:.2f} s | **{seconds:.2f} s** | {full / seconds:.1f}x"
+                if full
+                else f"not measured | {seconds:.2f} s | "
+            )
+            rows.append(
+                f"| {what}, {run['label']}, 1 {content['about']['device'].removeprefix('NVIDIA ')} | {against} |"
+            )
+    return rows
+
+
+def profile_plot(content: dict[str, Any], path: Path) -> None:
+    """Milliseconds of GPU time of a step by category, one bar per run of MoBA that has a profile and the first run's sizes."""
+    plt = pyplot()
+    first = content["runs"][0]
+    runs = [run for run in content["runs"] if "profile" in run and _sizes(run) == _sizes(first)]
+    runs = [run for run in runs if run["attention"].startswith("moba")]
+    figure, axis = plt.subplots(figsize=(8, 0.6 * len(runs) + 1.4), dpi=130, layout="constrained")
+    for row, run in enumerate(reversed(runs)):
+        left = 0.0
+        for name, width in run["profile"]["by_category"].items():
+            color = COLORS[name]
+            axis.barh(row, width, left=left, color=color, label=name if row == 0 else None)
+            if width > 0.04 * max(r["profile"]["step_ms"] for r in runs):
+                axis.text(left + width / 2, row, f"{width:.0f}", ha="center", va="center", fontsize=8)
+            left += width
+    labels = [f"{attention_name(run['attention'])}, {run['label']}" for run in reversed(runs)]
+    axis.set_yticks(range(len(runs)), labels)
+    axis.set(xlabel="GPU time of a step, ms", title=f"{content['about']['device']}: {_what(first)}")
+    figure.legend(*axis.get_legend_handles_labels(), ncols=5, fontsize=8, loc="outside lower center", frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _sizes(run: dict[str, Any]) -> tuple[int, int]:
+    return run["parameters"], run["tokens_per_step"]
+
+
+def _what(run: dict[str, Any]) -> str:
+    return f"{run['parameters'] / 1e6:.0f}M parameters, {thousands(run['tokens_per_step'])} tokens a step"

@@ -1,0 +1,67 @@
+"""Kernels of a profile by category, and the tables made of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("matplotlib")
+
+from examples.megatron_gpt.profiling import Span, category, shares
+from scripts.tables import speed
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gate_kernel", "attention"),
+        ("hold_rows_kernel", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"),
+        ("nvjet_tst_128x256", "matrices"),
+        ("sm90_xmma_gemm_bf16bf16", "matrices"),
+        ("ncclDevKernel_AllReduce_Sum_f32", "communication"),
+        ("rms_norm_kernel", "elementwise"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::AddOps>", "elementwise"),
+        ("Memcpy HtoD (Pinned -> Device)", "elementwise"),
+    ],
+)
+def test_categories(name: str, expected: str) -> None:
+    assert category(name) == expected
+
+
+def test_shares_add_up_where_kernels_overlap() -> None:
+    spans = [
+        Span("gate_kernel", 0, 1000),
+        Span("merge_kernel", 1000, 3000),
+        Span("ncclDevKernel_AllGather", 500, 4000),  # 2.5 ms of it beside attention
+        Span("nvjet_tst", 6000, 8000),
+    ]
+    found = shares(spans)
+    assert found.step_ms == 8.0
+    assert found.by_category == {
+        "attention": 3.0,
+        "matrices": 2.0,
+        "elementwise": 0.0,
+        "communication": 1.0,
+        "idle": 2.0,
+    }
+    assert found.busy == 0.75
+    assert found.by_stage == {"gate": 1.0, "merge": 2.0}
+    assert found.top[0] == ("ncclDevKernel_AllGather", "communication", 3.5, 1)
+    with pytest.raises(ValueError, match="no kernels"):
+        shares([])
+
+
+def test_tables_and_plot_of_the_results(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "docs" / "results" / "training_speed.json"
+    content = json.loads(path.read_text())
+    table = speed.speed_table(content).splitlines()
+    assert sum(line.startswith("| ") for line in table) == 1 + len(content["runs"])
+    rows = speed.step_rows(content)
+    assert rows
+    assert all(row.count("|") == 5 for row in rows)
+    speed.profile_plot(content, tmp_path / "profile.png")
+    assert (tmp_path / "profile.png").stat().st_size > 1000
