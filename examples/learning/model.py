@@ -1,5 +1,4 @@
-"""A GPT with grouped-query attention, RoPE, RMSNorm (of queries and keys too) and SwiGLU; fp32 weights, bf16 arithmetic, tied
-head.
+"""A GPT with grouped-query attention, RoPE, RMSNorm and SwiGLU; fp32 weights, bf16 arithmetic, tied head.
 
 What stands around attention is three functions of tensors alone: `before`, `after` and `token_losses`. Each is compiled once
 and serves all layers; attention itself runs outside the compiled code.
@@ -22,7 +21,14 @@ from .attention import Attention, attend
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the model; `head_dim` need not be `hidden / heads`."""
+    """The model.
+
+    Attributes:
+        head_dim: of a head; need not be `hidden / heads`.
+        rope_theta: RoPE's base.
+        qk_norm: divide each query and key by its root mean square before RoPE.
+        zero_residual: layers begin as the identity: what they add to the residual stream begins at zero.
+    """
 
     vocabulary: int
     hidden: int
@@ -32,6 +38,8 @@ class Sizes:
     head_dim: int
     mlp: int
     rope_theta: float
+    qk_norm: bool = False
+    zero_residual: bool = False
 
 
 class Layer(nn.Module):
@@ -65,8 +73,9 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                residual = name.endswith((".out", ".down"))  # begin at zero: each layer begins as the identity
-                nn.init.normal_(weight, std=0.0 if residual else 0.02, generator=generator)
+                residual = name.endswith((".out", ".down"))
+                of_residual = 0.0 if sizes.zero_residual else 0.02 / (2 * sizes.layers) ** 0.5
+                nn.init.normal_(weight, std=of_residual if residual else 0.02, generator=generator)
         self.fast = [
             torch.compile(f, dynamic=False, fullgraph=True) if compiled else f for f in (before, after, token_losses)
         ]
@@ -113,7 +122,7 @@ class GPT(nn.Module):
         pre, post, _ = self.fast if compiled else (before, after, token_losses)
         x = F.embedding(tokens, self.embedding).to(self.dtype)
         for layer, spec in zip(self.layers, attention):
-            q, k, v = pre(x, layer.norm1, layer.qkv, cos, sin, s.heads, s.kv_heads, s.head_dim)
+            q, k, v = pre(x, layer.norm1, layer.qkv, cos, sin, s.heads, s.kv_heads, s.head_dim, s.qk_norm)
             attended = attend(spec, q, k, v, layout, length, group, reports)
             x = post(x, attended, layer.out, layer.norm2, layer.up, layer.down)
         return x
@@ -124,12 +133,13 @@ class GPT(nn.Module):
 
 
 def before(
-    x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, dim: int
+    x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, dim: int, qk_norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[T, heads, dim]`, k and v `[T, kv_heads, dim]` of `x [T, hidden]`; q and k normalised and rotated."""
+    """q `[T, heads, dim]`, k and v `[T, kv_heads, dim]` of `x [T, hidden]`; q and k rotated, normalised before if asked for."""
     projected = F.linear(rms_norm(x, norm), qkv.to(x.dtype)).unflatten(1, (-1, dim))
     q, k, v = projected.split([heads, kv_heads, kv_heads], 1)
-    return rotate(unit_rms(q), cos, sin).to(x.dtype), rotate(unit_rms(k), cos, sin).to(x.dtype), v.contiguous()
+    q, k = (unit_rms(y) if qk_norm else y.float() for y in (q, k))
+    return rotate(q, cos, sin).to(x.dtype), rotate(k, cos, sin).to(x.dtype), v.contiguous()
 
 
 def after(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, up: Tensor, down: Tensor) -> Tensor:

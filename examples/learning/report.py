@@ -26,6 +26,9 @@ def main(
 ) -> None:
     """Write the page and its pictures."""
     found = json.loads(results.read_text())
+    counted = results.with_name("learning_bigram.json")
+    if counted.exists():
+        found["counting"] = json.loads(counted.read_text())
     (docs / "learning.md").write_text(page(found))
     pictures(found, docs)
 
@@ -131,6 +134,20 @@ def loss_table(results: dict[str, Any], runs: list[Run]) -> str:
         "peak GiB",
     ]
     return table(head, rows)
+
+
+def counting(results: dict[str, Any], runs: list[Run]) -> str:
+    """What counting words gets: the loss that shows whether a model has learnt more than frequencies."""
+    known = results.get("counting")
+    if known is None or known["fingerprint"] != results["corpus"]["fingerprint"]:
+        return (
+            "What counting gets on this corpus is not known: `python -m examples.learning.corpus bigram` computes it."
+        )
+    best = min(runs, key=lambda r: float(r["eval_loss"]))
+    return (
+        f"For comparison, counting all training windows gets {known['unigram']:.3f} (single tokens) and {known['bigram']:.3f}\n"
+        f"(pairs); the best run, `{best['arm']}` seed {best['seed']}, gets {best['eval_loss']:.3f}."
+    )
 
 
 def verdict(results: dict[str, Any], runs: list[Run]) -> str:
@@ -314,6 +331,7 @@ def commands(results: dict[str, Any], runs: list[Run]) -> str:
 SECTIONS: dict[str, Callable[[dict[str, Any], list[Run]], str]] = {
     "setup": setup,
     "loss": loss_table,
+    "counting": counting,
     "verdict": verdict,
     "switch": switch_table,
     "retrieval": retrieval_table,

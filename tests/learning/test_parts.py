@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from examples.learning import measure, report
 from examples.learning.attention import Attention, check, phases, sliding_window
-from examples.learning.corpus import Corpus, build, is_prose_or_code, join_files
+from examples.learning.corpus import Corpus, build, counting_losses, is_prose_or_code, join_files
 from examples.learning.train import Run, Task, data_order, learning_rate_share
 
 yaml = pytest.importorskip("yaml")
@@ -162,3 +164,22 @@ def test_gap_is_paired_by_seed() -> None:
     moba = {s: {"eval_loss": 2.1 + s} for s in (0, 2)}
     assert report.gaps(moba, full) == pytest.approx([0.1, 0.1])
     assert report.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
+
+
+def test_counting_losses_by_hand(corpus_folder: Path) -> None:
+    corpus, length = Corpus(corpus_folder), 256
+    single, pairs = Counter[int](), Counter[tuple[int, int]]()
+    train = [int(t) for s in corpus.windows(length, False) for t in corpus.tokens[s : s + length]]
+    held = [int(t) for s in corpus.windows(length, True) for t in corpus.tokens[s : s + length]]
+    single.update(train)
+    pairs.update(zip(train, train[1:]))
+    seen, kinds = Counter(a for a, _ in zip(train, train[1:])), Counter(a for a, _ in pairs)
+    total = len(train) + corpus.facts["vocabulary"] / 2
+    alone = lambda t: (single[t] + 0.5) / total  # noqa: E731
+    of_pairs = [
+        (pairs[a, b] + kinds[a] * alone(b)) / (seen[a] + kinds[a]) if seen[a] else alone(b)
+        for a, b in zip(held, held[1:])
+    ]
+    found = counting_losses(corpus, length)
+    assert found["unigram"] == pytest.approx(-sum(math.log(alone(t)) for t in held) / len(held), rel=1e-12)
+    assert found["bigram"] == pytest.approx(-sum(map(math.log, of_pairs)) / len(of_pairs), rel=1e-12)
