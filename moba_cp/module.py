@@ -14,7 +14,7 @@ from .attention import moba_attention
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .parallel.comm import check_group, process_group_of
 from .parallel.layout import SequenceLayout
-from .parallel.partition import Kind
+from .parallel.partition import Kind, head_of_description
 from .validation import check_config, check_layout
 
 
@@ -94,8 +94,8 @@ class MoBAAttention(nn.Module):
         if not torch.compiler.is_compiling():
             return batch_layout(batch, length * self.cp_size, self.cp_size)
         # A graph takes a layout as numbers, and makes these for any batch and length.
-        kind = [int(Kind.ZIGZAG_PER_DOCUMENT), self.cp_size, batch]
-        description = torch.cat([torch.tensor(kind), torch.arange(batch + 1) * (length * self.cp_size)])
+        head = int(head_of_description(Kind.ZIGZAG_PER_DOCUMENT, self.cp_size))
+        description = torch.cat([torch.tensor([head]), torch.arange(batch + 1) * (length * self.cp_size)])
         return _Described(description)  # type: ignore[return-value]
 
     def shard(self, x: Tensor, dim: int = 0) -> Tensor:

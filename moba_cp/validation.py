@@ -152,8 +152,8 @@ def check_comm(comm: str, known: tuple[str, ...]) -> None:
         raise TypeError(f"comm must be a string, got {comm!r}")
     if comm not in known:
         flat = ", ".join(name for name in known if not name.startswith(HEADS))
-        heads = f"{HEADS}, {HEADS}+<exchange> or " if HEADS in known else ""
-        raise ValueError(f"comm must be {heads}one of {flat}; got {comm!r}")
+        heads = f"; {HEADS} and {HEADS}+<exchange> split heads" if HEADS in known else ""
+        raise ValueError(f"comm must be one of {flat}; got {comm!r}{heads}")
 
 
 def check_placement(q: Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:

@@ -52,7 +52,6 @@ class SequenceLayout:
     def __init__(self, cu_seqlens: np.ndarray, partition: Partition) -> None:
         self.partition = partition
         self.description = describe(cu_seqlens, partition)
-        self.description.flags.writeable = False
         self._ends = cu_seqlens.size
         self._local_tokens: dict[int, int] = {}
 
@@ -175,7 +174,9 @@ class SequenceLayout:
     @property
     def cu_seqlens_array(self) -> np.ndarray:
         """`cu_seqlens` as a read-only int64 array."""
-        return self.description[-self._ends :]  # kept once; always at least one
+        ends = self.description[-self._ends :]  # kept once; there is always one
+        ends.flags.writeable = False
+        return ends
 
     @property
     def total_tokens(self) -> int:

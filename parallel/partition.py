@@ -308,8 +308,13 @@ class Kind(IntEnum):
     LISTED = 3
 
 
+def head_of_description(kind: Kind, size: int) -> int:
+    """The first number of a description: the kind, and the number of ranks."""
+    return size * len(Kind) + kind
+
+
 def describe(cu_seqlens: np.ndarray, partition: Partition) -> np.ndarray:
-    """int64: `ranks * len(Kind) + kind`; of listed runs their number on each rank, and the runs; last, `cu_seqlens`."""
+    """int64: `head_of_description`; of listed runs their number on each rank, and the runs; last, `cu_seqlens`."""
     kind, listed = Kind.LISTED, []
     if isinstance(partition, Chunked):
         whole = partition.bounds.size <= 2
@@ -317,7 +322,7 @@ def describe(cu_seqlens: np.ndarray, partition: Partition) -> np.ndarray:
     else:
         runs = [partition.runs(rank) for rank in range(partition.size)]
         listed = [np.array([len(r) for r in runs]), *(r.reshape(-1) for r in runs)]
-    return np.concatenate([np.array([partition.size * len(Kind) + kind]), *listed, cu_seqlens])
+    return np.concatenate([np.array([head_of_description(kind, partition.size)]), *listed, cu_seqlens])
 
 
 def partition_of(runs: Sequence[np.ndarray], cu_seqlens: np.ndarray) -> Partition:

@@ -21,6 +21,7 @@ from functools import wraps
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -70,13 +71,13 @@ def readme_example() -> str:
 def examples(rank: int, size: int, code: str, comms: list[str]) -> dict[str, tuple[list[torch.Tensor], str, str]]:
     """By comm: out and gradients, transport, and what the example printed."""
     found = {}
-    os.environ["MOBA_CP_NODE"] = str(rank // 2)  # so that heads are split alike on one host
+    alike = {"MOBA_CP_NODE": str(rank // 2)}  # so that heads are split alike on one host
     for number, comm in enumerate(comms):
         # Another port each time: a rank may be late to leave the store before.
         os.environ["MASTER_PORT"] = str(PORT + number)
         torch.manual_seed(rank)
         names: dict[str, Any] = {"comm": comm}
-        with redirect_stdout(StringIO()) as printed:
+        with redirect_stdout(StringIO()) as printed, mock.patch.dict(os.environ, alike):
             exec(code, names)
         tensors = [names["out"], *(names[name].grad for name in "qkv")]
         found[comm] = ([x.detach() for x in tensors], names["report"].transport, printed.getvalue())

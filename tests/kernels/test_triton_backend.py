@@ -12,7 +12,7 @@ from tests.kernels import interpreter
 
 triton_backend = pytest.importorskip("moba_cp.kernels.triton_backend")
 import moba_cp  # noqa: E402
-from moba_cp import attention  # noqa: E402
+from moba_cp import prepare  # noqa: E402
 from moba_cp.kernels import torch_backend  # noqa: E402
 from tests.kernels.forward_cases import relative  # noqa: E402
 
@@ -83,7 +83,7 @@ SMALL = {
 @interpreter.interpreted
 @pytest.mark.parametrize("name", SMALL)
 def test_definition(name, monkeypatch):
-    monkeypatch.setattr(attention, "backend_for", lambda device, dtype: triton_backend)
+    monkeypatch.setattr(prepare, "backend_for", lambda device, dtype: triton_backend)
     for actual, expected in zip(*call(**SMALL[name], dtype=torch.float32)):
         assert relative(actual, expected) < 1e-4
 
