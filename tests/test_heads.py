@@ -121,7 +121,7 @@ def test_equals_the_definition_often(size: int, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [12, 4, 1])
-@pytest.mark.parametrize("size", [4, 6])
+@pytest.mark.parametrize("size", [4, pytest.param(6, marks=pytest.mark.heavy)])
 def test_splits_and_exchanges_agree(size: int, kv_heads: int) -> None:
     """Every split by one exchange, and one split by every exchange; layouts of all kinds in turn."""
     case = Case((29, 0, 3, 22, 1), 5, 3, 12, kv_heads, 8, 5)

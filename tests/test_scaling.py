@@ -56,6 +56,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.xdist_group("scaling")  # what the fixture measures serves both
 def test_one_start_measures_every_rank_count_and_baseline(measured: Path) -> None:
     content = json.loads(measured.read_text())
     assert {(e["ranks"], e["comm"]) for e in content["results"]} == {
@@ -77,6 +78,7 @@ def test_one_start_measures_every_rank_count_and_baseline(measured: Path) -> Non
     assert "running" not in content
 
 
+@pytest.mark.xdist_group("scaling")  # what the fixture measures serves both
 def test_a_later_run_measures_what_is_missing(measured: Path, tmp_path: Path) -> None:
     content = json.loads(measured.read_text())
     kept, again = content["results"][0], content["results"][1]
@@ -200,6 +202,7 @@ def test_rows_of_equal_scores_are_left_out() -> None:
     assert clear.item()
 
 
+@pytest.mark.heavy
 def test_recorded_selections_are_replayed(tmp_path: Path) -> None:
     """Over ranks of any exchange, and checked against the definition with the recorded blocks, not with scores."""
     import numpy as np

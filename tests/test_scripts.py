@@ -102,6 +102,7 @@ def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
     assert max(r["output_error"] for r in results[3:]) < 3e-3  # as above
 
 
+@pytest.mark.heavy
 def test_bench_layer_compares_exchanges_and_one_rank(tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
     found = run(
