@@ -56,7 +56,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.xdist_group("scaling")  # what the fixture measures serves both
 def test_one_start_measures_every_rank_count_and_baseline(measured: Path) -> None:
     content = json.loads(measured.read_text())
     assert {(e["ranks"], e["comm"]) for e in content["results"]} == {
@@ -78,7 +77,7 @@ def test_one_start_measures_every_rank_count_and_baseline(measured: Path) -> Non
     assert "running" not in content
 
 
-@pytest.mark.xdist_group("scaling")  # what the fixture measures serves both
+@pytest.mark.heavy
 def test_a_later_run_measures_what_is_missing(measured: Path, tmp_path: Path) -> None:
     content = json.loads(measured.read_text())
     kept, again = content["results"][0], content["results"][1]

@@ -21,7 +21,7 @@ def run(*line: str, **more: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_generation() -> None:
     printed = run(str(ROOT / "examples" / "hf_generate.py"))
     assert "same tokens: True" in printed

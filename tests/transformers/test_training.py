@@ -130,6 +130,7 @@ def test_the_scale_is_the_models() -> None:
     assert (plain - scaled).abs().max() > 0.01
 
 
+@pytest.mark.heavy
 def test_the_layout_reaches_every_layer() -> None:
     """As an argument of the model's forward pass, also through gradient checkpointing."""
     model, ids = tiny(full_last=1), text(1, TOKENS)
