@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,19 @@ from .tracing import infer_output, without_numbers
 from .validation import check_longest, check_tensors
 
 
+class _Options(TypedDict, total=False):
+    """Keyword arguments of `moba_attention` that do not change what it returns."""
+
+    group: dist.ProcessGroup | DeviceMesh | None
+    comm: str
+    head_parallel: int | None
+    selection: Tensor | None
+    check_selection: bool
+    routing: tuple[Tensor, Tensor] | None
+    workspace_bytes: int
+    exchange_bytes: int
+
+
 @overload
 def moba_attention(
     q: Tensor,
@@ -34,16 +47,9 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | DeviceMesh | None = ...,
-    comm: str = ...,
-    head_parallel: int | None = ...,
-    selection: Tensor | None = ...,
-    check_selection: bool = ...,
-    routing: tuple[Tensor, Tensor] | None = ...,
     return_selection: Literal[False] = ...,
     return_report: Literal[False] = ...,
-    workspace_bytes: int = ...,
-    exchange_bytes: int = ...,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
@@ -55,16 +61,9 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | DeviceMesh | None = ...,
-    comm: str = ...,
-    head_parallel: int | None = ...,
-    selection: Tensor | None = ...,
-    check_selection: bool = ...,
-    routing: tuple[Tensor, Tensor] | None = ...,
     return_selection: Literal[True],
     return_report: Literal[False] = ...,
-    workspace_bytes: int = ...,
-    exchange_bytes: int = ...,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Selection]: ...
 
 
@@ -76,16 +75,9 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | DeviceMesh | None = ...,
-    comm: str = ...,
-    head_parallel: int | None = ...,
-    selection: Tensor | None = ...,
-    check_selection: bool = ...,
-    routing: tuple[Tensor, Tensor] | None = ...,
     return_selection: Literal[False] = ...,
     return_report: Literal[True],
-    workspace_bytes: int = ...,
-    exchange_bytes: int = ...,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, MoBAReport]: ...
 
 
@@ -97,16 +89,9 @@ def moba_attention(
     config: MoBAConfig,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | DeviceMesh | None = ...,
-    comm: str = ...,
-    head_parallel: int | None = ...,
-    selection: Tensor | None = ...,
-    check_selection: bool = ...,
-    routing: tuple[Tensor, Tensor] | None = ...,
     return_selection: Literal[True],
     return_report: Literal[True],
-    workspace_bytes: int = ...,
-    exchange_bytes: int = ...,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Selection, MoBAReport]: ...
 
 
