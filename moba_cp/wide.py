@@ -260,8 +260,7 @@ def backward(call: WideCall, slabs: Sequence[SavedSlab], dout: Tensor) -> tuple[
     dout = pipeline.unit_stride(dout)
     first, kv_heads = slabs[0], split.kv_heads * split.size
     dtype = first.k.dtype
-    # Copies of a kv head are summed where the tokens are, so each comes back as it was accumulated.
-    travels = dtype if split.copies == 1 else accumulate_dtype(dtype)
+    travels = gradient_dtype(split, dtype)
     tokens = len(dout)
     dq = dout.new_empty(tokens, dout.shape[1], first.q.shape[2])
     dk, dv = (dout.new_empty(tokens, kv_heads, x.shape[2], dtype=travels) for x in (first.k, first.v))
@@ -273,6 +272,12 @@ def backward(call: WideCall, slabs: Sequence[SavedSlab], dout: Tensor) -> tuple[
     with call.inner.stage("wait for heads out"):
         back.finish()
     return dq, add_copies(dk, split.copies, dtype), add_copies(dv, split.copies, dtype)
+
+
+def gradient_dtype(split: HeadSplit, dtype: torch.dtype) -> torch.dtype:
+    """In what dk and dv of inputs of `dtype` go back: copies of a kv head as they were accumulated, since they are summed where
+    the tokens are."""
+    return dtype if split.copies == 1 else accumulate_dtype(dtype)
 
 
 def _one_ahead(call: WideCall, shares: Callable[[Slab], list[Share]]) -> Iterator[list[Tensor]]:

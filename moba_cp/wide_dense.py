@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels.torch_backend import accumulate_dtype
 from .parallel.comm import CommGroup
 from .parallel.cost import GATHER_BYTES, CallSizes
 from .parallel.heads import HeadsBack, HeadSplit, HeadTransfer, Share, add_copies, head_transfer
 from .parallel.layout import SequenceLayout
+from .parallel.partition import merge_adjacent, partition_of
 from .parallel.plan_cache import PLANS, Memo
 from .parallel.splits import HEADS
 from .parallel.topology import topology_of
 from .pipeline import unit_stride
-from .wide import divide
+from .wide import divide, gradient_dtype
 
 COMMS = (HEADS, f"{HEADS}+ring", f"{HEADS}+all_gather")
 """Values of `comm` of full attention that split heads."""
@@ -145,19 +145,13 @@ def in_order(layout: SequenceLayout, wide_rank: int) -> _InOrder:
     """
 
     def make() -> _InOrder:
-        runs = []
-        for rank in range(layout.cp_size):
-            merged: list[tuple[int, int]] = []
-            for start, end in sorted((int(a), int(b)) for a, b in layout.runs_of(rank)):
-                if merged and merged[-1][1] == start:
-                    merged[-1] = (merged[-1][0], end)
-                else:
-                    merged.append((start, end))
-            runs.append(merged)
+        held = [layout.runs_of(rank) for rank in range(layout.cp_size)]
+        runs = [merge_adjacent(of_rank[np.argsort(of_rank[:, 0])]) for of_rank in held]
         places = layout.local_indices(wide_rank).numpy()
         order = np.argsort(places, kind="stable").astype(np.int32)
         same = bool((np.diff(places) > 0).all())
-        return _InOrder(SequenceLayout.from_runs(runs, layout.cu_seqlens), None if same else order)
+        cu_seqlens = layout.cu_seqlens_array
+        return _InOrder(SequenceLayout(cu_seqlens, partition_of(runs, cu_seqlens)), None if same else order)
 
     return PLANS.get(("in order", layout, wide_rank), make)
 
@@ -191,8 +185,7 @@ def backward(
     share = Share(unit_stride(dout), slice(0, split.q_heads), split.q_heads)
     (come,) = call.transfer.start_in([share])()
     gradients = attend_backward(q, k, v, out, lse, _ordered(come, call.order))
-    # Copies of a kv head are summed where the tokens are, so each comes back as it was accumulated.
-    travels = q.dtype if split.copies == 1 else accumulate_dtype(q.dtype)
+    travels = gradient_dtype(split, q.dtype)
     parts = [_ordered(x, call.back).to(dtype) for x, dtype in zip(gradients, (q.dtype, travels, travels))]
     ranges = [slice(0, split.q_heads), *2 * [slice(0, split.kv_heads)]]
     wholes = [
