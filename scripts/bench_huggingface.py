@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moba_cp import CachedTokens, MoBAConfig
 
-from .harness import options
+from .harness import checks, options
 from .harness.inputs import HEAD_DIM
 from .harness.records import Results, about
 from .harness.timing import Times, time_calls
@@ -205,13 +205,20 @@ class Bench:
 
     def _error(self, out: Tensor, q: Tensor, position: int, layer: int, config: MoBAConfig) -> float:
         """Norm of the difference of `out` `[Hq, Dv]` from the definition in fp32, relative to the norm of that."""
-        group = self.q_heads // self.keys[layer].shape[1]
-        visible = self._selected(q, position, layer, config).repeat_interleave(config.block_size, 1)[:, : position + 1]
+        keys, values = self.keys[layer][0], self.values[layer][0]
+        group = self.q_heads // keys.shape[0]
         expected = torch.empty_like(out, dtype=torch.float32)
-        for head in range(self.q_heads):
-            keys, values = (x[layer][0, head // group, : position + 1].float() for x in (self.keys, self.values))
-            scores = (keys @ q[head].float()) * SCALE
-            expected[head] = torch.softmax(scores.masked_fill(~visible[head], float("-inf")), 0) @ values
+        for head, chosen in enumerate(self._selected(q, position, layer, config)):
+            weight, _, attended = checks.attend_row(
+                q[head],
+                keys[head // group],
+                values[head // group],
+                chosen.nonzero()[:, 0],
+                position,
+                config.block_size,
+                SCALE,
+            )
+            expected[head] = weight @ attended
         return float((out.float() - expected).norm() / expected.norm())
 
     def timed(self, step: Callable[[], Any]) -> tuple[Times, Any]:

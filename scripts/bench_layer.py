@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m scripts.bench_layer --out docs/results/layer.json
     torchrun --nproc-per-node 8 -m scripts.bench_layer --tokens-per-gpu 131072 --total-tokens 1048576 --out layer.json
 
-Every timed configuration is checked: sampled output rows against an fp32 evaluation of the definition for these rows, and
-output and dq bit for bit against the first transport. One entry of the JSON is one (ranks, heads, block size, top-k,
+Every timed configuration is checked: output and dq of sampled rows against the definition in fp64 (`harness.definition`), and
+bit for bit against the first transport. One entry of the JSON is one (ranks, heads, block size, top-k,
 tokens, routing, transport); times are medians over iterations of the slowest rank. The same ranks also run the layer
 alone (`ranks: 1`), so that one file holds the scaling curve.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.parallel.peer_memory import kept_bytes
 
-from .harness import checks, options
+from .harness import definition, options
 from .harness.inputs import HEAD_DIM, correlate, draw_inputs
 from .harness.records import Results, about
 from .harness.timing import peak_bytes, stage_milliseconds, time_on_ranks
@@ -130,7 +130,8 @@ def measure(case: Case, comms: list[str], iterations: int, results: Results) -> 
         try:
             measured, outputs = run(case, (q, k, v), dout, comm, iterations)
             entry |= measured
-            entry["output_error"] = checks.output_error(q, k, v, outputs[0], case.config, case.layout, case.rank)
+            holders = definition.Ranks(dist.group.WORLD if case.ranks > 1 else None)
+            entry |= definition.check_rows(q, k, v, dout, *outputs, None, case.config, case.layout, case.rank, holders)
             first = first or outputs
             same = all(torch.equal(a, b) for a, b in zip(outputs, first, strict=True))
             entry["bitwise_equal_to_first"] = on_all_ranks(same, case)

@@ -1,8 +1,7 @@
-"""Errors of a finished call of `moba_attention`: of the tensors that were timed, not of a smaller case.
+"""Errors of a finished call of `moba_attention` on one rank: of the tensors that were timed, not of a smaller case.
 
-`check_run` (one rank, one document): the selection of every row, output and dq of sampled rows, dk and dv of sampled blocks.
-`output_error` (any rank count): output of sampled rows, whose blocks are selected here. Both compare with fp32, and both take
-a row's attention from `attend_row`.
+`check_run` compares with fp32, over one document: the selection of every row, output and dq of sampled rows, dk and dv of
+sampled blocks. `harness.definition` is for any number of ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moba_cp import MoBAConfig, SequenceLayout
@@ -20,7 +18,6 @@ from moba_cp.pipeline import device_rows
 
 SAMPLED_ROWS = 24
 SAMPLED_BLOCKS = 3
-SAMPLED_ROWS_PER_RANK = 8
 LN2 = 0.6931471805599453
 
 
@@ -149,59 +146,6 @@ def attend_row(
     index = index[index <= row]
     keys, values = k[index].float(), v[index].float()
     return torch.softmax(keys @ query.float() * scale, 0), keys, values
-
-
-def select_blocks(queries: Tensor, centroids: Tensor, own: Tensor, topk: int) -> Tensor:
-    """Blocks of some rows of one head and document by fp32 scores: `[n, at most topk]`, -1 for none.
-
-    Args:
-        queries: `[n, D]`.
-        centroids: `[whole blocks, D]`.
-        own: `[n]`, the rows' own blocks.
-    """
-    score = queries.float() @ centroids.float().T
-    score.masked_fill_(torch.arange(len(centroids), device=own.device) >= own[:, None], float("-inf"))
-    best = score.topk(min(topk - 1, len(centroids)), dim=1)
-    return torch.cat([torch.where(best.values > float("-inf"), best.indices, -1), own[:, None]], 1)
-
-
-@torch.no_grad()
-def output_error(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: MoBAConfig, layout: SequenceLayout, rank: int
-) -> float:
-    """Relative error of sampled output rows, the largest over ranks, for one document; every rank has as many tokens.
-
-    Keys and values of one kv head after the other are gathered from all ranks.
-    """
-    size, group, scale = config.block_size, q.shape[1] // k.shape[1], config.scale(q.shape[2])
-    generator = torch.Generator().manual_seed(rank)
-    rows = torch.randint(0, q.shape[0], (SAMPLED_ROWS_PER_RANK,), generator=generator)
-    position = layout.local_indices(rank)[rows]
-    own = (position // size).to(q.device)
-    pairs = []
-    for kv_head in range(k.shape[1]):
-        keys, values = (_gathered(x[:, kv_head], layout) for x in (k, v))
-        whole = len(keys) // size
-        centroids = keys[: whole * size].float().unflatten(0, (whole, size)).mean(1).to(keys.dtype)
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            queries = q[rows.to(q.device), head]
-            selected = select_blocks(queries, centroids, own, config.topk)
-            for query, blocks, row, at in zip(queries, selected, rows.tolist(), position.tolist(), strict=True):
-                weight, _, some = attend_row(query, keys, values, blocks, at, size, scale)
-                pairs.append((out[row, head].float(), weight @ some))
-    error = torch.tensor([relative(pairs)], device=q.device)
-    if layout.cp_size > 1:
-        dist.all_reduce(error, dist.ReduceOp.MAX)
-    return error.item()
-
-
-def _gathered(x: Tensor, layout: SequenceLayout) -> Tensor:
-    """The global tensor of equal shards `x`."""
-    if layout.cp_size == 1:
-        return x
-    parts = [x.new_empty(layout.local_tokens(rank), *x.shape[1:]) for rank in range(layout.cp_size)]
-    dist.all_gather(parts, x.contiguous())
-    return layout.unshard(parts)
 
 
 def check_blocks(

@@ -11,7 +11,7 @@ def fill(blocks: dict[str, str], files: list[Path]) -> None:
     """Write every block into all files that are marked for it.
 
     Raises:
-        ValueError: no file is marked for a block.
+        ValueError: none of the files has the markers of a block.
     """
     for name, text in blocks.items():
         marked = [file for file in files if f"<!-- {name} -->" in file.read_text()]
