@@ -44,7 +44,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Shares:
-    """GPU time of a step.
+    """GPU time of one training step.
 
     Attributes:
         step_ms: from the first kernel to the end of the last.
