@@ -15,7 +15,7 @@ from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .parallel.comm import check_group, process_group_of
 from .parallel.layout import SequenceLayout
 from .parallel.partition import Kind, head_of_description
-from .validation import check_config, check_layout
+from .validation import check_config, check_integer, check_layout
 
 
 class MoBAAttention(nn.Module):
@@ -125,8 +125,10 @@ def batch_layout(batch: int, length: int, cp_size: int) -> SequenceLayout:
     `2 * cp_size - 1 - r`: torch's head-tail load balancer.
 
     Raises:
-        ValueError: the chunks are not equally long, as that balancer has them.
+        TypeError, ValueError: an argument is no int, or too small; or the chunks are not equally long, as that balancer has them.
     """
+    for name, value, least in (("batch", batch, 0), ("length", length, 0), ("cp_size", cp_size, 1)):
+        check_integer(name, value, least)
     if length % (2 * cp_size) and cp_size > 1:
         raise ValueError(f"sequences over {cp_size} ranks must be multiples of {2 * cp_size} tokens long, got {length}")
     return SequenceLayout.zigzag([row * length for row in range(batch + 1)], cp_size)

@@ -106,8 +106,8 @@ def check_call(
     check_layout(layout)
     check_comm(comm, COMMS)
     check_flags(return_report=return_report)
-    check_bytes("workspace_bytes", workspace_bytes, least=1)
-    check_bytes("exchange_bytes", exchange_bytes, least=0)
+    check_integer("workspace_bytes", workspace_bytes, least=1)
+    check_integer("exchange_bytes", exchange_bytes, least=0)
     check_tensors(q, k, v)
     backend_for(q.device, q.dtype).check_sizes(dim=q.shape[2], dim_v=v.shape[2], block_size=config.block_size)
     check_split(comm, head_parallel, q.shape[1], layout.cp_size)
@@ -132,8 +132,8 @@ def check_longest(max_seqlen: int, layout: SequenceLayout) -> None:
         raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a document of {longest} tokens")
 
 
-def check_bytes(name: str, value: int, least: int) -> None:
-    """`value` is a number of bytes, `least` or more."""
+def check_integer(name: str, value: int, least: int) -> None:
+    """`value` is an int, `least` or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
