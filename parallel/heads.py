@@ -17,7 +17,7 @@ has all heads, and lies where it is needed when it arrives on the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import gcd
 from typing import NamedTuple
@@ -68,19 +68,11 @@ def head_split(q_heads: int, kv_heads: int, size: int) -> HeadSplit:
     return HeadSplit(size, mine, mine // served, group // served)
 
 
-@dataclass(frozen=True, eq=False)
-class _WideLayout:
-    """A layout as the plan cache keeps it."""
-
-    layout: SequenceLayout
-    memo: Memo = field(default_factory=Memo, repr=False)
-
-
 def wide_layout(layout: SequenceLayout, size: int) -> SequenceLayout:
     """The layout over wide ranks: each holds what `size` neighbours hold, one after another. Kept in `plan_cache.PLANS`."""
     if size == 1:
         return layout
-    return PLANS.get(("wide", layout, size), lambda: _WideLayout(_wide_layout(layout, size))).layout
+    return PLANS.get(("wide", layout, size), Memo).get("layout", lambda: _wide_layout(layout, size))
 
 
 def _wide_layout(layout: SequenceLayout, size: int) -> SequenceLayout:
