@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import typer
+from torch import Tensor
 
 from moba_cp import SequenceLayout
 
@@ -52,6 +53,25 @@ class Task:
     deadline: float
 
 
+@dataclass(frozen=True)
+class Batches:
+    """The training windows of a range of steps: all of one length, packed.
+
+    Attributes:
+        first: step that they begin with.
+        length: tokens per window.
+        starts: int64 `[steps, windows per step]`: where each window begins in the corpus.
+        layout: of a step's windows over the context-parallel group.
+        share: this rank's tokens of a step.
+    """
+
+    first: int
+    length: int
+    starts: np.ndarray
+    layout: SequenceLayout
+    share: Tensor
+
+
 class Run:
     """Model, optimizer and data of a run."""
 
@@ -75,7 +95,6 @@ class Run:
             raise ValueError(f"vocabulary is {sizes.vocabulary}, the corpus has {self.corpus.facts['vocabulary']}")
         self.phases = phases(task.spec, sizes.layers)
         self.tokens = torch.from_numpy(self.corpus.tokens.astype(np.int32)).to(self.device)
-        self.order = data_order(self.corpus, self.length, self.batch * self.steps, task.seed)
         dtype = torch.bfloat16 if cuda else torch.float32
         kinds = dict.fromkeys(spec for phase in self.phases for spec in phase.layers)
         self.errors = {str(s): check(s, self.device, dtype, sizes.heads, sizes.kv_heads, sizes.head_dim) for s in kinds}
@@ -83,11 +102,8 @@ class Run:
         self.init_hash = self.model.weights_hash()
         self.model.to(self.device)
         self.optimizers = optimizers(self.model, optimizer)
-        tokens_per_step = self.batch * self.length
-        starts = [i * self.length for i in range(self.batch + 1)]
-        self.layout = SequenceLayout.contiguous(starts, 1) if self.cp == 1 else SequenceLayout.zigzag(starts, self.cp)
-        self.share = self.layout.local_indices(self.rank).to(self.device)
-        self.tokens_per_step = tokens_per_step
+        self.tokens_per_step = self.batch * self.length
+        self.batches = [self._batches(*each) for each in lengths_of_steps(data, self.steps)]
         self.curve = torch.full((self.steps,), math.nan, device=self.device)
         self.norms = torch.full((self.steps,), math.nan, device=self.device)
         self.step, self.train_seconds, self.timed_steps = 0, 0.0, 0
@@ -101,6 +117,14 @@ class Run:
 
     def phase(self, step: int) -> Phase:
         return [p for p in self.phases if step >= round(p.start * self.steps)][-1]
+
+    def _batches(self, first: int, steps: int, length: int) -> Batches:
+        windows = self.tokens_per_step // length
+        starts = data_order(self.corpus, length, windows * steps, self.task.seed).reshape(steps, windows)
+        cu_seqlens = [i * length for i in range(windows + 1)]
+        make = SequenceLayout.contiguous if self.cp == 1 else SequenceLayout.zigzag
+        layout = make(cu_seqlens, self.cp)
+        return Batches(first, length, starts, layout, layout.local_indices(self.rank).to(self.device))
 
     def train(self) -> bool:
         """Train to the last step; False where the deadline came first."""
@@ -150,11 +174,10 @@ class Run:
 
     def _train_step(self, step: int) -> None:
         optimizer = self.config["optimizer"]
-        inputs, targets = measure.window_batch(
-            self.tokens, self.order[step * self.batch : (step + 1) * self.batch], self.length
-        )
-        inputs, targets = inputs[self.share], targets[self.share]
-        x = self.model.hidden(inputs, self.phase(step).layers, self.layout, self.length, group=self.group)
+        batches = [each for each in self.batches if step >= each.first][-1]
+        inputs, targets = measure.window_batch(self.tokens, batches.starts[step - batches.first], batches.length)
+        inputs, targets = inputs[batches.share], targets[batches.share]
+        x = self.model.hidden(inputs, self.phase(step).layers, batches.layout, batches.length, group=self.group)
         loss = self.model.losses(x, targets).sum() / self.tokens_per_step
         loss.backward()
         shown = loss.detach()
@@ -221,7 +244,7 @@ class Run:
     def _hashes(self) -> dict[str, str]:
         return {
             "data": self.corpus.facts["fingerprint"],
-            "order": hashlib.sha256(self.order.astype("<i8").tobytes()).hexdigest(),
+            "order": hashlib.sha256(b"".join(x.starts.astype("<i8").tobytes() for x in self.batches)).hexdigest(),
             "init": self.init_hash,
         }
 
@@ -279,6 +302,25 @@ class Run:
             trials=settings["retrieval_trials"],
             most_tokens=max(self.batch * self.length, max(settings["retrieval_lengths"])),
         )
+
+
+def lengths_of_steps(data: dict[str, Any], steps: int) -> list[tuple[int, int, int]]:
+    """First step, steps and length of the windows of each stage of training: those of `data["begin_with"]` (a `length` and the
+    `share` of the steps) if there are any, then those of `data["length"]`. A step has as many tokens in either.
+
+    Raises:
+        ValueError: a step of long windows cannot be cut into short ones, or the share is not in (0, 1).
+    """
+    if "begin_with" not in data:
+        return [(0, steps, data["length"])]
+    length, share = data["begin_with"]["length"], data["begin_with"]["share"]
+    tokens = data["batch"] * data["length"]
+    if not 1 <= length <= tokens or tokens % length:
+        raise ValueError(f"begin_with.length must divide the {tokens} tokens of a step, got {length}")
+    if not 0 < share < 1:
+        raise ValueError(f"begin_with.share must be in (0, 1), got {share}")
+    first = round(share * steps)
+    return [(0, first, length), (first, steps - first, data["length"])]
 
 
 def data_order(corpus: Corpus, length: int, count: int, seed: int) -> np.ndarray:

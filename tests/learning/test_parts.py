@@ -13,7 +13,7 @@ import torch
 from examples.learning import measure, report
 from examples.learning.attention import Attention, check, phases, sliding_window
 from examples.learning.corpus import Corpus, build, counting_losses, is_prose_or_code, join_files
-from examples.learning.train import Run, Task, data_order, learning_rate_share
+from examples.learning.train import Run, Task, data_order, learning_rate_share, lengths_of_steps
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[2]
@@ -116,6 +116,15 @@ def test_windows_lie_in_one_document_and_train_and_eval_do_not_meet(corpus_folde
     assert not (first == other).all()
 
 
+def test_training_can_begin_with_short_windows() -> None:
+    data = {"length": 1024, "batch": 2, "begin_with": {"length": 256, "share": 0.5}}
+    assert lengths_of_steps(data, 5) == [(0, 2, 256), (2, 3, 1024)]
+    assert lengths_of_steps({"length": 1024, "batch": 2}, 5) == [(0, 5, 1024)]
+    for key, value in (("length", 300), ("share", 1.0)):
+        with pytest.raises(ValueError, match=f"{key}.*got {value}"):
+            lengths_of_steps(data | {"begin_with": data["begin_with"] | {key: value}}, 5)
+
+
 def test_corpus_refuses_tokens_of_another_build(corpus_folder: Path, tmp_path: Path) -> None:
     corpus = Corpus(corpus_folder)
     corpus.facts["fingerprint"] = "0" * 64
@@ -141,6 +150,7 @@ def test_learning_rate_warms_up_and_falls_to_its_share() -> None:
 def test_a_run_resumed_from_a_checkpoint_gives_the_same_curve(corpus_folder: Path, tmp_path: Path) -> None:
     plan = yaml.safe_load((ROOT / "configs/learning/tiny.yaml").read_text())
     plan["optimizer"]["steps"] = 4
+    plan["data"]["begin_with"] = {"length": 64, "share": 0.75}
     plan["measures"]["routing_at"] = []
     task = Task("full_s0", "full", plan["arms"]["full"], 0, plan, str(corpus_folder), str(tmp_path), deadline=1e12)
     whole = Run(task)
