@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .config import MoBAConfig
 from .kernels import backend_for
-from .parallel.comm import check_group
+from .parallel import agreement
+from .parallel.comm import backends_of, check_group
 from .parallel.layout import SequenceLayout
 from .parallel.splits import COMMS, HEADS, check_split
 from .tracing import TRACED
@@ -196,12 +197,11 @@ def _check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> int
 
 def _check_backend(group: dist.ProcessGroup | None, device: torch.device) -> None:
     """The group can move tensors on `device`, as far as torch knows what the group was made with."""
-    try:
-        served = dist.get_backend_config(group)
-    except (AssertionError, TypeError):
-        return
-    if device.type not in served:
-        raise ValueError(f"q, k and v are on {device}, but the group's backend serves {served}")
+    served = backends_of(group)
+    if served and device.type not in served:
+        raise ValueError(
+            f"q, k and v are on {device}, but the group's backend serves {', '.join(map(':'.join, served.items()))}"
+        )
 
 
 def call_facts(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, comm: str, gradients: bool) -> dict[str, str]:
