@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .calibration import ASSUMED, Calibration, known, non_negative_fit
-from .prediction import BACKWARD, FORWARD, NOTHING, features, moved_by, predict, received
+from .prediction import BACKWARD, CALIBRATED_DIM, FORWARD, NOTHING, features, moved_by, predict, received
 from .sizes import Cluster, Layer, Split, busiest
 
 SMALLEST_TOKENS = 32768
@@ -153,7 +153,7 @@ def _fit_exchange(measured: Sequence[Measured], bare: Calibration, cluster: Clus
             whole = one.forward_backward_ms - one.forward_ms if backward else one.forward_ms
             rest = whole - sum((expected.backward if backward else expected.forward).values())
             ((_, moved),) = moved_by(one.split, received(one.layer, one.split, here, backward))
-            pairs = busiest(one.layer, one.split).pairs * one.layer.head_dim / 128
+            pairs = busiest(one.layer, one.split).pairs * one.layer.head_dim / CALIBRATED_DIM
             rows.append(np.array([pairs, moved, 1.0]) / whole)
             shares.append(rest / whole)
         found["backward" if backward else "forward"] = _rounded(non_negative_fit(np.stack(rows), np.array(shares)))

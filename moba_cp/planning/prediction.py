@@ -73,11 +73,6 @@ class Prediction:
     def forward_backward_ms(self) -> float:
         return self.forward_ms + sum(self.backward.values())
 
-    @property
-    def exposed_ms(self) -> float:
-        """Of both passes, what communication adds."""
-        return sum(ms for x in (self.forward, self.backward) for name, ms in x.items() if name.startswith("exchange"))
-
 
 def features(work: Work, head_dim: int) -> dict[str, list[float]]:
     """What each stage's time is linear in."""
