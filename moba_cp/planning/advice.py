@@ -106,7 +106,7 @@ def block_sizes(layer: Layer, cluster: Cluster, calibration: Calibration) -> lis
     settings = sorted({*BLOCK_SETTINGS, (layer.block_size, layer.topk)})
     found = []
     for block_size, topk in settings:
-        if block_size * 2 <= layer.length:
+        if block_size * 2 <= layer.length or block_size == layer.block_size:
             changed = replace(layer, block_size=block_size, topk=topk)
             found.append((block_size, topk, options(changed, cluster, calibration)[0]))
     return found

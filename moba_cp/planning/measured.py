@@ -49,16 +49,24 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Measured]]:
     """The device, and every timed configuration of result files of `bench_kernels`, `bench_layer` and `scaling`.
 
     Raises:
-        ValueError: files of different devices, or none.
+        ValueError: a file is of another kind; files of different devices, or none.
     """
     found: list[Measured] = []
     devices = set()
     for path in paths:
-        content = json.loads(path.read_text())
-        devices.add(content.get("device") or content["about"]["device"])
-        entries = content["results"] + [b for b in content.get("baselines", []) if b.get("baseline") == "equal_work"]
-        timed = (e for e in entries if "forward_backward_ms" in e and e["tokens"] >= SMALLEST_TOKENS)
-        found += [_measured(entry, path.name) for entry in timed]
+        try:
+            content = json.loads(path.read_text())
+            devices.add(content.get("device") or content["about"]["device"])
+            entries = content["results"] + [
+                b for b in content.get("baselines", []) if b.get("baseline") == "equal_work"
+            ]
+            timed = (e for e in entries if "forward_backward_ms" in e and e["tokens"] >= SMALLEST_TOKENS)
+            found += [_measured(entry, path.name) for entry in timed]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            text = (
+                f"{path} is no result file of bench_kernels, bench_layer or scaling ({type(error).__name__}: {error})"
+            )
+            raise ValueError(text) from error
     if len(devices) != 1:
         raise ValueError(f"results of one device are needed, got {sorted(devices)}")
     return devices.pop(), found

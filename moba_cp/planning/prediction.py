@@ -139,8 +139,8 @@ def predict(layer: Layer, split: Split, cluster: Cluster, calibration: Calibrati
         if split.exchange == "ring":
             wire += RING_STEP_MS * (split.sequence_ranks - 1)
         if split.ranks > 1:
-            stages["exchange, exposed"] = max(0.0, wire - attention)
-            stages["exchange, overhead"] = sum(
+            stages["exchange (exposed)"] = max(0.0, wire - attention)
+            stages["exchange (overhead)"] = sum(
                 calibration.exchange_ms(name, backward, [work.pairs * layer.head_dim / CALIBRATED_DIM, moved, 1.0])
                 for name, moved in moved_by(split, bytes_)
             )
