@@ -3,6 +3,8 @@ the number of ranks, the transport and the workspace."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -58,11 +60,12 @@ def test_layouts_sizes_transports_and_workspaces_agree(case: Case) -> None:
     assert_close(expected, reference(case), TO_DEFINITION)
     for cp_size in (1, 2, 3, 4):
         tried = list(every_layout(case.cu_seqlens, cp_size).values())
+        pairs = product(tried if case is MIXED else tried[1:4], TRANSPORTS if cp_size > 1 else ["auto"])
         calls = [
             (case, layout, comm, FP64, workspace)
-            for layout in (tried if case is MIXED else tried[1:4])
-            for comm in TRANSPORTS
-            for workspace in (1, DEFAULT_WORKSPACE)  # 1 byte: one kv head and 128 rows at once
+            for number, (layout, comm) in enumerate(pairs)
+            # 1 byte: one kv head and 128 rows at once; with every layout and every transport, but not with every pair
+            for workspace in ((1, DEFAULT_WORKSPACE) if number % 3 == 0 or cp_size == 1 else (DEFAULT_WORKSPACE,))
         ]
         for call, result in zip(calls, run_many(cp_size, calls), strict=True):
             assert_close(result, expected, TO_EACH_OTHER, call[1:])
@@ -132,9 +135,12 @@ def test_no_token_or_one(lengths: tuple[int, ...]) -> None:
     case = Case(lengths, block_size=4, topk=3)
     expected = reference(case)
     for cp_size in (1, 2, 4):
-        tried = every_layout(case.cu_seqlens, cp_size).values()
+        tried = list(every_layout(case.cu_seqlens, cp_size).values())
         comms = comms_for(case.q_heads, cp_size)
-        calls = [(case, layout, comm, FP64, w) for layout in tried for comm in comms for w in (1, DEFAULT_WORKSPACE)]
+        workspaces = [1, DEFAULT_WORKSPACE]
+        if not any(lengths):  # all layouts are the same, and there is nothing to cut into chunks
+            tried, workspaces = tried[:1], workspaces[1:]
+        calls = [(case, layout, comm, FP64, w) for layout in tried for comm in comms for w in workspaces]
         for result in run_many(cp_size, calls):
             assert_close(result, expected, TO_DEFINITION)
 

@@ -11,6 +11,7 @@ import sys
 
 import hypothesis  # noqa: F401
 import pytest
+import torch.fx.experimental.symbolic_shapes  # noqa: F401  (what the first backward pass imports)
 
 from moba_cp.kernels import triton_backend  # noqa: F401
 

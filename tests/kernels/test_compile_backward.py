@@ -28,6 +28,8 @@ CASES = [
     ["portable", 128, 128, 128, "bf16", CONSUMER],
 ]  # fmt: skip
 
+pytestmark = pytest.mark.xdist_group("compile_backward")  # `built` once, not once per worker
+
 
 @pytest.fixture(scope="module")
 def built():
