@@ -4,6 +4,7 @@ the number of ranks, the transport and the workspace."""
 from __future__ import annotations
 
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import moba_cp
 from moba_cp import SequenceLayout
+from moba_cp.kernels import torch_backend
+from moba_cp.kernels.types import selection_dtype
 from tests.cases import (
     DEFAULT_WORKSPACE,
     NAMES,
@@ -164,6 +167,20 @@ def test_blocks_of_one_token_and_larger_than_everything(block_size: int) -> None
         assert_close(result, expected, TO_DEFINITION, call[1])
 
 
+def int32_on_rank(rank: int, world_size: int, case: Case, layout: SequenceLayout) -> list[tuple[Tensor, ...]]:
+    with mock.patch.object(torch_backend, "selection_dtype", return_value=torch.int32):
+        return on_rank(rank, world_size, case, layout, "fetch")
+
+
+def test_selections_in_int32() -> None:
+    assert [selection_dtype(n) for n in (1, 32_767, 32_768)] == [torch.int16, torch.int16, torch.int32]
+    layout = SequenceLayout.zigzag(MIXED.cu_seqlens, 2)
+    per_rank = run_ranks(2, int32_on_rank, MIXED, layout)
+    result = tuple(layout.unshard([of_rank[0][n] for of_rank in per_rank]) for n in range(4))
+    assert_close(result, reference(MIXED), TO_DEFINITION)
+
+
+@pytest.mark.heavy
 def test_more_blocks_than_int16_counts() -> None:
     """Blocks number 33,000 in documents of one token: the selection is kept in int32; each token attends to itself."""
     case = Case((1,) * 33_000, block_size=1, topk=2, q_heads=1, dim=2, v_dim=1)
