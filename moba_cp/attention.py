@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import pipeline, wide
 from .compiled import compiled_attention, compiled_varlen, fits_a_graph
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .outside_graphs import outside_graphs
 from .parallel import backward_order
 from .parallel.comm import CommGroup, process_group_of
 from .parallel.exchanges import Route
@@ -200,7 +202,7 @@ def moba_attention(
     return out if len(results) == 1 else tuple(results)
 
 
-_outside_the_graph = torch.compiler.disable(moba_attention)
+_outside_the_graph: Callable[..., Any] = outside_graphs(moba_attention)  # any overload
 
 
 def moba_attn_varlen(
@@ -244,7 +246,7 @@ def moba_attn_varlen(
     return moba_attention(q, k, v, config, layout=layout)
 
 
-_varlen_outside_the_graph = torch.compiler.disable(moba_attn_varlen)
+_varlen_outside_the_graph = outside_graphs(moba_attn_varlen)
 
 
 class _MoBAFunction(torch.autograd.Function):
