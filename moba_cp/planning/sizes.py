@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -201,15 +201,6 @@ def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) ->
         if 7 * counts[0] + counts[2] > most:
             best, most = (counts[0], counts[1], counts[2]), 7 * counts[0] + counts[2]
     return best
-
-
-def of_one_rank(layer: Layer, split: Split) -> Layer:
-    """The same tokens with a rank's share of the heads: equal work, for one GPU alone."""
-    return replace(
-        layer,
-        q_heads=max(1, layer.q_heads // split.ranks),
-        kv_heads=max(1, layer.kv_heads // split.ranks),
-    )
 
 
 def numbers(work: Work) -> np.ndarray:
