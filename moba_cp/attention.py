@@ -215,15 +215,15 @@ def moba_attn_varlen(
     """Drop-in for the function of that name in MoonshotAI/MoBA, on one device.
 
     Args:
-        q: `[T, Hq, D]`.
-        k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`.
+        q: `[T, Hq, D]`, fp64, fp32, bf16 or fp16.
+        k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`; `Hq` is a multiple of `Hkv`.
         cu_seqlens: int `[documents + 1]`, on any device (reading it from a GPU waits for the GPU).
         max_seqlen: the longest document, in tokens; must be what `cu_seqlens` says or more.
         moba_chunk_size: `block_size`.
         moba_topk: `topk`, own block counted. 1 is attention within the own block.
 
     Returns:
-        `[T, Hq, Dv]`.
+        `[T, Hq, Dv]` in the dtype of `q`.
 
     Raises:
         TypeError, ValueError: an argument is not as said.
