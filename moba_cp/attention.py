@@ -166,9 +166,9 @@ def moba_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
-            any tensor is sent; or the ranks disagree on layout, config, dtype, shapes, comm, whether gradients are wanted,
-            `return_report`, `workspace_bytes` or `head_parallel`; or "a2a+pull" is asked for, and ranks of equal heads are on
-            several nodes.
+            any tensor is sent; or the ranks disagree on layout, config, dtype, shapes, comm, `head_parallel`, whether gradients
+            are wanted, where selections come from, `return_selection`, `return_report`, `workspace_bytes` or
+            `exchange_bytes`; or "a2a+pull" is asked for, and ranks of equal heads are on several nodes.
         RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
             share memory.
     """
