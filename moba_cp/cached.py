@@ -161,7 +161,7 @@ class CentroidCache:
     may have been cropped in between. Any other change of the content (samples reordered, keys overwritten) needs a new object.
 
     Attributes:
-        values: `[samples, n, Hkv, D]`, room for `n` blocks per sample; None before the first call.
+        values: `[samples, n, Hkv, D]`, allocated for `n` blocks per sample; None before the first call.
         count: int32 `[samples, Hkv, tiles]`, known centroids of each tile of `COUNT_TILE` blocks.
     """
 

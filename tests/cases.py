@@ -163,7 +163,7 @@ def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], toler
 
 
 def interleaved(cu_seqlens: list[int], cp_size: int, width: int = 1, backward: bool = False) -> SequenceLayout:
-    """Stretches of `width` tokens dealt round the ranks; `backward` deals from the end, so each rank counts down."""
+    """Runs of `width` tokens dealt round the ranks; `backward` deals from the end, so each rank counts down."""
     total = cu_seqlens[-1]
     runs: list[list[tuple[int, int]]] = [[] for _ in range(cp_size)]
     for i, start in enumerate(range(0, total, width)):
