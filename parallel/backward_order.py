@@ -102,7 +102,11 @@ def _end_of_pass(group: dist.ProcessGroup, order: _Order, task: int, device: tor
     if order.ended <= _READ_AT_ONCE:
         late, order.unread = order.unread, None
     if late is not None:
-        _compare(late.wait())
+        try:
+            _compare(late.wait())
+        except ValueError:
+            order.unread = None  # the pass that ends now is of the same disorder: one error stands for both
+            raise
 
 
 def _named(group: dist.ProcessGroup, what: str) -> contextlib.AbstractContextManager[None]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..chunks import ranges_of
+from ..config import DEFAULT_WORKSPACE_BYTES
+from ..parallel.heads import head_split
+from ..wide import slabs_of
 from .sizes import Layer, Split
 
 GIB = 2.0**30
-WORKSPACE = 1280 << 20
-"""Default of `workspace_bytes` of `moba_attention`."""
 UNITS = {"ring": 15.0, "pull": 15.0, "fetch": 12.0, "all_gather": 11.0}
 """Bytes that an exchange holds, in bf16 keys and values of one range of one rank: parts that arrive, their gradients in fp32,
 sums of this rank's own, and the range before and after. `fetch` and `all_gather` hold every other rank's part at once."""
@@ -55,14 +56,15 @@ def memory(layer: Layer, split: Split) -> Memory:
         "gradients": 2 * q + 2 * kv,
         "selection and routing lists": selected + lists + 2 * sums,
         "centroids": blocks * kv_heads * row,
-        "workspace": min(WORKSPACE, rows * partial),
+        "workspace": min(DEFAULT_WORKSPACE_BYTES, rows * partial),
     }
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
         parts["tensors split by heads"] = 2 * (2 * q + 2 * wide_kv)
+        parts["memory for heads in and out"] = _shared_for_heads(layer, split, wide_tokens)
         saved += 2 * q + 2 * wide_kv
     if split.sequence_ranks > 1:
-        ranges = ranges_of(wide_tokens, wide_tokens, heads, kv_heads, partial, WORKSPACE)
+        ranges = ranges_of(wide_tokens, wide_tokens, heads, kv_heads, partial, DEFAULT_WORKSPACE_BYTES)
         widest = max(of_range.stop - of_range.start for of_range, _ in ranges)
         unit = wide_tokens * widest * 2 * row
         others = split.sequence_ranks - 1 if split.exchange in ("fetch", "all_gather") else 1
@@ -70,3 +72,13 @@ def memory(layer: Layer, split: Split) -> Memory:
         if split.exchange == "pull":
             parts["memory that other ranks read"] = wide_tokens * kv_heads * 2 * row
     return Memory({name: bytes_ / GIB for name, bytes_ in parts.items()}, saved / GIB)
+
+
+def _shared_for_heads(layer: Layer, split: Split, wide_tokens: int) -> float:
+    """Bytes of the buffers through which heads move inside a node: for two of the largest slabs each, q, k, v and dq, dk, dv."""
+    of = head_split(layer.q_heads, layer.kv_heads, split.head_parallel)
+    row = layer.head_dim * layer.itemsize
+    slab = max(slabs_of(of, wide_tokens * row), key=lambda slab: slab.kv.stop - slab.kv.start)
+    q, kv = (wide_tokens * (x.stop - x.start) * row for x in (slab.q, slab.kv))
+    of_gradients = 1 if of.copies == 1 else 4 / layer.itemsize
+    return 2 * (q + 2 * kv) + 2 * (q + 2 * kv * of_gradients)
