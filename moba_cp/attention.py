@@ -168,9 +168,9 @@ def moba_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
-            any tensor is sent; or the ranks disagree on layout, config, dtype, shapes, comm, whether gradients are wanted,
-            `return_report`, `workspace_bytes` or `head_parallel`; or "a2a+pull" is asked for, and ranks of equal heads are on
-            several nodes.
+            any tensor is sent; or the ranks disagree on layout, config, dtype, shapes, comm, `head_parallel`, whether gradients
+            are wanted, where selections come from, `return_selection`, `return_report`, `workspace_bytes` or
+            `exchange_bytes`; or "a2a+pull" is asked for, and ranks of equal heads are on several nodes.
         RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
             share memory.
     """
@@ -217,15 +217,15 @@ def moba_attn_varlen(
     """Drop-in for the function of that name in MoonshotAI/MoBA, on one device.
 
     Args:
-        q: `[T, Hq, D]`.
-        k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`.
+        q: `[T, Hq, D]`, fp64, fp32, bf16 or fp16.
+        k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`; `Hq` is a multiple of `Hkv`.
         cu_seqlens: int `[documents + 1]`, on any device (reading it from a GPU waits for the GPU).
         max_seqlen: the longest document, in tokens; must be what `cu_seqlens` says or more.
         moba_chunk_size: `block_size`.
         moba_topk: `topk`, own block counted. 1 is attention within the own block.
 
     Returns:
-        `[T, Hq, Dv]`.
+        `[T, Hq, Dv]` in the dtype of `q`.
 
     Raises:
         TypeError, ValueError: an argument is not as said.

@@ -19,7 +19,11 @@ from moba_cp.kernels import torch_backend
 from moba_cp.kernels.types import selection_dtype
 from tests.cases import (
     DEFAULT_WORKSPACE,
+    FP64,
+    MIXED,
     NAMES,
+    TO_DEFINITION,
+    TO_EACH_OTHER,
     TRANSPORTS,
     Case,
     all_on,
@@ -37,14 +41,6 @@ from tests.cases import (
     sub_groups,
 )
 from tests.ranks import run_ranks
-
-FP64 = torch.float64
-
-TO_DEFINITION = 1e-10  # fp64 sums of at most some hundred terms, in another order than the reference's: about 1e-14
-TO_EACH_OTHER = 1e-12  # the same sums; only a BLAS that treats a row by the size of its matrix makes a difference
-
-# Documents of several blocks, one of no token, one of less than a block and one of a single token.
-MIXED = Case(lengths=(29, 0, 3, 22, 1), block_size=5, topk=3, q_heads=6, kv_heads=3, dim=8, v_dim=5)
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])

@@ -19,6 +19,7 @@ from scripts import scaling
 from scripts.harness import definition, sweep
 from scripts.harness.inputs import draw_global
 from scripts.harness.sweep import load_plan
+from tests.ranks import torchrun
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -33,17 +34,7 @@ FIELDS = {
 def run(*options: str, config: str = "configs/scaling/tiny.yaml") -> str:
     """Run the tiny configuration over two ranks as documented, without PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-        "--nproc-per-node",
-        "2",
-    )
-    line = (*torchrun, "-m", "scripts.scaling", config, "--device", "cpu", *options)
+    line = (sys.executable, *torchrun(2), "-m", "scripts.scaling", config, "--device", "cpu", *options)
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -39,6 +39,7 @@ from scripts import (
 from scripts.harness import definition, options, records
 from scripts.harness.inputs import draw_inputs
 from scripts.harness.timing import Times, time_calls
+from tests.ranks import torchrun
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -104,9 +105,8 @@ def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 def test_bench_layer_compares_exchanges_and_one_rank(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
     found = run(
-        tmp_path, *torchrun, "-m", "scripts.bench_layer", "--device", "cpu", "--tokens-per-gpu", "128", "--heads", "2/1",
+        tmp_path, *torchrun(2), "-m", "scripts.bench_layer", "--device", "cpu", "--tokens-per-gpu", "128", "--heads", "2/1",
         "--configs", "32:3", "--transports", "ring,fetch", "--routing", "correlated", "--iterations", "2",
     )  # fmt: skip
     assert found["world_size"] == 2

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
+from tests.ranks import torchrun
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,17 +35,8 @@ def test_generation() -> None:
 @pytest.mark.heavy
 def test_training() -> None:
     losses = []
-    for ranks in ("1", "2"):
-        torchrun = (
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--local-addr",
-            "127.0.0.1",
-            "--nproc-per-node",
-            ranks,
-        )
-        printed = run(*torchrun, str(ROOT / "examples" / "hf_train.py"), STEPS="4")
+    for ranks in (1, 2):
+        printed = run(*torchrun(ranks), str(ROOT / "examples" / "hf_train.py"), STEPS="4")
         losses.append([float(x) for x in re.findall(r"loss (\S+)", printed)])
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)  # fp32 sums in another order, over four steps
     assert losses[0][-1] < losses[0][0]
