@@ -32,7 +32,8 @@ if not __package__:  # started by its path, as torchrun scripts/scaling.py
 from .harness import dense_case, layer_case, options
 from .harness.records import Results, about
 from .harness.sweep import Case, Plan, key_of, load_plan
-from .harness.teams import first_rank_says, join, make_teams, over_all
+from .harness.teams import first_rank_says, join, make_teams
+from .harness.timing import over_all
 
 LISTS = ("results", "baselines")
 QUIET = (
