@@ -162,6 +162,36 @@ def test_bad_options_are_refused_by_name() -> None:
         options.choices("uniform,skewed", ("uniform", "correlated"))
 
 
+@pytest.mark.parametrize(
+    ("module", "line", "text"),
+    [
+        (bench_layer, ("--device", "cpu", "--transports", "ring,puls"), "got puls"),
+        (bench_training, ("--device", "cpu", "--comm", "puls"), "got puls"),
+        (bench_training, ("--device", "cpu", "--noise", "2,two"), "2,two"),
+        (bench_training, ("--device", "cpu", "--", "model.layers=4"), "layers"),
+    ],
+)
+def test_bad_options_of_a_program_are_refused_before_it_starts(
+    module, line: tuple[str, ...], text: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("omegaconf")
+    app = typer.Typer()
+    app.command()(module.main)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "out.json"), *line], terminal_width=200)
+    assert result.exit_code == 2, result.output
+    assert text in result.output
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_model_that_no_run_has_is_refused(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(parallel_equality.main)
+    result = CliRunner().invoke(app, ["--output", str(tmp_path), "--only", "GQQ"], terminal_width=400)
+    assert result.exit_code == 2, result.output
+    assert "GQA; MQA; " in result.output
+    assert "'GQQ'" in result.output
+
+
 @pytest.mark.parametrize("block_size", [64, 128, 512, 4096])
 def test_tuning_changes_fields_that_exist(block_size: int) -> None:
     """Launch configurations are renamed now and then; the tuner must follow."""
