@@ -2,8 +2,9 @@
 
     python -m scripts.sanitize --out docs/results/sanitizer.json
 
-Runs itself under each tool: small calls of `moba_attention`, forward and backward, that take every kernel. The caching
-allocator is off, so that an access past the end of a tensor does not fall into another one.
+Runs itself under each tool: small calls that take every kernel: attention forward and backward, selections that are given,
+decoding, heads that are packed for an exchange, and the layer parts of `moba_cp.megatron.fused` where megatron-core is
+installed. The caching allocator is off, so that an access past the end of a tensor does not fall into another one.
 """
 
 from __future__ import annotations
@@ -14,25 +15,20 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
-from moba_cp import MoBAConfig, SequenceLayout, moba_attention
+from moba_cp import CachedTokens, CentroidCache, MoBAConfig, SequenceLayout, moba_attention, moba_attention_cached
+from moba_cp.parallel.head_rows import put_heads, take_heads
 
 from .harness.records import REPOSITORY, about, write_json
 
-# name: cu_seqlens, block size, topk, q heads, kv heads, D, Dv, workspace bytes
-CASES = {
-    "blocks of 128, fused backward": ([0, 1000], 128, 3, 2, 1, 128, 128, 1 << 30),
-    "blocks of 512": ([0, 1700], 512, 3, 2, 2, 128, 128, 1 << 30),
-    "blocks of 64, D 64, packed, in chunks": ([0, 300, 301, 700], 64, 4, 4, 2, 64, 64, 1 << 18),
-    "blocks of 100, D 96, portable": ([0, 650], 100, 3, 2, 1, 96, 96, 1 << 30),
-    "blocks of 256, Dv unlike D": ([0, 900], 256, 2, 2, 1, 128, 64, 1 << 30),
-    "many slots": ([0, 700], 16, 24, 1, 1, 64, 64, 1 << 30),
-}  # fmt: skip
 TOOLS = ("memcheck", "racecheck")
 
 
@@ -76,21 +72,100 @@ def main(
 
 
 def run_cases() -> None:
-    """Forward and backward of every case, on the GPU."""
-    for name, (cu_seqlens, block_size, topk, q_heads, kv_heads, dim, value_dim, workspace) in CASES.items():
+    """Every case, on the GPU."""
+    for name, case in CASES.items():
         torch.manual_seed(0)
-        shapes = [(q_heads, dim), (kv_heads, dim), (kv_heads, value_dim)]
-        inputs = [
-            torch.randn(cu_seqlens[-1], *s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes
-        ]
-        layout = SequenceLayout.contiguous(cu_seqlens, 1)
-        q, k, v = inputs
-        out = moba_attention(q, k, v, MoBAConfig(block_size, topk), layout=layout, workspace_bytes=workspace)
-        out.backward(torch.randn_like(out))
+        results = case()
         torch.cuda.synchronize()
-        assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs)
+        assert all(x.isfinite().all() for x in results)
         print(f"done: {name}", flush=True)
 
+
+def attention(
+    cu_seqlens: list[int],
+    block_size: int,
+    topk: int,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    *,
+    workspace_bytes: int = 1 << 30,
+    given: bool = False,
+) -> list[Tensor]:
+    """Output and gradients; with `given`, of the selection that a first call returns."""
+    q, k, v = (draw(cu_seqlens[-1], *s) for s in ((q_heads, dim), (kv_heads, dim), (kv_heads, value_dim)))
+    layout, config = SequenceLayout.contiguous(cu_seqlens, 1), MoBAConfig(block_size, topk)
+    selection = None
+    if given:
+        _, found = moba_attention(q, k, v, config, layout=layout, return_selection=True)
+        selection = found.blocks
+    out = moba_attention(q, k, v, config, layout=layout, workspace_bytes=workspace_bytes, selection=selection)
+    return [out, *torch.autograd.grad(out, (q, k, v), torch.randn_like(out))]
+
+
+def decoding() -> list[Tensor]:
+    """A prompt, a chunk and single tokens against a cache of two samples, one padded on the left."""
+    slots, config, centroids = 700, MoBAConfig(64, 3), CentroidCache()
+    q, k, v = (draw(2, slots, heads, 128).detach() for heads in (4, 2, 2))
+    padding = torch.ones(2, slots, dtype=torch.bool, device="cuda")
+    padding[1, :77] = False
+    found, used = [], 0
+    for queries in (600, 50, 1, 1):
+        new = slice(used, used + queries)
+        tokens = CachedTokens.of(
+            padding[:, : used + queries], samples=2, queries=queries, slots=slots, offset=used, device=q.device
+        )
+        found.append(moba_attention_cached(q[:, new], k, v, config, tokens=tokens, centroids=centroids))
+        used += queries
+    return found
+
+
+def heads() -> list[Tensor]:
+    """Heads of two members, packed and put back."""
+    x = draw(333, 8, 128).detach()
+    packed = take_heads(x, 2, 1, 2, 4)
+    back = torch.zeros_like(x)
+    put_heads(packed, back, 1, 4)
+    return [packed, back]
+
+
+def layer_parts() -> list[Tensor]:
+    """Norms, SwiGLU and rotary embedding with their gradients."""
+    from moba_cp.megatron import fused
+
+    x, y, weight = draw(300, 1, 1000), draw(300, 1, 1000), draw(1000)
+    mixed, wide = draw(300, 1, 2 * 4 * 64), draw(300, 1, 2 * 520)
+    table = fused.rotation_table(torch.rand(300, 1, 1, 64, device="cuda"), torch.bfloat16)
+    outputs = [
+        fused.rms_norm(x, weight, 1e-5),
+        *fused.add_rms_norm(x, y, weight, 1e-5),
+        fused.swiglu(wide),
+        *fused.split_rotate(mixed, 2, 64, table),
+    ]
+    total = torch.stack([o.float().square().sum() for o in outputs]).sum()
+    return [*outputs, *torch.autograd.grad(total, (x, y, weight, mixed, wide))]
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+
+CASES: dict[str, Callable[[], list[Tensor]]] = {
+    "blocks of 128, fused backward": lambda: attention([0, 1000], 128, 3, 2, 1, 128, 128),
+    "blocks of 512": lambda: attention([0, 1700], 512, 3, 2, 2, 128, 128),
+    "blocks of 64, D 64, packed, in chunks": lambda: attention(
+        [0, 300, 301, 700], 64, 4, 4, 2, 64, 64, workspace_bytes=1 << 18
+    ),
+    "blocks of 100, D 96, portable": lambda: attention([0, 650], 100, 3, 2, 1, 96, 96),
+    "blocks of 256, Dv unlike D": lambda: attention([0, 900], 256, 2, 2, 1, 128, 64),
+    "many slots": lambda: attention([0, 700], 16, 24, 1, 1, 64, 64),
+    "a selection that is given": lambda: attention([0, 1000], 128, 3, 2, 1, 128, 128, given=True),
+    "decoding": decoding,
+    "heads in and out": heads,
+}
+if find_spec("megatron") is not None and find_spec("megatron.core") is not None:
+    CASES["layer parts"] = layer_parts
 
 if __name__ == "__main__":
     typer.run(main)

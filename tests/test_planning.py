@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
+from moba_cp import MoBAConfig, SequenceLayout, moba_attention, wide
+from moba_cp.parallel.heads import PeerHeadTransfer
+from moba_cp.parallel.peer_memory import kept_bytes, release
 from moba_cp.planning import advice
 from moba_cp.planning.calibration import Calibration, known
 from moba_cp.planning.measured import Measured, calibrate, compare, judged, read
 from moba_cp.planning.memory import memory
 from moba_cp.planning.prediction import predict, received
 from moba_cp.planning.sizes import Cluster, Layer, Split, busiest
+from tests.ranks import run_ranks
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 DEFAULT = Calibration.default()
@@ -81,6 +87,31 @@ def test_splitting_heads_leaves_a_share_between_nodes() -> None:
 def test_memory_of_one_gpu_is_what_was_measured() -> None:
     for one in read(sorted(RESULTS.glob("kernels*.json")))[1]:
         assert memory(one.layer, one.split).peak == pytest.approx(one.peak_gib, rel=0.15)
+
+
+def shared_bytes(rank: int, size: int, layer: Layer) -> int:
+    """What the buffers of heads in and out take after a step that goes through memory, in slabs."""
+    layout = SequenceLayout.zigzag([0, layer.tokens], size)
+    q, k, v = (
+        torch.randn(layer.tokens // size, heads, layer.head_dim, requires_grad=True)
+        for heads in (layer.q_heads, layer.kv_heads, layer.kv_heads)
+    )
+    release()
+    with (
+        mock.patch.object(wide, "SLAB_BYTES", 1),
+        mock.patch.object(wide, "head_transfer", lambda comm, tokens, device: PeerHeadTransfer(comm, tokens)),
+    ):
+        config = MoBAConfig(layer.block_size, layer.topk)
+        moba_attention(q, k, v, config, layout=layout, comm="a2a").sum().backward()
+    return kept_bytes()
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+def test_memory_for_heads_is_what_is_set_up(kv_heads: int) -> None:
+    layer = Layer(2048, 8, kv_heads, 64, 2, head_dim=16, itemsize=4)
+    with mock.patch.object(wide, "SLAB_BYTES", 1):
+        expected = memory(layer, Split(2, 2)).parts["memory for heads in and out"] * 2**30
+    assert run_ranks(2, shared_bytes, layer) == [expected] * 2
 
 
 def test_balanced_takes_less_time_where_zigzag_is_uneven() -> None:

@@ -29,6 +29,7 @@ def main(
     counted = results.with_name("learning_bigram.json")
     if counted.exists():
         found["counting"] = json.loads(counted.read_text())
+    docs.mkdir(parents=True, exist_ok=True)
     (docs / "learning.md").write_text(page(found))
     pictures(found, docs)
 
@@ -287,11 +288,20 @@ def setup(results: dict[str, Any], runs: list[Run]) -> str:
     one, corpus = runs[0], results["corpus"]
     data, optimizer = one["config"]["data"], one["config"]["optimizer"]
     model = ", ".join(f"{k} {v:g}" for k, v in one["config"]["model"].items())
+    short = data.get("begin_with")
+    of_short = (
+        f" (the first {short['share']:.0%} of the steps of as many tokens in windows of {short['length']:,})"
+        if short
+        else ""
+    )
+    rate = f"AdamW with peak learning rate {optimizer['lr']:g}"
+    if "muon_lr" in optimizer:
+        rate = f"Muon with peak learning rate {optimizer['muon_lr']:g} for the layers' matrices, {rate} for the rest"
     agree = "all runs of one seed have one order and one initialisation" if hashes_agree(runs) else "**HASHES DIFFER**"
     facts = [
         f"- Model: {one['parameters'] / 1e6:.1f}M parameters ({model}).",
-        f"- Training: {optimizer['steps']:,} steps of {data['batch']} windows of {data['length']:,} tokens, "
-        f"{one['tokens'] / 1e6:.1f}M tokens a run; peak learning rate {optimizer['lr']}, "
+        f"- Training: {optimizer['steps']:,} steps of {data['batch']} windows of {data['length']:,} tokens"
+        f"{of_short}, {one['tokens'] / 1e6:.1f}M tokens a run; {rate}, "
         f"{optimizer['warmup']} steps of warm-up, cosine.",
         f"- Corpus: {corpus['train_tokens'] / 1e6:.1f}M training tokens in {corpus['train_documents']} documents, "
         f"{corpus['eval_tokens'] / 1e6:.2f}M held-out tokens in {corpus['eval_documents']}; {corpus['tokenizer']}, "

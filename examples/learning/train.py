@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import typer
+from torch import Tensor
 
 from moba_cp import SequenceLayout
 
@@ -52,6 +53,25 @@ class Task:
     deadline: float
 
 
+@dataclass(frozen=True)
+class Batches:
+    """The training windows of a range of steps: all of one length, packed.
+
+    Attributes:
+        first: step that they begin with.
+        length: tokens per window.
+        starts: int64 `[steps, windows per step]`: where each window begins in the corpus.
+        layout: of a step's windows over the context-parallel group.
+        share: this rank's tokens of a step.
+    """
+
+    first: int
+    length: int
+    starts: np.ndarray
+    layout: SequenceLayout
+    share: Tensor
+
+
 class Run:
     """Model, optimizer and data of a run."""
 
@@ -75,7 +95,6 @@ class Run:
             raise ValueError(f"vocabulary is {sizes.vocabulary}, the corpus has {self.corpus.facts['vocabulary']}")
         self.phases = phases(task.spec, sizes.layers)
         self.tokens = torch.from_numpy(self.corpus.tokens.astype(np.int32)).to(self.device)
-        self.order = data_order(self.corpus, self.length, self.batch * self.steps, task.seed)
         dtype = torch.bfloat16 if cuda else torch.float32
         kinds = dict.fromkeys(spec for phase in self.phases for spec in phase.layers)
         self.errors = {str(s): check(s, self.device, dtype, sizes.heads, sizes.kv_heads, sizes.head_dim) for s in kinds}
@@ -83,48 +102,66 @@ class Run:
         self.init_hash = self.model.weights_hash()
         self.model.to(self.device)
         self.optimizers = optimizers(self.model, optimizer)
-        tokens_per_step = self.batch * self.length
-        starts = [i * self.length for i in range(self.batch + 1)]
-        self.layout = SequenceLayout.contiguous(starts, 1) if self.cp == 1 else SequenceLayout.zigzag(starts, self.cp)
-        self.share = self.layout.local_indices(self.rank).to(self.device)
-        self.tokens_per_step = tokens_per_step
+        self.tokens_per_step = self.batch * self.length
+        self.batches = [self._batches(*each) for each in lengths_of_steps(data, self.steps)]
         self.curve = torch.full((self.steps,), math.nan, device=self.device)
         self.norms = torch.full((self.steps,), math.nan, device=self.device)
         self.step, self.train_seconds, self.timed_steps = 0, 0.0, 0
         self.routing: list[dict[str, Any]] = []
         self.selections: dict[str, np.ndarray] = {}
         self.diverged = False
+        self.began_from: str | None = None
 
     @property
     def checkpoint(self) -> Path:
         return Path(self.task.work) / "checkpoints" / f"{self.task.name}.pt"
 
+    @property
+    def common_start(self) -> Path | None:
+        """The checkpoint after the short windows, which all arms of a seed share; None where this arm's attention already differs
+        from full attention there."""
+        layers = (spec for step in range(self.batches[-1].first) for spec in self.phase(step).layers)
+        if self.cp > 1 or len(self.batches) == 1 or not all(s.is_full(self.batches[0].length) for s in set(layers)):
+            return None
+        return Path(self.task.work) / "checkpoints" / f"short_windows_s{self.task.seed}.pt"
+
     def phase(self, step: int) -> Phase:
         return [p for p in self.phases if step >= round(p.start * self.steps)][-1]
+
+    def _batches(self, first: int, steps: int, length: int) -> Batches:
+        windows = self.tokens_per_step // length
+        starts = data_order(self.corpus, length, windows * steps, self.task.seed).reshape(steps, windows)
+        cu_seqlens = [i * length for i in range(windows + 1)]
+        make = SequenceLayout.contiguous if self.cp == 1 else SequenceLayout.zigzag
+        layout = make(cu_seqlens, self.cp)
+        return Batches(first, length, starts, layout, layout.local_indices(self.rank).to(self.device))
 
     def train(self) -> bool:
         """Train to the last step; False where the deadline came first."""
         self._load()
         measured = {round(share * self.steps) for share in self.config["measures"]["routing_at"]}
+        long = self.batches[-1].first  # timed alone
         clock, clock_step = None, 0
         for step in range(self.step, self.steps):
             self._train_step(step)
             self.step = step + 1
-            if clock is None and step >= 5:
+            if clock is None and step >= long + 5:
                 self._wait()
                 clock, clock_step = time.time(), self.step
             if self.step in measured and self.cp == 1:
-                clock, clock_step = self._pause(clock, clock_step)
+                self._pause(clock, clock_step)
                 self._measure_routing()
                 self._wait()
-                clock = time.time()
+                clock, clock_step = None if clock is None else time.time(), self.step
+            if self.step == long and self.common_start and not self.common_start.exists():
+                self._save(self.common_start)
             if self.step % 25 == 0:
                 if not math.isfinite(float(self.curve[step])):  # waits for the GPU
                     self.diverged = True
                     break
                 if self._late():
                     self._pause(clock, clock_step)
-                    self._save()
+                    self._save(self.checkpoint)
                     return False
         self._pause(clock, clock_step)
         return True
@@ -140,21 +177,19 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _pause(self, clock: float | None, first: int) -> tuple[float | None, int]:
+    def _pause(self, clock: float | None, first: int) -> None:
         """Add the time since `clock` to the time of training."""
         self._wait()
         if clock is not None:
             self.train_seconds += time.time() - clock
             self.timed_steps += self.step - first
-        return time.time(), self.step
 
     def _train_step(self, step: int) -> None:
         optimizer = self.config["optimizer"]
-        inputs, targets = measure.window_batch(
-            self.tokens, self.order[step * self.batch : (step + 1) * self.batch], self.length
-        )
-        inputs, targets = inputs[self.share], targets[self.share]
-        x = self.model.hidden(inputs, self.phase(step).layers, self.layout, self.length, group=self.group)
+        batches = [each for each in self.batches if step >= each.first][-1]
+        inputs, targets = measure.window_batch(self.tokens, batches.starts[step - batches.first], batches.length)
+        inputs, targets = inputs[batches.share], targets[batches.share]
+        x = self.model.hidden(inputs, self.phase(step).layers, batches.layout, batches.length, group=self.group)
         loss = self.model.losses(x, targets).sum() / self.tokens_per_step
         loss.backward()
         shown = loss.detach()
@@ -184,10 +219,10 @@ class Run:
         chosen = self.config["measures"]["recorded_layers"]
         self.selections = {f"layer_{f['layer']}": s for f, s in zip(facts, selections) if f["layer"] in chosen}
 
-    def _save(self) -> None:
+    def _save(self, path: Path) -> None:
         if self.rank:
             return
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
             "optimizers": [each.state_dict() for each in self.optimizers],
@@ -199,14 +234,18 @@ class Run:
             "routing": self.routing,
             "hashes": self._hashes(),
         }
-        torch.save(state, self.checkpoint)
+        part = path.with_suffix(f".{self.task.name}")  # other runs look for `path`
+        torch.save(state, part)
+        part.replace(path)
 
     def _load(self) -> None:
-        if not self.checkpoint.exists():
+        path = next((x for x in (self.checkpoint, self.common_start) if x is not None and x.exists()), None)
+        if path is None:
             return
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self.began_from = path.stem
+        state = torch.load(path, map_location=self.device, weights_only=True)
         if state["hashes"] != self._hashes():
-            raise ValueError(f"{self.checkpoint} is of other data or weights: {state['hashes']} != {self._hashes()}")
+            raise ValueError(f"{path} is of other data or weights: {state['hashes']} != {self._hashes()}")
         self.model.load_state_dict(state["model"])
         for each, saved in zip(self.optimizers, state["optimizers"], strict=True):
             each.load_state_dict(saved)
@@ -221,8 +260,9 @@ class Run:
     def _hashes(self) -> dict[str, str]:
         return {
             "data": self.corpus.facts["fingerprint"],
-            "order": hashlib.sha256(self.order.astype("<i8").tobytes()).hexdigest(),
+            "order": hashlib.sha256(b"".join(x.starts.astype("<i8").tobytes() for x in self.batches)).hexdigest(),
             "init": self.init_hash,
+            "config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
         }
 
     def result(self, complete: bool) -> dict[str, Any]:
@@ -243,6 +283,7 @@ class Run:
             "tokens": self.step * self.tokens_per_step,
             "spec": self.task.spec,
             "config": self.config,
+            "began_from": self.began_from,
             "hashes": self._hashes(),
             "attention_check": {k: round(v, 5) for k, v in self.errors.items()},
             "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -279,6 +320,25 @@ class Run:
             trials=settings["retrieval_trials"],
             most_tokens=max(self.batch * self.length, max(settings["retrieval_lengths"])),
         )
+
+
+def lengths_of_steps(data: dict[str, Any], steps: int) -> list[tuple[int, int, int]]:
+    """First step, steps and length of the windows of each stage of training: those of `data["begin_with"]` (a `length` and the
+    `share` of the steps) if there are any, then those of `data["length"]`. A step has as many tokens in either.
+
+    Raises:
+        ValueError: a step of long windows cannot be cut into short ones, or the share is not in (0, 1).
+    """
+    if "begin_with" not in data:
+        return [(0, steps, data["length"])]
+    length, share = data["begin_with"]["length"], data["begin_with"]["share"]
+    tokens = data["batch"] * data["length"]
+    if not 1 <= length <= tokens or tokens % length:
+        raise ValueError(f"begin_with.length must divide the {tokens} tokens of a step, got {length}")
+    if not 0 < share < 1:
+        raise ValueError(f"begin_with.share must be in (0, 1), got {share}")
+    first = round(share * steps)
+    return [(0, first, length), (first, steps - first, data["length"])]
 
 
 def data_order(corpus: Corpus, length: int, count: int, seed: int) -> np.ndarray:

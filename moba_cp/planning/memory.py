@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from ..chunks import ranges_of
 from ..config import DEFAULT_WORKSPACE_BYTES
+from ..parallel.heads import head_split
+from ..wide import slabs_of
 from .sizes import Layer, Split
 
 GIB = 2.0**30
@@ -59,6 +61,7 @@ def memory(layer: Layer, split: Split) -> Memory:
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
         parts["tensors split by heads"] = 2 * (2 * q + 2 * wide_kv)
+        parts["memory for heads in and out"] = _shared_for_heads(layer, split, wide_tokens)
         saved += 2 * q + 2 * wide_kv
     if split.sequence_ranks > 1:
         ranges = ranges_of(wide_tokens, wide_tokens, heads, kv_heads, partial, DEFAULT_WORKSPACE_BYTES)
@@ -69,3 +72,13 @@ def memory(layer: Layer, split: Split) -> Memory:
         if split.exchange == "pull":
             parts["memory that other ranks read"] = wide_tokens * kv_heads * 2 * row
     return Memory({name: bytes_ / GIB for name, bytes_ in parts.items()}, saved / GIB)
+
+
+def _shared_for_heads(layer: Layer, split: Split, wide_tokens: int) -> float:
+    """Bytes of the buffers through which heads move inside a node: for two of the largest slabs each, q, k, v and dq, dk, dv."""
+    of = head_split(layer.q_heads, layer.kv_heads, split.head_parallel)
+    row = layer.head_dim * layer.itemsize
+    slab = max(slabs_of(of, wide_tokens * row), key=lambda slab: slab.kv.stop - slab.kv.start)
+    q, kv = (wide_tokens * (x.stop - x.start) * row for x in (slab.q, slab.kv))
+    of_gradients = 1 if of.copies == 1 else 4 / layer.itemsize
+    return 2 * (q + 2 * kv) + 2 * (q + 2 * kv * of_gradients)
