@@ -82,12 +82,6 @@ class RankOutcome:
     seconds: float = 0.0
 
 
-def torchrun(ranks: int) -> tuple[str, ...]:
-    """Arguments of python that start a program on this many ranks of this machine; the program's line follows."""
-    launch = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
-    return (*launch, "--nproc-per-node", str(ranks))
-
-
 def run_ranks(
     world_size: int,
     fn: Callable[..., Any],

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from moba_cp.__main__ import main
 from moba_cp.commands import app, checks
 from moba_cp.commands.plan import read_model, read_tokens
-from tests.ranks import torchrun
+from scripts.harness.training import torchrun
 
 ROOT = Path(__file__).parents[1]
 
@@ -162,7 +162,7 @@ def test_wrong_attention_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_doctor_under_torchrun() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, *torchrun(2), "-m", "moba_cp", "doctor", "--megabytes", "4"]
+    line = [*torchrun(2), "-m", "moba_cp", "doctor", "--megabytes", "4"]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("python:") == 1  # one rank speaks

@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-from tests.ranks import torchrun
+from scripts.harness.training import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*line: str, **more: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
-    done = subprocess.run([sys.executable, *line], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
 @pytest.mark.heavy
 def test_generation() -> None:
-    printed = run(str(ROOT / "examples" / "hf_generate.py"))
+    printed = run(sys.executable, str(ROOT / "examples" / "hf_generate.py"))
     assert "same tokens: True" in printed
     difference = re.search(r"largest difference of logits (\S+)", printed)
     assert difference
