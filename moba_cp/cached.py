@@ -23,7 +23,8 @@ from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
 from .kernels.types import COUNT_TILE
 from .pipeline import readable
 from .precision import as_given
-from .validation import check_config, check_tensors
+from .tracing import without_numbers
+from .validation import check_config, check_integer, check_tensor, check_tensors
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,25 @@ class CachedTokens:
             content: bool `[samples, slots or fewer]`, False for padding; missing slots are padding. None: all is content.
                 Slots from `offset + queries` on are not used yet, whatever it says.
             samples, queries, slots: samples, queries per sample, slots per sample.
-            offset: slot of the first query; as a tensor it is not read on the host.
+            offset: slot of the first query; as an integer tensor of one element it is not read on the host.
             device: where the tensors of the result are.
 
         Raises:
-            ValueError: a shape does not fit.
+            TypeError, ValueError: an argument is not as said.
         """
-        slot = torch.arange(slots, device=device)
-        used = (slot < offset + queries)[None, :].expand(samples, -1)
+        for name, count in (("samples", samples), ("queries", queries), ("slots", slots)):
+            check_integer(name, count, least=0)
         if content is not None:
+            check_tensor("content", content)
             if content.dim() != 2 or content.shape[0] != samples or content.shape[1] > slots:
                 raise ValueError(
                     f"content must have shape [{samples}, at most {slots}], got {tuple(content.shape)} for {samples} "
                     f"samples and {slots} slots"
                 )
+        offset = _checked_offset(offset, queries, slots)
+        slot = torch.arange(slots, device=device)
+        used = (slot < offset + queries)[None, :].expand(samples, -1)
+        if content is not None:
             used = used & torch.nn.functional.pad(content.to(device, torch.bool), (0, slots - content.shape[1]))
         counted = used.cumsum(1, dtype=torch.int32)
         position = torch.where(used, counted - 1, -1)
@@ -85,8 +91,9 @@ class CachedTokens:
         table.scatter_(1, torch.where(used, position, slots).long(), slot.int().expand(samples, -1))
         at = torch.arange(queries, device=device) + offset
         query_position = position.index_select(1, at)
-        before = counted[:, -1] - (query_position >= 0).sum(1, dtype=torch.int32)
-        return cls(counted[:, -1].contiguous(), before, query_position, table[:, :-1], position)
+        lengths = used.sum(1, dtype=torch.int32)
+        before = lengths - (query_position >= 0).sum(1, dtype=torch.int32)
+        return cls(lengths, before, query_position, table[:, :-1], position)
 
     @cached_property
     def host(self) -> HostTokens:
@@ -122,6 +129,18 @@ class CachedTokens:
         position = self.host.query_position[sample, query]
         first = sample * blocks
         return query_rows(first + position // block_size, first, position % block_size, self.lengths.device)
+
+
+def _checked_offset(offset: int | Tensor, queries: int, slots: int) -> int | Tensor:
+    """`offset` as an int or a tensor of no dimension; the queries fit into the slots, as far as the host can tell."""
+    if isinstance(offset, Tensor):
+        if offset.numel() != 1 or offset.dtype not in (torch.int16, torch.int32, torch.int64):
+            raise TypeError(f"offset must be an int or an integer tensor of one element, got {offset!r}")
+        return offset.reshape(())
+    check_integer("offset", offset, least=0)
+    if offset + queries > slots:
+        raise ValueError(f"{queries} queries from slot {offset} on do not fit into {slots} slots")
+    return offset
 
 
 @dataclass(frozen=True)
@@ -228,18 +247,22 @@ def moba_attention_cached(
         workspace_bytes: most bytes of partial results at once, as in `moba_attention`; with several queries only.
 
     Returns:
-        `[samples, queries, Hq, Dv]` in the dtype of `q`; zeros for queries that are padding.
+        `[samples, queries, Hq, Dv]` in the dtype of `q`; zeros for queries that are padding. Tensors without numbers
+        (`FakeTensorMode`, the meta device) give an output without numbers.
 
     Raises:
         TypeError, ValueError: an argument is not as said, or a gradient is wanted.
     """
     check_config(config)
+    check_integer("workspace_bytes", workspace_bytes, least=1)
+    if centroids is not None and not isinstance(centroids, CentroidCache):
+        raise TypeError(f"centroids must be a CentroidCache or None, got {type(centroids).__name__}")
     _check_cache(q, k, v, tokens)
     backend = backend_for(q.device, q.dtype)
     backend.check_sizes(dim=q.shape[3], dim_v=v.shape[3], block_size=config.block_size)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("moba_attention_cached has no gradient; use moba_attention for training, or torch.no_grad()")
-    if q.numel() == 0:
+    if q.numel() == 0 or without_numbers(q, k, v):
         return q.new_zeros(*q.shape[:3], v.shape[3])
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     centroids = CentroidCache() if centroids is None else centroids
@@ -259,7 +282,8 @@ def moba_attention_cached(
 
 def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if isinstance(x, Tensor) and x.dim() != 4:
+        check_tensor(name, x)
+        if x.dim() != 4:
             raise ValueError(f"{name} must have shape [samples, tokens, heads, head size], got {tuple(x.shape)}")
     if not isinstance(tokens, CachedTokens):
         raise TypeError(f"tokens must be CachedTokens, got {type(tokens).__name__}")
@@ -276,6 +300,8 @@ def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens) -> None:
             f"tokens are of [samples, queries] {tuple(found[0])} and [samples, slots] {tuple(found[1])}, but q is "
             f"{tuple(q.shape)} and k {tuple(k.shape)}"
         )
+    if tokens.slots.device != k.device:
+        raise ValueError(f"tokens must be where q, k and v are, got tokens on {tokens.slots.device}, k on {k.device}")
 
 
 def _topk(config: MoBAConfig, blocks: int) -> int:
