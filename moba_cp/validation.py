@@ -28,8 +28,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         check_tensor(name, x)
         if x.dim() != 3:
             raise ValueError(f"{name} must have shape [tokens, heads, head size], got {tuple(x.shape)}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
+        check_dtype(name, x)
         if 0 in x.shape[1:]:
             raise ValueError(f"{name} must have at least one head and a head size of at least 1, got {tuple(x.shape)}")
     if not q.dtype == k.dtype == v.dtype:
@@ -49,6 +48,12 @@ def check_tensor(name: str, x: Tensor) -> None:
     if x.layout != torch.strided or x.is_nested:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise TypeError(f"{name} must be an ordinary dense tensor, got {kind}")
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """`x` is of a dtype that attention computes with."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
 
 
 def _check_is_tensor(name: str, x: object) -> None:
