@@ -12,10 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .attention import moba_attention
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .parallel import agreement
 from .parallel.comm import check_group, process_group_of
 from .parallel.layout import SequenceLayout
 from .parallel.partition import Kind, head_of_description
-from .validation import check_config, check_integer, check_layout
+from .parallel.splits import COMMS
+from .tracing import sends_nothing
+from .validation import check_comm, check_config, check_integer, check_layout, check_tensor
 
 
 class MoBAAttention(nn.Module):
@@ -47,6 +50,9 @@ class MoBAAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_config(config)
+        check_comm(comm, COMMS)
+        check_integer("workspace_bytes", workspace_bytes, least=1)
+        check_integer("exchange_bytes", exchange_bytes, least=0)
         self.config, self.comm = config, comm
         self.group = process_group_of(group)
         check_group(self.group)
@@ -56,6 +62,7 @@ class MoBAAttention(nn.Module):
         self.layout = layout
         if layout is not None:
             check_layout(layout)
+            _check_ranks(layout, self.cp_size)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, layout: SequenceLayout | None = None) -> Tensor:
         """Attention of this rank's tokens.
@@ -69,20 +76,33 @@ class MoBAAttention(nn.Module):
             `[T, Hq, Dv]` or `[B, L, Hq, Dv]`.
 
         Raises:
-            TypeError, ValueError: as `moba_attention`; or there is no layout for `[T, H, D]`.
+            TypeError, ValueError: as `moba_attention`, on every rank; or there is no layout for `[T, H, D]`.
         """
         layout = self.layout if layout is None else layout
-        if q.dim() != 4:
-            if layout is None:
-                raise ValueError(
-                    f"q, k, v [tokens, heads, head size] need a layout, got {tuple(q.shape)} and layout None"
-                )
+        try:
+            if layout is None or (isinstance(q, Tensor) and q.dim() == 4):
+                layout = self._checked_layout(q, k, v, layout)
+        except (TypeError, ValueError) as error:
+            if self.cp_size > 1 and not torch.compiler.is_compiling() and not sends_nothing(q, k, v):
+                agreement.refuse(self.group, error, q)
+            raise
+        if not isinstance(q, Tensor) or q.dim() != 4:
             return self._attend(q, k, v, layout)
-        batch, length = q.shape[:2]
-        if layout is None:
-            layout = self._batch_layout(batch, length)
         out = self._attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout)
-        return out.unflatten(0, (batch, length))
+        return out.unflatten(0, q.shape[:2])
+
+    def _checked_layout(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None) -> SequenceLayout:
+        """The layout of batches `[B, L, H, D]`, whose batch and length are checked here: `moba_attention` gets them flattened."""
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_tensor(name, x)
+        if q.dim() != 4:
+            raise ValueError(f"q, k, v [tokens, heads, head size] need a layout, got {tuple(q.shape)} and layout None")
+        if k.dim() != 4 or v.dim() != 4 or not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+            raise ValueError(
+                "q, k and v must have the same batch and length, "
+                f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+            )
+        return self._batch_layout(*q.shape[:2]) if layout is None else layout
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         return moba_attention(
@@ -138,17 +158,24 @@ def set_layout(model: nn.Module, layout: SequenceLayout | None) -> int:
     """Give all `MoBAAttention` modules in `model` the layout of the next step; how many there are.
 
     Raises:
-        TypeError: `layout` is no `SequenceLayout`, nor None.
-        ValueError: there is none, or the layout is for another number of ranks than one of them has.
+        TypeError: `model` is no module; or `layout` is no `SequenceLayout`, nor None.
+        ValueError: there is no such module in it, or the layout is for another number of ranks than one of them has.
     """
     if layout is not None:
         check_layout(layout)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     modules = [module for module in model.modules() if isinstance(module, MoBAAttention)]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no MoBAAttention module")
     for module in modules:
-        if layout is not None and module.cp_size != layout.cp_size:
-            raise ValueError(f"the layout is for {layout.cp_size} ranks, but a module's group has {module.cp_size}")
+        if layout is not None:
+            _check_ranks(layout, module.cp_size)
     for module in modules:
         module.layout = layout
     return len(modules)
+
+
+def _check_ranks(layout: SequenceLayout, cp_size: int) -> None:
+    if layout.cp_size != cp_size:
+        raise ValueError(f"the layout is for {layout.cp_size} ranks, but a module's group has {cp_size}")
