@@ -20,6 +20,7 @@ from .tracing import sends_nothing, without_numbers
 from .validation import check_config, check_dtype, check_layout, check_placement, check_tensor, group_size
 
 
+@torch.compiler.disable
 def block_scores(
     q_gate: Tensor,
     k_gate: Tensor,
@@ -33,6 +34,8 @@ def block_scores(
 
     `moba_attention(routing=(q_gate, k_gate), return_selection=True)` selects by the same scores, but gives no gradient for them.
     The means here are fp32 and not rounded, so scores of bf16 gates may differ from the gate's in the last bits.
+
+    `torch.compile` breaks the graph once, at the call.
 
     All ranks of the group call it together, and run its backward together: each adds up the block sums of all ranks,
     `n_blocks * Hc * Dg` numbers, by one all-reduce. Gathered means take `Hs * T * n * Dg` numbers until backward.

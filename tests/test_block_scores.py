@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moba_cp
@@ -143,6 +144,18 @@ def test_shapes_are_inferred_without_numbers() -> None:
             scores.sum().backward()
         assert (scores.shape, scores.dtype) == ((4, 55, 3), torch.float32)
         assert (q_gate.grad.shape, k_gate.grad.shape) == (q_gate.shape, k_gate.shape)
+
+
+def test_compiled_code_breaks_once() -> None:
+    q_gate, k_gate, blocks, _ = inputs()
+    layout, counter = SequenceLayout.contiguous(CU, 1), CompileCounter()
+    tripled = lambda q, k: moba_cp.block_scores(q * 2, k, blocks, CONFIG, layout=layout) * 3  # noqa: E731
+    gates = [x.requires_grad_() for x in (q_gate, k_gate)]
+    expected, found = tripled(*gates), torch.compile(tripled, backend=counter)(*gates)
+    assert torch.equal(found, expected)
+    assert counter.frame_count == 2  # what comes before the call, and what comes after
+    for x, y in zip(*(torch.autograd.grad(out.sum(), gates) for out in (found, expected)), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_the_example_learns_what_to_select() -> None:
