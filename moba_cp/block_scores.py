@@ -7,18 +7,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import MoBAConfig
 from .kernels.torch_backend import accumulate_dtype
-from .parallel import agreement
+from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import named_error, process_group_of
 from .parallel.layout import SequenceLayout
+from .tracing import without_numbers
 from .validation import (
-    DTYPES,
     INTEGERS,
     check_config,
+    check_dtype,
     check_layout,
     check_placement,
     check_tensor,
@@ -27,6 +29,7 @@ from .validation import (
 )
 
 
+@torch.compiler.disable
 def block_scores(
     q_gate: Tensor,
     k_gate: Tensor,
@@ -40,6 +43,8 @@ def block_scores(
 
     `moba_attention(routing=(q_gate, k_gate), return_selection=True)` selects by the same scores, but gives no gradient for them.
     The means here are fp32 and not rounded, so scores of bf16 gates may differ from the gate's in the last bits.
+
+    `torch.compile` breaks the graph once, at the call.
 
     All ranks of the group call it together, and run its backward together: each adds up the block sums of all ranks,
     `n_blocks * Hc * Dg` numbers, by one all-reduce. Gathered means take `Hs * T * n * Dg` numbers until backward.
@@ -56,33 +61,42 @@ def block_scores(
         `[Hs, T, n]`, fp32 (fp64 for fp64 inputs): the scores; 0 where `blocks` is -1, and for a row's own block, which no score
         decides about.
 
+    Tensors without numbers (`FakeTensorMode`, the meta device) give scores without numbers: shapes are checked, nothing is sent.
+
     Raises:
-        TypeError, ValueError: an argument is not as said, or the ranks disagree on sizes, layout or whether `k_gate` wants
-            gradients; on every rank.
+        TypeError, ValueError: an argument is not as said, or the ranks disagree on sizes, layout or whether `k_gate` gets a
+            gradient; on every rank.
     """
-    ranks = process_group_of(group)
+    ranks, inferred = process_group_of(group), without_numbers(q_gate, k_gate, blocks)
     with refused_together(layout, ranks, q_gate, k_gate, blocks):
         _check(q_gate, k_gate, blocks, config, layout, ranks)
+        if not inferred:
+            _check_values(blocks, config, layout, ranks)
+    if inferred:
+        like = q_gate.to(accumulate_dtype(q_gate.dtype)).sum(2).t()[:, :, None] + k_gate.sum()
+        return like.expand(blocks.shape)
+    number = 0
     if layout.cp_size > 1:
         facts = {
             "function": "block_scores",
             "layout": f"{layout.digest.hex()} {layout!r}",
             "k_gate": f"{k_gate.shape[1]} heads of {k_gate.shape[2]}, {k_gate.dtype} on {k_gate.device.type}",
             "block_size": str(config.block_size),
-            "gradients": gradients_fact(torch.is_grad_enabled() and k_gate.requires_grad),
+            "gradient of k_gate": gradients_fact(torch.is_grad_enabled() and k_gate.requires_grad),
         }
         agreement.check(ranks, facts, q_gate.device)
+        number = backward_order.take_number(ranks)
     plan = rank_plan(home_plan(layout, config.block_size), dist.get_rank(ranks) if layout.cp_size > 1 else 0)
     acc, table = accumulate_dtype(q_gate.dtype), plan.plan.blocks
     own, first = (torch.from_numpy(x).to(q_gate.device) for x in (plan.block, plan.first_block))
     sums = k_gate.new_zeros(len(table), *k_gate.shape[1:], dtype=acc).index_add(0, own, k_gate.to(acc))
     if layout.cp_size > 1:
-        sums = _SumOverRanks.apply(sums, ranks)
+        sums = _SumOverRanks.apply(sums, ranks, number)
     means = sums / torch.from_numpy(table.length).to(q_gate.device, acc)[:, None, None]
-    number = blocks.long() + first[:, None]
-    counted = (blocks >= 0) & (number < own[:, None])
+    place = blocks.long() + first[:, None]
+    counted = (blocks >= 0) & (place < own[:, None])
     head = torch.arange(q_gate.shape[1], device=q_gate.device) // (q_gate.shape[1] // k_gate.shape[1])
-    gathered = means[number.masked_fill(~counted, 0), head[:, None, None]]  # [Hs, T, n, Dg]
+    gathered = means[place.masked_fill(~counted, 0), head[:, None, None]]  # [Hs, T, n, Dg]
     scores = torch.einsum("thd,htnd->htn", q_gate.to(acc), gathered)
     return scores.masked_fill(~counted, 0)
 
@@ -101,23 +115,28 @@ def _check(
         check_tensor(name, x)
         if x.dim() != 3:
             raise ValueError(f"{name} must have three dimensions, got shape {tuple(x.shape)}")
-        if x.device != q_gate.device:
-            raise ValueError(f"{name} must be where q_gate is, got {name} on {x.device}, q_gate on {q_gate.device}")
-    if q_gate.dtype != k_gate.dtype or q_gate.dtype not in DTYPES:
-        raise TypeError(
-            f"q_gate and k_gate must have one dtype of fp64, fp32, bf16 and fp16, got {q_gate.dtype} and {k_gate.dtype}"
-        )
+    for name, x in (("q_gate", q_gate), ("k_gate", k_gate)):
+        check_dtype(name, x)
+        if 0 in x.shape[1:]:
+            raise ValueError(f"{name} must have at least one head and a head size of at least 1, got {tuple(x.shape)}")
+    if q_gate.dtype != k_gate.dtype:
+        raise TypeError(f"q_gate and k_gate must have one dtype, got {q_gate.dtype} and {k_gate.dtype}")
     if blocks.dtype not in INTEGERS:
         raise TypeError(f"blocks must be int16, int32 or int64, got {blocks.dtype}")
-    if q_gate.is_meta:
-        raise ValueError("q_gate, k_gate and blocks must hold numbers, got tensors on meta")
+    if not q_gate.device == k_gate.device == blocks.device:
+        where = f"got q_gate {q_gate.device}, k_gate {k_gate.device}, blocks {blocks.device}"
+        raise ValueError(f"q_gate, k_gate and blocks must be on one device, {where}")
     tokens, heads, dim = q_gate.shape
     shapes = f"got q_gate {tuple(q_gate.shape)}, k_gate {tuple(k_gate.shape)}, blocks {tuple(blocks.shape)}"
-    if k_gate.shape[0] != tokens or k_gate.shape[2] != dim or k_gate.shape[1] == 0 or heads % k_gate.shape[1]:
+    if k_gate.shape[0] != tokens or k_gate.shape[2] != dim or heads % k_gate.shape[1]:
         raise ValueError(f"k_gate must have q_gate's tokens and head size, and heads that divide q_gate's, {shapes}")
     if blocks.shape[:2] != (heads, tokens):
         raise ValueError(f"blocks must have shape [heads of q_gate, tokens, n], {shapes}")
     check_placement(q_gate, layout, group)
+
+
+def _check_values(blocks: Tensor, config: MoBAConfig, layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:
+    """No block is after its row's own. Reads the device."""
     last = rank_plan(home_plan(layout, config.block_size), dist.get_rank(group) if layout.cp_size > 1 else 0)
     own = torch.from_numpy(last.block - last.first_block).to(blocks.device)
     wrong = (blocks < -1) | (blocks > own[:, None])
@@ -133,13 +152,15 @@ class _SumOverRanks(torch.autograd.Function):
     """The sum over the ranks of a group, on each of them; its gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, number: int) -> Tensor:
+        ctx.group, ctx.number = group, number
         return _summed(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradient, ctx.group), None
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        backward_order.check(ctx.group, ctx.number, gradient.device)
+        return _summed(gradient, ctx.group), None, None
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -65,15 +65,14 @@ class CachedTokens:
             content: bool `[samples, slots or fewer]`, False for padding; missing slots are padding. None: all is content.
                 Slots from `offset + queries` on are not used yet, whatever it says.
             samples, queries, slots: samples, queries per sample, slots per sample.
-            offset: slot of the first query; as a tensor it is not read on the host.
+            offset: slot of the first query; as an integer tensor of one element it is not read on the host.
             device: where the tensors of the result are.
 
         Raises:
-            TypeError: `content` is no tensor.
-            ValueError: a shape does not fit; or `offset`, given as an int, puts a query outside the slots.
+            TypeError, ValueError: an argument is not as said.
         """
-        slot = torch.arange(slots, device=device)
-        used = (slot < offset + queries)[None, :].expand(samples, -1)
+        for name, count in (("samples", samples), ("queries", queries), ("slots", slots)):
+            check_integer(name, count, least=0)
         if content is not None:
             check_tensor("content", content)
             if content.dim() != 2 or content.shape[0] != samples or content.shape[1] > slots:
@@ -81,17 +80,20 @@ class CachedTokens:
                     f"content must have shape [{samples}, at most {slots}], got {tuple(content.shape)} for {samples} "
                     f"samples and {slots} slots"
                 )
+        offset = _checked_offset(offset, queries, slots)
+        slot = torch.arange(slots, device=device)
+        used = (slot < offset + queries)[None, :].expand(samples, -1)
+        if content is not None:
             used = used & torch.nn.functional.pad(content.to(device, torch.bool), (0, slots - content.shape[1]))
-        if isinstance(offset, int) and not 0 <= offset <= slots - queries:
-            raise ValueError(f"{queries} queries from slot {offset} on must be among the {slots} slots of a sample")
         counted = used.cumsum(1, dtype=torch.int32)
         position = torch.where(used, counted - 1, -1)
         table = torch.zeros(samples, slots + 1, dtype=torch.int32, device=device)
         table.scatter_(1, torch.where(used, position, slots).long(), slot.int().expand(samples, -1))
         at = torch.arange(queries, device=device) + offset
         query_position = position.index_select(1, at)
-        before = counted[:, -1] - (query_position >= 0).sum(1, dtype=torch.int32)
-        return cls(counted[:, -1].contiguous(), before, query_position, table[:, :-1], position)
+        lengths = used.sum(1, dtype=torch.int32)
+        before = lengths - (query_position >= 0).sum(1, dtype=torch.int32)
+        return cls(lengths, before, query_position, table[:, :-1], position)
 
     @cached_property
     def host(self) -> HostTokens:
@@ -127,6 +129,18 @@ class CachedTokens:
         position = self.host.query_position[sample, query]
         first = sample * blocks
         return query_rows(first + position // block_size, first, position % block_size, self.lengths.device)
+
+
+def _checked_offset(offset: int | Tensor, queries: int, slots: int) -> int | Tensor:
+    """`offset` as an int or a tensor of no dimension; the queries fit into the slots, as far as the host can tell."""
+    if isinstance(offset, Tensor):
+        if offset.numel() != 1 or offset.dtype not in (torch.int16, torch.int32, torch.int64):
+            raise TypeError(f"offset must be an int or an integer tensor of one element, got {offset!r}")
+        return offset.reshape(())
+    check_integer("offset", offset, least=0)
+    if offset + queries > slots:
+        raise ValueError(f"{queries} queries from slot {offset} on do not fit into {slots} slots")
+    return offset
 
 
 @dataclass(frozen=True)
@@ -233,10 +247,11 @@ def moba_attention_cached(
         workspace_bytes: most bytes of partial results at once, as in `moba_attention`; with several queries only.
 
     Returns:
-        `[samples, queries, Hq, Dv]` in the dtype of `q`; zeros for queries that are padding.
+        `[samples, queries, Hq, Dv]` in the dtype of `q`; zeros for queries that are padding. Tensors without numbers
+        (`FakeTensorMode`, the meta device) give an output without numbers.
 
     Raises:
-        TypeError, ValueError: an argument is not as said, holds no numbers (see `tracing`), or a gradient is wanted.
+        TypeError, ValueError: an argument is not as said, or a gradient is wanted.
     """
     check_config(config)
     check_integer("workspace_bytes", workspace_bytes, least=1)
@@ -245,7 +260,7 @@ def moba_attention_cached(
     backend.check_sizes(dim=q.shape[3], dim_v=v.shape[3], block_size=config.block_size)
     if needs_gradients(q, k, v):
         raise ValueError("moba_attention_cached has no gradient; use moba_attention for training, or torch.no_grad()")
-    if q.numel() == 0:
+    if q.numel() == 0 or without_numbers(q, k, v):
         return q.new_zeros(*q.shape[:3], v.shape[3])
     k, v = unit_stride(k), unit_stride(v)
     centroids = CentroidCache() if centroids is None else centroids
@@ -268,8 +283,6 @@ def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens, centroid
         check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape [samples, tokens, heads, head size], got {tuple(x.shape)}")
-    if without_numbers(q, k, v):
-        raise ValueError(f"q, k and v must hold numbers, got tensors under tracing or on {q.device}")
     if not isinstance(tokens, CachedTokens):
         raise TypeError(f"tokens must be CachedTokens, got {type(tokens).__name__}")
     if centroids is not None and not isinstance(centroids, CentroidCache):

@@ -21,17 +21,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 
 from .config import checked_scale
 from .kernels import dense
 from .kernels.torch_backend import accumulate_dtype
 from .outside_graphs import outside_graphs
 from .parallel import agreement, backward_order
-from .parallel.comm import CommGroup, Traffic
+from .parallel.comm import CommGroup, Traffic, process_group_of
 from .parallel.dense import COMMS as FLAT_COMMS
 from .parallel.dense import DenseTransport, Pair, Shard, equal_documents, transport, visible_pairs
 from .parallel.layout import SequenceLayout
 from .parallel.splits import check_split
+from .parallel.topology import host
 from .pipeline import unit_stride
 from .prepare import needs_gradients
 from .stages import Stages
@@ -55,7 +57,7 @@ def causal_attention(
     softmax_scale: float | None,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     comm: str = "auto",
     head_parallel: int | None = None,
     traffic: Traffic | None = None,
@@ -69,7 +71,8 @@ def causal_attention(
         k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`, its keys and values; `Hq` must be a multiple of `Hkv`.
         softmax_scale: scale of the logits; None for `D ** -0.5`.
         layout: which rank holds which token.
-        group: the ranks of the layout; None for the default group, or for none at all when `layout.cp_size == 1`.
+        group: the ranks of the layout, or a `DeviceMesh` of one dimension; None for the default group, or for none at all when
+            `layout.cp_size == 1`.
         comm: "ring" (memory for two shards of keys and values, whatever the number of ranks), "all_gather" (one collective;
             memory for all of them), "a2a" (heads are split over all ranks, so each computes whole sequences of its heads),
             "a2a+ring", "a2a+all_gather" (heads over ranks of a node, keys and values between), or "auto", which gathers up to
@@ -85,6 +88,7 @@ def causal_attention(
             disagree.
         RuntimeError: a rank did not take part within the group's timeout.
     """
+    group = process_group_of(group)
     with refused_together(layout, group, q, k, v):
         check_layout(layout)
         check_comm(comm, COMMS)
@@ -92,6 +96,10 @@ def causal_attention(
         check_placement(q, layout, group)
         check_split(comm, head_parallel, q.shape[1], layout.cp_size)
         softmax_scale = checked_scale(softmax_scale)
+        if traffic is not None and not isinstance(traffic, Traffic):
+            raise TypeError(f"traffic must be a Traffic or None, got {type(traffic).__name__}")
+        if layout.cp_size > 1:
+            host()  # refused here, if it cannot be told to the others
     if without_numbers(q, k, v):
         return infer_output(q, k, v)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale

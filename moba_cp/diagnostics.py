@@ -14,6 +14,7 @@ Functions that bring the ranks' figures together say so: every rank of the group
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,19 +24,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import drawing
 from .drawing import format_bytes
 from .parallel import agreement
 from .parallel.blocks import block_table
-from .parallel.comm import CommGroup, StageTraffic, Traffic, check_group
+from .parallel.comm import CommGroup, StageTraffic, Traffic, check_group, process_group_of
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
 from .selection_figures import count_selections, distances, text_table, uniform_histogram
 from .validation import check_layout, refused_together
 
 
-def gather_selection(report: MoBAReport, layout: SequenceLayout, group: dist.ProcessGroup | None = None) -> Tensor:
+def gather_selection(
+    report: MoBAReport, layout: SequenceLayout, group: dist.ProcessGroup | DeviceMesh | None = None
+) -> Tensor:
     """Every rank's selected blocks as one tensor; all ranks of the group call it together.
 
     Args:
@@ -50,6 +54,7 @@ def gather_selection(report: MoBAReport, layout: SequenceLayout, group: dist.Pro
     Raises:
         TypeError, ValueError: the report is not of this layout, or the ranks disagree; on every rank.
     """
+    group = process_group_of(group)
     _check_together(report, layout, group)
     _begin(report, layout, group, "gather_selection")
     if layout.cp_size == 1:
@@ -61,7 +66,7 @@ def gather_selection(report: MoBAReport, layout: SequenceLayout, group: dist.Pro
     return layout.unshard([part[:tokens] for part, tokens in zip(gathered, held)]).transpose(0, 1).contiguous()
 
 
-def gather_traffic(report: MoBAReport, group: dist.ProcessGroup | None = None) -> list[Traffic]:
+def gather_traffic(report: MoBAReport, group: dist.ProcessGroup | DeviceMesh | None = None) -> list[Traffic]:
     """The traffic of every rank so far, in order of rank; all ranks of the group call it together.
 
     Args:
@@ -74,6 +79,7 @@ def gather_traffic(report: MoBAReport, group: dist.ProcessGroup | None = None) -
     Raises:
         TypeError, ValueError: an argument is not as said, or the ranks disagree; on every rank.
     """
+    group = process_group_of(group)
     _check_together(report, None, group)
     size = report.attended_keys.size
     if size == 1:
@@ -138,7 +144,7 @@ def plot_block_selection(
     path: str | os.PathLike[str],
     *,
     layout: SequenceLayout | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     heads: int | Sequence[int] | None = None,
     title: str | None = None,
 ) -> Path:
@@ -165,19 +171,23 @@ def plot_block_selection(
         ImportError: matplotlib is not installed.
         TypeError, ValueError: the report is not of this layout, there is no such head, or the ranks disagree.
     """
+    group = process_group_of(group)
     if layout is None:
         _check_report(report)
     else:
         _check_together(report, layout, group)
     drawing.matplotlib()
-    path, q_heads = Path(path), report.selected.shape[0]
-    chosen = list(range(q_heads)) if heads is None else [heads] if isinstance(heads, SupportsIndex) else list(heads)
-    wrong = [h for h in chosen if not isinstance(h, SupportsIndex) or not 0 <= h < q_heads]
-    error = ValueError(f"heads must be in [0, {q_heads}), got {heads!r}") if wrong or not chosen else None
+    error: Exception | None = None
+    chosen: list[int] = []
+    try:
+        path, chosen = Path(path), _chosen_heads(heads, report.selected.shape[0])
+    except (TypeError, ValueError) as raised:
+        error = raised
     if layout is not None:
         _begin(report, layout, group, f"plot_block_selection of heads {heads}", error)
     elif error is not None:
         raise error
+    path = Path(path)
     grid = count_selections(report, layout, group, chosen)
     if layout is not None and layout.cp_size > 1 and dist.get_rank(group) > 0:
         return path
@@ -202,7 +212,7 @@ def plot_distance_histogram(
     path: str | os.PathLike[str],
     *,
     layout: SequenceLayout | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     title: str | None = None,
 ) -> Path:
     """Bars: the share of selections by how many blocks they lie before the query's own.
@@ -222,17 +232,14 @@ def plot_distance_histogram(
         ImportError: matplotlib is not installed.
         TypeError, ValueError: the layout is not the report's, or `group` is no process group of the report's ranks.
     """
+    group = process_group_of(group)
     if group is None:
         _check_report(report)
     else:
         _check_together(report, layout, group)
     drawing.matplotlib()
     if group is not None:
-        if layout is not None:
-            _begin(report, layout, group, "plot_distance_histogram")
-        elif dist.get_world_size(group) != report.attended_keys.size:
-            ranks = report.attended_keys.size
-            raise ValueError(f"group has {dist.get_world_size(group)} ranks, but the report is of {ranks}")
+        _begin(report, layout, group, "plot_distance_histogram")
         if dist.get_rank(group) > 0:
             return Path(path)
     labels, counts = distances(report)
@@ -252,7 +259,7 @@ def plot_traffic(
     report: MoBAReport,
     path: str | os.PathLike[str],
     *,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     title: str | None = None,
 ) -> Path:
     """Stacked bars: bytes that each rank received by stage, with the fewest its routing allows for keys and values.
@@ -274,6 +281,7 @@ def plot_traffic(
         TypeError, ValueError: as `gather_traffic`.
     """
     drawing.matplotlib()
+    group = process_group_of(group)
     traffic = gather_traffic(report, group)
     if len(traffic) > 1 and dist.get_rank(group) > 0:
         return Path(path)
@@ -288,9 +296,21 @@ def plot_traffic(
     return drawing.draw_traffic(received, *bounds, of, Path(path), title or "Bytes each rank received", subtitle)
 
 
+def _chosen_heads(heads: int | Sequence[int] | None, q_heads: int) -> list[int]:
+    if heads is None:
+        return list(range(q_heads))
+    try:
+        chosen = [operator.index(h) for h in ([heads] if isinstance(heads, SupportsIndex) else heads)]
+    except TypeError as error:
+        raise TypeError(f"heads must be an int or a list of ints, got {heads!r}") from error
+    if not chosen or not all(0 <= h < q_heads for h in chosen):
+        raise ValueError(f"heads must be in [0, {q_heads}), got {heads!r}")
+    return chosen
+
+
 def _begin(
     report: MoBAReport,
-    layout: SequenceLayout,
+    layout: SequenceLayout | None,
     group: dist.ProcessGroup | None,
     what: str,
     error: Exception | None = None,
@@ -299,16 +319,18 @@ def _begin(
     try:
         if error is not None:
             raise error
-        _check_layout(report, layout)
+        if layout is not None:
+            _check_layout(report, layout)
         ranks = report.attended_keys.size
-        if ranks > 1 and dist.get_world_size(group) != ranks:
+        if (ranks > 1 or layout is None) and dist.get_world_size(group) != ranks:
             raise ValueError(f"group has {dist.get_world_size(group)} ranks, but the report is of {ranks}")
     except (TypeError, ValueError) as raised:
         if report.attended_keys.size > 1 and dist.is_initialized():
             agreement.refuse(group, raised, report.selected)
         raise
-    if layout.cp_size > 1:
-        facts = {"diagnostics": what, "layout": f"{layout.digest.hex()} {layout!r}", "blocks": str(report.block_size)}
+    if ranks > 1:
+        shown = "none" if layout is None else f"{layout.digest.hex()} {layout!r}"
+        facts = {"diagnostics": what, "layout": shown, "blocks": str(report.block_size)}
         agreement.check(group, facts, report.selected.device)
 
 

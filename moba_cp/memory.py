@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from .parallel import peer_memory
 from .parallel.plan_cache import PLANS
@@ -26,7 +27,7 @@ class KeptMemory:
     shared: int
 
 
-def kept_bytes(group: dist.ProcessGroup | None = None) -> KeptMemory:
+def kept_bytes(group: dist.ProcessGroup | DeviceMesh | None = None) -> KeptMemory:
     """What is kept now: plans of all layouts, and the shared buffers of `group` (None: the default group, if there is one).
 
     Raises:

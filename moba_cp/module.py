@@ -17,7 +17,8 @@ from .parallel.layout import SequenceLayout
 from .parallel.partition import Kind, head_of_description
 from .parallel.plan_cache import PLANS, Memo
 from .parallel.splits import COMMS
-from .validation import check_comm, check_config, check_integer, check_layout
+from .tracing import sends_nothing
+from .validation import check_comm, check_config, check_integer, check_layout, check_tensor
 
 
 class MoBAAttention(nn.Module):
@@ -74,26 +75,41 @@ class MoBAAttention(nn.Module):
             `[T, Hq, Dv]` or `[B, L, Hq, Dv]`.
 
         Raises:
-            TypeError, ValueError: as `moba_attention`; or there is no layout for `[T, H, D]`; or the samples of a batch differ.
+            TypeError, ValueError: as `moba_attention`, on every rank; or there is no layout for `[T, H, D]`; or the samples of a
+                batch differ.
         """
         return self._forward(q, k, v, self.config, layout)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, layout: SequenceLayout | None) -> Tensor:
-        layout = self.layout if layout is None else layout
-        if error := _refusal(q, k, v, layout):
-            if self.cp_size > 1 and not torch.compiler.is_compiling():
+        try:
+            layout = self._checked_layout(q, k, v, self.layout if layout is None else layout)
+        except (TypeError, ValueError) as error:
+            if self.cp_size > 1 and not torch.compiler.is_compiling() and not sends_nothing(q, k, v):
                 agreement.refuse(self.group, error, q)
-            raise error
+            raise
         if q.dim() != 4:
             return self._attend(q, k, v, config, layout)
-        batch, length = q.shape[:2]
-        if layout is None:
-            layout = self._batch_layout(batch, length)
         out = self._attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), config, layout)
-        return out.unflatten(0, (batch, length))
+        return out.unflatten(0, q.shape[:2])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, layout: SequenceLayout | None) -> Tensor:
-        assert layout is not None
+    def _checked_layout(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None) -> SequenceLayout:
+        """The layout of the inputs, of which what `moba_attention`, which sees flat tokens, would not find is refused."""
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_tensor(name, x)
+        if q.dim() != 4:
+            if layout is None:
+                raise ValueError(
+                    f"q, k, v [tokens, heads, head size] need a layout, got {tuple(q.shape)} and layout None"
+                )
+            return layout
+        if k.dim() != 4 or v.dim() != 4 or not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+            raise ValueError(
+                "q, k and v [B, L, heads, head size] must have the same batch and length, got "
+                f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+            )
+        return self._batch_layout(*q.shape[:2]) if layout is None else layout
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, layout: SequenceLayout) -> Tensor:
         return moba_attention(
             q, k, v, config, layout=layout, group=self.group, comm=self.comm, workspace_bytes=self.workspace_bytes,
             exchange_bytes=self.exchange_bytes,
@@ -119,22 +135,6 @@ class MoBAAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.config}, cp_size={self.cp_size}, comm={self.comm!r}"
-
-
-def _refusal(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None) -> Exception | None:
-    """What is wrong with the inputs of a module, and what `moba_attention`, which sees flat tokens, would not find."""
-    if wrong := [type(x).__name__ for x in (q, k, v) if not isinstance(x, Tensor)]:
-        return TypeError(f"q, k and v must be tensors, got {wrong[0]}")
-    if q.dim() != 4:
-        if layout is not None:
-            return None
-        return ValueError(f"q, k, v [tokens, heads, head size] need a layout, got {tuple(q.shape)} and layout None")
-    if q.dim() == k.dim() == v.dim() and q.shape[:2] == k.shape[:2] == v.shape[:2]:
-        return None
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    return ValueError(
-        f"q, k and v of a batch must have shape [B, L, heads, head size] and the same B and L, got {shapes}"
-    )
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,11 @@ def set_layout(model: nn.Module, layout: SequenceLayout | None) -> int:
     """Give all `MoBAAttention` modules in `model` the layout of the next step; how many there are.
 
     Raises:
-        TypeError: `layout` is no `SequenceLayout`, nor None.
-        ValueError: there is none, or the layout is for another number of ranks than one of them has.
+        TypeError: `model` is no module; or `layout` is no `SequenceLayout`, nor None.
+        ValueError: there is no such module in it, or the layout is for another number of ranks than one of them has.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     modules = [module for module in model.modules() if isinstance(module, MoBAAttention)]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no MoBAAttention module")

@@ -22,7 +22,7 @@ from .parallel.topology import host
 from .precision import as_given
 from .selection import BY_Q_AND_K, Routing, check_routing, make_routing, place, routing_fact
 from .stages import Stages
-from .tracing import without_numbers
+from .tracing import sends_nothing, without_numbers
 from .validation import call_facts, check_call, check_flags, group_size
 
 
@@ -104,11 +104,12 @@ def prepare(
                 "exchange_bytes": str(exchange_bytes),
                 "head_parallel": str(head_parallel),
             }
+            node = host()  # refused here, if it cannot be told to the others
             if comm in EXCHANGES and EXCHANGES[comm].same_host:
-                facts[f"host ({comm} is for ranks of one)"] = host()
+                facts[f"host ({comm} is for ranks of one)"] = node
         placed = None if selection is None else _place(selection, q, config, layout, group, check_selection)
     except (TypeError, ValueError) as error:
-        if group_size(layout, group) > 1 and not inferred:
+        if group_size(layout, group) > 1 and not sends_nothing(q, k, v):
             agreement.refuse(group, error, q)
         raise
     comm_group = CommGroup(group, layout.cp_size)

@@ -23,8 +23,22 @@ _TRACING_MODES = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
 def without_numbers(*tensors: object) -> bool:
     """Whether a call with these arguments can only infer shapes. A mixture with ordinary tensors is bad input instead."""
     given = [x for x in tensors if isinstance(x, Tensor)]
-    if given and all(isinstance(x, TRACED) or x.is_meta or torch._is_functional_tensor(x) for x in given):
+    if given and all(_is_traced(x) or x.is_meta for x in given):
         return True
+    return _tracing()
+
+
+def sends_nothing(*tensors: object) -> bool:
+    """Whether a call with these arguments may not even tell other ranks of an error: it is part of a recording. A call with
+    tensors on the meta device outside of one may."""
+    return any(_is_traced(x) for x in tensors if isinstance(x, Tensor)) or _tracing()
+
+
+def _is_traced(x: Tensor) -> bool:
+    return isinstance(x, TRACED) or torch._is_functional_tensor(x)
+
+
+def _tracing() -> bool:
     if not torch._C._len_torch_dispatch_stack():
         return False
     return any(isinstance(mode, _TRACING_MODES) for mode in _get_current_dispatch_mode_stack())

@@ -17,7 +17,7 @@ from .parallel import agreement
 from .parallel.comm import backends_of, check_group
 from .parallel.layout import SequenceLayout
 from .parallel.splits import COMMS, HEADS, check_split
-from .tracing import TRACED, without_numbers
+from .tracing import TRACED, sends_nothing
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of q, k, v, and of what scores blocks."""
@@ -34,8 +34,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         check_tensor(name, x)
         if x.dim() != 3:
             raise ValueError(f"{name} must have shape [tokens, heads, head size], got {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
+        check_dtype(name, x)
         if 0 in x.shape[1:]:
             raise ValueError(f"{name} must have at least one head and a head size of at least 1, got {tuple(x.shape)}")
     if not q.dtype == k.dtype == v.dtype:
@@ -55,6 +54,12 @@ def check_tensor(name: str, x: Tensor) -> None:
     if x.layout != torch.strided or x.is_nested:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise TypeError(f"{name} must be an ordinary dense tensor, got {kind}")
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """`x` is of a dtype that attention computes with."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
 
 
 def _check_is_tensor(name: str, x: object) -> None:
@@ -236,7 +241,7 @@ def refused_together(layout: object, group: dist.ProcessGroup | None, *tensors: 
     try:
         yield
     except (TypeError, ValueError) as error:
-        if group_size(layout, group) > 1 and not without_numbers(*tensors):
+        if group_size(layout, group) > 1 and not sends_nothing(*tensors):
             agreement.refuse(group, error, tensors[0] if tensors else None)
         raise
 

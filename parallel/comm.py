@@ -194,8 +194,9 @@ def check_group(group: object) -> None:
         raise TypeError(f"group must be a torch.distributed ProcessGroup this rank belongs to, got {group!r}")
 
 
-def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """`group`, or the default one."""
+def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    """`group`, that of a mesh of one dimension, or the default one."""
+    group = process_group_of(group)
     check_group(group)
     return distributed_c10d._get_default_group() if group is None else group
 

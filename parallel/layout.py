@@ -25,6 +25,8 @@ from torch import Tensor
 from .balance import balanced_runs
 from .partition import Kind, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
 
+MOST_TOKENS = 1 << 48
+"""Token numbers times ranks, and sums of such products, stay inside int64."""
 _SHOWN_RANKS = 8
 """`repr` of a layout shows the token counts of at most this many ranks."""
 
@@ -105,7 +107,10 @@ class SequenceLayout:
         """
         cu, size = _host_cu_seqlens(cu_seqlens), _check_cp_size(cp_size)
         block_size, topk = (_positive(name, x) for name, x in (("block_size", block_size), ("topk", topk)))
-        runs = [merge_adjacent(rank) for rank in balanced_runs(cu, size, block_size, topk)]
+        longest = max(1, int(cu[-1]))  # larger values mean the same, and their products may not fit 64 bits
+        runs = [
+            merge_adjacent(rank) for rank in balanced_runs(cu, size, min(block_size, longest), min(topk, longest + 1))
+        ]
         return cls(cu, partition_of(runs, cu))
 
     @classmethod
@@ -243,8 +248,9 @@ class SequenceLayout:
         """The global tensor out of every rank's tokens: the inverse of `shard`.
 
         Raises:
-            TypeError: `parts` is no list of tensors, or `dim` no int.
-            ValueError: there is not one part for each rank, or a part has another number of tokens than its rank holds.
+            TypeError: `parts` is no list of tensors of one dtype.
+            ValueError: there is not one part for each rank, a part has another number of tokens than its rank holds, or parts
+                differ in other dimensions or in their device.
         """
         if not isinstance(parts, Sequence) or not all(isinstance(part, Tensor) for part in parts):
             raise TypeError(f"parts must be a list with the tensor of each rank, got {parts!r}")
@@ -256,6 +262,15 @@ class SequenceLayout:
                 raise ValueError(
                     f"the part of rank {rank} must have {self.local_tokens(rank)} tokens along dim {dim}, "
                     f"got shape {tuple(part.shape)}"
+                )
+            if part.dtype != parts[0].dtype:
+                raise TypeError(
+                    f"parts must have one dtype, got {parts[0].dtype} of rank 0, {part.dtype} of rank {rank}"
+                )
+            if _others(part, dim) != _others(parts[0], dim):
+                raise ValueError(
+                    f"parts must agree in all but dim {dim} and lie on one device, got {tuple(parts[0].shape)} on "
+                    f"{parts[0].device} of rank 0, {tuple(part.shape)} on {part.device} of rank {rank}"
                 )
         order = torch.cat([self.local_indices(rank) for rank in range(self.cp_size)])
         whole = torch.cat(list(parts), dim)
@@ -288,6 +303,12 @@ class SequenceLayout:
         return f"SequenceLayout({documents} documents, {self.total_tokens} tokens, held [{', '.join(shown)}{more}])"
 
 
+def _others(x: Tensor, dim: int) -> tuple[object, ...]:
+    shape = list(x.shape)
+    del shape[dim]
+    return *shape, x.device
+
+
 def _integer(name: str, value: int) -> int:
     if not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r}")
@@ -315,8 +336,9 @@ def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndar
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.device.type != "cpu":
             raise TypeError(f"cu_seqlens must be on the host (a list, tuple or CPU tensor), got {cu_seqlens.device}")
-        if cu_seqlens.layout != torch.strided:
-            raise TypeError(f"cu_seqlens must be an ordinary dense tensor, got layout {cu_seqlens.layout}")
+        if cu_seqlens.layout != torch.strided or cu_seqlens.is_nested:
+            kind = "a nested tensor" if cu_seqlens.is_nested else f"layout {cu_seqlens.layout}"
+            raise TypeError(f"cu_seqlens must be an ordinary dense tensor, got {kind}")
         if cu_seqlens.is_floating_point() or cu_seqlens.is_complex():  # numpy takes not all of them
             raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
         cu_seqlens = cu_seqlens.numpy()
@@ -341,6 +363,8 @@ def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndar
     if down.size:
         i = int(down[0])
         raise ValueError(f"cu_seqlens must not decrease, got {array[i]} then {array[i + 1]} at position {i + 1}")
+    if array[-1] > MOST_TOKENS:
+        raise ValueError(f"cu_seqlens must end at {MOST_TOKENS} or before, got {array[-1]}")
     return array
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .comm import CommGroup, process_group
 from .subgroups import sub_groups_of, timeout_of
@@ -90,14 +91,14 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def kept_bytes(group: dist.ProcessGroup | None = None) -> int:
+def kept_bytes(group: dist.ProcessGroup | DeviceMesh | None = None) -> int:
     """Bytes of this rank's buffers for `group` (None: the default one) and the groups made of its ranks. They live until
     `release` or as long as the group. Torch's own count of GPU memory does not have them."""
     memories = [memory for one in _with_sub_groups(group) for memory in _memories.get(one, {}).values()]
     return sum(memory.buffers[0].numel() for memory in memories)
 
 
-def release(group: dist.ProcessGroup | None = None) -> None:
+def release(group: dist.ProcessGroup | DeviceMesh | None = None) -> None:
     """Give the buffers of `group` (None: the default one) and of the groups made of its ranks back; all its ranks call alike. The
     next call that needs buffers sets up new ones."""
     for one in _with_sub_groups(group):
@@ -108,7 +109,7 @@ def release(group: dist.ProcessGroup | None = None) -> None:
         memories.clear()
 
 
-def _with_sub_groups(group: dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
+def _with_sub_groups(group: dist.ProcessGroup | DeviceMesh | None) -> list[dist.ProcessGroup]:
     whole = process_group(group)
     return [whole, *sub_groups_of(whole)]
 

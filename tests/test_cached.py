@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_cp import CachedTokens, CentroidCache, MoBAConfig, SequenceLayout, moba_attention, moba_attention_cached
 from moba_cp.kernels import torch_backend
@@ -191,15 +192,27 @@ def test_refusals() -> None:
     with pytest.raises(TypeError, match="centroids must be a CentroidCache or None, got Tensor"):
         call(centroids=k)
     with pytest.raises(ValueError, match="tokens must be where q is, got tokens on meta, q on cpu"):
-        call(tokens=of(device=torch.device("meta")))
-    with pytest.raises(ValueError, match="must hold numbers, got tensors under tracing or on meta"):
-        moba_attention_cached(*(x.to("meta") for x in (q[:, :1], k, v)), CONFIG, tokens=tokens)
+        call(tokens=of(content=None, device=torch.device("meta")))
+    with pytest.raises(ValueError, match="2 queries from slot 51 on do not fit into 52 slots"):
+        of(queries=2, offset=51)
+    with pytest.raises(ValueError, match="offset must be at least 0, got -1"):
+        of(offset=-1)
+    with pytest.raises(TypeError, match=r"integer tensor of one element, got tensor\(\[1, 2\]\)"):
+        of(offset=torch.tensor([1, 2]))
     with pytest.raises(TypeError, match="content must be a tensor, got list"):
         of(content=[[True]])
-    for offset in (-1, SLOTS):
-        with pytest.raises(ValueError, match=f"1 queries from slot {offset} on must be among the {SLOTS} slots"):
-            of(offset=offset)
+    with pytest.raises(TypeError, match="samples must be an int, got 4.0"):
+        of(samples=4.0)
     assert moba_attention_cached(q[:, :0], k, v, CONFIG, tokens=of(queries=0)).shape == (4, 0, Q_HEADS, DV)
+
+
+def test_shapes_are_inferred_without_numbers() -> None:
+    for context in (FakeTensorMode(), torch.device("meta")):
+        with context:
+            q, k, v = (torch.empty(2, *shape) for shape in ((3, 4, 8), (10, 2, 8), (10, 2, 6)))
+            tokens = CachedTokens.of(None, samples=2, queries=3, slots=10, offset=7, device=q.device)
+            out = moba_attention_cached(q, k, v, CONFIG, tokens=tokens)
+        assert out.shape == (2, 3, 4, 6)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -181,7 +182,7 @@ def refused_on_rank(rank: int, size: int) -> Tensor:
     module, q = MoBAAttention(CONFIG, group=dist.group.WORLD), torch.zeros(2, 6, 2, 4)
     with pytest.raises(ValueError, match=r"same B and L, got q \(2, 6, 2, 4\), k \(3, 4, 2, 4\)"):
         module(q, q.view(3, 4, 2, 4) if rank else q, q)
-    with pytest.raises((TypeError, ValueError), match="q, k and v must be tensors, got list"):
+    with pytest.raises((TypeError, ValueError), match="k must be a tensor, got list"):
         module(q, [q] if rank else q, q)
     return module(q, q, q)
 
@@ -232,3 +233,44 @@ def test_torchtitan_arguments() -> None:
             module(q, q, q, **options)
     with pytest.raises(ValueError, match="the model's scale is 0.3, but the configuration's softmax_scale is 0.5"):
         TitanAttention(MoBAConfig(4, 2, 0.5))(q, q, q, scale=0.3)
+
+
+# What rank 1 alone passes to a module of two ranks, and what all ranks read.
+REFUSED_ALONE: dict[str, tuple[tuple[object, ...], str]] = {
+    "list": (([1.0], torch.zeros(1, 8, 2, 4), torch.zeros(1, 8, 2, 4)), "TypeError: q must be a tensor, got list"),
+    "five dimensions": ((torch.zeros(1, 1, 8, 2, 4),) * 3, r"need a layout, got \(1, 1, 8, 2, 4\)"),
+    "no layout": ((torch.zeros(8, 2, 4),) * 3, r"need a layout, got \(8, 2, 4\)"),
+    "chunks": ((torch.zeros(1, 7, 2, 4),) * 3, "must be multiples of 4 tokens long, got 14"),
+    "keys of one document": (
+        (torch.zeros(2, 4, 2, 4), torch.zeros(1, 8, 2, 4), torch.zeros(1, 8, 2, 4)),
+        r"same batch and length, got q \(2, 4, 2, 4\), k \(1, 8, 2, 4\)",
+    ),
+    "packed keys": ((torch.zeros(1, 8, 2, 4), torch.zeros(8, 2, 4), torch.zeros(1, 8, 2, 4)), "same batch and length"),
+}
+
+
+def refusing_module(rank: int, size: int) -> tuple[dict[str, str], Tensor]:
+    module, good, errors = MoBAAttention(CONFIG, group=dist.group.WORLD), torch.zeros(1, 8, 2, 4), {}
+    for name, (bad, _) in REFUSED_ALONE.items():
+        with pytest.raises((TypeError, ValueError)) as error:  # the text is looked at below
+            module(*(bad if rank else (good, good, good)))
+        errors[name] = f"{type(error.value).__name__}: {error.value}"
+    return errors, module(good, good, good)
+
+
+def test_what_one_rank_refuses_ends_the_others_too() -> None:
+    for errors, out in run_ranks(2, refusing_module):
+        for name, (_, text) in REFUSED_ALONE.items():
+            assert re.search(text, errors[name]), (name, errors[name])
+        assert out.shape == (1, 8, 2, 4)
+
+
+def test_options_are_checked_when_the_module_is_made() -> None:
+    with pytest.raises(ValueError, match="comm must be one of .* got 'smoke'"):
+        MoBAAttention(CONFIG, comm="smoke")
+    with pytest.raises(ValueError, match="workspace_bytes must be at least 1, got 0"):
+        MoBAAttention(CONFIG, workspace_bytes=0)
+    with pytest.raises(ValueError, match="for 2 ranks, but a module's group has 1"):
+        MoBAAttention(CONFIG, layout=SequenceLayout.contiguous([0, 8], 2))
+    with pytest.raises(TypeError, match="model must be a torch module, got list"):
+        moba_cp.set_layout([MoBAAttention(CONFIG)], None)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def moba_attention_forward(
                 f"{q.shape[1]} queries and {k.shape[1]} keys need the mask of moba_mask, got none: cross-attention, or a "
                 "cache that transformers makes no masks for"
             )
-        ends = _documents(q, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        ends = _documents(q, cast(int, module.layer_idx), position_ids, cu_seq_lens_q, cu_seq_lens_k)
         layout = SequenceLayout.contiguous(ends, 1)
         out = _attend(moba, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), config, layout)
         kept.hook(module)
@@ -136,22 +136,26 @@ def _attend(
 
 
 def _documents(
-    q: Tensor, position_ids: Tensor | None, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
+    q: Tensor,
+    layer: int,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
 ) -> Sequence[int]:
-    """Ends of the documents of `q` `[samples, tokens, Hq, D]`, samples one after the other, from 0."""
+    """Ends of the documents of `q` `[samples, tokens, Hq, D]` of one layer, samples one after the other, from 0."""
     samples, tokens = q.shape[:2]
     if cu_seq_lens_q is not None:
         if samples != 1:
             raise ValueError(f"cu_seq_lens are for one sample, got {samples}")
         if cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q:
-            return _on_host(cu_seq_lens_q, "ends", lambda x: x.tolist())
-        ends, of_keys = (_on_host(x, "ends", lambda x: x.tolist()) for x in (cu_seq_lens_q, cu_seq_lens_k))
+            return _on_host(cu_seq_lens_q, layer, "ends", lambda x: x.tolist())
+        ends, of_keys = (_on_host(x, layer, "ends", lambda x: x.tolist()) for x in (cu_seq_lens_q, cu_seq_lens_k))
         if ends != of_keys:
             raise ValueError(f"queries and keys must have the same documents, got {ends} and {of_keys}")
         return ends
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != tokens:
         return [tokens * i for i in range(samples + 1)]
-    begins = _on_host(position_ids, "begins", _begins)
+    begins = _on_host(position_ids, layer, "begins", _begins)
     if len(begins) == 1:
         begins = begins * samples
     elif len(begins) != samples:
@@ -168,15 +172,21 @@ def _begins(position_ids: Tensor) -> list[list[int]]:
     return found
 
 
-def _on_host(x: Tensor, name: str, read: Callable[[Tensor], list[Any]]) -> list[Any]:
-    """`read(x)`, once for all layers of a forward pass: kept with the tensor until it is written to."""
-    if x.is_inference():
-        return read(x)  # writes are not counted
+def _on_host(x: Tensor, layer: int, name: str, read: Callable[[Tensor], list[Any]]) -> list[Any]:
+    """`read(x)` for one layer. Reading from a GPU waits for it, so what a layer read is kept with the tensor for the layers after
+    it. A layer that does not come after the last one begins another forward pass, and reads again: writes by `broadcast`,
+    through `.data` or by numpy raise no version.
+    """
+    if x.is_inference() or x.device.type == "cpu":
+        return read(x)
     kept_values = getattr(x, "_moba_read", {})
-    if name not in kept_values or kept_values[name][0] != x._version:
-        kept_values = {**kept_values, name: (x._version, read(x))}
-        x._moba_read = kept_values  # type: ignore[attr-defined]
-    return kept_values[name][1]
+    found = kept_values.get(name)
+    if found is None or found[0] != x._version or layer <= found[1]:
+        found = (x._version, layer, read(x))
+    else:
+        found = (found[0], layer, found[2])
+    x._moba_read = {**kept_values, name: found}  # type: ignore[attr-defined]
+    return found[2]
 
 
 def _prefill(moba: bool, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, tokens: CachedTokens) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from ..config import MoBAConfig
 from ..validation import check_config
@@ -33,7 +34,7 @@ class Settings:
 
     block_size: int
     topk: int
-    layer_pattern: tuple[int, ...] | None = None
+    layer_pattern: Sequence[int] | None = None
     full_last: int = 0
     decode: str = "moba"
 
@@ -42,10 +43,12 @@ class Settings:
         if isinstance(self.full_last, bool) or not isinstance(self.full_last, int) or self.full_last < 0:
             raise ValueError(f"full_last must be a number of layers, got {self.full_last!r}")
         if self.layer_pattern is not None:
+            if isinstance(self.layer_pattern, str) or not isinstance(self.layer_pattern, Sequence):
+                raise TypeError(f"layer_pattern must be a list with one entry per layer, got {self.layer_pattern!r}")
             object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
             if self.full_last:
                 raise ValueError(f"give layer_pattern or full_last, not both: {self.layer_pattern}, {self.full_last}")
-            if set(self.layer_pattern) - {0, 1}:
+            if any(entry not in (0, 1) for entry in self.layer_pattern):
                 raise ValueError(f"layer_pattern must hold 1 (MoBA) and 0 (full), got {list(self.layer_pattern)}")
         if self.decode not in DECODE:
             raise ValueError(f"decode must be one of {DECODE}, got {self.decode!r}")
@@ -89,10 +92,12 @@ def configure(
         raise ValueError(
             f"softmax_scale must be None, since the model passes its own scale; got {config.softmax_scale}"
         )
-    pattern = None if layer_pattern is None else tuple(layer_pattern)
-    settings = Settings(config.block_size, config.topk, pattern, full_last, decode)
+    settings = Settings(config.block_size, config.topk, layer_pattern, full_last, decode)
     is_model = isinstance(model_or_config, torch.nn.Module)
-    text = (model_or_config.config if is_model else model_or_config).get_text_config(decoder=True)
+    whole = getattr(model_or_config, "config", None) if is_model else model_or_config
+    if not isinstance(whole, PretrainedConfig):
+        raise TypeError(f"configure takes a model of transformers or its config, got {type(model_or_config).__name__}")
+    text = whole.get_text_config(decoder=True)
     settings.check_layers(text.num_hidden_layers)
     for name in ("sliding_window", "attn_logit_softcapping", "attention_chunk_size"):
         if getattr(text, name, None) is not None:

@@ -111,3 +111,8 @@ def test_attention_does_not_depend_on_it() -> None:
 def test_bad_input_is_named(arguments: tuple, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         SequenceLayout.balanced(*arguments)
+
+
+def test_block_size_and_topk_beyond_64_bits_mean_full_attention() -> None:
+    huge = SequenceLayout.balanced([0, 40, 99], 3, 2**70, 2**70)
+    assert huge == SequenceLayout.balanced([0, 40, 99], 3, 99, 100)

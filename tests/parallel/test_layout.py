@@ -184,6 +184,14 @@ def test_bad_shards() -> None:
         layout.unshard([torch.zeros(8)])
     with pytest.raises(ValueError, match=r"rank 1 must have 4 tokens along dim 0, got shape \(3,\)"):
         layout.unshard([torch.zeros(4), torch.zeros(3)])
+    with pytest.raises(
+        ValueError, match=r"agree in all but dim 0 .* got \(4, 2\) on cpu of rank 0, \(4, 3\) on cpu of rank 1"
+    ):
+        layout.unshard([torch.zeros(4, 2), torch.zeros(4, 3)])
+    with pytest.raises(ValueError, match=r"one device, got \(4,\) on cpu of rank 0, \(4,\) on meta of rank 1"):
+        layout.unshard([torch.zeros(4), torch.zeros(4, device="meta")])
+    with pytest.raises(TypeError, match=r"one dtype, got torch.float32 of rank 0, torch.float64 of rank 1"):
+        layout.unshard([torch.zeros(4), torch.zeros(4, dtype=torch.float64)])
 
 
 def test_a_description_is_the_layout() -> None:
@@ -228,6 +236,11 @@ def test_numbers_beyond_64_bits_and_other_dtypes_are_refused() -> None:
         SequenceLayout.contiguous(np.array([0, 2**63 + 5], dtype=np.uint64), 1)
     with pytest.raises(ValueError, match="runs of rank 0 must fit 64 bits"):
         SequenceLayout.from_runs([[(0, 2**70)]], [0, 4])
+    for make in (SequenceLayout.contiguous, SequenceLayout.zigzag):
+        with pytest.raises(ValueError, match="must end at 281474976710656 or before, got 4611686018427387904"):
+            make([0, 2**62], 2)
+    with pytest.raises(TypeError, match="dense tensor, got a nested tensor"):
+        SequenceLayout.contiguous(torch.nested.nested_tensor([torch.tensor([0, 4])]), 1)
     for bad in (torch.tensor([0, 5.0], requires_grad=True), torch.tensor([0, 5.0], dtype=torch.bfloat16)):
         with pytest.raises(TypeError, match=f"cu_seqlens must be integers, got {bad.dtype}"):
             SequenceLayout.contiguous(bad, 1)

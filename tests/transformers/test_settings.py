@@ -76,6 +76,14 @@ def test_settings_that_are_refused(arguments: dict[str, Any], text_of_error: str
         tiny(**arguments)
 
 
+def test_types_are_named() -> None:
+    with pytest.raises(TypeError, match="layer_pattern must be a list with one entry per layer, got 3"):
+        tiny(layer_pattern=3)
+    for bad in (None, torch.nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match=f"a model of transformers or its config, got {type(bad).__name__}"):
+            configure(bad, MoBAConfig(4, 3))
+
+
 def test_models_that_are_refused() -> None:
     config = MistralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

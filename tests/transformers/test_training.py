@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,6 +72,31 @@ def test_positions_that_are_written_to_are_read_again() -> None:
     positions.copy_(POSITIONS)
     expected = whole(model, ids, position_ids=POSITIONS)
     torch.testing.assert_close(whole(model, ids, position_ids=positions), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q"])
+def test_writes_that_raise_no_version_are_read_again(how: str) -> None:
+    """As `dist.broadcast`, numpy and `.data` write."""
+    model, ids = tiny(), text(1, TOKENS)
+    new = {"position_ids": POSITIONS, "cu_seq_lens_q": ENDS}[how]
+    old = {"position_ids": torch.arange(TOKENS)[None], "cu_seq_lens_q": torch.tensor([0, 1, 2, 3, 36])}[how].to(
+        new.dtype
+    )
+    buffer, more = old.clone(), {} if how == "position_ids" else {"position_ids": POSITIONS}
+    whole(model, ids, **more | {how: buffer})
+    buffer.numpy()[:] = new.numpy()
+    torch.testing.assert_close(
+        whole(model, ids, **more | {how: buffer}), whole(model, ids, **more | {how: new}), rtol=0, atol=0
+    )
+
+
+def test_a_tensor_on_a_gpu_is_read_once_per_forward_pass() -> None:
+    """By the first layer; the one after the last layer of a pass begins another."""
+    tensor = SimpleNamespace(is_inference=lambda: False, device=torch.device("cuda"), _version=0)
+    reads: list[int] = []
+    for layer in (0, 1, 3, 0, 1, 1, 2):
+        attention_module._on_host(tensor, layer, "ends", lambda x, layer=layer: reads.append(layer) or reads)
+    assert reads == [0, 0, 1]
 
 
 def test_packed_samples_of_a_batch() -> None:

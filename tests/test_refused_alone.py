@@ -1,0 +1,110 @@
+"""Bad input of one rank alone, in every public function that communicates: all raise with its values, and the group works."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+import moba_cp
+from moba_cp import diagnostics
+from moba_cp.dense import causal_attention
+from moba_cp.parallel import peer_memory
+from tests.calls import TWO, assert_works, full_result, good_call, zeros
+from tests.ranks import run_ranks
+
+BLOCKS = torch.zeros(4, 8, 1, dtype=torch.int64)
+
+
+def attention(rank: int, **bad: Any) -> object:
+    return moba_cp.moba_attention(**good_call(rank) | bad)
+
+
+def full(rank: int, **bad: Any) -> object:
+    call = {name: x for name, x in good_call(rank).items() if name not in ("config", "comm")}
+    return causal_attention(**{"softmax_scale": None} | call | bad)
+
+
+def scores(rank: int, **bad: Any) -> object:
+    call = {"q_gate": zeros(8, 4, 8), "k_gate": zeros(8, 2, 8), "blocks": BLOCKS, "config": good_call(rank)["config"]}
+    return moba_cp.block_scores(**call | {"layout": TWO} | bad)
+
+
+def picture(rank: int, **bad: Any) -> object:
+    _, report = attention(rank, return_report=True)
+    return diagnostics.plot_block_selection(**{"report": report, "path": os.devnull, "layout": TWO} | bad)
+
+
+def histogram(rank: int, **bad: Any) -> object:
+    _, report = attention(rank, return_report=True)
+    group = torch.distributed.group.WORLD
+    return diagnostics.plot_distance_histogram(**{"report": report, "path": os.devnull, "group": group} | bad)
+
+
+def node(rank: int, **bad: Any) -> object:
+    with mock.patch.dict(os.environ, {"MOBA_CP_NODE": "x" * 65} if bad else {}):
+        return attention(rank, comm="a2a+ring", head_parallel=2)
+
+
+META = {"q": zeros(8, 4, 8, device="meta"), "k": zeros(8, 2, 8, device="meta"), "v": zeros(8, 2, 4, device="meta")}
+FP8 = [zeros(8, heads, 8, dtype=torch.float8_e4m3fn) for heads in (4, 2)]
+
+# The function, what rank 1 passes to it, and what both ranks' messages carry.
+ALONE: dict[str, tuple[Callable[..., object], dict[str, Any], str]] = {
+    "tensors without numbers": (attention, META, "q, k and v are on meta"),
+    "full attention of tensors without numbers": (full, META, "q, k and v are on meta"),
+    "traffic": (full, {"traffic": 3}, "traffic must be a Traffic or None, got int"),
+    "name of a node": (node, {"bad": True}, "MOBA_CP_NODE must have at most 64 characters"),
+    "gates in eight bits": (scores, {"q_gate": FP8[0], "k_gate": FP8[1]}, "q_gate must be fp64, fp32, bf16 or fp16"),
+    "gates without a head": (scores, {"q_gate": zeros(8, 0, 8)}, r"at least one head .*\(8, 0, 8\)"),
+    "gates apart": (scores, {"k_gate": zeros(8, 2, 8, device="meta")}, "one device, got q_gate cpu, k_gate meta"),
+    "blocks apart": (scores, {"blocks": BLOCKS.to("meta")}, "blocks meta"),
+    "heads": (picture, {"heads": "a"}, "heads must be an int or a list of ints, got 'a'"),
+    "path": (picture, {"path": None}, "expected str, bytes or os.PathLike object, not NoneType"),
+    "no report": (histogram, {"report": None}, "report must be a MoBAReport, got NoneType"),
+}
+
+
+def refusing(rank: int, size: int) -> tuple[dict[str, str], tuple[torch.Tensor, ...]]:
+    told = {}
+    for name, (call, bad, _) in ALONE.items():
+        with pytest.raises((TypeError, ValueError)) as error:  # the text is looked at below
+            call(rank, **bad if rank else {})
+        told[name] = f"{type(error.value).__name__}: {error.value}"
+    return told, full_result(rank)
+
+
+def test_both_ranks_raise_and_the_group_works_on() -> None:
+    pytest.importorskip("matplotlib")
+    (first, _), (second, _) = per_rank = run_ranks(2, refusing)
+    for name, (_, _, text) in ALONE.items():
+        with pytest.raises(ValueError, match=text):
+            raise ValueError(second[name])
+        assert first[name] == f"ValueError: rank 1 refused its input: {second[name]}"[: len(first[name])], name
+    assert_works([good for _, good in per_rank])
+
+
+def with_a_mesh(rank: int, size: int) -> None:
+    mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "cp"))["cp"]
+    full(rank, group=mesh)
+    scores(rank, group=mesh)
+    picture(rank, group=mesh)
+    histogram(rank, group=mesh)
+    _, report = attention(rank, group=mesh, return_report=True)
+    diagnostics.plot_traffic(report, os.devnull, group=mesh)
+    assert len(diagnostics.gather_traffic(report, mesh)) == size
+    assert diagnostics.gather_selection(report, TWO, mesh).shape == (4, 16, 2)
+    attention(rank, group=mesh, comm="pull")
+    assert moba_cp.kept_bytes(mesh).shared > 0
+    peer_memory.release(mesh)
+    assert moba_cp.kept_bytes(mesh).shared == 0
+
+
+def test_every_group_may_be_a_mesh() -> None:
+    pytest.importorskip("matplotlib")
+    run_ranks(2, with_a_mesh)
