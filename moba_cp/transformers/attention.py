@@ -78,7 +78,8 @@ def moba_attention_forward(
                 f"{q.shape[1]} queries and {k.shape[1]} keys need the mask of moba_mask, got none: cross-attention, or a "
                 "cache that transformers makes no masks for"
             )
-        ends = _documents(q, module.layer_idx, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        layer: Any = module.layer_idx
+        ends = _documents(q, layer, position_ids, cu_seq_lens_q, cu_seq_lens_k)
         layout = SequenceLayout.contiguous(ends, 1)
         out = _attend(moba, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), config, layout)
         kept.hook(module)
