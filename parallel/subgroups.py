@@ -68,7 +68,7 @@ def _make(parent: dist.ProcessGroup, ranks: tuple[int, ...], device: torch.devic
             world_ranks,
             distributed_c10d.Backend(backend),
             store,
-            f"moba_cp/{parent.group_name}/{life_of(parent)}/{'-'.join(map(str, ranks))}",  # type: ignore[arg-type]
+            f"moba_cp/{parent.group_name}/{life_of(parent)}/{device.type}/{'-'.join(map(str, ranks))}",  # type: ignore[arg-type]
             backend_options=options,
             timeout=timeout_of(parent, device),
             group_desc="moba_cp",

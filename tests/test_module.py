@@ -180,7 +180,7 @@ def test_the_module_checks_its_arguments_when_it_is_made(options: dict, text: st
 def refused_on_rank(rank: int, size: int) -> Tensor:
     """Rank 1 passes another batch of keys, then no tensor at all; afterwards the group works."""
     module, q = MoBAAttention(CONFIG, group=dist.group.WORLD), torch.zeros(2, 6, 2, 4)
-    with pytest.raises(ValueError, match=r"same B and L, got q \(2, 6, 2, 4\), k \(3, 4, 2, 4\)"):
+    with pytest.raises(ValueError, match=r"same batch and length, got q \(2, 6, 2, 4\), k \(3, 4, 2, 4\)"):
         module(q, q.view(3, 4, 2, 4) if rank else q, q)
     with pytest.raises((TypeError, ValueError), match="k must be a tensor, got list"):
         module(q, [q] if rank else q, q)

@@ -59,3 +59,18 @@ def test_every_life_of_a_parent_has_new_groups() -> None:
         sums, kept = outcome.result
         assert sums == [1.0 if rank < 2 else 5.0] * 4
         assert kept == 1  # the last one's; those of earlier lives were destroyed
+
+
+def devices_on_rank(rank: int, size: int) -> list[float]:
+    """The same ranks for tensors on the host and for those on a GPU, which gloo serves as well."""
+    quad, first = dist.new_group(list(range(4))), rank // 2 * 2
+    agreement.check(quad, {"call": "a"}, CPU)
+    pairs = [sub_group(quad, [first, first + 1], torch.device(kind)) for kind in ("cpu", "cuda")]
+    sums = [torch.tensor(float(rank)) for _ in pairs]
+    for x, pair in zip(sums, pairs, strict=True):
+        dist.all_reduce(x, group=pair)
+    return [x.item() for x in sums]
+
+
+def test_a_group_for_each_kind_of_device() -> None:
+    assert run_ranks(4, devices_on_rank) == [[1.0, 1.0], [1.0, 1.0], [5.0, 5.0], [5.0, 5.0]]
