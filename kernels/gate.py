@@ -26,7 +26,7 @@ FAST_TOPK = 16
 """Largest topk of `gate_kernel`, whose rounds are unrolled."""
 LIST_TOPK = 64
 """Largest topk of `gate_exact_kernel`, which keeps a list in registers. Beyond it scores are sorted in bounded portions."""
-EXACT_PROGRAMS_PER_MULTIPROCESSOR = 4
+EXACT_PROGRAMS_PER_MULTIPROCESSOR = 8
 
 _EMPTY = tl.constexpr(-3.4028234663852886e38)
 """Key of an empty list entry: the lowest finite number. Keys of scores are greater, see `gate_kernel`."""
