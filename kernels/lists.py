@@ -34,6 +34,15 @@ def register_bins(n_blocks: int, config: ListConfig) -> int:
     return bins if bins <= config.register_bins else 0
 
 
+def programs_of(batches: int, n_blocks: int, config: ListConfig) -> int:
+    """Programs per pass over `batches` batches.
+
+    More programs hide latency. Each costs a count per block in the table, and in short calls its start.
+    """
+    most = min(config.most_programs, batches // config.program_batches, config.table_entries // max(n_blocks, 1))
+    return max(config.programs, most)
+
+
 def _counting_sort(
     selected: Tensor, shape: ListShape, entry: Tensor, config: ListConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,7 +52,8 @@ def _counting_sort(
     batch = batch_constants(slots, config.entries)
     batch_rows = config.entries // batch["WIDTH"]
     batches_per_head = cdiv(tokens * batch["CHUNKS"], batch_rows)
-    batches = max(1, min(batches_per_head, batches_per_head * q_heads // config.programs))
+    programs = programs_of(batches_per_head * q_heads, n_blocks, config)
+    batches = max(1, min(batches_per_head, batches_per_head * q_heads // programs))
     shares_per_head = cdiv(batches_per_head, batches)
     grid = (shares_per_head * group, shape.kv_heads)
     sizes = (tokens, n_blocks, group, shares_per_head, batches * batch_rows, *selected.stride())
