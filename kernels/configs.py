@@ -148,7 +148,9 @@ class ListConfig:
         few_tokens, few_warps: tokens processed at once by such a program.
         item_bins, items_at_once: bins whose items one program makes, and items of each bin written at once.
         entry_bits: entries with more bits are int64.
-        programs: approximate number of programs per pass, which bounds the table of counts.
+        programs, most_programs: approximate number of programs per pass, at least and at most.
+        program_batches, table_entries: beyond `programs`, each program has at least this many batches, and the table of
+            counts at most this many entries (`n_blocks` per program).
     """
 
     item_rows_small: int = 2048
@@ -166,6 +168,9 @@ class ListConfig:
     items_at_once: int = 32
     entry_bits: int = 31
     programs: int = 1024
+    most_programs: int = 4096
+    program_batches: int = 4
+    table_entries: int = 1 << 23
 
 
 # ---- forward

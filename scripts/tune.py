@@ -202,12 +202,12 @@ def list_changes(n_blocks: int) -> list[dict[str, int]]:
         {},
         *({"count_entries": n, "count_warps": warps, "register_bins": bins} for n, warps, bins in counted),
         *(
-            {"few_blocks": 256, "few_tokens": n, "few_warps": warps, "programs": programs}
+            {"few_blocks": 256, "few_tokens": n, "few_warps": warps, "programs": programs, "most_programs": programs}
             for n, warps, programs in few
             if n_blocks * n <= 8192  # larger tables would not fit the registers
         ),
         *(
-            {"entries": n, "warps": warps, "programs": programs, "few_blocks": 0}
+            {"entries": n, "warps": warps, "programs": programs, "most_programs": programs, "few_blocks": 0}
             for (n, warps), programs in itertools.product(entries, [1024, 2048])
         ),
     ]

@@ -223,3 +223,16 @@ class TestGPU:
             lists.route(selected, n_blocks=500, kv_heads=2, block_size=512)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_number_of_programs():
+    """More programs where each has work for several batches and the table of counts stays small; never fewer than 1024."""
+    config = configs.LISTS
+    assert lists.programs_of(2048, 64, config) == 1024  # 8K tokens, 16 heads
+    assert lists.programs_of(16384, 64, config) == 4096
+    assert lists.programs_of(32768, 1024, config) == 4096
+    assert lists.programs_of(131072, 4096, config) == 2048
+    assert lists.programs_of(131072, 8192, config) == 1024
+    assert lists.programs_of(131072, 65536, config) == 1024
+    for n_blocks in (1, 1000, 2048, 2049, 8192):
+        assert lists.programs_of(1 << 20, n_blocks, config) * n_blocks <= config.table_entries
