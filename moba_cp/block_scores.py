@@ -15,7 +15,7 @@ from .parallel import agreement
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import named_error, process_group_of
 from .parallel.layout import SequenceLayout
-from .validation import check_config, check_layout, check_placement, check_tensor, group_size
+from .validation import DTYPES, INTEGERS, check_config, check_layout, check_placement, check_tensor, refused_together
 
 
 def block_scores(
@@ -38,8 +38,8 @@ def block_scores(
     Args:
         q_gate: `[T, Hs, Dg]`, fp64, fp32, bf16 or fp16, of this rank's tokens.
         k_gate: `[T, Hc, Dg]`; `Hs` is a multiple of `Hc`.
-        blocks: int `[Hs, T, n]`, block numbers within the row's document, up to its own block, as `Selection.blocks` has them;
-            -1 for none.
+        blocks: int16, int32 or int64 `[Hs, T, n]`, block numbers within the row's document, up to its own block, as
+            `Selection.blocks` has them; -1 for none.
         config: its block size counts.
         layout, group: as for `moba_attention`.
 
@@ -51,12 +51,8 @@ def block_scores(
         TypeError, ValueError: an argument is not as said, or the ranks disagree on sizes or layout; on every rank.
     """
     ranks = process_group_of(group)
-    try:
+    with refused_together(layout, ranks, q_gate, k_gate, blocks):
         _check(q_gate, k_gate, blocks, config, layout, ranks)
-    except (TypeError, ValueError) as error:
-        if group_size(layout, ranks) > 1:
-            agreement.refuse(ranks, error, q_gate)
-        raise
     if layout.cp_size > 1:
         facts = {
             "function": "block_scores",
@@ -94,10 +90,16 @@ def _check(
         check_tensor(name, x)
         if x.dim() != 3:
             raise ValueError(f"{name} must have three dimensions, got shape {tuple(x.shape)}")
-    if q_gate.dtype != k_gate.dtype or not q_gate.is_floating_point():
-        raise TypeError(f"q_gate and k_gate must have one floating dtype, got {q_gate.dtype} and {k_gate.dtype}")
-    if blocks.dtype not in (torch.int16, torch.int32, torch.int64):
+        if x.device != q_gate.device:
+            raise ValueError(f"{name} must be where q_gate is, got {name} on {x.device}, q_gate on {q_gate.device}")
+    if q_gate.dtype != k_gate.dtype or q_gate.dtype not in DTYPES:
+        raise TypeError(
+            f"q_gate and k_gate must have one dtype of fp64, fp32, bf16 and fp16, got {q_gate.dtype} and {k_gate.dtype}"
+        )
+    if blocks.dtype not in INTEGERS:
         raise TypeError(f"blocks must be int16, int32 or int64, got {blocks.dtype}")
+    if q_gate.is_meta:
+        raise ValueError("q_gate, k_gate and blocks must hold numbers, got tensors on meta")
     tokens, heads, dim = q_gate.shape
     shapes = f"got q_gate {tuple(q_gate.shape)}, k_gate {tuple(k_gate.shape)}, blocks {tuple(blocks.shape)}"
     if k_gate.shape[0] != tokens or k_gate.shape[2] != dim or k_gate.shape[1] == 0 or heads % k_gate.shape[1]:

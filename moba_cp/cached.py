@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import DEFAULT_WORKSPACE_BYTES
 from .chunks import ranges_of
-from .config import MoBAConfig
+from .config import DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
 from .kernels.types import COUNT_TILE
 from .pipeline import readable
 from .precision import as_given
-from .validation import check_config, check_tensors
+from .prepare import needs_gradients
+from .tracing import without_numbers
+from .validation import check_config, check_integer, check_tensor, check_tensors
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,21 @@ class CachedTokens:
             device: where the tensors of the result are.
 
         Raises:
-            ValueError: a shape does not fit.
+            TypeError: `content` is no tensor.
+            ValueError: a shape does not fit; or `offset`, given as an int, puts a query outside the slots.
         """
         slot = torch.arange(slots, device=device)
         used = (slot < offset + queries)[None, :].expand(samples, -1)
         if content is not None:
+            check_tensor("content", content)
             if content.dim() != 2 or content.shape[0] != samples or content.shape[1] > slots:
                 raise ValueError(
                     f"content must have shape [{samples}, at most {slots}], got {tuple(content.shape)} for {samples} "
                     f"samples and {slots} slots"
                 )
             used = used & torch.nn.functional.pad(content.to(device, torch.bool), (0, slots - content.shape[1]))
+        if isinstance(offset, int) and not 0 <= offset <= slots - queries:
+            raise ValueError(f"{queries} queries from slot {offset} on must be among the {slots} slots of a sample")
         counted = used.cumsum(1, dtype=torch.int32)
         position = torch.where(used, counted - 1, -1)
         table = torch.zeros(samples, slots + 1, dtype=torch.int32, device=device)
@@ -231,13 +236,14 @@ def moba_attention_cached(
         `[samples, queries, Hq, Dv]` in the dtype of `q`; zeros for queries that are padding.
 
     Raises:
-        TypeError, ValueError: an argument is not as said, or a gradient is wanted.
+        TypeError, ValueError: an argument is not as said, holds no numbers (see `tracing`), or a gradient is wanted.
     """
     check_config(config)
-    _check_cache(q, k, v, tokens)
+    check_integer("workspace_bytes", workspace_bytes, least=1)
+    _check_cache(q, k, v, tokens, centroids)
     backend = backend_for(q.device, q.dtype)
     backend.check_sizes(dim=q.shape[3], dim_v=v.shape[3], block_size=config.block_size)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if needs_gradients(q, k, v):
         raise ValueError("moba_attention_cached has no gradient; use moba_attention for training, or torch.no_grad()")
     if q.numel() == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
@@ -257,12 +263,17 @@ def moba_attention_cached(
         return _chunk(backend, q, k, v, config, tokens, means, workspace_bytes)
 
 
-def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens) -> None:
+def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens, centroids: CentroidCache | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if isinstance(x, Tensor) and x.dim() != 4:
+        check_tensor(name, x)
+        if x.dim() != 4:
             raise ValueError(f"{name} must have shape [samples, tokens, heads, head size], got {tuple(x.shape)}")
+    if without_numbers(q, k, v):
+        raise ValueError(f"q, k and v must hold numbers, got tensors under tracing or on {q.device}")
     if not isinstance(tokens, CachedTokens):
         raise TypeError(f"tokens must be CachedTokens, got {type(tokens).__name__}")
+    if centroids is not None and not isinstance(centroids, CentroidCache):
+        raise TypeError(f"centroids must be a CentroidCache or None, got {type(centroids).__name__}")
     if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[1] != v.shape[1]:
         raise ValueError(
             "q, k and v must have the same samples, and k and v the same slots, got "
@@ -276,6 +287,8 @@ def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens) -> None:
             f"tokens are of [samples, queries] {tuple(found[0])} and [samples, slots] {tuple(found[1])}, but q is "
             f"{tuple(q.shape)} and k {tuple(k.shape)}"
         )
+    if tokens.slots.device != q.device:
+        raise ValueError(f"tokens must be where q is, got tokens on {tokens.slots.device}, q on {q.device}")
 
 
 def _topk(config: MoBAConfig, blocks: int) -> int:

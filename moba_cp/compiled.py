@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .prepare import needs_gradients
 from .selection import Selection
 
 MOST_SLOTS = 128
@@ -39,7 +40,7 @@ def compiled_attention(
 ) -> Tensor | tuple[Tensor, Selection]:
     """`moba_attention` with `layout.description`, as a graph records it."""
     q_gate, k_gate = (None, None) if routing is None else (x.detach() for x in routing)
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    gradients = needs_gradients(q, k, v)
     out, _, _, blocks, weights, _ = torch.ops.moba_cp.attention(
         q, k, v, torch.as_tensor(description), selection, q_gate, k_gate, config.block_size, config.topk,
         config.softmax_scale, "" if group is None else group.group_name, comm, check_selection, return_selection, gradients,
@@ -52,8 +53,7 @@ def compiled_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, block_size: int, topk: int
 ) -> Tensor:
     """`moba_attn_varlen` as a graph records it."""
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return torch.ops.moba_cp.attention(
-        q, k, v, cu_seqlens, None, None, None, block_size, topk, None, "", "auto", True, False, gradients,
+        q, k, v, cu_seqlens, None, None, None, block_size, topk, None, "", "auto", True, False, needs_gradients(q, k, v),
         DEFAULT_WORKSPACE_BYTES, DEFAULT_EXCHANGE_BYTES, max_seqlen,
     )[0]  # fmt: skip

@@ -12,7 +12,8 @@ kernels dominate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,13 +28,14 @@ from .kernels.torch_backend import accumulate_dtype
 from .parallel import agreement, backward_order
 from .parallel.comm import CommGroup, Traffic
 from .parallel.dense import COMMS as FLAT_COMMS
-from .parallel.dense import DenseTransport, Shard, equal_documents, transport, visible_pairs
+from .parallel.dense import DenseTransport, Pair, Shard, equal_documents, transport, visible_pairs
 from .parallel.layout import SequenceLayout
 from .parallel.splits import check_split
 from .pipeline import unit_stride
+from .prepare import needs_gradients
 from .stages import Stages
 from .tracing import infer_output, without_numbers
-from .validation import call_facts, check_comm, check_layout, check_placement, check_tensors, group_size
+from .validation import call_facts, check_comm, check_layout, check_placement, check_tensors, refused_together
 from .wide import call_sizes
 from .wide_dense import COMMS as WIDE_COMMS
 from .wide_dense import WideDense, wide_dense
@@ -82,23 +84,19 @@ def causal_attention(
             disagree.
         RuntimeError: a rank did not take part within the group's timeout.
     """
-    try:
+    with refused_together(layout, group, q, k, v):
         check_layout(layout)
         check_comm(comm, COMMS)
         check_tensors(q, k, v)
         check_placement(q, layout, group)
         check_split(comm, head_parallel, q.shape[1], layout.cp_size)
         softmax_scale = checked_scale(softmax_scale)
-    except (TypeError, ValueError) as error:
-        if group_size(layout, group) > 1 and not without_numbers(q, k, v):
-            agreement.refuse(group, error, q)
-        raise
     if without_numbers(q, k, v):
         return infer_output(q, k, v)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     comm_group, wide = CommGroup(group, layout.cp_size, traffic), None
     if comm_group.size > 1:
-        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        gradients = needs_gradients(q, k, v)
         facts = call_facts(q, k, v, layout, comm, gradients) | {
             "attention": "full",
             "softmax_scale": str(scale),
@@ -108,14 +106,12 @@ def causal_attention(
         sizes = call_sizes(q, k, v, layout, gradients)
         wide = wide_dense(comm, head_parallel, comm_group, sizes, layout, q.device)
     number = backward_order.take_number(group) if comm_group.size > 1 else 0
-    call = _Call(layout, comm_group, comm, scale, equal_documents(layout), Stages(q.device), number, comm_group)
+    passes_on = comm_group
     if wide is not None:
-        steady = equal_documents(wide.layout)
-        call = _Call(
-            wide.layout, wide.sequence, wide.exchange, scale, steady, Stages(q.device), number, comm_group, wide
-        )
+        layout, passes_on, comm = wide.layout, wide.sequence, wide.exchange
     elif comm in WIDE_COMMS:  # one rank
-        call = replace(call, comm="auto")
+        comm = "auto"
+    call = _Call(layout, passes_on, comm, scale, equal_documents(layout), Stages(q.device), number, comm_group, wide)
     return _CausalAttention.apply(q, k, v, call)
 
 
@@ -182,20 +178,9 @@ def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     total = q.new_zeros(*q.shape[:2], v.shape[2], dtype=dtype)
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype)
     with torch.cuda.device_of(q):  # kernels are launched on the current device
-        for source, shard in call.stage.taking(call.transport(k, v).forward(), "dense wait"):
-            with call.stage("dense attention"):
-                for pair in visible_pairs(call.layout, call.comm_group.rank, source):
-                    rows, keys = pair.queries, pair.keys
-                    dense.attend(
-                        q[rows],
-                        shard.k[keys],
-                        shard.v[keys],
-                        call.scale,
-                        pair.causal,
-                        total[rows],
-                        lse[:, rows],
-                        call.steady,
-                    )
+        for pair, (part,) in _pairs(call, call.transport(k, v).forward(), "dense wait", "dense attention"):
+            rows = pair.queries
+            dense.attend(q[rows], part.k, part.v, call.scale, pair.causal, total[rows], lse[:, rows], call.steady)
     return total.to(q.dtype), lse
 
 
@@ -206,22 +191,26 @@ def _attend_backward(
     dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
     with torch.cuda.device_of(q):
         parts = call.transport(k, v).backward(Shard(dk, dv))
-        for source, shard, gradient in call.stage.taking(parts, "dense backward wait"):
-            with call.stage("dense attention backward"):
-                for pair in visible_pairs(call.layout, call.comm_group.rank, source):
-                    rows, keys = pair.queries, pair.keys
-                    dense.attend_backward(
-                        q[rows],
-                        shard.k[keys],
-                        shard.v[keys],
-                        out[rows],
-                        lse[:, rows],
-                        dout[rows],
-                        call.scale,
-                        pair.causal,
-                        dq[rows],
-                        gradient.k[keys],
-                        gradient.v[keys],
-                        call.steady,
-                    )
+        for pair, (part, gradient) in _pairs(call, parts, "dense backward wait", "dense attention backward"):
+            rows = pair.queries
+            dense.attend_backward(
+                q[rows], part.k, part.v, out[rows], lse[:, rows], dout[rows], call.scale, pair.causal, dq[rows], gradient.k,
+                gradient.v, call.steady,
+            )  # fmt: skip
     return dq, dk, dv
+
+
+def _pairs(
+    call: _Call, shards: Iterator[tuple[int, *tuple[Shard, ...]]], waits: str, works: str
+) -> Iterator[tuple[Pair, tuple[Shard, ...]]]:
+    """Each pair of rows and keys that see each other, with its keys of each of `shards` (rank, keys and values, gradients).
+
+    Args:
+        call: the call.
+        shards: of `DenseTransport`.
+        waits, works: stages of profiles: taking a shard, and what the caller does with its pairs.
+    """
+    for source, *of_source in call.stage.taking(shards, waits):
+        with call.stage(works):
+            for pair in visible_pairs(call.layout, call.comm_group.rank, source):
+                yield pair, tuple(Shard(shard.k[pair.keys], shard.v[pair.keys]) for shard in of_source)

@@ -32,7 +32,7 @@ from .parallel.comm import CommGroup, StageTraffic, Traffic, check_group
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
 from .selection_figures import count_selections, distances, text_table, uniform_histogram
-from .validation import check_layout, group_size
+from .validation import check_layout, refused_together
 
 
 def gather_selection(report: MoBAReport, layout: SequenceLayout, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -67,6 +67,12 @@ def gather_traffic(report: MoBAReport, group: dist.ProcessGroup | None = None) -
     Args:
         report: this rank's report.
         group: the context-parallel group; None for the default group, or for none at all if the report is of one rank.
+
+    Returns:
+        Collectives and bytes of each rank by stage, on every rank.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said, or the ranks disagree; on every rank.
     """
     _check_together(report, None, group)
     size = report.attended_keys.size
@@ -79,7 +85,11 @@ def gather_traffic(report: MoBAReport, group: dist.ProcessGroup | None = None) -
 
 
 def format_report(report: MoBAReport) -> str:
-    """The report as a plain-text table of about 30 lines, without a newline at its end."""
+    """The report as a plain-text table of about 30 lines, without a newline at its end.
+
+    Raises:
+        TypeError: `report` is no `MoBAReport`.
+    """
     _check_report(report)
     ranks = report.attended_keys.size
     wanted = ", ".join(f"{block} ({times:,}x)" for block, times in report.most_wanted[:5]) or "none"
@@ -162,7 +172,7 @@ def plot_block_selection(
     drawing.matplotlib()
     path, q_heads = Path(path), report.selected.shape[0]
     chosen = list(range(q_heads)) if heads is None else [heads] if isinstance(heads, SupportsIndex) else list(heads)
-    wrong = [h for h in chosen if not 0 <= h < q_heads]
+    wrong = [h for h in chosen if not isinstance(h, SupportsIndex) or not 0 <= h < q_heads]
     error = ValueError(f"heads must be in [0, {q_heads}), got {heads!r}") if wrong or not chosen else None
     if layout is not None:
         _begin(report, layout, group, f"plot_block_selection of heads {heads}", error)
@@ -261,6 +271,7 @@ def plot_traffic(
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError, ValueError: as `gather_traffic`.
     """
     drawing.matplotlib()
     traffic = gather_traffic(report, group)
@@ -308,13 +319,9 @@ def _check_report(report: MoBAReport) -> None:
 
 def _check_together(report: MoBAReport, layout: SequenceLayout | None, group: dist.ProcessGroup | None) -> None:
     """Report and group of a call that all ranks of the group make: what one of them refuses, all raise."""
-    try:
+    with refused_together(layout, group):
         _check_report(report)
         check_group(group)
-    except TypeError as error:
-        if group_size(layout, group) > 1:
-            agreement.refuse(group, error, None)
-        raise
 
 
 def _check_layout(report: MoBAReport, layout: SequenceLayout) -> None:

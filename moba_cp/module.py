@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -12,10 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .attention import moba_attention
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .parallel import agreement
 from .parallel.comm import check_group, process_group_of
 from .parallel.layout import SequenceLayout
 from .parallel.partition import Kind, head_of_description
-from .validation import check_config, check_integer, check_layout
+from .parallel.plan_cache import PLANS, Memo
+from .parallel.splits import COMMS
+from .validation import check_comm, check_config, check_integer, check_layout
 
 
 class MoBAAttention(nn.Module):
@@ -29,7 +31,8 @@ class MoBAAttention(nn.Module):
         config: block size, top-k and scale.
         group: the context-parallel group, or a `DeviceMesh` of one dimension such as `mesh["cp"]`; None: one rank holds all.
         comm, workspace_bytes, exchange_bytes: as for `moba_attention`.
-        layout: which rank holds which tokens; may be set later, or for each call. See `set_layout`.
+        layout: which rank holds which tokens, for as many ranks as `group` has; may be set later, or for each call. See
+            `set_layout`.
 
     Raises:
         TypeError, ValueError: an argument is not as said.
@@ -47,15 +50,17 @@ class MoBAAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_config(config)
+        check_comm(comm, COMMS)
+        check_integer("workspace_bytes", workspace_bytes, least=1)
+        check_integer("exchange_bytes", exchange_bytes, least=0)
         self.config, self.comm = config, comm
         self.group = process_group_of(group)
         check_group(self.group)
         self.cp_size = 1 if self.group is None else dist.get_world_size(self.group)
         self.cp_rank = 0 if self.group is None else dist.get_rank(self.group)
         self.workspace_bytes, self.exchange_bytes = workspace_bytes, exchange_bytes
+        _check_fits(layout, self)
         self.layout = layout
-        if layout is not None:
-            check_layout(layout)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, layout: SequenceLayout | None = None) -> Tensor:
         """Attention of this rank's tokens.
@@ -69,24 +74,28 @@ class MoBAAttention(nn.Module):
             `[T, Hq, Dv]` or `[B, L, Hq, Dv]`.
 
         Raises:
-            TypeError, ValueError: as `moba_attention`; or there is no layout for `[T, H, D]`.
+            TypeError, ValueError: as `moba_attention`; or there is no layout for `[T, H, D]`; or the samples of a batch differ.
         """
+        return self._forward(q, k, v, self.config, layout)
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, layout: SequenceLayout | None) -> Tensor:
         layout = self.layout if layout is None else layout
+        if error := _refusal(q, k, v, layout):
+            if self.cp_size > 1 and not torch.compiler.is_compiling():
+                agreement.refuse(self.group, error, q)
+            raise error
         if q.dim() != 4:
-            if layout is None:
-                raise ValueError(
-                    f"q, k, v [tokens, heads, head size] need a layout, got {tuple(q.shape)} and layout None"
-                )
-            return self._attend(q, k, v, layout)
+            return self._attend(q, k, v, config, layout)
         batch, length = q.shape[:2]
         if layout is None:
             layout = self._batch_layout(batch, length)
-        out = self._attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout)
+        out = self._attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), config, layout)
         return out.unflatten(0, (batch, length))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, layout: SequenceLayout | None) -> Tensor:
+        assert layout is not None
         return moba_attention(
-            q, k, v, self.config, layout=layout, group=self.group, comm=self.comm, workspace_bytes=self.workspace_bytes,
+            q, k, v, config, layout=layout, group=self.group, comm=self.comm, workspace_bytes=self.workspace_bytes,
             exchange_bytes=self.exchange_bytes,
         )  # fmt: skip
 
@@ -112,6 +121,22 @@ class MoBAAttention(nn.Module):
         return f"{self.config}, cp_size={self.cp_size}, comm={self.comm!r}"
 
 
+def _refusal(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None) -> Exception | None:
+    """What is wrong with the inputs of a module, and what `moba_attention`, which sees flat tokens, would not find."""
+    if wrong := [type(x).__name__ for x in (q, k, v) if not isinstance(x, Tensor)]:
+        return TypeError(f"q, k and v must be tensors, got {wrong[0]}")
+    if q.dim() != 4:
+        if layout is not None:
+            return None
+        return ValueError(f"q, k, v [tokens, heads, head size] need a layout, got {tuple(q.shape)} and layout None")
+    if q.dim() == k.dim() == v.dim() and q.shape[:2] == k.shape[:2] == v.shape[:2]:
+        return None
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    return ValueError(
+        f"q, k and v of a batch must have shape [B, L, heads, head size] and the same B and L, got {shapes}"
+    )
+
+
 @dataclass(frozen=True)
 class _Described:
     """Stands for a layout while a graph is recorded, which reads nothing else of one."""
@@ -119,10 +144,9 @@ class _Described:
     description: Tensor
 
 
-@lru_cache(maxsize=64)
 def batch_layout(batch: int, length: int, cp_size: int) -> SequenceLayout:
     """The layout of `batch` sequences of `length` tokens, each cut into `2 * cp_size` chunks of which rank r holds chunks r and
-    `2 * cp_size - 1 - r`: torch's head-tail load balancer.
+    `2 * cp_size - 1 - r`: torch's head-tail load balancer. Kept in `plan_cache.PLANS`.
 
     Raises:
         TypeError, ValueError: an argument is no int, or too small; or the chunks are not equally long, as that balancer has them.
@@ -131,7 +155,17 @@ def batch_layout(batch: int, length: int, cp_size: int) -> SequenceLayout:
         check_integer(name, value, least)
     if length % (2 * cp_size) and cp_size > 1:
         raise ValueError(f"sequences over {cp_size} ranks must be multiples of {2 * cp_size} tokens long, got {length}")
-    return SequenceLayout.zigzag([row * length for row in range(batch + 1)], cp_size)
+    make = lambda: SequenceLayout.zigzag([row * length for row in range(batch + 1)], cp_size)  # noqa: E731
+    return PLANS.get(("layout of a batch", batch, length, cp_size), Memo).get("layout", make)
+
+
+def _check_fits(layout: SequenceLayout | None, module: MoBAAttention) -> None:
+    """`layout` is None, or a layout for as many ranks as the module has."""
+    if layout is None:
+        return
+    check_layout(layout)
+    if module.cp_size != layout.cp_size:
+        raise ValueError(f"the layout is for {layout.cp_size} ranks, but a module's group has {module.cp_size}")
 
 
 def set_layout(model: nn.Module, layout: SequenceLayout | None) -> int:
@@ -141,14 +175,11 @@ def set_layout(model: nn.Module, layout: SequenceLayout | None) -> int:
         TypeError: `layout` is no `SequenceLayout`, nor None.
         ValueError: there is none, or the layout is for another number of ranks than one of them has.
     """
-    if layout is not None:
-        check_layout(layout)
     modules = [module for module in model.modules() if isinstance(module, MoBAAttention)]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no MoBAAttention module")
     for module in modules:
-        if layout is not None and module.cp_size != layout.cp_size:
-            raise ValueError(f"the layout is for {layout.cp_size} ranks, but a module's group has {module.cp_size}")
+        _check_fits(layout, module)
     for module in modules:
         module.layout = layout
     return len(modules)

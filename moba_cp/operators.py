@@ -232,9 +232,12 @@ def _layout_of(description: Tensor) -> SequenceLayout:
 
 def _known_layout(key: tuple[int, ...], layout: Tensor, max_seqlen: int | None) -> SequenceLayout:
     """The layout of a forward pass; made of `layout` again where it has been dropped meanwhile."""
-    make = lambda: SequenceLayout.from_description(layout.numpy())  # noqa: E731
-    if max_seqlen is not None:
-        make = lambda: SequenceLayout.contiguous(layout.cpu(), 1)  # noqa: E731
+
+    def make() -> SequenceLayout:
+        if max_seqlen is not None:
+            return SequenceLayout.contiguous(layout.cpu(), 1)
+        return SequenceLayout.from_description(layout.numpy())
+
     return _kept(key).get("layout", make)
 
 

@@ -30,7 +30,7 @@ class MoBAReport:
     Attributes:
         transport: how keys and values travelled: "local", or a value of `comm` other than "auto".
         head_parallel: how many ranks split heads; 1 where none do.
-        reason: why this one.
+        reason: why this transport and this split of heads.
         walks: how often each of their bytes crosses the wire in forward, and in backward: 1, or the number of groups of rows
             where `exchange_bytes` is too small to keep them.
         traffic: collectives and bytes of this rank by stage, and which of these came from other nodes; the backward pass adds
@@ -43,7 +43,7 @@ class MoBAReport:
             0 is the own block; bucket i > 0 is `2 ** (i - 1) <= distance < 2 ** i`.
         entropy: mean over documents, weighted by their selections, of the entropy in nats of which block is selected,
             over the log of the number of blocks; own blocks left out. 1: all blocks alike; 0: one block takes all.
-        most_wanted: up to `MOST_WANTED` pairs (block number, rows x q heads that selected it as an earlier block), the
+        most_wanted: up to `MOST_WANTED` (10) pairs (block number, rows x q heads that selected it as an earlier block), the
             most wanted first.
         attended_keys: int64 `[P]`, (query row, q head, key) triples each rank computes.
         imbalance: the largest of `attended_keys` over their mean; 1 is balanced.

@@ -16,9 +16,7 @@ from .config import MoBAConfig
 from .kernels import Backend, QueryRows, backend_for
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import RankPlan
-from .validation import check_tensor
-
-_INTEGERS = (torch.int16, torch.int32, torch.int64)
+from .validation import DTYPES, INTEGERS, check_tensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def check_routing(
     allowed = ", ".join(f"{name}{'' if name == '1' else f' ({count})'}" for name, count in heads.items())
     if selection is not None:
         check_tensor("selection", selection)
-        if selection.dtype not in _INTEGERS:
+        if selection.dtype not in INTEGERS:
             raise TypeError(f"selection must be int16, int32 or int64, got {selection.dtype}")
         _check_place("selection", selection, q)
         if selection.dim() != 3 or selection.shape[1] != q.shape[0] or selection.shape[0] not in heads.values():
@@ -88,7 +86,7 @@ def check_routing(
         named = {"q_gate": routing[0], "k_gate": routing[1]}
         for name, x in named.items():
             check_tensor(name, x)
-            if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            if x.dtype not in DTYPES:
                 raise TypeError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
             _check_place(name, x, q)
             if x.dim() != 3 or x.shape[0] != q.shape[0] or 0 in x.shape[1:]:

@@ -37,36 +37,38 @@ class TitanAttention(MoBAAttention):
         """Attention of this rank's tokens.
 
         Args:
-            q_BLNH, k_BLNH, v_BLNH: `[B, L, heads, head size]`.
+            q_BLNH: `[B, L, Hq, D]`.
+            k_BLNH, v_BLNH: `[B, L, Hkv, D]`, `[B, L, Hkv, Dv]`.
             attention_masks: None, for sequences that are a document each; or torchtitan's `VarlenMetadata` on one rank, whose
                 `cu_seq_q` gives the documents. Where the module has a layout, the layout alone says what the documents are,
                 and any mask stands for the same.
             scale: factor on the scores; None for the configuration's.
             is_causal: True.
             enable_gqa: whatever it is, q heads may be a multiple of kv heads.
+            **other: None each.
+
+        Returns:
+            `[B, L, Hq, Dv]` in the dtype of `q_BLNH`.
 
         Raises:
-            ValueError: an argument asks for what MoBA does not do.
+            TypeError, ValueError: an argument asks for what MoBA does not do; or as `MoBAAttention.forward`.
         """
         for name, value in other.items():
             if value is not None:
                 raise ValueError(f"MoBA attention has no {name}, got {value!r}")
         if not is_causal:
             raise ValueError("MoBA attention is causal, got is_causal=False")
-        layout = self.layout if attention_masks is None else self._of_documents(attention_masks, q_BLNH)
-        if scale is None or scale == self.config.softmax_scale:
-            return super().forward(q_BLNH, k_BLNH, v_BLNH, layout=layout)
-        if self.config.softmax_scale is not None:
-            raise ValueError(
-                f"the model's scale is {scale}, but the configuration's softmax_scale is {self.config.softmax_scale}"
-            )
-        scaled = MoBAAttention(
-            replace(self.config, softmax_scale=scale), group=self.group, comm=self.comm,
-            workspace_bytes=self.workspace_bytes, exchange_bytes=self.exchange_bytes,
-        )  # fmt: skip
-        return scaled(q_BLNH, k_BLNH, v_BLNH, layout=layout)
+        layout = self.layout if attention_masks is None else self._of_documents(attention_masks)
+        config = self.config
+        if scale is not None and scale != config.softmax_scale:
+            if config.softmax_scale is not None:
+                raise ValueError(
+                    f"the model's scale is {scale}, but the configuration's softmax_scale is {config.softmax_scale}"
+                )
+            config = replace(config, softmax_scale=scale)
+        return self._forward(q_BLNH, k_BLNH, v_BLNH, config, layout)
 
-    def _of_documents(self, masks: Any, q: Tensor) -> SequenceLayout:
+    def _of_documents(self, masks: Any) -> SequenceLayout:
         if self.layout is not None:
             return self.layout
         if not hasattr(masks, "cu_seq_q"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .attention import DEFAULT_WORKSPACE_BYTES
+from .config import DEFAULT_WORKSPACE_BYTES
 
 GIB = 1 << 30
 OUTSIDE_TORCH = int(1.5 * GIB)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,12 +13,16 @@ from torch import Tensor
 
 from .config import MoBAConfig
 from .kernels import backend_for
-from .parallel.comm import check_group
+from .parallel import agreement
+from .parallel.comm import backends_of, check_group
 from .parallel.layout import SequenceLayout
 from .parallel.splits import COMMS, HEADS, check_split
-from .tracing import TRACED
+from .tracing import TRACED, without_numbers
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Of q, k, v, and of what scores blocks."""
+INTEGERS = (torch.int16, torch.int32, torch.int64)
+"""Of block numbers that a caller gives."""
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -28,7 +34,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         check_tensor(name, x)
         if x.dim() != 3:
             raise ValueError(f"{name} must have shape [tokens, heads, head size], got {tuple(x.shape)}")
-        if x.dtype not in _DTYPES:
+        if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
         if 0 in x.shape[1:]:
             raise ValueError(f"{name} must have at least one head and a head size of at least 1, got {tuple(x.shape)}")
@@ -196,12 +202,11 @@ def _check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> int
 
 def _check_backend(group: dist.ProcessGroup | None, device: torch.device) -> None:
     """The group can move tensors on `device`, as far as torch knows what the group was made with."""
-    try:
-        served = dist.get_backend_config(group)
-    except (AssertionError, TypeError):
-        return
-    if device.type not in served:
-        raise ValueError(f"q, k and v are on {device}, but the group's backend serves {served}")
+    served = backends_of(group)
+    if served and device.type not in served:
+        raise ValueError(
+            f"q, k and v are on {device}, but the group's backend serves {', '.join(map(':'.join, served.items()))}"
+        )
 
 
 def call_facts(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, comm: str, gradients: bool) -> dict[str, str]:
@@ -213,6 +218,22 @@ def call_facts(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, comm: st
         "comm": comm,
         "gradients": "wanted" if gradients else "not wanted",
     }
+
+
+@contextlib.contextmanager
+def refused_together(layout: object, group: dist.ProcessGroup | None, *tensors: object) -> Iterator[None]:
+    """What one rank refuses inside (TypeError, ValueError), all ranks of the call raise: see `parallel.agreement`.
+
+    Args:
+        layout, group: of the call.
+        tensors: its tensors. Calls without numbers (see `tracing`) tell the other ranks nothing.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if group_size(layout, group) > 1 and not without_numbers(*tensors):
+            agreement.refuse(group, error, tensors[0] if tensors else None)
+        raise
 
 
 def group_size(layout: object, group: object) -> int:

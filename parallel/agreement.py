@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .comm import SideStream, process_group, start_all_gather
+from .comm import HostCopy, SideStream, backends_of, process_group, start_all_gather
 from .notes import GRACE_S, PATIENCE_S, NoteReader, Refusal, rendezvous_of, sweep
 
 _HEADER_BYTES = 1024
@@ -63,7 +63,7 @@ class _GroupState:
     refusals: list[Refusal] = field(default_factory=list)
     agreed: set[bytes] = field(default_factory=set)
     headers: dict[tuple[bytes, torch.device], Tensor] = field(default_factory=dict)
-    unread: list[tuple[torch.cuda.Event, Tensor]] = field(default_factory=list)
+    unread: list[HostCopy] = field(default_factory=list)
     keep: list[object] = field(default_factory=list)
     litter: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -136,13 +136,10 @@ def refuse(group: dist.ProcessGroup | None, error: Exception, tensor: object) ->
 
 def _device(group: dist.ProcessGroup, tensor: object) -> torch.device:
     """Where the others' headers are, as far as one can tell: where `tensor` is, if the group serves it."""
-    try:
-        served = dist.get_backend_config(group)
-    except (AssertionError, TypeError):
-        served = ""
+    served = backends_of(group)
     if isinstance(tensor, Tensor) and tensor.device.type in served:
         return tensor.device
-    return torch.device("cuda", torch.cuda.current_device()) if "cuda:nccl" in served else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if served.get("cuda") == "nccl" else torch.device("cpu")
 
 
 def _make_up(
@@ -226,21 +223,18 @@ def _gather_on_cuda(group: dist.ProcessGroup, state: _GroupState, header: Tensor
     with side.use():
         work, gathered = _gather(group, header)
         work.wait()
-        host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
-        host.copy_(gathered, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        copy = HostCopy(gathered)
     if payload in state.agreed:
-        state.unread.append((event, host))
+        state.unread.append(copy)
         return None
-    _wait(group, state, event.query)
-    return host
+    _wait(group, state, copy.arrived)
+    return copy.wait()
 
 
 def _read_late(state: _GroupState) -> None:
     """Compare the headers of earlier calls that have arrived by now."""
-    while state.unread and state.unread[0][0].query():
-        _compare(state.unread.pop(0)[1])
+    while state.unread and state.unread[0].arrived():
+        _compare(state.unread.pop(0).wait())
 
 
 def _gather(group: dist.ProcessGroup, header: Tensor) -> tuple[dist.Work, Tensor]:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .comm import SideStream, named_error, process_group, start_all_gather
+from .comm import HostCopy, SideStream, named_error, process_group, start_all_gather
 
 AT_ONCE = ("cpu",)
 """Types of devices where numbers are compared at the beginning of each call's backward."""
@@ -39,13 +39,13 @@ class _Order:
         calls: numbers taken.
         passes: by autograd's number of the backward pass under way, the calls whose backward has begun in it, in order.
         ended: backward passes that were compared or will be.
-        unread: gathered numbers of the latest pass on their way to the host, and when they are there.
+        unread: gathered numbers of the latest pass on their way to the host.
     """
 
     calls: int = 0
     passes: dict[int, list[int]] = field(default_factory=dict)
     ended: int = 0
-    unread: tuple[torch.cuda.Event | None, Tensor] | None = None
+    unread: HostCopy | None = None
 
 
 _orders: weakref.WeakKeyDictionary[dist.ProcessGroup, _Order] = weakref.WeakKeyDictionary()
@@ -96,22 +96,14 @@ def _end_of_pass(group: dist.ProcessGroup, order: _Order, task: int, device: tor
     with side.alone(), _named(group, f"end the backward pass of call {numbers[0]}"):
         gathered, work = _gather(group, torch.tensor([text]).to(device))
         work.wait()
-        event, host = None, gathered
-        if device.type == "cuda":
-            host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
-            host.copy_(gathered, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+        copy = HostCopy(gathered)
     order.ended += 1
-    late, order.unread = order.unread, (event, host)
+    late, order.unread = order.unread, copy
     if order.ended <= _READ_AT_ONCE:
         late, order.unread = order.unread, None
     if late is not None:
-        event, host = late
-        if event is not None:
-            event.synchronize()
         try:
-            _compare(host)
+            _compare(late.wait())
         except ValueError:
             order.unread = None  # the pass that ends now is of the same disorder: one error stands for both
             raise

@@ -204,6 +204,15 @@ def process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return distributed_c10d._get_default_group() if group is None else group
 
 
+def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
+    """The backend of each type of device that `group` (None: the default one) serves; empty where torch does not know."""
+    try:
+        served = dist.get_backend_config(group)
+    except (AssertionError, TypeError):
+        return {}
+    return dict(entry.split(":") for entry in served.split(","))
+
+
 @contextlib.contextmanager
 def named_error(describe: str) -> Iterator[None]:
     """A RuntimeError of a collective says what was waited for, also where a peer is found gone when it starts."""
@@ -290,20 +299,26 @@ def start_all_gather(result: Tensor, x: Tensor, group: dist.ProcessGroup | None)
     return gather(result, x, group=group, async_op=True)
 
 
-def to_host(x: Tensor) -> Callable[[], Tensor]:
-    """Start copying a small device tensor to the host; call the result to wait for it alone, not for later work."""
-    if x.device.type == "cpu":
-        return lambda: x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
+class HostCopy:
+    """A small device tensor on its way to the host, from the current stream; a CPU tensor is there already."""
 
-    def read() -> Tensor:
-        event.synchronize()
-        return host
+    def __init__(self, x: Tensor) -> None:
+        self._host, self._copied = x, None
+        if x.device.type != "cpu":
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
-    return read
+    def arrived(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> Tensor:
+        """The tensor on the host; waits for the copy alone, not for work enqueued after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +36,9 @@ from .subgroups import sub_group
 IN, OUT = "heads in", "heads out"
 """Stages of the traffic: towards attention, and back."""
 THROUGH_MEMORY = True
-"""Whether heads move through GPUs' memory (`PeerHeadTransfer`) where all members can access it; the same on all ranks. Where it is
-False, and elsewhere, they move by all-to-all of NCCL, which takes multiprocessors from attention: on two H200, 128K tokens per
-GPU, 16/16 heads, (128, 8), forward+backward took 27.8 ms by all-to-all and 22.7 ms through memory."""
+"""Whether heads move through GPUs' memory (`PeerHeadTransfer`) where all members can access it; the same on all ranks. Elsewhere
+they move by NCCL's all-to-all, which takes multiprocessors from attention: on two H200, 128K tokens per GPU, 16/16 heads,
+(128, 8), forward+backward took 27.8 ms by NCCL and 22.7 ms through memory."""
 BARRIERS = "heads barriers"
 """On the CPU, where members wait for each other by a collective."""
 
@@ -215,7 +214,7 @@ class PeerHeadTransfer(HeadTransfer):
             memory.barrier(self.comm, BARRIERS)
             for whole, offset in zip(wholes, at, strict=True):
                 for source, rows in self._others_first():
-                    rows.of(whole).copy_(self._view(memory, source, offset, whole, whole.shape[1])[rank])
+                    whole[rows].copy_(self._view(memory, source, offset, whole, whole.shape[1])[rank])
                 self._count(IN, whole, self.wide_tokens - self.mine)
             done = side.done()
         side.uses(*(share.x for share in shares), *wholes)
@@ -231,7 +230,7 @@ class PeerHeadTransfer(HeadTransfer):
         memory, at = self._memory(OUT, parts[0].device, [(x, x.shape[1]) for x in parts])
         for x, offset in zip(parts, at, strict=True):
             for target, rows in self._others_first():
-                self._view(memory, target, offset, x, x.shape[1])[rank].copy_(rows.of(x))
+                self._view(memory, target, offset, x, x.shape[1])[rank].copy_(x[rows])
             self._count(OUT, x, (self.comm.size - 1) * self.mine)
         memory.barrier(self.comm, BARRIERS)
         return lambda: [self._view(memory, rank, offset, x, x.shape[1]) for x, offset in zip(parts, at, strict=True)]
@@ -251,25 +250,15 @@ class PeerHeadTransfer(HeadTransfer):
         """`[U, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`."""
         return memory.view(rank, offset, (self.comm.size, self.tokens[rank], count, x.shape[2]), x.dtype)
 
-    def _others_first(self) -> Iterator[tuple[int, _Rows]]:
+    def _others_first(self) -> Iterator[tuple[int, slice]]:
         """Each member with its rows among the tokens of the group: members start with different ones, and end with themselves."""
         for step in range(1, self.comm.size + 1):
             member = (self.comm.rank + step) % self.comm.size
-            yield member, _Rows(sum(self.tokens[:member]), sum(self.tokens[: member + 1]))
+            yield member, slice(sum(self.tokens[:member]), sum(self.tokens[: member + 1]))
 
     def _count(self, stage: str, x: Tensor, tokens: int) -> None:
         size = tokens * x.shape[1] * x.shape[2] * x.itemsize
         self.comm.traffic.add_read(stage, lambda: size)
-
-
-class _Rows(NamedTuple):
-    """Consecutive rows."""
-
-    start: int
-    end: int
-
-    def of(self, x: Tensor) -> Tensor:
-        return x[self.start : self.end]
 
 
 def head_transfer(comm: CommGroup, tokens: tuple[int, ...], device: torch.device) -> HeadTransfer:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .balance import balanced_runs
-from .partition import Kind, Listed, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
+from .partition import Kind, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
 
 _SHOWN_RANKS = 8
 """`repr` of a layout shows the token counts of at most this many ranks."""
@@ -109,7 +109,9 @@ class SequenceLayout:
         return cls(cu, partition_of(runs, cu))
 
     @classmethod
-    def from_runs(cls, runs: Sequence[Sequence[tuple[int, int]]], cu_seqlens: Iterable[int] | Tensor) -> SequenceLayout:
+    def from_runs(
+        cls, runs: Sequence[Sequence[tuple[int, int]] | np.ndarray], cu_seqlens: Iterable[int] | Tensor
+    ) -> SequenceLayout:
         """Any layout: for each rank its runs `(start, end)` of token numbers, in the order it holds them.
 
         Args:
@@ -136,6 +138,8 @@ class SequenceLayout:
         Raises:
             ValueError: it is no layout's.
         """
+        if description.size < 2:
+            raise ValueError(f"no layout has the description {description.tolist()}")
         size, kind = divmod(int(description[0]), len(Kind))
         rest = description[1:]
         match kind:
@@ -146,7 +150,7 @@ class SequenceLayout:
             case Kind.LISTED:
                 counts = rest[:size]
                 flat, cu = np.split(rest[size:], [2 * int(counts.sum())])
-                return cls(_host_cu_seqlens(cu.tolist()), Listed(np.split(flat.reshape(-1, 2), np.cumsum(counts)[:-1])))
+                return cls.from_runs(np.split(flat.reshape(-1, 2), np.cumsum(counts)[:-1]), cu.tolist())
         raise ValueError(f"no layout has a description that begins with {description[0]}")
 
     @cached_property

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .comm import CommGroup, process_group
-from .subgroups import sub_groups_of
+from .subgroups import sub_groups_of, timeout_of
 from .topology import gather_text, host
 
 T = TypeVar("T")
@@ -187,8 +187,7 @@ def _symmetric(comm: CommGroup, device: torch.device, size: int) -> PeerMemory:
     handle = symmetric_memory.rendezvous(own, group.group_name)
     buffers = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(comm.size)]
     wanted_of, wanted_by = torch.full((2, comm.size), _MANY, pin_memory=True)
-    timeout = group._get_backend(device).options._timeout
-    return PeerMemory(buffers, wanted_of, wanted_by, handle, own, int(timeout.total_seconds() * 1000))
+    return PeerMemory(buffers, wanted_of, wanted_by, handle, own, int(timeout_of(group, device).total_seconds() * 1000))
 
 
 def _file_in_memory(comm: CommGroup, device: torch.device, size: int) -> PeerMemory:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from .agreement import life_of
-from .comm import process_group
+from .comm import backends_of, process_group
 
 _Groups = dict[tuple[tuple[int, ...], str], dist.ProcessGroup]
 _made: weakref.WeakKeyDictionary[dist.ProcessGroup, _Groups] = weakref.WeakKeyDictionary()
@@ -84,11 +84,7 @@ def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
 
 def _backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
     """The backend that serves `device` in a group."""
-    try:
-        served = dict(entry.split(":") for entry in dist.get_backend_config(group).split(","))
-    except (AssertionError, TypeError, ValueError):
-        served = {}
-    return served.get(device.type, dist.get_backend(group))
+    return backends_of(group).get(device.type, dist.get_backend(group))
 
 
 @contextlib.contextmanager

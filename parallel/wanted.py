@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .blocks import HomePlan, RankPlan
-from .comm import CommGroup, to_host
+from .comm import CommGroup, HostCopy
 
 _AT_ONCE = 1 << 23
 """Most bits of the table that are unpacked at once to count tokens."""
@@ -28,7 +27,7 @@ class Wanted:
 
     packed: Tensor
     plan: RankPlan
-    _read_tokens: Callable[[], Tensor]
+    _tokens: HostCopy
 
     @property
     def n_blocks(self) -> int:
@@ -37,7 +36,7 @@ class Wanted:
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the wanted pairs that this rank sends to and receives from each rank, itself included: int64 `[P, Hkv]`
         twice. Waits for the device the first time, but not for work enqueued after the table was gathered."""
-        sent, received = self._read_tokens().numpy()
+        sent, received = self._tokens.wait().numpy()
         return sent, received
 
     def remote_tokens(self) -> np.ndarray:
@@ -76,7 +75,7 @@ def exchange_wanted(mine: Tensor, plan: RankPlan, comm: CommGroup) -> Wanted:
     received.index_add_(1, home, mine * length)
     blocks, _, held = home_blocks(plan, packed.device)
     sent = (_bits_of_blocks(packed, blocks) * held).sum(2)
-    return Wanted(packed, plan, to_host(torch.stack([sent, received.T])))
+    return Wanted(packed, plan, HostCopy(torch.stack([sent, received.T])))
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -88,6 +88,13 @@ def refused_on_rank(rank: int, size: int) -> list[str]:
         with pytest.raises(ValueError) as error:  # the text is looked at below
             moba_cp.block_scores(*arguments, CONFIG, layout=layout)
         errors.append(str(error.value))
+    for arguments in ((q_gate, k_gate.to("meta"), blocks), (q_gate, k_gate, blocks.to("meta"))):
+        with pytest.raises(ValueError, match="must be where q_gate is, got .* on meta, q_gate on cpu"):
+            moba_cp.block_scores(*arguments, CONFIG, layout=layout)
+    with pytest.raises(ValueError, match="must hold numbers, got tensors on meta"):
+        moba_cp.block_scores(*(x.to("meta") for x in (q_gate, k_gate, blocks)), CONFIG, layout=layout)
+    with pytest.raises(TypeError, match="one dtype of fp64, fp32, bf16 and fp16, got torch.float8_e5m2"):
+        moba_cp.block_scores(*(x.to(torch.float8_e5m2) for x in (q_gate, k_gate)), blocks, CONFIG, layout=layout)
     with pytest.raises(ValueError, match="disagree on block_size: rank 0 has 5, rank 1 has 6"):
         moba_cp.block_scores(q_gate, k_gate, blocks.clamp(max=0), MoBAConfig(5 + rank, 2), layout=layout)
     return errors

@@ -181,6 +181,24 @@ def test_refusals() -> None:
         moba_attention_cached(q[:, :1], k, v, MoBAConfig(8, 3), tokens=tokens, centroids=centroids)
     with pytest.raises(TypeError, match="one dtype"):
         moba_attention_cached(q[:, :1].float(), k, v, CONFIG, tokens=tokens)
+    call = lambda q=q[:, :1], tokens=tokens, **more: moba_attention_cached(q, k, v, CONFIG, tokens=tokens, **more)  # noqa: E731
+    with pytest.raises(TypeError, match="q must be a tensor, got NoneType"):
+        call(q=None)
+    with pytest.raises(TypeError, match="workspace_bytes must be an int, got 'much'"):
+        call(workspace_bytes="much")
+    with pytest.raises(ValueError, match="workspace_bytes must be at least 1, got 0"):
+        call(workspace_bytes=0)
+    with pytest.raises(TypeError, match="centroids must be a CentroidCache or None, got Tensor"):
+        call(centroids=k)
+    with pytest.raises(ValueError, match="tokens must be where q is, got tokens on meta, q on cpu"):
+        call(tokens=of(device=torch.device("meta")))
+    with pytest.raises(ValueError, match="must hold numbers, got tensors under tracing or on meta"):
+        moba_attention_cached(*(x.to("meta") for x in (q[:, :1], k, v)), CONFIG, tokens=tokens)
+    with pytest.raises(TypeError, match="content must be a tensor, got list"):
+        of(content=[[True]])
+    for offset in (-1, SLOTS):
+        with pytest.raises(ValueError, match=f"1 queries from slot {offset} on must be among the {SLOTS} slots"):
+            of(offset=offset)
     assert moba_attention_cached(q[:, :0], k, v, CONFIG, tokens=of(queries=0)).shape == (4, 0, Q_HEADS, DV)
 
 

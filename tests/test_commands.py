@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,12 @@ def test_plan_calibrates_from_result_files(tmp_path: Path) -> None:
         ({"--model": "32/5"}, "5 and 32"),
         ({"--gpus": "12"}, "12 GPUs"),
         ({"--link": "-1"}, "link must be positive"),
+        ({"--model": "0/0"}, "'0/0'"),
+        ({"--block-size": "0"}, "'--block-size'"),
+        ({"--layers": "0"}, "'--layers'"),
+        ({"--save": str(ROOT / "nowhere" / "x.json")}, "nowhere/x.json"),
+        ({"--results": str(ROOT / "docs" / "results" / "training.json")}, "training.json is no result file"),
+        ({"--results": str(ROOT / "README.md")}, "README.md is no result file"),
     ],
 )
 def test_plan_refuses_by_name(change: dict[str, str], text: str) -> None:
@@ -78,6 +85,45 @@ def test_sizes_are_read() -> None:
     assert [read_tokens(x) for x in ("131072", "128K", "10M")] == [131072, 131072, 10 << 20]
     assert read_model("32/8").kv_heads == 8
     assert read_model(str(ROOT / "configs" / "gpt_1b_1m.yaml")).layers == 24
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (
+            "model: {num_attention_heads: many, hidden_size: 8}",
+            "num_attention_heads must be a positive integer, got 'many'",
+        ),
+        ("model: {num_attention_heads: 4}", "hidden_size must be a positive integer, got None"),
+        ("model: {num_attention_heads: 4, hidden_size: 8}\nmoba: {topk: 0}", "topk must be a positive integer, got 0"),
+        ("model: {num_attention_heads: 4", "is not YAML"),
+        ("sweeps: []", "must have a section `model`"),
+        ("just text", "must have a section `model`"),
+    ],
+)
+def test_a_bad_model_file_is_refused_by_name(tmp_path: Path, content: str, text: str) -> None:
+    (tmp_path / "model.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"model\.yaml.*{re.escape(text)}"):
+        read_model(str(tmp_path / "model.yaml"))
+
+
+def test_a_model_file_may_leave_moba_empty(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("model: {num_attention_heads: 4, hidden_size: 256}\nmoba:\n")
+    found = read_model(str(tmp_path / "model.yaml"))
+    assert (found.kv_heads, found.head_dim, found.block_size, found.topk) == (4, 64, None, None)
+
+
+def test_plan_shows_the_own_block_size_of_a_short_sequence() -> None:
+    status, text = invoke("plan", "--model", "32/8", "--tokens", "600", "--gpus", "1")
+    assert status == 0, text
+    assert "*(512, 8)" in text
+
+
+def test_doctor_refuses_bad_heads() -> None:
+    for heads, text in (("16", "'16'"), ("32/5", "5 and 32")):
+        status, output = invoke("doctor", "--heads", heads)
+        assert status == 2
+        assert text in output
 
 
 def test_doctor_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,6 +216,8 @@ def test_errors_name_the_values(tmp_path):
     report, layout = one_rank()
     with pytest.raises(ValueError, match=r"heads must be in \[0, 4\), got \[0, 4\]"):
         diagnostics.plot_block_selection(report, tmp_path / "x.png", heads=[0, 4])
+    with pytest.raises(ValueError, match=r"heads must be in \[0, 4\), got 'all'"):
+        diagnostics.plot_block_selection(report, tmp_path / "x.png", heads="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"heads must be in \[0, 4\), got -1"):
         diagnostics.plot_block_selection(report, tmp_path / "x.png", heads=-1, layout=layout)
     with pytest.raises(ValueError, match="layout is for 2 ranks, but the report is of 1"):

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import moba_cp
 from moba_cp import MoBAAttention, MoBAConfig, SequenceLayout
+from moba_cp.parallel.plan_cache import PLANS
 from moba_cp.torchtitan import TitanAttention, swap_attention
 from tests.ranks import run_ranks
 
@@ -158,6 +159,43 @@ def test_the_module_says_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="Linear has no MoBAAttention"):
         moba_cp.set_layout(nn.Linear(2, 2), None)
     assert repr(module) == "MoBAAttention(MoBAConfig(block_size=4, topk=2, softmax_scale=None), cp_size=1, comm='auto')"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"comm": "post"}, "comm must be one of .*got 'post'"),
+        ({"workspace_bytes": 0}, "workspace_bytes must be at least 1, got 0"),
+        ({"exchange_bytes": -1}, "exchange_bytes must be at least 0, got -1"),
+        ({"layout": SequenceLayout.contiguous([0, 8], 2)}, "for 2 ranks, but a module's group has 1"),
+    ],
+    ids=str,
+)
+def test_the_module_checks_its_arguments_when_it_is_made(options: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        MoBAAttention(CONFIG, **options)
+
+
+def refused_on_rank(rank: int, size: int) -> Tensor:
+    """Rank 1 passes another batch of keys, then no tensor at all; afterwards the group works."""
+    module, q = MoBAAttention(CONFIG, group=dist.group.WORLD), torch.zeros(2, 6, 2, 4)
+    with pytest.raises(ValueError, match=r"same B and L, got q \(2, 6, 2, 4\), k \(3, 4, 2, 4\)"):
+        module(q, q.view(3, 4, 2, 4) if rank else q, q)
+    with pytest.raises((TypeError, ValueError), match="q, k and v must be tensors, got list"):
+        module(q, [q] if rank else q, q)
+    return module(q, q, q)
+
+
+def test_batches_that_differ_are_refused_on_every_rank() -> None:
+    assert all(out.shape == (2, 6, 2, 4) for out in run_ranks(2, refused_on_rank))
+
+
+def test_the_layout_of_a_batch_is_kept_and_counted() -> None:
+    PLANS.clear()
+    assert moba_cp.batch_layout(3, 8, 2) is moba_cp.batch_layout(3, 8, 2)
+    assert moba_cp.kept_bytes().host >= moba_cp.batch_layout(3, 8, 2).nbytes
+    with pytest.raises(TypeError, match=r"batch must be an int, got \[2\]"):
+        moba_cp.batch_layout([2], 8, 2)
 
 
 def test_layers_are_swapped_by_name() -> None:

@@ -44,6 +44,11 @@ class Attention:
         if self.kind == "window" and (self.chunk < 1 or self.window < self.chunk or self.window % self.chunk):
             raise ValueError(f"window must be a multiple of chunk, got {self.window} and {self.chunk}")
 
+    def is_full(self, length: int) -> bool:
+        """Whether it is full causal attention on sequences of `length` tokens."""
+        reach = {"full": length, "moba": self.block_size * self.topk, "window": self.window}[self.kind]
+        return reach >= length
+
 
 @dataclass(frozen=True)
 class Phase:

@@ -29,6 +29,7 @@ def main(
     counted = results.with_name("learning_bigram.json")
     if counted.exists():
         found["counting"] = json.loads(counted.read_text())
+    docs.mkdir(parents=True, exist_ok=True)
     (docs / "learning.md").write_text(page(found))
     pictures(found, docs)
 

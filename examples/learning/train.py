@@ -110,10 +110,20 @@ class Run:
         self.routing: list[dict[str, Any]] = []
         self.selections: dict[str, np.ndarray] = {}
         self.diverged = False
+        self.began_from: str | None = None
 
     @property
     def checkpoint(self) -> Path:
         return Path(self.task.work) / "checkpoints" / f"{self.task.name}.pt"
+
+    @property
+    def common_start(self) -> Path | None:
+        """The checkpoint after the short windows, which all arms of a seed share; None where this arm's attention already differs
+        from full attention there."""
+        layers = (spec for step in range(self.batches[-1].first) for spec in self.phase(step).layers)
+        if self.cp > 1 or len(self.batches) == 1 or not all(s.is_full(self.batches[0].length) for s in set(layers)):
+            return None
+        return Path(self.task.work) / "checkpoints" / f"short_windows_s{self.task.seed}.pt"
 
     def phase(self, step: int) -> Phase:
         return [p for p in self.phases if step >= round(p.start * self.steps)][-1]
@@ -130,25 +140,28 @@ class Run:
         """Train to the last step; False where the deadline came first."""
         self._load()
         measured = {round(share * self.steps) for share in self.config["measures"]["routing_at"]}
+        long = self.batches[-1].first  # timed alone
         clock, clock_step = None, 0
         for step in range(self.step, self.steps):
             self._train_step(step)
             self.step = step + 1
-            if clock is None and step >= 5:
+            if clock is None and step >= long + 5:
                 self._wait()
                 clock, clock_step = time.time(), self.step
             if self.step in measured and self.cp == 1:
-                clock, clock_step = self._pause(clock, clock_step)
+                self._pause(clock, clock_step)
                 self._measure_routing()
                 self._wait()
-                clock = time.time()
+                clock, clock_step = None if clock is None else time.time(), self.step
+            if self.step == long and self.common_start and not self.common_start.exists():
+                self._save(self.common_start)
             if self.step % 25 == 0:
                 if not math.isfinite(float(self.curve[step])):  # waits for the GPU
                     self.diverged = True
                     break
                 if self._late():
                     self._pause(clock, clock_step)
-                    self._save()
+                    self._save(self.checkpoint)
                     return False
         self._pause(clock, clock_step)
         return True
@@ -164,13 +177,12 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _pause(self, clock: float | None, first: int) -> tuple[float | None, int]:
+    def _pause(self, clock: float | None, first: int) -> None:
         """Add the time since `clock` to the time of training."""
         self._wait()
         if clock is not None:
             self.train_seconds += time.time() - clock
             self.timed_steps += self.step - first
-        return time.time(), self.step
 
     def _train_step(self, step: int) -> None:
         optimizer = self.config["optimizer"]
@@ -207,10 +219,10 @@ class Run:
         chosen = self.config["measures"]["recorded_layers"]
         self.selections = {f"layer_{f['layer']}": s for f, s in zip(facts, selections) if f["layer"] in chosen}
 
-    def _save(self) -> None:
+    def _save(self, path: Path) -> None:
         if self.rank:
             return
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
             "optimizers": [each.state_dict() for each in self.optimizers],
@@ -222,14 +234,18 @@ class Run:
             "routing": self.routing,
             "hashes": self._hashes(),
         }
-        torch.save(state, self.checkpoint)
+        part = path.with_suffix(f".{self.task.name}")  # other runs look for `path`
+        torch.save(state, part)
+        part.replace(path)
 
     def _load(self) -> None:
-        if not self.checkpoint.exists():
+        path = next((x for x in (self.checkpoint, self.common_start) if x is not None and x.exists()), None)
+        if path is None:
             return
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self.began_from = path.stem
+        state = torch.load(path, map_location=self.device, weights_only=True)
         if state["hashes"] != self._hashes():
-            raise ValueError(f"{self.checkpoint} is of other data or weights: {state['hashes']} != {self._hashes()}")
+            raise ValueError(f"{path} is of other data or weights: {state['hashes']} != {self._hashes()}")
         self.model.load_state_dict(state["model"])
         for each, saved in zip(self.optimizers, state["optimizers"], strict=True):
             each.load_state_dict(saved)
@@ -246,6 +262,7 @@ class Run:
             "data": self.corpus.facts["fingerprint"],
             "order": hashlib.sha256(b"".join(x.starts.astype("<i8").tobytes() for x in self.batches)).hexdigest(),
             "init": self.init_hash,
+            "config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
         }
 
     def result(self, complete: bool) -> dict[str, Any]:
@@ -266,6 +283,7 @@ class Run:
             "tokens": self.step * self.tokens_per_step,
             "spec": self.task.spec,
             "config": self.config,
+            "began_from": self.began_from,
             "hashes": self._hashes(),
             "attention_check": {k: round(v, 5) for k, v in self.errors.items()},
             "device": torch.cuda.get_device_name() if cuda else "cpu",

@@ -63,15 +63,15 @@ def version_findings() -> list[Finding]:
             if gloo
             else Finding("problem", "gloo", "this torch has neither GPUs nor gloo", "install torch from pypi.org")
         )
-    for name, module, extra in (
-        (MEGATRON, "megatron.core", "pip install 'moba_cp[megatron]'"),
-        (TRANSFORMER_ENGINE, "transformer_engine", "pip install 'transformer_engine[pytorch]'"),
+    for name, module, user, extra in (
+        (MEGATRON, "megatron.core", "moba_cp.megatron", "pip install 'moba_cp[megatron]'"),
+        (TRANSFORMER_ENGINE, "transformer_engine", "Megatron's te layers", "pip install 'transformer_engine[pytorch]'"),
     ):
         version = _found(name, module)
         if version:
             found.append(Finding("ok", name, version))
         else:
-            found.append(Finding("note", name, "not installed; only moba_cp.megatron needs it", extra))
+            found.append(Finding("note", name, f"not installed; needed by {user} only", extra))
     return [*found, attention_finding(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))]
 
 

@@ -14,6 +14,7 @@ import typer
 
 from .checks import Finding, environment_findings, gpu_findings, version_findings
 from .group_checks import group_findings, join, leave
+from .values import read_heads
 
 STATUS = {"ok": "  ok  ", "note": " note ", "problem": "PROBLEM"}
 
@@ -24,10 +25,10 @@ def doctor(
     megabytes: Annotated[int, typer.Option(help="size of the transfers that are timed", min=1)] = 256,
 ) -> None:
     """Look at this machine: one line per finding, and the cure of each problem. Ends with status 1 if there is a problem."""
-    given = heads.split("/")
-    if len(given) != 2 or not all(part.isdigit() and int(part) for part in given) or int(given[0]) % int(given[1]):
-        raise typer.BadParameter(f"heads must be like 32/8, got {heads!r}")
-    pair = int(given[0]), int(given[1])
+    try:
+        pair = read_heads(heads)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     findings = [*version_findings(), *gpu_findings(megabytes << 20), *environment_findings()]
     if not started:

@@ -6,9 +6,9 @@ moba-cp plan --model 32/8 --block-size 512 --topk 8 --tokens 10M --gpus 64 --gpu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,39 +17,28 @@ from ..planning.calibration import DEFAULT, Calibration, known
 from ..planning.measured import calibrate, read
 from ..planning.prediction import predict
 from ..planning.sizes import Cluster, Layer
-
-SUFFIXES = {"K": 1 << 10, "M": 1 << 20}
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes of a model; block size and topk are None where it does not say."""
-
-    q_heads: int
-    kv_heads: int
-    head_dim: int = 128
-    layers: int = 1
-    block_size: int | None = None
-    topk: int | None = None
+from .values import read_model, read_tokens
 
 
 def plan(
     model: Annotated[str, typer.Option(help="a training configuration (YAML), or query/kv heads such as 32/8")],
     tokens: Annotated[str, typer.Option(help="of the sequence, over all GPUs: 1048576, 128K, 10M")],
     gpus: Annotated[int, typer.Option(help="GPUs of the context-parallel group", min=1)],
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of one host", min=1)] = 8,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of one host", min=1)] = Cluster.gpus_per_node,
     link: Annotated[
         float, typer.Option(help="GB/s that a GPU receives from its node (`moba-cp doctor` measures it)")
-    ] = 300.0,
-    fabric: Annotated[float, typer.Option(help="GB/s that a GPU receives from other nodes")] = 40.0,
-    memory: Annotated[float, typer.Option(help="GiB of a GPU")] = 80.0,
-    block_size: Annotated[int | None, typer.Option(help="tokens per block; default: of the model, or 512")] = None,
-    topk: Annotated[
-        int | None, typer.Option(help="blocks per query, its own among them; default: of the model, or 8")
+    ] = Cluster.link,
+    fabric: Annotated[float, typer.Option(help="GB/s that a GPU receives from other nodes")] = Cluster.fabric,
+    memory: Annotated[float, typer.Option(help="GiB of a GPU")] = Cluster.memory,
+    block_size: Annotated[
+        int | None, typer.Option(help="tokens per block; default: of the model, or 512", min=1)
     ] = None,
-    head_dim: Annotated[int | None, typer.Option(help="default: of the model, or 128")] = None,
+    topk: Annotated[
+        int | None, typer.Option(help="blocks per query, its own among them; default: of the model, or 8", min=1)
+    ] = None,
+    head_dim: Annotated[int | None, typer.Option(help="default: of the model, or 128", min=1)] = None,
     layers: Annotated[
-        int | None, typer.Option(help="layers that keep something for backward; default: of the model, or 1")
+        int | None, typer.Option(help="layers that keep something for backward; default: of the model, or 1", min=1)
     ] = None,
     wanted_share: Annotated[
         float, typer.Option(help="MoBAReport.wanted_share; 1 is uniform routing", min=0, max=1)
@@ -74,54 +63,11 @@ def plan(
         calibration = (
             calibrate(*read(results), Cluster(1, link=link, fabric=fabric)) if results else Calibration.of(device)
         )
+        if save is not None:
+            save.write_text(calibration.to_json())
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    if save is not None:
-        save.write_text(calibration.to_json())
     print("\n".join(report(layer, cluster, calibration, layers or sizes.layers)))
-
-
-def read_tokens(text: str) -> int:
-    """ "10M" -> 10485760.
-
-    Raises:
-        ValueError: it is no number of tokens.
-    """
-    number, factor = (text[:-1], SUFFIXES[text[-1]]) if text[-1:] in SUFFIXES else (text, 1)
-    if not number.isdigit() or not int(number):
-        raise ValueError(f"tokens must be a positive number such as 131072, 128K or 10M, got {text!r}")
-    return int(number) * factor
-
-
-def read_model(text: str) -> Model:
-    """Of a YAML file with `model` (num_attention_heads, num_query_groups, hidden_size, num_layers, kv_channels) and `moba`
-    (block_size, topk), or of heads such as "32/8".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    heads = text.split("/")
-    if len(heads) == 2 and all(part.isdigit() for part in heads):
-        return Model(int(heads[0]), int(heads[1]))
-    path = Path(text)
-    if not path.is_file():
-        raise ValueError(f"model must be a YAML file or heads such as 32/8, got {text!r}")
-    import yaml
-
-    content: Any = yaml.safe_load(path.read_text())
-    try:
-        model, moba = content["model"], content.get("moba", {})
-        q_heads = model["num_attention_heads"]
-        return Model(
-            q_heads,
-            model.get("num_query_groups") or q_heads,
-            model.get("kv_channels") or model["hidden_size"] // q_heads,
-            model.get("num_layers", 1),
-            moba.get("block_size"),
-            moba.get("topk"),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} lacks {error} of a model") from error
 
 
 def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..parallel.cost import choose_head_parallel
+from ..parallel.exchanges.registry import EXCHANGES
 from ..parallel.topology import Topology
 from .calibration import Calibration
 from .memory import Memory, memory
@@ -46,7 +47,7 @@ def options(
 
     The first is the one of least memory among those that are `ALIKE`.
 
-    Heads are split inside a node, over a number of ranks that divides q heads and ranks. `pull` serves ranks of one node.
+    Heads are split inside a node, over a number of ranks that divides q heads and ranks.
     """
     found = []
     for split in splits(layer, cluster, layouts):
@@ -65,9 +66,10 @@ def splits(layer: Layer, cluster: Cluster, layouts: Iterable[str]) -> list[Split
         if layer.q_heads % size or cluster.gpus % size or cluster.node % size:
             continue
         sequence = cluster.gpus // size
-        exchanges = ["local"] if sequence == 1 else ["ring", "fetch", "all_gather"]
-        if sequence > 1 and cluster.gpus <= cluster.gpus_per_node:
-            exchanges.append("pull")
+        exchanges = ["local"]
+        if sequence > 1:
+            one_host = cluster.gpus <= cluster.gpus_per_node
+            exchanges = [name for name, kind in EXCHANGES.items() if one_host or not kind.same_host]
         for exchange in exchanges:
             # Where heads are split over all ranks, one layout is as good as another.
             found += [Split(cluster.gpus, size, exchange, x) for x in (layouts if sequence > 1 else list(layouts)[:1])]
@@ -92,9 +94,9 @@ def visiting_pays_from(layer: Layer) -> float:
 def recomputation(option: Option, layers: int, cluster: Cluster) -> str:
     """What to recompute, so that what attention keeps of all layers fits `SHARE_FOR_ATTENTION` of a GPU."""
     kept = option.memory.saved * layers
-    room = SHARE_FOR_ATTENTION * cluster.memory - (option.memory.peak - option.memory.saved)
-    text = f"{layers} layers keep {kept:.1f} GiB for backward; {max(0.0, room):.1f} GiB are there for it"
-    if kept <= room:
+    free = SHARE_FOR_ATTENTION * cluster.memory - (option.memory.peak - option.memory.saved)
+    text = f"{layers} layers keep {kept:.1f} GiB for backward; {max(0.0, free):.1f} GiB are free for it"
+    if kept <= free:
         return f"none: {text}"
     return f"every layer: {text}, and attention's forward runs again ({option.prediction.forward_ms:.1f} ms per layer)"
 
@@ -104,7 +106,7 @@ def block_sizes(layer: Layer, cluster: Cluster, calibration: Calibration) -> lis
     settings = sorted({*BLOCK_SETTINGS, (layer.block_size, layer.topk)})
     found = []
     for block_size, topk in settings:
-        if block_size * 2 <= layer.length:
+        if block_size * 2 <= layer.length or block_size == layer.block_size:
             changed = replace(layer, block_size=block_size, topk=topk)
             found.append((block_size, topk, options(changed, cluster, calibration)[0]))
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .calibration import ASSUMED, Calibration, known, non_negative_fit
-from .prediction import BACKWARD, FORWARD, NOTHING, features, moved_by, predict, received
+from .prediction import BACKWARD, CALIBRATED_DIM, FORWARD, NOTHING, features, moved_by, predict, received
 from .sizes import Cluster, Layer, Split, busiest
 
 SMALLEST_TOKENS = 32768
@@ -49,16 +49,24 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Measured]]:
     """The device, and every timed configuration of result files of `bench_kernels`, `bench_layer` and `scaling`.
 
     Raises:
-        ValueError: files of different devices, or none.
+        ValueError: a file is of another kind; files of different devices, or none.
     """
     found: list[Measured] = []
     devices = set()
     for path in paths:
-        content = json.loads(path.read_text())
-        devices.add(content.get("device") or content["about"]["device"])
-        entries = content["results"] + [b for b in content.get("baselines", []) if b.get("baseline") == "equal_work"]
-        timed = (e for e in entries if "forward_backward_ms" in e and e["tokens"] >= SMALLEST_TOKENS)
-        found += [_measured(entry, path.name) for entry in timed]
+        try:
+            content = json.loads(path.read_text())
+            devices.add(content.get("device") or content["about"]["device"])
+            entries = content["results"] + [
+                b for b in content.get("baselines", []) if b.get("baseline") == "equal_work"
+            ]
+            timed = (e for e in entries if "forward_backward_ms" in e and e["tokens"] >= SMALLEST_TOKENS)
+            found += [_measured(entry, path.name) for entry in timed]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            text = (
+                f"{path} is no result file of bench_kernels, bench_layer or scaling ({type(error).__name__}: {error})"
+            )
+            raise ValueError(text) from error
     if len(devices) != 1:
         raise ValueError(f"results of one device are needed, got {sorted(devices)}")
     return devices.pop(), found
@@ -153,7 +161,7 @@ def _fit_exchange(measured: Sequence[Measured], bare: Calibration, cluster: Clus
             whole = one.forward_backward_ms - one.forward_ms if backward else one.forward_ms
             rest = whole - sum((expected.backward if backward else expected.forward).values())
             ((_, moved),) = moved_by(one.split, received(one.layer, one.split, here, backward))
-            pairs = busiest(one.layer, one.split).pairs * one.layer.head_dim / 128
+            pairs = busiest(one.layer, one.split).pairs * one.layer.head_dim / CALIBRATED_DIM
             rows.append(np.array([pairs, moved, 1.0]) / whole)
             shares.append(rest / whole)
         found["backward" if backward else "forward"] = _rounded(non_negative_fit(np.stack(rows), np.array(shares)))

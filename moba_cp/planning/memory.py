@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..chunks import ranges_of
+from ..config import DEFAULT_WORKSPACE_BYTES
 from ..parallel.heads import head_split
 from ..wide import slabs_of
 from .sizes import Layer, Split
 
 GIB = 2.0**30
-WORKSPACE = 1280 << 20
-"""Default of `workspace_bytes` of `moba_attention`."""
 UNITS = {"ring": 15.0, "pull": 15.0, "fetch": 12.0, "all_gather": 11.0}
 """Bytes that an exchange holds, in bf16 keys and values of one range of one rank: parts that arrive, their gradients in fp32,
 sums of this rank's own, and the range before and after. `fetch` and `all_gather` hold every other rank's part at once."""
@@ -57,7 +56,7 @@ def memory(layer: Layer, split: Split) -> Memory:
         "gradients": 2 * q + 2 * kv,
         "selection and routing lists": selected + lists + 2 * sums,
         "centroids": blocks * kv_heads * row,
-        "workspace": min(WORKSPACE, rows * partial),
+        "workspace": min(DEFAULT_WORKSPACE_BYTES, rows * partial),
     }
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
@@ -65,7 +64,7 @@ def memory(layer: Layer, split: Split) -> Memory:
         parts["memory for heads in and out"] = _shared_for_heads(layer, split, wide_tokens)
         saved += 2 * q + 2 * wide_kv
     if split.sequence_ranks > 1:
-        ranges = ranges_of(wide_tokens, wide_tokens, heads, kv_heads, partial, WORKSPACE)
+        ranges = ranges_of(wide_tokens, wide_tokens, heads, kv_heads, partial, DEFAULT_WORKSPACE_BYTES)
         widest = max(of_range.stop - of_range.start for of_range, _ in ranges)
         unit = wide_tokens * widest * 2 * row
         others = split.sequence_ranks - 1 if split.exchange in ("fetch", "all_gather") else 1

@@ -73,11 +73,6 @@ class Prediction:
     def forward_backward_ms(self) -> float:
         return self.forward_ms + sum(self.backward.values())
 
-    @property
-    def exposed_ms(self) -> float:
-        """Of both passes, what communication adds."""
-        return sum(ms for x in (self.forward, self.backward) for name, ms in x.items() if name.startswith("exchange"))
-
 
 def features(work: Work, head_dim: int) -> dict[str, list[float]]:
     """What each stage's time is linear in."""
@@ -144,8 +139,8 @@ def predict(layer: Layer, split: Split, cluster: Cluster, calibration: Calibrati
         if split.exchange == "ring":
             wire += RING_STEP_MS * (split.sequence_ranks - 1)
         if split.ranks > 1:
-            stages["exchange, exposed"] = max(0.0, wire - attention)
-            stages["exchange, overhead"] = sum(
+            stages["exchange (exposed)"] = max(0.0, wire - attention)
+            stages["exchange (overhead)"] = sum(
                 calibration.exchange_ms(name, backward, [work.pairs * layer.head_dim / CALIBRATED_DIM, moved, 1.0])
                 for name, moved in moved_by(split, bytes_)
             )

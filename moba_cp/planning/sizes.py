@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-
-from ..parallel.balance import candidates_before, keys_before, pairs_before
+from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, candidates_before, keys_before, pairs_before
 from ..parallel.cost import BETWEEN_BYTES_PER_MS, INSIDE_BYTES_PER_MS
+from ..parallel.exchanges.registry import EXCHANGES
 from ..parallel.layout import SequenceLayout
 
 LAYOUTS = ("zigzag", "balanced", "contiguous")
-FLAT = ("all_gather", "ring", "fetch", "pull")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Split:
     Attributes:
         ranks: GPUs.
         head_parallel: U; 1 splits no heads.
-        exchange: of keys and values between sequence ranks, one of `FLAT`; "local" where there is one.
+        exchange: of keys and values between sequence ranks, a name of `EXCHANGES`; "local" where there is one.
         layout: one of `LAYOUTS`.
 
     Raises:
@@ -117,9 +115,9 @@ class Split:
     def __post_init__(self) -> None:
         if self.head_parallel < 1 or self.ranks % self.head_parallel:
             raise ValueError(f"head_parallel must divide {self.ranks} ranks, got {self.head_parallel}")
-        if (self.exchange == "local") != (self.sequence_ranks == 1) or self.exchange not in ("local", *FLAT):
+        if (self.exchange == "local") != (self.sequence_ranks == 1) or self.exchange not in ("local", *EXCHANGES):
             raise ValueError(
-                f"exchange must be one of {', '.join(FLAT)} between several sequence ranks and local for one, got "
+                f"exchange must be one of {', '.join(EXCHANGES)} between several sequence ranks and local for one, got "
                 f"{self.exchange!r} for {self.sequence_ranks}"
             )
         if self.layout not in LAYOUTS:
@@ -167,7 +165,7 @@ class Work:
 
 
 def busiest(layer: Layer, split: Split) -> Work:
-    """Work of the sequence rank that attends to most keys; heads are spread evenly."""
+    """Work of the sequence rank that has most to attend to and to score; heads are spread evenly."""
     keys, pairs, scored = _busiest(layer.length, split.sequence_ranks, layer.block_size, layer.topk, split.layout)
     documents, heads = layer.tokens / layer.length, layer.q_heads / split.head_parallel
     tokens = layer.tokens / split.sequence_ranks
@@ -187,31 +185,12 @@ def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) ->
         cuts = SequenceLayout.balanced([0, length], size, block_size, topk)
     else:
         cuts = (SequenceLayout.zigzag if layout == "zigzag" else SequenceLayout.contiguous)([0, length], size)
-    best, most = (0, 0, 0), -1
-    for rank in range(size):
+
+    def counted(rank: int) -> tuple[int, int, int]:
         start, end = cuts.runs_of(rank).T
-        counts = [
-            int((before(end) - before(start)).sum())
-            for before in (
-                lambda x: keys_before(x, block_size, topk),
-                lambda x: pairs_before(x, block_size, topk),
-                lambda x: candidates_before(x, block_size),
-            )
-        ]
-        if 7 * counts[0] + counts[2] > most:
-            best, most = (counts[0], counts[1], counts[2]), 7 * counts[0] + counts[2]
-    return best
+        keys, pairs = (
+            int((f(end, block_size, topk) - f(start, block_size, topk)).sum()) for f in (keys_before, pairs_before)
+        )
+        return keys, pairs, int((candidates_before(end, block_size) - candidates_before(start, block_size)).sum())
 
-
-def of_one_rank(layer: Layer, split: Split) -> Layer:
-    """The same tokens with a rank's share of the heads: equal work, for one GPU alone."""
-    return replace(
-        layer,
-        q_heads=max(1, layer.q_heads // split.ranks),
-        kv_heads=max(1, layer.kv_heads // split.ranks),
-    )
-
-
-def numbers(work: Work) -> np.ndarray:
-    """rows, kv_rows, keys, pairs, scored."""
-    return np.array([work.rows, work.kv_rows, work.keys, work.pairs, work.scored])
+    return max(map(counted, range(size)), key=lambda work: KEY_WORK * work[0] + CANDIDATE_WORK * work[2])

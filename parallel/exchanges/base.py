@@ -238,6 +238,27 @@ class Streaming(Exchange):
                 visit.parts.append(part)
             yield part
 
+    def gradients(self, visit: Visit, keep: bool) -> Iterator[PartGradient]:
+        """Remote parts with buffers for their gradients, in order of steps: fresh from a walk, or kept from an earlier chunk.
+
+        Args:
+            visit: what `start` gave for the range.
+            keep: keep them for the next chunk.
+        """
+        if visit.gradients:
+            kept, visit.gradients = visit.gradients, visit.gradients if keep else []
+            yield from map(added_to, kept)
+            return
+        for step, (part, packed) in enumerate(self.walk(visit), start=1):
+            gradient = self.gradient_at(visit, step, part, packed)
+            if keep:
+                visit.gradients.append(gradient)
+            yield gradient
+
+    def gradient_at(self, visit: Visit, step: int, part: Part, packed: Tensor) -> PartGradient:
+        """The part of one step, whose keys and values are `packed`, with uninitialized buffers for its gradients."""
+        return self.gradient_of(part, packed)
+
     @abstractmethod
     def walk(self, visit: Visit) -> Iterator[tuple[Part, Tensor]]:
         """Remote parts in order of steps, and the packed tensor that each is a view of; the next is under way."""

@@ -35,7 +35,7 @@ from ..home import HomeBlocks, home_start
 from ..peer_memory import aligned, peer_memory
 from ..rows import add_wanted, copy_wanted, pack
 from ..wanted import home_and_length
-from .base import Arrived, Part, PartGradient, Route, Streaming, Visit, Work, added_to, unpack
+from .base import Arrived, Part, PartGradient, Route, Streaming, Visit, Work, unpack
 
 WHOLE_SHARE = 0.5
 """A part is read whole where at least this share of its bytes is wanted. A copy engine is faster than the kernel that reads
@@ -132,7 +132,7 @@ class Pull(Streaming):
         if local_first:
             yield local
         keeps, last = self.keeps(backward=True), chunk + 1 == self.work.chunks
-        for step, gradient in enumerate(self._gradients(visit, keeps and not last), start=1):
+        for step, gradient in enumerate(self.gradients(visit, keeps and not last), start=1):
             yield gradient
             if last or not keeps:
                 assert gradient.packed is not None
@@ -152,19 +152,12 @@ class Pull(Streaming):
 
         return finish
 
-    def _gradients(self, visit: PullVisit, keep: bool) -> Iterator[PartGradient]:
-        """Remote parts with their slots, in order of steps; kept from an earlier chunk where there was one."""
-        if visit.gradients:
-            kept, visit.gradients = visit.gradients, visit.gradients if keep else []
-            yield from map(added_to, kept)
-            return
-        for step, (part, _) in enumerate(self.walk(visit), start=1):
-            visit.slots[step] = self._next_slot()
-            packed = self._gradient_slot(visit.slots[step], self.comm.rank, self.comm.source(step), visit.heads)
-            gradient = PartGradient(part, *unpack(packed, self.home.k.shape[2]), False, packed)
-            if keep:
-                visit.gradients.append(gradient)
-            yield gradient
+    def gradient_at(self, visit: Visit, step: int, part: Part, packed: Tensor) -> PartGradient:
+        """As every exchange; the buffers are a slot of shared memory."""
+        assert isinstance(visit, PullVisit)
+        visit.slots[step] = self._next_slot()
+        slot = self._gradient_slot(visit.slots[step], self.comm.rank, self.comm.source(step), visit.heads)
+        return PartGradient(part, *unpack(slot, self.home.k.shape[2]), False, slot)
 
     def _barrier(self) -> None:
         """What follows on the side stream comes after what every rank has enqueued on its own so far."""

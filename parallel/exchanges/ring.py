@@ -16,7 +16,7 @@ from torch import Tensor
 from ..comm import Pending
 from ..relay import GradientRelay, Relay
 from ..rows import pack
-from .base import Arrived, Part, PartGradient, Streaming, Visit, added_to
+from .base import Arrived, Part, PartGradient, Streaming, Visit
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Ring(Streaming):
         relay = GradientRelay(
             self.comm, lambda rank: self._empty(rank, visit.heads, self.work.gradient_dtype), "ring gradients"
         )
-        for gradient in self._gradients(visit, keeps and not last):
+        for gradient in self.gradients(visit, keeps and not last):
             yield gradient
             if last or not keeps:
                 assert gradient.packed is not None
@@ -66,18 +66,6 @@ class Ring(Streaming):
         assert isinstance(visit, RingVisit)
         arriving = visit.arriving
         return lambda: [Arrived(pending.wait()) for pending in arriving]
-
-    def _gradients(self, visit: Visit, keep: bool) -> Iterator[PartGradient]:
-        """Remote parts with their buffers, fresh from the ring or kept from an earlier chunk."""
-        if visit.gradients:
-            kept, visit.gradients = visit.gradients, visit.gradients if keep else []
-            yield from map(added_to, kept)
-            return
-        for part, packed in self.walk(visit):
-            gradient = self.gradient_of(part, packed)
-            if keep:
-                visit.gradients.append(gradient)
-            yield gradient
 
     def _again(self, visit: Visit) -> None:
         """Start another walk before the local part is computed, unless one is under way or parts were kept."""

@@ -159,7 +159,7 @@ def test_a_run_resumed_from_a_checkpoint_gives_the_same_curve(corpus_folder: Pat
     for step in range(2):
         first._train_step(step)
         first.step += 1
-    first._save()
+    first._save(first.checkpoint)
     second = Run(task)
     assert second.train()
     assert torch.equal(second.curve, whole.curve)
@@ -167,6 +167,30 @@ def test_a_run_resumed_from_a_checkpoint_gives_the_same_curve(corpus_folder: Pat
     other = Run(Task(**{**vars(task), "seed": 1}))
     with pytest.raises(ValueError, match="other data or weights"):
         other._load()
+
+
+def test_arms_share_what_they_train_alike(corpus_folder: Path, tmp_path: Path) -> None:
+    plan = yaml.safe_load((ROOT / "configs/learning/tiny.yaml").read_text())
+    plan["optimizer"]["steps"] = 4
+    plan["data"]["begin_with"] = {"length": 64, "share": 0.5}
+    plan["measures"]["routing_at"] = []
+
+    def task(arm: str, work: Path) -> Task:
+        return Task(f"{arm}_s0", arm, plan["arms"][arm], 0, plan, str(corpus_folder), str(work), deadline=1e12)
+
+    alone, full, later = (
+        Run(task(*each))
+        for each in (("moba_32_3", tmp_path / "alone"), ("full", tmp_path / "both"), ("moba_32_3", tmp_path / "both"))
+    )
+    assert all(run.train() for run in (alone, full, later))
+    assert [run.began_from for run in (alone, full, later)] == [None, None, "short_windows_s0"]
+    assert torch.equal(later.curve[:2], full.curve[:2])
+    # Windows of 64 are full attention to blocks of 32 with topk 3 as well: fp32 rounding of 2 steps lies between the two.
+    torch.testing.assert_close(later.curve, alone.curve, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(later.curve[2:], full.curve[2:])
+    narrow = Run(task("moba_32_3", tmp_path / "both"))
+    narrow.phases = phases({"attention": {"kind": "moba", "block_size": 16, "topk": 3}}, 2)
+    assert narrow.common_start is None
 
 
 def test_gap_is_paired_by_seed() -> None:

@@ -186,6 +186,32 @@ def test_bad_shards() -> None:
         layout.unshard([torch.zeros(4), torch.zeros(3)])
 
 
+def test_a_description_is_the_layout() -> None:
+    for layout in (
+        SequenceLayout.contiguous([0, 5, 12], 2),
+        SequenceLayout.zigzag([0, 5, 12], 2),
+        SequenceLayout.zigzag([0, 5, 12], 2, per_document=False),
+        SequenceLayout.from_runs([[(7, 12), (0, 2)], [], [(2, 7)]], [0, 5, 12]),
+    ):
+        assert SequenceLayout.from_description(layout.description) == layout
+
+
+@pytest.mark.parametrize(
+    ("description", "text"),
+    [
+        ([], r"no layout has the description \[\]"),
+        ([4], r"no layout has the description \[4\]"),
+        ([-4, 0, 5], "cp_size must be at least 1, got -1"),
+        ([4, 0, 5, 3], "must not decrease, got 5 then 3"),
+        ([11, 1, 1, 0, 5, 0, 5, 0, 5], "more than one rank or run holds token 0"),
+    ],
+    ids=str,
+)
+def test_other_descriptions_are_refused(description: list[int], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        SequenceLayout.from_description(np.array(description, dtype=np.int64))
+
+
 def test_many_documents_are_laid_out_quickly() -> None:
     """20,000 documents over 8 ranks in a small part of a training step; a loop over documents in Python would show."""
     cu = np.arange(20_001) * 50
