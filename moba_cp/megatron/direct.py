@@ -110,13 +110,14 @@ class _Project(torch.autograd.Function):
         x = x.contiguous()
         outputs, normed = segment.forward(x)
         ctx.segment = segment
-        ctx.save_for_backward(x, normed)
+        ctx.save_for_backward(x, normed, *parameters)  # parameters, so that autograd finds that they were changed
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.segment.backward(*ctx.saved_tensors, dq, dk, dv)
+        x, normed, *_ = ctx.saved_tensors
+        return None, *ctx.segment.backward(x, normed, dq, dk, dv)
 
 
 class _Feed(torch.autograd.Function):
@@ -125,14 +126,14 @@ class _Feed(torch.autograd.Function):
         flat = out.flatten(0, 1)
         residual, normed, wide, hidden = segment.body(x.flatten(0, 1), flat)
         ctx.segment, ctx.shapes = segment, (x.shape, out.shape)
-        ctx.save_for_backward(flat, residual, normed, wide, hidden)
+        ctx.save_for_backward(flat, residual, normed, wide, hidden, *parameters)
         return torch.addmm(residual, hidden, segment.down.t()).view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         of_x, of_out = ctx.shapes
-        dx, dout, found = ctx.segment.backward(*ctx.saved_tensors, dy.flatten(0, 1))
+        dx, dout, found = ctx.segment.backward(*ctx.saved_tensors[:5], dy.flatten(0, 1))
         return None, dx.view(of_x), dout.view(of_out), *found
 
 

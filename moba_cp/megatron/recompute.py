@@ -117,10 +117,12 @@ class _BeforeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, segment: Before, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.segment, ctx.parameters = segment, parameters
+        ctx.save_for_backward(*parameters)  # so that autograd finds that they were changed before backward
         return segment.compute(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
         return None, *ctx.segment.backward(ctx.parameters, gradients)
 
 
@@ -203,12 +205,12 @@ class _BehindFunction(torch.autograd.Function):
         ctx: Any, segment: InRows, source: Source, count: int, x: Tensor, out: Tensor, *parameters: Tensor
     ) -> Tensor:
         ctx.segment, ctx.source, ctx.count, ctx.parameters = segment, source, count, parameters
-        ctx.save_for_backward(out)
+        ctx.save_for_backward(out, *parameters)
         return segment.output(x, out)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        segment, (out,), x = ctx.segment, ctx.saved_tensors, ctx.source.get()
+        segment, (out, *_), x = ctx.segment, ctx.saved_tensors, ctx.source.get()
         parameters, chunks = ctx.parameters[: ctx.count], chunks_of(len(dy), segment.chunk)
         if len(chunks) == 1:
             return None, None, None, *segment.chunk_backward(x, out, dy, parameters)
@@ -249,12 +251,13 @@ class _InChunksFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: InChunks, count: int, *tensors: Tensor) -> Tensor:
         ctx.whole, ctx.parameters = whole, tensors[count:]
-        ctx.save_for_backward(*tensors[:count])
+        ctx.count = count
+        ctx.save_for_backward(*tensors)
         return whole.output(tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, whole = ctx.saved_tensors, ctx.whole
+        inputs, whole = ctx.saved_tensors[: ctx.count], ctx.whole
         moving = [x for x in inputs if x.is_floating_point()]
         results = [torch.empty_like(x) for x in moving]
         sums: list[Tensor | None] = [None] * len(ctx.parameters)

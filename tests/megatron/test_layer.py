@@ -252,3 +252,27 @@ def test_written_out_gradients_are_those_of_megatrons_modules() -> None:
     for name, ((loss, gradients), (expected_loss, expected)) in outcome.result.items():
         assert abs(loss - expected_loss) < 1e-6, name
         assert largest_difference(gradients, expected) < 1e-6, name
+
+
+def changed_weights(rank: int, world_size: int) -> list[str]:
+    """What backward raises where a weight was changed in place after forward; by variant and weight."""
+    start_megatron()
+    messages = []
+    for name in ("long", "recomputed", "loss in chunks"):
+        for weight in ("linear_qkv", "linear_proj", "pre_mlp_layernorm", "linear_fc2", "output_layer"):
+            model = build_model(VARIANTS[name])
+            tokens = torch.arange(LENGTH).expand(1, -1)
+            loss = model(tokens, tokens, None, labels=tokens).mean()
+            next(p for n, p in model.named_parameters() if weight in n).detach().add_(1)
+            try:
+                loss.backward()
+                messages.append(f"{name} {weight}: nothing")
+            except RuntimeError as error:
+                messages.append(str(error))
+    return messages
+
+
+def test_a_weight_changed_before_backward_raises() -> None:
+    (outcome,) = run_fresh_ranks(1, changed_weights, group_timeout=120)
+    assert outcome.exception is None, outcome
+    assert all("modified by an inplace operation" in message for message in outcome.result), outcome.result
