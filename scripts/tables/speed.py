@@ -51,6 +51,48 @@ def speed_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gpus_table(content: dict[str, Any]) -> str:
+    """Markdown of `training_speed` on one GPU and several: tokens/s per GPU against one GPU of the same run, and the peak against
+    its estimate.
+
+    A run on several GPUs is compared with the one on one GPU that has its parameters, attention and tokens per GPU.
+    """
+    about = content["about"]
+    lines = [
+        f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']} without Transformer Engine and apex, "
+        f"commit {about['commit'][:10]}.",
+        "",
+        "| parameters | tokens a step | attention | GPUs | how | step | tokens/s | against 1 GPU | MFU "
+        "| peak GiB per GPU (estimate) | loss of the first steps |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    runs = [run for run in content["runs"] if "error" not in run]
+    alone = {_per_gpu(run): run["tokens_per_second"] for run in runs if run["gpus"] == 1}
+    for run in runs:
+        one = alone.get(_per_gpu(run)) if run["gpus"] > 1 else None
+        estimate = run["peak_memory_by_part"]["estimated_peak"]
+        tokens = run["tokens_per_step"]
+        cells = [
+            f"{run['parameters'] / 1e6:,.0f}M",
+            f"{tokens >> 20}M" if tokens % (1 << 20) == 0 else thousands(tokens),
+            attention_name(run["attention"]),
+            str(run["gpus"]),
+            run["label"],
+            f"{run['step_seconds']:.2f} s",
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['tokens_per_second'] / one:.2f}x" if one else "",
+            f"{run['mfu']:.1%}" if run["mfu"] else "-",
+            f"{run['peak_memory_gib']:.1f} ({estimate:.1f})" if run["peak_memory_gib"] else "-",
+            ", ".join(f"{loss:.4f}" for loss in run["loss"][:3]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _per_gpu(run: dict[str, Any]) -> tuple[int, str, float]:
+    return run["parameters"], attention_name(run["attention"]), run["tokens_per_step"] / run["gpus"]
+
+
 def step_rows(content: dict[str, Any]) -> list[str]:
     """Rows of the headline: MoBA against full attention with the same layers and sizes, and MoBA alone where that is missing."""
     first, rows = content["runs"][0], []
