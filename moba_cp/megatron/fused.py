@@ -1,5 +1,5 @@
-"""What a transformer layer computes between its matrices, each in one pass over memory on GPUs: without Transformer Engine, apex
-or a compiler.
+"""What a transformer computes between its matrices, each in one pass over memory on GPUs: without Transformer Engine, apex or a
+compiler.
 
 On GPUs these are the Triton kernels of :mod:`.fused_kernels`; elsewhere the same formulas in torch, in the inputs' dtype.
 Everything is differentiable once. Tensors are made contiguous where a kernel needs it.
@@ -63,6 +63,24 @@ def swiglu(x: Tensor) -> Tensor:
         return _SwiGLU.apply(x)
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Megatron's cross entropy of a whole vocabulary, without copies of the logits in fp32.
+
+    Args:
+        logits: ``[..., vocabulary]``.
+        labels: int64 ``[...]``. One outside the vocabulary has the loss of the largest logit, and no gradient of its own.
+
+    Returns:
+        fp32 ``[...]``; in torch for fp64 fp64.
+    """
+    if runs_kernels(logits):
+        return _CrossEntropy.apply(logits, labels)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    known = (labels >= 0) & (labels < logits.size(-1))
+    wanted = wide.gather(-1, labels.where(known, 0).unsqueeze(-1)).squeeze(-1)
+    return wide.logsumexp(-1) - wanted.where(known, wide.detach().amax(-1))
 
 
 def split_rotate(
@@ -273,6 +291,30 @@ class _SwiGLU(torch.autograd.Function):
         return swiglu_backward(*ctx.saved_tensors, dy)
 
 
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels must be int64 of shape {tuple(logits.shape[:-1])}, got {labels.dtype} {tuple(labels.shape)}"
+            )
+        logits, labels = logits.contiguous(), labels.contiguous()
+        loss, sums = torch.empty(2, *labels.shape, dtype=torch.float32, device=logits.device)
+        sizes = _loss_sizes(logits.size(-1))
+        kernels.cross_entropy_kernel[(labels.numel(),)](logits, labels, loss, sums, **sizes)
+        ctx.save_for_backward(logits, labels, sums)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+        logits, labels, sums = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        sizes = _loss_sizes(logits.size(-1))
+        grid = (labels.numel(), -(-sizes["VOCAB"] // sizes["BLOCK"]))
+        kernels.cross_entropy_backward_kernel[grid](logits, labels, sums, dloss.contiguous(), dlogits, **sizes)
+        return dlogits, None
+
+
 class _SplitRotate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -307,6 +349,11 @@ def _rotary_sizes(group: int, groups: int, dim: int, half: int) -> dict[str, int
 def _row_options(width: int) -> dict[str, int]:
     padded = _padded(width)
     return {"WIDTH_PADDED": padded, "num_warps": min(max(padded // 512, 1), 8)}
+
+
+def _loss_sizes(vocabulary: int) -> dict[str, int]:
+    block = min(_padded(vocabulary), 4096)
+    return {"VOCAB": vocabulary, "BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 
 
 def _padded(n: int) -> int:
