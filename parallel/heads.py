@@ -16,7 +16,7 @@ has all heads, and lies where it is needed when it arrives on the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
@@ -195,8 +195,8 @@ class PeerHeadTransfer(HeadTransfer):
 
     In: each member packs its shares into its own shared memory; after a barrier each reads its part of everybody's. Out: each
     writes what it has into the memory of the ranks that hold the tokens; after a barrier they put it in place. What crosses is
-    contiguous, so copy engines move it and leave the multiprocessors to attention. Buffers are used in halves; see
-    `PeerMemory.next_half`.
+    contiguous, so copy engines move it and leave the multiprocessors to attention. A member's own part needs no barrier: it moves
+    while others come to theirs. Buffers are used in halves; see `PeerMemory.next_half`.
     """
 
     def start_in(self, shares: Sequence[Share]) -> Callable[[], list[Tensor]]:
@@ -211,12 +211,12 @@ class PeerHeadTransfer(HeadTransfer):
                 take_heads(
                     share.x, self.comm.size, share.heads.start, share.count, share.per_member, share.copies, packed
                 )
+            self._read(memory, at, wholes, [rank])
             memory.barrier(self.comm, BARRIERS)
-            for whole, offset in zip(wholes, at, strict=True):
-                for source, rows in self._others_first():
-                    whole[rows].copy_(self._view(memory, source, offset, whole, whole.shape[1])[rank])
-                self._count(IN, whole, self.wide_tokens - self.mine)
+            self._read(memory, at, wholes, self._others())
             done = side.done()
+        for whole in wholes:
+            self._count(IN, whole, self.wide_tokens - self.mine)
         side.uses(*(share.x for share in shares), *wholes)
 
         def wait() -> list[Tensor]:
@@ -228,11 +228,11 @@ class PeerHeadTransfer(HeadTransfer):
     def start_out(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         rank = self.comm.rank
         memory, at = self._memory(OUT, parts[0].device, [(x, x.shape[1]) for x in parts])
-        for x, offset in zip(parts, at, strict=True):
-            for target, rows in self._others_first():
-                self._view(memory, target, offset, x, x.shape[1])[rank].copy_(x[rows])
-            self._count(OUT, x, (self.comm.size - 1) * self.mine)
+        self._write(memory, at, parts, self._others())
         memory.barrier(self.comm, BARRIERS)
+        self._write(memory, at, parts, [rank])
+        for x in parts:
+            self._count(OUT, x, (self.comm.size - 1) * self.mine)
         return lambda: [self._view(memory, rank, offset, x, x.shape[1]) for x, offset in zip(parts, at, strict=True)]
 
     def _memory(
@@ -250,11 +250,26 @@ class PeerHeadTransfer(HeadTransfer):
         """`[U, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`."""
         return memory.view(rank, offset, (self.comm.size, self.tokens[rank], count, x.shape[2]), x.dtype)
 
-    def _others_first(self) -> Iterator[tuple[int, slice]]:
-        """Each member with its rows among the tokens of the group: members start with different ones, and end with themselves."""
-        for step in range(1, self.comm.size + 1):
-            member = (self.comm.rank + step) % self.comm.size
-            yield member, slice(sum(self.tokens[:member]), sum(self.tokens[: member + 1]))
+    def _read(self, memory: PeerMemory, at: Sequence[int], wholes: Sequence[Tensor], members: Sequence[int]) -> None:
+        """Fill the rows of `members` in `wholes` with what they packed for this rank."""
+        for whole, offset in zip(wholes, at, strict=True):
+            for source in members:
+                packed = self._view(memory, source, offset, whole, whole.shape[1])
+                whole[self._rows(source)].copy_(packed[self.comm.rank])
+
+    def _write(self, memory: PeerMemory, at: Sequence[int], parts: Sequence[Tensor], members: Sequence[int]) -> None:
+        """Give `members` their rows of `parts`."""
+        for x, offset in zip(parts, at, strict=True):
+            for target in members:
+                self._view(memory, target, offset, x, x.shape[1])[self.comm.rank].copy_(x[self._rows(target)])
+
+    def _others(self) -> list[int]:
+        """The other members, on each of them in another order."""
+        return [(self.comm.rank + step) % self.comm.size for step in range(1, self.comm.size)]
+
+    def _rows(self, member: int) -> slice:
+        """The rows of a member among the tokens of the group."""
+        return slice(sum(self.tokens[:member]), sum(self.tokens[: member + 1]))
 
     def _count(self, stage: str, x: Tensor, tokens: int) -> None:
         size = tokens * x.shape[1] * x.shape[2] * x.itemsize
