@@ -25,10 +25,8 @@ def attention_name(name: str) -> str:
 
 def speed_table(content: dict[str, Any]) -> str:
     """Markdown of `training_speed`: one row per run that finished."""
-    about = content["about"]
     lines = [
-        f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']} without Transformer Engine and apex, "
-        f"commit {about['commit'][:10]}. MFU counts MoBA as what it computes and recomputation not at all.",
+        f"{_measured_on(content)} MFU counts MoBA as what it computes and recomputation not at all.",
         "",
         "| layers | attention | GPUs | parameters | tokens a step | step | tokens/s | MFU | peak GiB per GPU |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -57,10 +55,8 @@ def gpus_table(content: dict[str, Any]) -> str:
 
     A run on several GPUs is compared with the one on one GPU that has its parameters, attention and tokens per GPU.
     """
-    about = content["about"]
     lines = [
-        f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']} without Transformer Engine and apex, "
-        f"commit {about['commit'][:10]}.",
+        _measured_on(content),
         "",
         "| parameters | tokens a step | attention | GPUs | how | step | tokens/s | against 1 GPU | MFU "
         "| peak GiB per GPU (estimate) | loss of the first steps |",
@@ -87,6 +83,16 @@ def gpus_table(content: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _measured_on(content: dict[str, Any]) -> str:
+    """Device, versions, and the commits of the runs; a run without one is of the file's."""
+    about = content["about"]
+    commits = dict.fromkeys(run.get("commit", about["commit"])[:10] for run in content["runs"])
+    return (
+        f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']} without Transformer Engine and apex, "
+        f"commit {', later rows '.join(commits)}."
+    )
 
 
 def _per_gpu(run: dict[str, Any]) -> tuple[int, str, float]:

@@ -11,10 +11,22 @@ from moba_cp import MoBAConfig
 from tests.megatron_models import transformer_config
 from tests.ranks import run_fresh_ranks
 
+VARIANTS = ((False, 0), (True, 0), (True, 100))
+"""Recomputation, and rows of a chunk."""
+MOST = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+"""The same products and kernels in the same order: apart by the rounding of sums (bf16: half a unit, 2 ** -8)."""
 
-def differences(rank: int, world_size: int, dtype: torch.dtype, recompute: bool, chunk: int) -> dict[str, float]:
-    """By tensor: norm of the difference between both paths over the norm."""
+
+def differences(rank: int, world_size: int) -> dict[str, dict[str, float]]:
+    """By case and tensor: norm of the difference between both paths over the norm."""
     from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    return {f"{dtype} {variant}": of_layer(dtype, *variant) for dtype in MOST for variant in VARIANTS}
+
+
+def of_layer(dtype: torch.dtype, recompute: bool, chunk: int) -> dict[str, float]:
     from megatron.core.models.common.embeddings import RotaryEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.spec_utils import build_module
@@ -23,8 +35,6 @@ def differences(rank: int, world_size: int, dtype: torch.dtype, recompute: bool,
     from moba_cp.megatron.layer import LongLayerSettings, with_long_layers
     from moba_cp.megatron.norm import TorchNorm
 
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
     config = transformer_config(
         hidden_size=256,
         params_dtype=dtype,
@@ -57,12 +67,13 @@ def differences(rank: int, world_size: int, dtype: torch.dtype, recompute: bool,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("recompute", "chunk"), [(False, 0), (True, 0), (True, 100)])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)], ids=str)
-def test_numbers_of_megatrons_modules(dtype: torch.dtype, most: float, recompute: bool, chunk: int) -> None:
-    """The same products and kernels in the same order: apart by the rounding of sums (bf16: half a unit, 2 ** -8)."""
-    (outcome,) = run_fresh_ranks(1, differences, dtype, recompute, chunk, group_timeout=200, timeout=280)
+def test_numbers_of_megatrons_modules() -> None:
+    (outcome,) = run_fresh_ranks(1, differences, group_timeout=200, timeout=280)
     assert outcome.exception is None, outcome.exception
-    found: dict[str, float] = outcome.result
-    assert len(found) == 8
-    assert max(found.values()) < most, found
+    found: dict[str, dict[str, float]] = outcome.result
+    assert len(found) == len(MOST) * len(VARIANTS)
+    for dtype, most in MOST.items():
+        for variant in VARIANTS:
+            of_tensor = found[f"{dtype} {variant}"]
+            assert len(of_tensor) == 8
+            assert max(of_tensor.values()) < most, (dtype, variant, of_tensor)
