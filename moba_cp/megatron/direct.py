@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -48,7 +49,7 @@ class Projection:
     def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """q, k and v of the layer's input ``[s, b, h]``, and the normed input."""
         _, normed = fused.norm_pass(x, None, self.norm, self.eps)
-        mixed = torch.mm(normed.flatten(0, 1), self.weight.t()).view(*x.shape[:2], -1)
+        mixed = F.linear(normed, self.weight)
         return fused.split_rotate_pass(mixed, self.groups, self.dim, self.table), normed
 
     def backward(self, x: Tensor, normed: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,8 +85,8 @@ class Feed:
     def body(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the layer's input and attention's output, as rows ``[n, ...]``: residual, normed residual, and the MLP's values in
         front of the activation and behind it."""
-        residual, normed = fused.norm_pass(x, torch.mm(out, self.projection.t()), self.norm, self.eps)
-        wide = torch.mm(normed, self.up.t())
+        residual, normed = fused.norm_pass(x, F.linear(out, self.projection), self.norm, self.eps)
+        wide = F.linear(normed, self.up)
         return residual, normed, wide, fused.swiglu_pass(wide)
 
     def output(self, x: Tensor, out: Tensor) -> Tensor:

@@ -192,8 +192,8 @@ class LongLayer(TransformerLayer):
             and not self.config.gradient_accumulation_fusion
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(x.device.type)
-            and all(type(linear) in _LINEAR and linear.bias is None for linear in linears)
-            and all(_as_built(module) for module in (*linears, first, second))
+            and {type(linear) for linear in linears} <= _LINEAR
+            and _as_built(*linears, first, second)
         ):
             return None
         assert first.eps is not None
@@ -290,19 +290,27 @@ class LongLayer(TransformerLayer):
         return [norm for norm in norms if norm is not None and not isinstance(norm, IdentityOp)]
 
 
-_LINEAR = (ColumnParallelLinear, RowParallelLinear)
+_LINEAR = {ColumnParallelLinear, RowParallelLinear}
 
 
-def _as_built(module: Any) -> bool:
-    """Whether calling the module does nothing but its forward function: no hooks (adapters, gathering of parameters), nothing in
-    place of forward; and its weight gets a gradient."""
-    return not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in module.__dict__
-    ) and bool(module.weight.requires_grad)
+def _as_built(*modules: torch.nn.Module) -> bool:
+    """Whether calling the modules does nothing but their forward functions: no hooks (adapters, gathering of parameters), nothing
+    in place of forward; and their weights are parameters that get gradients, and their only ones."""
+    for module in modules:
+        found = module.__dict__
+        if (
+            found["_forward_pre_hooks"]
+            or found["_forward_hooks"]
+            or found["_backward_pre_hooks"]
+            or found["_backward_hooks"]
+            or "forward" in found
+        ):
+            return False
+        parameters = found["_parameters"]
+        weight = parameters.get("weight")
+        if weight is None or not weight.requires_grad or parameters.get("bias") is not None:
+            return False
+    return True
 
 
 def _norm(module: torch.nn.Module, x: Tensor) -> Tensor:
