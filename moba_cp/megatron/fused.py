@@ -288,7 +288,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return swiglu_backward(*ctx.saved_tensors, dy)
+        (x,) = ctx.saved_tensors
+        return swiglu_backward(x, dy)
 
 
 class _CrossEntropy(torch.autograd.Function):
