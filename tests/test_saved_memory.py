@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import moba_cp
@@ -66,3 +69,49 @@ def test_nothing_is_kept_beside_saved_tensors(size: int, comm: str) -> None:
         assert plain > 6 * 512 * 4 * 16 // size
         assert checkpointed < 8192  # checkpoint keeps the state of the random generator, 5,056 bytes
         assert offloaded < 4096
+
+
+class Live(TorchDispatchMode):
+    """Counts bytes of the tensors that operations made and that are alive: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return result
+
+    def _free(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def walks_on_rank(rank: int, size: int, comm: str) -> list[tuple[int, int]]:
+    """Walks of a backward pass and the most bytes of tensors alive in it, for chunks of 512 rows and of 128."""
+    layout = SequenceLayout.contiguous([0, 3072], size)
+    found = []
+    for rows in (512, 128):
+        q, k, v = inputs(layout, rank)
+        out, report = moba_cp.moba_attention(
+            q, k, v, MoBAConfig(16, 2), layout=layout, comm=comm, return_report=True,
+            workspace_bytes=rows * 4 * 2 * 4 * (8 + 1), exchange_bytes=0,
+        )  # fmt: skip
+        with Live() as live:
+            out.sum().backward()
+        found.append((report.walks[1], live.most))
+    return found
+
+
+@pytest.mark.parametrize("comm", ["ring", "pull"])
+def test_backward_takes_no_more_memory_for_more_walks(comm: str) -> None:
+    gradients = 1536 * 16 * 4  # fp32, of the keys and values of one rank
+    for (few, of_few), (many, of_many) in run_ranks(2, walks_on_rank, comm):
+        assert (few, many) == (3, 12)
+        assert of_many < of_few + 3 * gradients  # gloo's threads hold what they sent a little longer

@@ -8,7 +8,7 @@ many again, and `P - 1` of gradients in the accumulation dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,10 +21,18 @@ from .base import Arrived, Part, PartGradient, Streaming, Visit
 
 @dataclass
 class RingVisit(Visit):
-    """Also: the walk under way, and gradients under way to this rank, per walk."""
+    """Also: the walk under way; gradients of home blocks that the last walk brings, and the sum of those of the walks before."""
 
     relay: Relay | None = None
-    arriving: list[Pending] = field(default_factory=list)
+    arriving: Pending | None = None
+    arrived: Tensor | None = None
+
+    def add_arriving(self) -> Tensor | None:
+        """The sum of all walks that ended, in their order; None where nothing came."""
+        if self.arriving is not None:
+            latest, self.arriving = self.arriving.wait(), None
+            self.arrived = latest if self.arrived is None else self.arrived.add_(latest)
+        return self.arrived
 
 
 class Ring(Streaming):
@@ -59,13 +67,17 @@ class Ring(Streaming):
             if last or not keeps:
                 assert gradient.packed is not None
                 relay.send(gradient.packed)
-        if (pending := relay.home()) is not None:
-            visit.arriving.append(pending)
+        visit.add_arriving()  # of the walk before, which has had all this one to come home
+        visit.arriving = relay.home()
 
     def reduce(self, visit: Visit) -> Callable[[], list[Arrived]]:
         assert isinstance(visit, RingVisit)
-        arriving = visit.arriving
-        return lambda: [Arrived(pending.wait()) for pending in arriving]
+
+        def home() -> list[Arrived]:
+            total = visit.add_arriving()
+            return [] if total is None else [Arrived(total)]
+
+        return home
 
     def _again(self, visit: Visit) -> None:
         """Start another walk before the local part is computed, unless one is under way or parts were kept."""
