@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .launch import launch_kernel
 from .sizes import next_power_of_2
 
 
@@ -47,7 +48,7 @@ def centroids(k: Tensor, *, start: Tensor, block_size: int) -> Tensor:
     if out.numel() == 0:
         return out
     config = configs.centroids(dim, block_size, k.element_size())
-    centroids_kernel[(blocks * heads,)](
+    launch_kernel(centroids_kernel, (blocks * heads,),
         k, start, out, k.stride(0), k.stride(1), blocks, heads, BLOCK=block_size, D=dim,
         D_PADDED=next_power_of_2(dim), KEYS=config.keys, num_warps=config.num_warps,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import configs
 from .gate import select_blocks
 from .gate_exact import _order_key, load_tile
+from .launch import launch_kernel
 from .sizes import LOG2E, cdiv, next_power_of_2, padded
 from .types import COUNT_TILE, QueryRows, selection_dtype
 
@@ -277,7 +278,7 @@ def update_centroids(
         return
     config = configs.centroids(dim, block_size, k.element_size())
     lanes = min(next_power_of_2(max(at_most, 1)), COUNT_TILE)
-    update_centroids_kernel[(samples * heads * tiles, lanes)](
+    launch_kernel(update_centroids_kernel, (samples * heads * tiles, lanes),
         k, slots, before, lengths, count, centroids, k.stride(0), k.stride(1), k.stride(2), slots.stride(0),
         before.stride(0), lengths.stride(0), heads, most, tiles, LANES=lanes, BLOCK=block_size, D=dim,
         D_PADDED=next_power_of_2(dim), KEYS=config.keys, TILE=COUNT_TILE, num_warps=config.num_warps,
@@ -303,13 +304,13 @@ def select_for_decoding(
     keys = torch.empty(samples * q_heads, most, dtype=torch.int32, device=q.device)
     selected = torch.empty(q_heads, samples, topk, dtype=selection_dtype(samples * most), device=q.device)
     config = configs.centroids(dim, block_size, k.element_size())
-    score_kernel[(samples * heads * tiles,)](
+    launch_kernel(score_kernel, (samples * heads * tiles,),
         q, k, slots, before, lengths, position, count, centroids, keys, q.stride(0), q.stride(1), k.stride(0),
         k.stride(1), k.stride(2), slots.stride(0), before.stride(0), lengths.stride(0), position.stride(0), heads,
         q_heads // heads, most, tiles, BLOCK=block_size, D=dim, D_PADDED=padded(dim), KEYS=config.keys,
         TILE=COUNT_TILE, ROWS=configs.GATE_ROWS, num_warps=4,
     )  # fmt: skip
-    select_kernel[(q_heads, samples)](
+    launch_kernel(select_kernel, (q_heads, samples),
         keys, position, selected, position.stride(0), samples, most, BLOCK=block_size, TOPK=topk,
         SLOTS=next_power_of_2(topk), BLOCKS=most, num_warps=4 if most <= 1024 else 8,
     )  # fmt: skip
@@ -332,14 +333,14 @@ def attend_selected(
     parts = topk * splits
     partial = torch.empty(samples * q_heads, parts, dim_v, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(samples * q_heads, parts, dtype=torch.float32, device=q.device)
-    attend_selected_kernel[(q_heads, parts, samples)](
+    launch_kernel(attend_selected_kernel, (q_heads, parts, samples),
         q, k, v, slots, position, selected, partial, partial_lse, scale * LOG2E, q.stride(0), q.stride(1), k.stride(0),
         k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), slots.stride(0), position.stride(0), samples,
         blocks, group, TOPK=topk, SLOTS=next_power_of_2(topk), SPLITS=splits, SPLIT=split, BLOCK=block_size, D=dim,
         D_PADDED=padded(dim), DV=dim_v, DV_PADDED=padded(dim_v), KEYS=min(config.keys, split), ROWS=padded(group),
         num_warps=config.num_warps,
     )  # fmt: skip
-    merge_splits_kernel[(q_heads, samples)](
+    launch_kernel(merge_splits_kernel, (q_heads, samples),
         partial, partial_lse, selected, position, out, position.stride(0), samples, blocks, TOPK=topk, SPLITS=splits,
         SPLIT=split, BLOCK=block_size, PARTS_PADDED=next_power_of_2(parts), DV=dim_v, DV_PADDED=padded(dim_v),
         AT_ONCE=16, num_warps=4,

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import configs
 from .gate_exact import gate_exact_kernel, load_tile, select_sorted, store_selection
 from .gpu import gpu_of
+from .launch import launch_kernel
 from .sizes import cdiv, next_power_of_2, padded
 from .types import QueryRows, selection_dtype
 
@@ -243,10 +244,12 @@ def select_blocks(q: Tensor, *, centroids: Tensor, rows: QueryRows, topk: int) -
     row_tiles = cdiv(tokens, config.rows)
     if fast:
         limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
-        gate_kernel[(row_tiles * q_heads,)](
+        launch_kernel(gate_kernel, (row_tiles * q_heads,),
             *arguments, **constants, DEPTH=config.depth, PACKED=config.packed, ASM=q.is_cuda, STAGES=config.num_stages,
             num_warps=config.num_warps, **limit,
         )  # fmt: skip
     programs = min(row_tiles, cdiv(EXACT_PROGRAMS_PER_MULTIPROCESSOR * gpu.multiprocessors, q_heads))
-    gate_exact_kernel[(programs * q_heads,)](*arguments, **constants, LISTED=fast, num_warps=config.num_warps)
+    launch_kernel(
+        gate_exact_kernel, (programs * q_heads,), *arguments, **constants, LISTED=fast, num_warps=config.num_warps
+    )
     return out

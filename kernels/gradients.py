@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import RowConfig
+from .launch import launch_kernel
 from .sizes import cdiv, padded
 
 
@@ -59,7 +60,7 @@ def add_gradients(*, own_dk: Tensor, own_dv: Tensor, arrived: list[Tensor], dk: 
         last = index == len(arrived) - 1
         total_dk, total_dv = (dk, dv) if last else (own_dk, own_dv)
         if rows * heads:
-            add_gradients_kernel[(cdiv(rows * heads, config.rows),)](
+            launch_kernel(add_gradients_kernel, (cdiv(rows * heads, config.rows),),
                 own_dk, own_dv, packed, total_dk, total_dv, rows * heads, heads,
                 *own_dk.stride()[:2], *own_dv.stride()[:2], *packed.stride()[:2], *total_dk.stride()[:2],
                 *total_dv.stride()[:2], **sizes, num_warps=config.num_warps,

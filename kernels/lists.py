@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import ListConfig
+from .launch import launch_kernel
 from .lists_kernels import count_kernel, item_kernel, scatter_few_kernel, scatter_kernel
 from .sizes import cdiv, next_power_of_2
 from .types import ListShape, RoutingLists, list_shape
@@ -51,17 +52,20 @@ def _counting_sort(
     allocate = torch.empty if bins else torch.zeros
     count = allocate(1 + shape.n_bins * grid[0], dtype=torch.int32, device=selected.device)
     counted = batch | {"ENTRIES": config.count_entries, "BINS": bins}
-    count_kernel[grid](selected, count, *sizes, **counted, num_warps=config.count_warps)
+    launch_kernel(count_kernel, grid, selected, count, *sizes, **counted, num_warps=config.count_warps)
     begin = torch.cumsum(count, 0, dtype=torch.int32)
     result = _items(begin, shape, grid[0], entry.numel(), config)
     bits = (shape.head_bits, shape.slot_bits)
     if n_blocks <= config.few_blocks and slots <= config.few_slots and batch["CHUNKS"] == 1:
         few = {"SLOTS": slots, "BINS": max(next_power_of_2(n_blocks), 16), "TOKENS": config.few_tokens}
-        scatter_few_kernel[grid](selected, begin, entry, *sizes, *bits, **few, num_warps=config.few_warps)
+        launch_kernel(
+            scatter_few_kernel, grid, selected, begin, entry, *sizes, *bits, **few, num_warps=config.few_warps
+        )
     else:
         index_bits = config.entries.bit_length() - 1
-        scatter_kernel[grid](
-            selected, begin, entry, *sizes, *bits, **batch, INDEX_BITS=index_bits, num_warps=config.warps
+        launch_kernel(
+            scatter_kernel, grid, selected, begin, entry, *sizes, *bits, **batch, INDEX_BITS=index_bits,
+            num_warps=config.warps,
         )  # fmt: skip
     return result
 
@@ -75,7 +79,8 @@ def _items(
     pointer, item_bin, item_start, item_end = (
         torch.empty(size, dtype=torch.int32, device=begin.device) for size in (n_bins + 1, items, items, items)
     )
-    item_kernel[(cdiv(n_bins + 1, config.item_bins),)](
+    launch_kernel(
+        item_kernel, (cdiv(n_bins + 1, config.item_bins),),
         begin, pointer, item_bin, item_start, item_end, n_bins, shares, items, shape.rows_per_item,
         BINS=config.item_bins, ITEMS=config.items_at_once,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import RowConfig
+from .launch import launch_kernel
 from .sizes import cdiv, padded
 from .types import DqPartials, Partials
 
@@ -98,7 +99,7 @@ def merge(
         return
     dim_v = out.shape[2]
     config = config or configs.merge(dim_v)
-    merge_kernel[(cdiv(tokens, config.rows), q_heads)](
+    launch_kernel(merge_kernel, (cdiv(tokens, config.rows), q_heads),
         partials.out, partials.lse, selected, out, lse, tokens, *selected.stride(), out.stride(0), out.stride(1),
         lse.stride(0), TOPK=topk, DV=dim_v, DV_PADDED=padded(dim_v), ROWS=config.rows, STAGES=config.num_stages,
         num_warps=config.num_warps,
@@ -112,7 +113,7 @@ def merge_dq(dq_partials: DqPartials, *, selected: Tensor, dq: Tensor, config: R
         return
     dim = dq.shape[2]
     config = config or configs.merge(dim)
-    merge_dq_kernel[(cdiv(tokens, config.rows), q_heads)](
+    launch_kernel(merge_dq_kernel, (cdiv(tokens, config.rows), q_heads),
         dq_partials.dq, selected, dq, tokens, *selected.stride(), dq.stride(0), dq.stride(1),
         TOPK=topk, D=dim, D_PADDED=padded(dim), ROWS=config.rows, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, torch_backend
+from .launch import launch_kernel
 from .sizes import cdiv, next_power_of_2
 from .types import QueryRows, selection_dtype
 
@@ -65,7 +66,7 @@ def place_selection(listed: Tensor, *, rows: QueryRows, n_blocks: int, slots: in
     if selected.numel():
         width = max(next_power_of_2(count), next_power_of_2(slots), 2)
         tile = max(1, configs.PLACED_ENTRIES // width)
-        place_kernel[(cdiv(tokens, tile), heads)](
+        launch_kernel(place_kernel, (cdiv(tokens, tile), heads),
             listed, rows.block, rows.first_block, selected, faults, tokens, *listed.stride(), K=count, SLOTS=slots,
             WIDTH=width, ROWS=tile,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch_kernel
 from .sizes import cdiv
 
 ENTRIES = 1024
@@ -40,7 +41,8 @@ def wanted_pairs(selected: Tensor, *, n_blocks: int, kv_heads: int) -> Tensor:
     wanted = torch.zeros(kv_heads, n_blocks, dtype=torch.uint8, device=selected.device)
     if selected.numel():
         grid = (cdiv(tokens * topk, ENTRIES), q_heads)
-        wanted_kernel[grid](
-            selected, wanted, tokens, n_blocks, q_heads // kv_heads, *selected.stride(), TOPK=topk, ENTRIES=ENTRIES
-        )
+        launch_kernel(
+            wanted_kernel, grid, selected, wanted, tokens, n_blocks, q_heads // kv_heads, *selected.stride(),
+            TOPK=topk, ENTRIES=ENTRIES,
+        )  # fmt: skip
     return wanted.view(torch.bool)

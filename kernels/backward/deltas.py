@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..launch import launch_kernel
 from ..sizes import cdiv, next_power_of_2
 
 
@@ -35,7 +36,7 @@ def delta(*, out: Tensor, dout: Tensor) -> Tensor:
     result = torch.empty(heads, tokens, dtype=torch.float32, device=out.device)
     if result.numel():
         config = configs.DELTA
-        delta_kernel[(cdiv(tokens, config.rows), heads)](
+        launch_kernel(delta_kernel, (cdiv(tokens, config.rows), heads),
             out, dout, result, tokens, *out.stride()[:2], *dout.stride()[:2],
             DV=dim_v, DV_PADDED=next_power_of_2(dim_v), ROWS=config.rows, num_warps=config.num_warps,
         )  # fmt: skip

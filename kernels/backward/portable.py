@@ -5,6 +5,7 @@ from __future__ import annotations
 from .. import configs
 from ..configs import TileConfig
 from ..gpu import gpu_of
+from ..launch import launch_kernel
 from ..sizes import cdiv
 from .call import Call
 from .portable_kernels import dkdv_kernel, dq_kernel
@@ -27,7 +28,7 @@ def launch_dkdv(call: Call, config: TileConfig, *, fused: bool) -> None:
     shape = call.lists.shape
     tiles = cdiv(shape.block_size, config.keys)
     sums = call.segment_sums(tiles * config.keys)
-    dkdv_kernel[((shape.n_bins + call.n_segments) * tiles,)](
+    launch_kernel(dkdv_kernel, ((shape.n_bins + call.n_segments) * tiles,),
         *call.dkdv_arguments(sums), **call.dims(), **call.bits(), KEYS=config.keys, ROWS=config.rows, TILES=tiles,
         STAGES=config.num_stages, SEGMENT=segment_rows(shape.block_size), FUSED=fused, ACCUMULATE=call.accumulate,
         num_warps=config.num_warps,
@@ -39,7 +40,7 @@ def launch_dq(call: Call, config: TileConfig) -> None:
     """Partial dq by work items, for blocks of more than one tile of keys."""
     n_items = call.lists.item_bin.numel()
     if n_items:
-        dq_kernel[(n_items,)](
+        launch_kernel(dq_kernel, (n_items,),
             *call.dq_arguments(), **call.dims(), **call.bits(), ROWS=config.rows, KEYS=config.keys,
             STAGES=config.num_stages, num_warps=config.num_warps,
         )  # fmt: skip

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch_kernel
 from ..sizes import cdiv
 from ..types import ListShape
 from .call import Call, key_strides
@@ -134,7 +135,7 @@ def find_segments(pointer: Tensor, n_segments: int, block_size: int) -> Tensor:
     """int32 `[n_segments]`: the long bin cut at entry `c * segment_rows`, or -1 where no long bin is."""
     segment_bin = torch.empty(n_segments, dtype=torch.int32, device=pointer.device)
     n_bins = pointer.numel() - 1
-    find_segments_kernel[(cdiv(n_segments, _SEARCHES),)](
+    launch_kernel(find_segments_kernel, (cdiv(n_segments, _SEARCHES),),
         pointer, segment_bin, n_bins, n_segments, (n_bins + 1).bit_length(), SEGMENT=segment_rows(block_size),
         SIZE=_SEARCHES, num_warps=4,
     )  # fmt: skip
@@ -146,7 +147,7 @@ def sum_segments(call: Call, sums: Tensor, keys: int, tiles: int) -> None:
     if not call.n_segments:
         return
     part, lists = call.part, call.lists
-    sum_segments_kernel[(call.n_segments * tiles,)](
+    launch_kernel(sum_segments_kernel, (call.n_segments * tiles,),
         sums, call.segment_bin, lists.pointer, part.start, part.length, call.dk, call.dv,
         *key_strides(call.dk, call.dv), part.start.stride(0), lists.shape.n_blocks, **call.dims(), KEYS=keys,
         TILES=tiles, SEGMENT=segment_rows(lists.shape.block_size), ACCUMULATE=call.accumulate, num_warps=8,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from .. import configs
 from ..configs import GluonConfig
 from ..descriptors import gluon_dtype
+from ..launch import launch_kernel
 from .call import Call
 from .dkdv_dq_sm90 import dkdv_dq_kernel
 from .dkdv_sm90 import dkdv_kernel
@@ -33,7 +34,7 @@ def launch_dkdv(call: Call, config: GluonConfig) -> None:
     tiles = shape.block_size // config.keys
     sums = call.segment_sums(shape.block_size)
     kernel, late = (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LATE": config.late})
-    kernel[((shape.n_bins + call.n_segments) * tiles,)](
+    launch_kernel(kernel, ((shape.n_bins + call.n_segments) * tiles,),
         *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), TILES=tiles, **late,
         SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate, num_warps=config.num_warps,
     )  # fmt: skip
@@ -46,7 +47,7 @@ def launch_dq(call: Call, config: GluonConfig) -> None:
     if shape.rows_per_item > config.rows:
         raise ValueError(f"work items must have at most {config.rows} rows, got {shape.rows_per_item}")
     if n_items:
-        dq_kernel[(n_items,)](
+        launch_kernel(dq_kernel, (n_items,),
             *call.dq_arguments(), **call.bits(), **_constants(call, config), num_warps=config.num_warps
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from .. import configs
 from ..configs import TileConfig
 from ..descriptors import head_step, tile_descriptor, tma_can_read
 from ..gpu import gpu_of
+from ..launch import launch_kernel
 from ..sizes import head_stride, padded
 from ..types import OWN_TILE, KVPart, Partials, QueryRows, RoutingLists
 from .portable_kernels import hold_rows_kernel, own_blocks_kernel, stream_rows_kernel
@@ -53,7 +54,7 @@ def attend_listed(
             k, v = tile_descriptor(k, config.keys), tile_descriptor(v, config.keys)
         kernel, programs = hold_rows_kernel, n_items * (shape.rows_per_item // config.rows)
         options = {"ITEM": shape.rows_per_item, "WITH_OWN": with_own, "TMA": tma}
-    kernel[(programs,)](
+    launch_kernel(kernel, (programs,),
         q, k, v, part.start, part.length, rows.position, lists.entry, lists.item_bin, lists.item_start, lists.item_end,
         partials.out, partials.lse, tokens, shape.n_blocks, scale, part.start.stride(0),
         q.stride(0), q.stride(1), part.k.stride(0), k_head, part.v.stride(0), v_head,
@@ -76,7 +77,7 @@ def attend_own(
     scale, negative = base_2(scale)
     tma = tma and tma_can_read(part.k) and tma_can_read(part.v)
     k_tiles, v_tiles = (tile_descriptor(x, config.keys) if tma else x for x in (part.k, part.v))
-    own_blocks_kernel[(tiles * (OWN_TILE // config.rows) * q_heads,)](
+    launch_kernel(own_blocks_kernel, (tiles * (OWN_TILE // config.rows) * q_heads,),
         q, part.k, part.v, k_tiles, v_tiles, part.start, part.length, rows.own_tiles, partials.out, partials.lse,
         rows.offset, tokens, tiles, q_heads, scale, part.start.stride(0), q.stride(0), q.stride(1),
         part.k.stride(0), head_stride(part.k), part.v.stride(0), head_stride(part.v),

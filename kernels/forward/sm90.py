@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import configs
 from ..descriptors import gluon_dtype, gluon_tile_descriptor, head_step
+from ..launch import launch_kernel
 from ..sizes import head_stride
 from ..types import KVPart, Partials, QueryRows, RoutingLists
 from .hold_rows_sm90 import hold_rows_kernel, own_blocks_kernel
@@ -35,7 +36,7 @@ def attend(q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, scale:
     strides = (part.k.stride(0), head_stride(part.k), part.v.stride(0), head_stride(part.v))
     if small:
         if n_items:
-            stream_rows_kernel[(n_items,)](
+            launch_kernel(stream_rows_kernel, (n_items,),
                 q, part.k, part.v, part.start, part.length, rows.position, *listed, tokens, shape.n_blocks, *sizes,
                 *strides, KEYS=block_size, **bits, **constants,
             )  # fmt: skip
@@ -44,12 +45,12 @@ def attend(q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, scale:
         raise ValueError(f"work items must have at most {config.rows} rows, got {shape.rows_per_item}")
     tiles = gluon_tile_descriptor(part.k, config.keys), gluon_tile_descriptor(part.v, config.keys)
     if n_items:
-        hold_rows_kernel[(n_items,)](
+        launch_kernel(hold_rows_kernel, (n_items,),
             q, *tiles, part.start, *listed, tokens, shape.n_blocks, *sizes, head_step(part.k), head_step(part.v),
             TILES=block_size // config.keys, KEYS=config.keys, **bits, **constants,
         )  # fmt: skip
     if own_tiles:
-        own_blocks_kernel[(own_tiles * q_heads,)](
+        launch_kernel(own_blocks_kernel, (own_tiles * q_heads,),
             q, part.k, part.v, *tiles, part.start, part.length, rows.own_tiles, partials.out, partials.lse, rows.offset,
             tokens, own_tiles, q_heads, *sizes, *strides, KEYS=config.keys, **constants,
         )  # fmt: skip
