@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moba_cp.kernels.launch import launch_kernel
+
 from . import fused_kernels as kernels
 
 _PROGRAMS = 2048
@@ -133,9 +135,10 @@ def norm_pass(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[
     rows, width = x.numel() // x.size(-1), x.size(-1)
     normed = torch.empty_like(x)
     total, other = (x, x) if y is None else (torch.empty_like(x), y.contiguous())
-    kernels.rms_norm_kernel[(rows,)](
-        x, other, weight, total, normed, eps, WIDTH=width, ADD=y is not None, **_row_options(width)
-    )
+    _launch(
+        kernels.rms_norm_kernel, (rows,), x, other, weight, total, normed, eps,
+        WIDTH=width, ADD=y is not None, **_row_options(width),
+    )  # fmt: skip
     return total, normed
 
 
@@ -166,8 +169,8 @@ def norm_backward(
     partial = torch.empty(programs, width, dtype=torch.float32, device=total.device)
     dnormed = dnormed.contiguous()
     added = dnormed if dtotal is None else dtotal.contiguous()
-    kernels.rms_norm_backward_kernel[(programs,)](
-        total, weight, dnormed, added, dx, partial, rows, eps,
+    _launch(
+        kernels.rms_norm_backward_kernel, (programs,), total, weight, dnormed, added, dx, partial, rows, eps,
         WIDTH=width, ADD=dtotal is not None, **_row_options(width),
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
@@ -181,7 +184,7 @@ def swiglu_pass(x: Tensor) -> Tensor:
     width = x.size(-1) // 2
     y = x.new_empty(*x.shape[:-1], width)
     grid = (x.numel() // (2 * width), -(-width // _COLUMNS))
-    kernels.swiglu_kernel[grid](x, y, WIDTH=width, COLUMNS=_COLUMNS, num_warps=2)
+    _launch(kernels.swiglu_kernel, grid, x, y, WIDTH=width, COLUMNS=_COLUMNS, num_warps=2)
     return y
 
 
@@ -194,7 +197,7 @@ def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
     width = x.size(-1) // 2
     dx = torch.empty_like(x)
     grid = (x.numel() // (2 * width), -(-width // _COLUMNS))
-    kernels.swiglu_backward_kernel[grid](x, dy.contiguous(), dx, WIDTH=width, COLUMNS=_COLUMNS, num_warps=2)
+    _launch(kernels.swiglu_backward_kernel, grid, x, dy.contiguous(), dx, WIDTH=width, COLUMNS=_COLUMNS, num_warps=2)
     return dx
 
 
@@ -215,9 +218,10 @@ def split_rotate_pass(
         raise ValueError(f"{length} rows with heads of {dim} do not fit a rotation table of {tuple(cos.shape)}")
     q = mixed.new_empty(length, batch, groups * group, dim)
     k = mixed.new_empty(length, batch, groups, dim)
-    kernels.split_rotate_kernel[(length * batch,)](
-        mixed, cos, sin, q, k, batch, **_rotary_sizes(group, groups, dim, cos.size(1)), num_warps=2
-    )
+    _launch(
+        kernels.split_rotate_kernel, (length * batch,), mixed, cos, sin, q, k, batch,
+        **_rotary_sizes(group, groups, dim, cos.size(1)), num_warps=2,
+    )  # fmt: skip
     return q, k, mixed.view(length, batch, groups, group + 2, dim)[..., group + 1, :]
 
 
@@ -235,8 +239,9 @@ def split_rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, table: tuple[Tenso
     dq, dk, dv = (_rows_of_heads(x) for x in (dq, dk, dv))
     dmixed = dq.new_empty(length, batch, groups * (group + 2) * dim)
     strides = [x.stride(n) for x in (dq, dk, dv) for n in (0, 1)]
-    kernels.split_rotate_backward_kernel[(length * batch,)](
-        dq, dk, dv, cos, sin, dmixed, batch, *strides, **_rotary_sizes(group, groups, dim, cos.size(1)),
+    _launch(
+        kernels.split_rotate_backward_kernel, (length * batch,), dq, dk, dv, cos, sin, dmixed, batch, *strides,
+        **_rotary_sizes(group, groups, dim, cos.size(1)),
         GROUPS_PADDED=_padded(groups), DIM_PADDED=_padded(dim), num_warps=2,
     )  # fmt: skip
     return dmixed
@@ -302,7 +307,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits, labels = logits.contiguous(), labels.contiguous()
         loss, sums = torch.empty(2, *labels.shape, dtype=torch.float32, device=logits.device)
         sizes = _loss_sizes(logits.size(-1))
-        kernels.cross_entropy_kernel[(labels.numel(),)](logits, labels, loss, sums, **sizes)
+        _launch(kernels.cross_entropy_kernel, (labels.numel(),), logits, labels, loss, sums, **sizes)
         ctx.save_for_backward(logits, labels, sums)
         return loss
 
@@ -312,7 +317,7 @@ class _CrossEntropy(torch.autograd.Function):
         dlogits = torch.empty_like(logits)
         sizes = _loss_sizes(logits.size(-1))
         grid = (labels.numel(), -(-sizes["VOCAB"] // sizes["BLOCK"]))
-        kernels.cross_entropy_backward_kernel[grid](logits, labels, sums, dloss.contiguous(), dlogits, **sizes)
+        _launch(kernels.cross_entropy_backward_kernel, grid, logits, labels, sums, dloss.contiguous(), dlogits, **sizes)
         return dlogits, None
 
 
@@ -345,6 +350,14 @@ def _rotary_sizes(group: int, groups: int, dim: int, half: int) -> dict[str, int
         "HALF_PADDED": _padded(half),
         "REST_PADDED": _padded(dim - 2 * half) if dim > 2 * half else 0,
     }
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """`launch_kernel`, but for torch.compile, which knows Triton's own launches."""
+    if torch.compiler.is_compiling():
+        kernel[grid](*arguments, **constants)
+    else:
+        launch_kernel(kernel, grid, *arguments, **constants)
 
 
 def _row_options(width: int) -> dict[str, int]:
