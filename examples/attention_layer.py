@@ -6,7 +6,7 @@ import moba_cp
 
 dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
-device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
 
 # Two packed documents of 3000 and 5192 tokens, zigzag over the ranks; 8 query heads, 2 key-value heads.
 layout = moba_cp.SequenceLayout.zigzag([0, 3000, 8192], cp_size=size)

@@ -12,9 +12,9 @@ from .launch import launch_kernel
 from .sizes import next_power_of_2
 
 
-@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["start"])
+@triton.jit(do_not_specialize_on_alignment=["start"])
 def centroids_kernel(
-    k, start, out, k_row, k_head, blocks, heads,
+    k, start, out, k_row, k_head, heads,
     BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program: the mean of one block's keys of one kv head, KEYS of them at a time.
@@ -49,7 +49,7 @@ def centroids(k: Tensor, *, start: Tensor, block_size: int) -> Tensor:
         return out
     config = configs.centroids(dim, block_size, k.element_size())
     launch_kernel(centroids_kernel, (blocks * heads,),
-        k, start, out, k.stride(0), k.stride(1), blocks, heads, BLOCK=block_size, D=dim,
+        k, start, out, k.stride(0), k.stride(1), heads, BLOCK=block_size, D=dim,
         D_PADDED=next_power_of_2(dim), KEYS=config.keys, num_warps=config.num_warps,
     )  # fmt: skip
     return out

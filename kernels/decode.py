@@ -29,14 +29,32 @@ MOST_TOPK = 64
 
 
 @triton.jit
-def _missing(
-    count, before, lengths, program, sample, before_step, lengths_step, tile, BLOCK: tl.constexpr, TILE: tl.constexpr
+def _tile_of_program(
+    count, before, lengths, before_step, lengths_step, heads, tiles, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):
-    """Blocks of the tile whose centroids are missing: from the first to the end, both in the sample's numbering."""
-    first = tile * TILE
+    """The sample, kv head and first block of a program's tile of TILE blocks, and where its missing centroids begin and end.
+
+    Block numbers are the sample's. Programs are in order of (sample, kv head, tile), as `count` is.
+    """
+    program = tl.program_id(0)
+    first = program % tiles * TILE
+    head = (program // tiles) % heads
+    sample = (program // tiles // heads).to(tl.int64)
     known = tl.minimum(tl.load(count + program), tl.maximum(tl.load(before + sample * before_step) // BLOCK - first, 0))
     complete = tl.maximum(tl.minimum(tl.load(lengths + sample * lengths_step) // BLOCK - first, TILE), 0)
-    return first + known, first + complete
+    return sample, head, first, first + known, first + complete
+
+
+@triton.jit
+def _own_block(position, sample, position_step, BLOCK: tl.constexpr):
+    """The block of the sample's query, in the sample's numbering; 0 where it has none."""
+    return tl.maximum(tl.load(position + sample * position_step), 0) // BLOCK
+
+
+@triton.jit
+def _selection_of(selected, head, sample, samples, TOPK: tl.constexpr):
+    """Where the TOPK block numbers of a (q head, sample) begin."""
+    return selected + (head.to(tl.int64) * samples + sample) * TOPK
 
 
 @triton.jit
@@ -67,11 +85,9 @@ def update_centroids_kernel(
 
     Reads 2 * BLOCK * D bytes and 4 * BLOCK of the table per centroid, writes 2 * D.
     """
-    program = tl.program_id(0)
-    tile = program % tiles
-    head = (program // tiles) % heads
-    sample = (program // tiles // heads).to(tl.int64)
-    known, complete = _missing(count, before, lengths, program, sample, before_step, lengths_step, tile, BLOCK, TILE)
+    sample, head, _, known, complete = _tile_of_program(
+        count, before, lengths, before_step, lengths_step, heads, tiles, BLOCK, TILE
+    )
     base = k + sample * k_sample + head.to(tl.int64) * k_head
     for block in tl.range(known + tl.program_id(1), complete, LANES):
         out = centroids + ((sample * most + block) * heads + head) * D
@@ -93,22 +109,20 @@ def score_kernel(
     Reads 2 * D bytes per candidate and q head, writes 4 per candidate and q head. Scores have the bits of the gate's: the same
     products of tiles of at least 64 rows. It alone reads and writes the tile's count.
     """
-    program = tl.program_id(0)
-    tile = program % tiles
-    head = (program // tiles) % heads
-    sample = (program // tiles // heads).to(tl.int64)
-    known, complete = _missing(count, before, lengths, program, sample, before_step, lengths_step, tile, BLOCK, TILE)
+    sample, head, first_block, known, complete = _tile_of_program(
+        count, before, lengths, before_step, lengths_step, heads, tiles, BLOCK, TILE
+    )
     base = k + sample * k_sample + head.to(tl.int64) * k_head
     c_base = centroids + (sample * most * heads + head) * D
     for block in tl.range(known, complete):
         out = c_base + block * heads * D
         _write_centroid(base, slots + sample * slots_sample, out, k_token, block, BLOCK, D, D_PADDED, KEYS)
     tl.debug_barrier()  # every thread has read the count, and sees the centroids
-    tl.store(count + program, complete - tile * TILE)
-    own = tl.maximum(tl.load(position + sample * position_step), 0) // BLOCK
-    if tile * TILE >= own:
+    tl.store(count + tl.program_id(0), complete - first_block)
+    own = _own_block(position, sample, position_step, BLOCK)
+    if first_block >= own:
         return
-    number = tile * TILE + tl.arange(0, TILE)
+    number = first_block + tl.arange(0, TILE)
     row = tl.arange(0, ROWS)
     c_tile = load_tile(c_base, number, heads * D, number < own, D, D_PADDED)
     q_head_number = head * group + row
@@ -132,7 +146,7 @@ def select_kernel(
     """
     head = tl.program_id(0)
     sample = tl.program_id(1)
-    own = tl.maximum(tl.load(position + sample * position_step), 0) // BLOCK
+    own = _own_block(position, sample, position_step, BLOCK)
     number = tl.arange(0, BLOCKS)
     base = keys + (sample.to(tl.int64) * tl.num_programs(0) + head) * most
     NONE: tl.constexpr = -(1 << 63)
@@ -147,9 +161,8 @@ def select_kernel(
         key = tl.where(number == found, NONE, key)
     chosen = tl.sort(chosen)
     column = slot - (SLOTS - TOPK)
-    first = sample * most
-    out = selected + (head.to(tl.int64) * samples + sample) * TOPK + column
-    tl.store(out, tl.where(chosen >= 0, chosen + first, -1), mask=column >= 0)
+    out = _selection_of(selected, head, sample, samples, TOPK) + column
+    tl.store(out, tl.where(chosen >= 0, chosen + sample * most, -1), mask=column >= 0)
 
 
 @triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["slots", "position", "selected"])
@@ -172,9 +185,9 @@ def attend_selected_kernel(
     row = tl.arange(0, ROWS)
     slot = tl.arange(0, SLOTS)
     head_row = (kv_head * group + row).to(tl.int64)
-    number = tl.load(selected + (tl.program_id(0).to(tl.int64) * samples + sample) * TOPK + part // SPLITS).to(tl.int64)
+    number = tl.load(_selection_of(selected, tl.program_id(0), sample, samples, TOPK) + part // SPLITS).to(tl.int64)
     of_group = tl.load(
-        selected + ((head_row * samples + sample) * TOPK)[:, None] + slot[None, :],
+        _selection_of(selected, head_row, sample, samples, TOPK)[:, None] + slot[None, :],
         mask=(row < group)[:, None] & (slot < TOPK)[None, :],
         other=-1,
     )
@@ -246,7 +259,7 @@ def merge_splits_kernel(
     sample = tl.program_id(1).to(tl.int64)
     row = sample * tl.num_programs(0) + head
     last = tl.load(position + sample * position_step)
-    chosen = selected + (head.to(tl.int64) * samples + sample) * TOPK
+    chosen = _selection_of(selected, head, sample, samples, TOPK)
     PARTS: tl.constexpr = TOPK * SPLITS
     row_lse = partial_lse + row * PARTS
     lse, _ = _part_lse(row_lse, chosen, tl.arange(0, PARTS_PADDED), sample * blocks, last, PARTS, SPLITS, SPLIT, BLOCK)

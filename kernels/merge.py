@@ -90,9 +90,7 @@ def merge_dq_kernel(
     tl.store(pointers, acc.to(merged.dtype.element_ty), mask=valid[:, None] & column)
 
 
-def merge(
-    partials: Partials, *, selected: Tensor, out: Tensor, lse: Tensor, config: RowConfig | None = None
-) -> None:  # fmt: skip
+def merge(partials: Partials, *, selected: Tensor, out: Tensor, lse: Tensor, config: RowConfig | None = None) -> None:
     """See `backend.Backend.merge`. `lse` is fp32, in base 2."""
     q_heads, tokens, topk = selected.shape
     if tokens == 0 or q_heads == 0:

@@ -152,14 +152,13 @@ def listed_bins(lists: RoutingLists) -> Iterator[tuple[int, int, tuple[Tensor, T
             yield kv_head, block, (head, entry >> (shape.head_bits + shape.slot_bits), slot)
 
 
-def _tile(
-    part: KVPart, kv_head: int, block: int, starts: list[list[int]], lengths: list[int]
-) -> tuple[slice, int] | None:  # fmt: skip
-    """Index of a (kv head, block) pair's keys in `part.k` and `part.v`; None where the part does not hold the pair."""
-    start = starts[kv_head][block]
-    if start < 0:
-        return None
-    return slice(start, start + lengths[block]), kv_head if part.k.shape[1] > 1 else 0
+def _held_bins(part: KVPart, lists: RoutingLists) -> Iterator[tuple[tuple[slice, int], tuple[Tensor, Tensor, Tensor]]]:
+    """Non-empty bins that the part holds: the index of their keys in `part.k` and `part.v`, and their entries."""
+    starts, lengths = part.start.tolist(), part.length.tolist()
+    for kv_head, block, entries in listed_bins(lists):
+        start = starts[kv_head][block]
+        if start >= 0:
+            yield (slice(start, start + lengths[block]), kv_head if part.k.shape[1] > 1 else 0), entries
 
 
 def _visible(rows: QueryRows, token: Tensor, own: Tensor, length: int) -> Tensor:
@@ -171,14 +170,10 @@ def _visible(rows: QueryRows, token: Tensor, own: Tensor, length: int) -> Tensor
 def attend(q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, scale: float, partials: Partials) -> None:
     """See `backend.Backend.attend`."""
     acc = accumulate_dtype(q.dtype)
-    starts, lengths = part.start.tolist(), part.length.tolist()
-    for kv_head, block, (head, token, slot) in listed_bins(lists):
-        index = _tile(part, kv_head, block, starts, lengths)
-        if index is None:
-            continue
+    for index, (head, token, slot) in _held_bins(part, lists):
         keys, values = part.k[index].to(acc), part.v[index].to(acc)
         scores = (q[token, head].to(acc) @ keys.T) * scale
-        scores = scores.masked_fill(~_visible(rows, token, slot == lists.shape.topk - 1, lengths[block]), float("-inf"))
+        scores = scores.masked_fill(~_visible(rows, token, slot == lists.shape.topk - 1, len(keys)), float("-inf"))
         # A row that scores -inf on the whole block gives it no weight: its partial is 0 and not exp(-inf + inf).
         most = scores.amax(1)
         weightless = most.isneginf()
@@ -226,17 +221,13 @@ def attend_backward(
 ) -> None:  # fmt: skip
     """See `backend.Backend.attend_backward`."""
     acc = accumulate_dtype(q.dtype)
-    starts, lengths = part.start.tolist(), part.length.tolist()
     if not accumulate:
         dk.zero_()
         dv.zero_()
-    for kv_head, block, (head, token, slot) in listed_bins(lists):
-        index = _tile(part, kv_head, block, starts, lengths)
-        if index is None:
-            continue
+    for index, (head, token, slot) in _held_bins(part, lists):
         keys, values = part.k[index].to(acc), part.v[index].to(acc)
         queries, gradient = q[token, head].to(acc), dout[token, head].to(acc)
-        visible = _visible(rows, token, slot == lists.shape.topk - 1, lengths[block])
+        visible = _visible(rows, token, slot == lists.shape.topk - 1, len(keys))
         scores = (queries @ keys.T) * scale
         weight = torch.exp(scores - lse[head, token, None]).masked_fill(~visible, 0)
         dscore = (weight * (gradient @ values.T - delta[head, token, None])).masked_fill(~visible, 0) * scale

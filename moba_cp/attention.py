@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import pipeline, wide
 from .compiled import compiled_attention, compiled_varlen, fits_a_graph
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .outside_graphs import outside_graphs
 from .parallel import backward_order
 from .parallel.comm import CommGroup, process_group_of
 from .parallel.exchanges import Route
@@ -166,9 +168,9 @@ def moba_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as said, on the rank that passed it and on the others as well, before
-            any tensor is sent; or the ranks disagree on layout, config, dtype, shapes, comm, whether gradients are wanted,
-            `return_report`, `workspace_bytes` or `head_parallel`; or "a2a+pull" is asked for, and ranks of equal heads are on
-            several nodes.
+            any tensor is sent; or the ranks disagree on layout, config, dtype, shapes, comm, `head_parallel`, whether gradients
+            are wanted, where selections come from, `return_selection`, `return_report`, `workspace_bytes` or
+            `exchange_bytes`; or "a2a+pull" is asked for, and ranks of equal heads are on several nodes.
         RuntimeError: a rank did not take part within the group's timeout; or "pull" is asked for, and the ranks cannot
             share memory.
     """
@@ -200,7 +202,7 @@ def moba_attention(
     return out if len(results) == 1 else tuple(results)
 
 
-_outside_the_graph = torch.compiler.disable(moba_attention)
+_outside_the_graph: Callable[..., Any] = outside_graphs(moba_attention)  # any overload
 
 
 def moba_attn_varlen(
@@ -215,15 +217,15 @@ def moba_attn_varlen(
     """Drop-in for the function of that name in MoonshotAI/MoBA, on one device.
 
     Args:
-        q: `[T, Hq, D]`.
-        k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`.
+        q: `[T, Hq, D]`, fp64, fp32, bf16 or fp16.
+        k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`; `Hq` is a multiple of `Hkv`.
         cu_seqlens: int `[documents + 1]`, on any device (reading it from a GPU waits for the GPU).
         max_seqlen: the longest document, in tokens; must be what `cu_seqlens` says or more.
         moba_chunk_size: `block_size`.
         moba_topk: `topk`, own block counted. 1 is attention within the own block.
 
     Returns:
-        `[T, Hq, Dv]`.
+        `[T, Hq, Dv]` in the dtype of `q`.
 
     Raises:
         TypeError, ValueError: an argument is not as said.
@@ -244,7 +246,7 @@ def moba_attn_varlen(
     return moba_attention(q, k, v, config, layout=layout)
 
 
-_varlen_outside_the_graph = torch.compiler.disable(moba_attn_varlen)
+_varlen_outside_the_graph = outside_graphs(moba_attn_varlen)
 
 
 class _MoBAFunction(torch.autograd.Function):

@@ -15,7 +15,16 @@ from .parallel import agreement
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import named_error, process_group_of
 from .parallel.layout import SequenceLayout
-from .validation import DTYPES, INTEGERS, check_config, check_layout, check_placement, check_tensor, refused_together
+from .validation import (
+    DTYPES,
+    INTEGERS,
+    check_config,
+    check_layout,
+    check_placement,
+    check_tensor,
+    gradients_fact,
+    refused_together,
+)
 
 
 def block_scores(
@@ -48,7 +57,8 @@ def block_scores(
         decides about.
 
     Raises:
-        TypeError, ValueError: an argument is not as said, or the ranks disagree on sizes or layout; on every rank.
+        TypeError, ValueError: an argument is not as said, or the ranks disagree on sizes, layout or whether `k_gate` wants
+            gradients; on every rank.
     """
     ranks = process_group_of(group)
     with refused_together(layout, ranks, q_gate, k_gate, blocks):
@@ -59,6 +69,7 @@ def block_scores(
             "layout": f"{layout.digest.hex()} {layout!r}",
             "k_gate": f"{k_gate.shape[1]} heads of {k_gate.shape[2]}, {k_gate.dtype} on {k_gate.device.type}",
             "block_size": str(config.block_size),
+            "gradients": gradients_fact(torch.is_grad_enabled() and k_gate.requires_grad),
         }
         agreement.check(ranks, facts, q_gate.device)
     plan = rank_plan(home_plan(layout, config.block_size), dist.get_rank(ranks) if layout.cp_size > 1 else 0)

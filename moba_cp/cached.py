@@ -20,7 +20,7 @@ from .chunks import ranges_of
 from .config import DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
 from .kernels.types import COUNT_TILE
-from .pipeline import readable
+from .pipeline import readable, unit_stride
 from .precision import as_given
 from .prepare import needs_gradients
 from .tracing import without_numbers
@@ -161,7 +161,7 @@ class CentroidCache:
     may have been cropped in between. Any other change of the content (samples reordered, keys overwritten) needs a new object.
 
     Attributes:
-        values: `[samples, n, Hkv, D]`, room for `n` blocks per sample; None before the first call.
+        values: `[samples, n, Hkv, D]`, allocated for `n` blocks per sample; None before the first call.
         count: int32 `[samples, Hkv, tiles]`, known centroids of each tile of `COUNT_TILE` blocks.
     """
 
@@ -247,7 +247,7 @@ def moba_attention_cached(
         raise ValueError("moba_attention_cached has no gradient; use moba_attention for training, or torch.no_grad()")
     if q.numel() == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k, v = unit_stride(k), unit_stride(v)
     centroids = CentroidCache() if centroids is None else centroids
     with torch.no_grad(), torch.cuda.device_of(q), as_given(q):
         means, count, new = centroids.make_room(k, config.block_size)
@@ -301,7 +301,7 @@ def _decode(
     count: Tensor,
 ) -> Tensor:  # fmt: skip
     blocks = means.shape[1]
-    q = q[:, 0] if q.stride(-1) == 1 else q[:, 0].contiguous()
+    q = unit_stride(q[:, 0])
     position = tokens.query_position[:, 0]
     selected = backend.select_for_decoding(
         q, k, slots=tokens.slots, before=tokens.before, lengths=tokens.lengths, position=position,

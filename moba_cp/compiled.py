@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .parallel.splits import HEADS
 from .prepare import needs_gradients
 from .selection import Selection
 
@@ -20,7 +21,7 @@ MOST_SLOTS = 128
 
 def fits_a_graph(topk: int, comm: str = "auto", head_parallel: int | None = None) -> bool:
     """Whether such a call can be part of a graph. What is saved of a call that splits heads has sizes that its layout decides."""
-    return topk <= MOST_SLOTS and not comm.startswith("a2a") and head_parallel in (None, 1)
+    return topk <= MOST_SLOTS and not comm.startswith(HEADS) and head_parallel in (None, 1)
 
 
 def compiled_attention(

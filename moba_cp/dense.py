@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from .config import checked_scale
 from .kernels import dense
 from .kernels.torch_backend import accumulate_dtype
+from .outside_graphs import outside_graphs
 from .parallel import agreement, backward_order
 from .parallel.comm import CommGroup, Traffic
 from .parallel.dense import COMMS as FLAT_COMMS
@@ -46,7 +47,7 @@ COMMS = (*FLAT_COMMS, *WIDE_COMMS)
 """Values of `comm` of full attention."""
 
 
-@torch.compiler.disable
+@outside_graphs
 def causal_attention(
     q: Tensor,
     k: Tensor,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -73,16 +73,21 @@ def attention(
     exchange_bytes: int,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`moba_attention`.
+    """`moba_attention`. Arguments that are not listed here are its, and those of `MoBAConfig`.
 
     Args:
+        q_gate, k_gate: `routing`; both or neither.
         layout: int64, `SequenceLayout.description`; with `max_seqlen`, the `cu_seqlens` of `moba_attn_varlen` instead.
         group: name of the process group; empty for the default one, or for none.
         gradients: whether `attention_backward` will follow.
 
     Returns:
-        out `[T, Hq, Dv]`; for backward, or empty: log-sum-exps `[Hq, T]` and selected blocks `[Hq, T, topk]`; for
-        `return_selection`, or empty: blocks and weights `[Hq, T, topk]`; a route tensor on the host.
+        out `[T, Hq, Dv]` in the dtype of `q`; for backward, or empty: log-sum-exps `[Hq, T]`, fp32 (fp64 for fp64), and selected
+        blocks `[Hq, T, topk]`, int32; for `return_selection`, or empty: blocks, int32, and weights, as log-sum-exps,
+        `[Hq, T, topk]`; a route tensor on the host, int64 `[6]` (`_ROUTE_NUMBERS`).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `moba_attention`.
     """
     config = MoBAConfig(block_size, topk, softmax_scale)
     check_tensors(q, k, v)
@@ -91,7 +96,9 @@ def attention(
     else:
         made = SequenceLayout.contiguous(layout.cpu(), 1)
         check_longest(max_seqlen, made)
-    routing = None if q_gate is None or k_gate is None else (q_gate, k_gate)
+    routing = None
+    if q_gate is not None or k_gate is not None:
+        routing = cast(tuple[Tensor, Tensor], (q_gate, k_gate))  # one alone is refused like any other bad routing
     prepared = prepare(
         q, k, v, config, made, _group_of(group), comm, 1, selection, check_selection, routing, return_selection, False,
         workspace_bytes, exchange_bytes, gradients,
@@ -150,7 +157,18 @@ def attention_backward(
     exchange_bytes: int,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv from what `attention` took and returned."""
+    """dq, dk, dv of the shapes and dtypes of q, k, v, from what `attention` took and returned; all ranks call it together.
+
+    Args:
+        dout: `[T, Hq, Dv]`, the gradient of `out`.
+        q, k, v, layout, block_size, topk, softmax_scale, group, comm, workspace_bytes, exchange_bytes, max_seqlen: as for
+            `attention`.
+        out, lse, selected, route: its results, with `gradients=True`.
+
+    Raises:
+        ValueError: ranks run backward passes in different orders.
+        RuntimeError: a rank did not take part within the group's timeout.
+    """
     name, forward_walks, backward_walks, number, *key = route.tolist()
     made = _known_layout(tuple(key), layout, max_seqlen)
     config = MoBAConfig(block_size, topk, softmax_scale)

@@ -18,7 +18,7 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Iterable[int] | 
     """Mixture of Block Attention over packed documents (arXiv 2502.13189, section 2.2), differentiable.
 
     Args:
-        q: `[T, Hq, D]`.
+        q: `[T, Hq, D]`, fp64, fp32, bf16 or fp16.
         k, v: `[T, Hkv, D]`, `[T, Hkv, Dv]`; `Hq` is a multiple of `Hkv`.
         cu_seqlens: host ints `[documents + 1]`.
         config: block size, top-k, scale.

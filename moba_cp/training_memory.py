@@ -78,6 +78,16 @@ class TrainingShape:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a parameter and of an activation."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def sequence_shards(self) -> int:
+        """Ranks among which the tokens between layers are divided besides context parallelism."""
+        return self.tensor if self.sequence_parallel else 1
+
 
 @dataclass(frozen=True)
 class PeakMemory:
@@ -89,8 +99,9 @@ class PeakMemory:
         optimizer: master weights and moments.
         kept: activations that layers keep between forward and backward.
         working: what one layer, or the loss, works with.
-        working_in: which of them that is.
+        working_in: which of them that is: a key of `workings`.
         host: pinned host memory of offloaded inputs.
+        workings: what "MLP", "attention" and "loss" work with; `working` is the largest.
     """
 
     weights: int
@@ -124,7 +135,7 @@ def training_peak(shape: TrainingShape) -> PeakMemory:
     s = shape
     parameters = parameters_of_rank(s)
     shards = s.data * s.context if s.distributed_optimizer else 1
-    size = 2 if s.bf16 else 4
+    size = s.itemsize
     kept_per_layer = s.tokens * kept_bytes_per_token(s)
     stage_layers = -(-s.layers // s.pipeline)
     workings = {"MLP": _mlp(s), "attention": _attention(s), "loss": _loss(s)}
@@ -156,7 +167,7 @@ def parameters_of_rank(shape: TrainingShape) -> int:
 def kept_bytes_per_token(shape: TrainingShape) -> int:
     """Bytes that one layer keeps per token between forward and backward."""
     s = shape
-    size, shard = 2 if s.bf16 else 4, s.tensor if s.sequence_parallel else 1
+    size, shard = s.itemsize, s.sequence_shards
     if s.recompute == "full":
         return size * s.hidden // shard
     if s.recompute == "all_but_attention":
@@ -169,7 +180,7 @@ def kept_bytes_per_token(shape: TrainingShape) -> int:
 
 def _everything_per_token(s: TrainingShape) -> int:
     """Bytes per token of a layer that computes nothing again: what norms, matrices, attention and activation save."""
-    size, shard = 2 if s.bf16 else 4, s.tensor if s.sequence_parallel else 1
+    size, shard = s.itemsize, s.sequence_shards
     q, kv, ffn = (n // s.tensor for n in (s.heads * s.head_dim, s.kv_heads * s.head_dim, s.ffn))
     up = 2 if s.gated else 1
     values = 4 * s.hidden // shard + (q + 2 * kv) + (q + kv) + q + (up + 1) * ffn
@@ -187,7 +198,7 @@ def _attention_figures(s: TrainingShape) -> int:
 def _mlp(s: TrainingShape) -> int:
     """Backward of what stands behind attention: for a chunk the MLP's values and their gradients; for all tokens the gradients of
     the layer's output, of its input and of attention's output."""
-    size, shard = 2 if s.bf16 else 4, s.tensor if s.sequence_parallel else 1
+    size, shard = s.itemsize, s.sequence_shards
     chunk = min(s.chunk_tokens or s.tokens, s.tokens) if s.long_layers else s.tokens
     ffn, up = s.ffn // s.tensor, 2 if s.gated else 1
     recomputed = s.hidden * 2 + (up + 1) * ffn if s.recompute == "all_but_attention" else 0
@@ -200,7 +211,7 @@ def _mlp(s: TrainingShape) -> int:
 
 def _attention(s: TrainingShape) -> int:
     """Backward of attention: partial results, routing lists, the inputs where they are computed again, and their gradients."""
-    size = 2 if s.bf16 else 4
+    size = s.itemsize
     q, kv = s.heads * s.head_dim // s.tensor, s.kv_heads * s.head_dim // s.tensor
     again = s.hidden + (q + 2 * kv) + (q + kv) if s.recompute == "all_but_attention" else 0
     values = again + (q + 2 * kv) + q + 2 * s.hidden + (2 * s.hidden if s.offload else 0)
@@ -214,7 +225,7 @@ def _attention(s: TrainingShape) -> int:
 
 def _loss(s: TrainingShape) -> int:
     """Logits and gradients of a chunk; with Megatron's cross entropy their fp32 copy and the softmax too."""
-    size = 2 if s.bf16 else 4
+    size = s.itemsize
     chunk = min(s.loss_chunk or s.tokens, s.tokens)
     copies = 0 if s.long_layers and s.tensor == 1 else 8
     return chunk * s.vocab // s.tensor * (2 * size + copies) + s.tokens * s.hidden * size * 3

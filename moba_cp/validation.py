@@ -216,8 +216,13 @@ def call_facts(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, comm: st
         "dtype": f"{q.dtype} on {q.device.type}",
         "heads and head sizes": f"Hq {q.shape[1]}, Hkv {k.shape[1]}, D {q.shape[2]}, Dv {v.shape[2]}",
         "comm": comm,
-        "gradients": "wanted" if gradients else "not wanted",
+        "gradients": gradients_fact(gradients),
     }
+
+
+def gradients_fact(wanted: bool) -> str:
+    """Whether there will be a backward pass, for `agreement.check`."""
+    return "wanted" if wanted else "not wanted"
 
 
 @contextlib.contextmanager

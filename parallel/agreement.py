@@ -269,19 +269,19 @@ def _raise_refusal(note: str | None, cause: Exception | None) -> None:
 
 
 def _encode(facts: dict[str, str], device: torch.device, life: int) -> Tensor:
-    room = 96 if len(facts) > 1 else 440  # a refusal may hold quotation marks, which take two bytes each
-    text = json.dumps({name: _short(value, room) for name, value in facts.items()}).encode()
+    most = 96 if len(facts) > 1 else 440  # a refusal may hold quotation marks, which take two bytes each
+    text = json.dumps({name: _short(value, most) for name, value in facts.items()}).encode()
     assert len(text) <= _FACTS_BYTES, text
     header = text.ljust(_FACTS_BYTES) + str(life).zfill(_HEADER_BYTES - _FACTS_BYTES).encode()
     return torch.tensor(list(header), dtype=torch.uint8).to(device)
 
 
-def _short(value: str, room: int) -> str:
-    """At most `room` printable characters of ASCII; the last of them tell apart what is too long to show."""
+def _short(value: str, most: int) -> str:
+    """At most `most` printable characters of ASCII; the last of them tell apart what is too long to show."""
     value = "".join(c if c.isascii() and c.isprintable() else "?" for c in value)
-    if len(value) <= room:
+    if len(value) <= most:
         return value
-    return value[: room - 16] + hashlib.blake2b(value.encode(), digest_size=8).hexdigest()
+    return value[: most - 16] + hashlib.blake2b(value.encode(), digest_size=8).hexdigest()
 
 
 def _compare(gathered: Tensor) -> None:

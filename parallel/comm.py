@@ -158,22 +158,18 @@ class CommGroup:
             work = dist.all_to_all_single(_bytes(result), _bytes(x), receive, send, group=self.group, async_op=True)
         return Pending([work], result, x, describe)
 
-    def shift(self, x: Tensor | None, result: Tensor | None, stage: str) -> Pending:
-        """Send `x` to the next rank of the ring and receive `result` from the one before; None or empty: nothing."""
-        operations, sent, received = [], 0, 0
-        if x is not None and x.numel():
-            x = x.contiguous()
+    def shift(self, x: Tensor, result: Tensor, stage: str) -> Pending:
+        """Send `x` to the next rank of the ring and receive `result` from the one before; what is empty does not travel."""
+        x, operations = x.contiguous(), []
+        if x.numel():
             operations.append(dist.P2POp(dist.isend, _bytes(x), self._global(self.rank + 1), self.group))
-            sent = _bytes(x).numel()
-        if result is not None and result.numel():
+        if result.numel():
             operations.append(dist.P2POp(dist.irecv, _bytes(result), self._global(self.rank - 1), self.group))
-            received = _bytes(result).numel()
-        self.traffic.add(stage, sent, received, received if self._elsewhere(self.rank - 1) else 0)
-        empty = torch.empty(0) if result is None else result
+        self.traffic.add(stage, x.nbytes, result.nbytes, result.nbytes if self._elsewhere(self.rank - 1) else 0)
         describe = self._waited_for("ring send and receive", stage)
-        with named_range(empty.device, stage, received), named_error(describe):
+        with named_range(result.device, stage, result.nbytes), named_error(describe):
             works = dist.batch_isend_irecv(operations) if operations else []
-        return Pending(works, empty, x, describe)
+        return Pending(works, result, x, describe)
 
     def _global(self, rank: int) -> int:
         rank %= self.size

@@ -28,7 +28,7 @@ GATHER_BYTES = 32 << 20
 
 PULL_BYTES = 256 << 20
 """Where GPUs can read each other's memory, `pull` is taken when all remote keys and values of a rank are more than this, and
-`all_gather` otherwise. `pull` costs the host about 1 ms more a call, which longer work hides; then it was the fastest or within
+`all_gather` otherwise. `pull` costs the host about 1 ms more per call, which longer work hides; then it was the fastest or within
 a few percent of it in every case of docs/results/layer.json."""
 
 SPLIT_BYTES = 256 << 20

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from .blocks import HomePlan, RankPlan
 from .comm import CommGroup
+
+IndexName: TypeAlias = Literal["send_rows", "return_rows", "home_from", "local_from", "centroid_order"]
+"""Index arrays of a `RankPlan`: its fields, and two that are derived from it."""
 
 
 class HomeBlocks:
@@ -56,14 +61,14 @@ def send_back(plan: RankPlan, dk: Tensor, dv: Tensor, comm: CommGroup) -> tuple[
     return _moved(plan, dk, dv, comm, "return_rows", "local_from", counts, "home gradients")
 
 
-def _stays(plan: RankPlan, order: str, device: torch.device) -> bool:
+def _stays(plan: RankPlan, order: IndexName, device: torch.device) -> bool:
     """Whether no row moves: neither on this rank, nor as a fragment between any ranks."""
     return index_tensor(plan, order, device) is None and not plan.plan.has_fragments
 
 
 def _moved(
-    plan: RankPlan, x: Tensor, y: Tensor, comm: CommGroup, leaving: str, order: str, counts: tuple[np.ndarray, np.ndarray],
-    stage: str,
+    plan: RankPlan, x: Tensor, y: Tensor, comm: CommGroup, leaving: IndexName, order: IndexName,
+    counts: tuple[np.ndarray, np.ndarray], stage: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rows of `x` and `y` after fragments have moved: one all-to-all of both, none where there are no fragments.
 
@@ -142,12 +147,12 @@ def _return_rows(plan: RankPlan) -> np.ndarray:
     return received[np.argsort(plan.home_from[received])]
 
 
-def index_tensor(plan: RankPlan, name: str, device: torch.device) -> Tensor | None:
+def index_tensor(plan: RankPlan, name: IndexName, device: torch.device) -> Tensor | None:
     """An index array of the plan on `device`, int64; None where the plan says nothing has to move."""
     return plan.plan.memo.get((name, plan.rank, device), lambda: _index_tensor(plan, name, device))
 
 
-def _index_tensor(plan: RankPlan, name: str, device: torch.device) -> Tensor | None:
+def _index_tensor(plan: RankPlan, name: IndexName, device: torch.device) -> Tensor | None:
     match name:
         case "return_rows":
             array = _return_rows(plan)

@@ -162,7 +162,11 @@ class SequenceLayout:
         return tuple(self.runs_of(rank) for rank in range(self.cp_size))
 
     def runs_of(self, rank: int) -> np.ndarray:
-        """The runs of one rank: a read-only int64 array `[n, 2]`."""
+        """The runs of one rank: a read-only int64 array `[n, 2]`.
+
+        Raises:
+            TypeError, ValueError: there is no such rank.
+        """
         runs = self.partition.runs(self._check_rank(rank))
         runs.flags.writeable = False
         return runs
@@ -192,7 +196,11 @@ class SequenceLayout:
         return self.description.nbytes + self.partition.nbytes
 
     def local_tokens(self, rank: int) -> int:
-        """Number of tokens that `rank` holds."""
+        """Number of tokens that `rank` holds.
+
+        Raises:
+            TypeError, ValueError: there is no such rank.
+        """
         rank = self._check_rank(rank)
         if rank not in self._local_tokens:
             runs = self.partition.runs(rank)
@@ -210,13 +218,18 @@ class SequenceLayout:
         return max(self.all_local_tokens)
 
     def local_indices(self, rank: int) -> Tensor:
-        """Global token numbers that `rank` holds, in its own order: int64 `[local tokens]`, on the host."""
+        """Global token numbers that `rank` holds, in its own order: int64 `[local tokens]`, on the host.
+
+        Raises:
+            TypeError, ValueError: there is no such rank.
+        """
         return torch.from_numpy(expand_runs(self.runs_of(rank)))
 
     def shard(self, x: Tensor, rank: int, dim: int = 0) -> Tensor:
         """The tokens of `rank` out of a global tensor, along `dim`.
 
         Raises:
+            TypeError: `x` is no tensor, or `rank` or `dim` no int.
             ValueError: `x` does not have `total_tokens` entries along `dim`, or there is no such rank.
         """
         if not isinstance(x, Tensor):
@@ -230,6 +243,7 @@ class SequenceLayout:
         """The global tensor out of every rank's tokens: the inverse of `shard`.
 
         Raises:
+            TypeError: `parts` is no list of tensors, or `dim` no int.
             ValueError: there is not one part for each rank, or a part has another number of tokens than its rank holds.
         """
         if not isinstance(parts, Sequence) or not all(isinstance(part, Tensor) for part in parts):

@@ -42,7 +42,7 @@ class PeerMemory:
         handle: torch's handle of the symmetric memory, None on the CPU.
         own: what it is the handle of.
         timeout_ms: of the group.
-        turns: how often `next_half` was called.
+        uses: how often `next_half` was called.
     """
 
     buffers: list[Tensor]
@@ -51,16 +51,16 @@ class PeerMemory:
     handle: Any = None
     own: Tensor | None = None
     timeout_ms: int = 0
-    turns: int = 0
+    uses: int = 0
 
     def next_half(self) -> int:
-        """Offset of the half of the buffer that is used next, for buffers whose halves are written in turn.
+        """Offset of the half of the buffer that is used next, for buffers whose halves are written alternately.
 
         If every use is written, passes a barrier and is read on one stream, the half is free: whoever has passed the barrier of
         the last use has read what came before it.
         """
-        self.turns += 1
-        return self.turns % 2 * (self.buffers[0].numel() // 2)
+        self.uses += 1
+        return self.uses % 2 * (self.buffers[0].numel() // 2)
 
     def barrier(self, comm: CommGroup, stage: str) -> None:
         """What follows on the current stream comes after what every rank has enqueued before its barrier.
@@ -123,7 +123,7 @@ def peer_memory(comm: CommGroup, device: torch.device, purpose: str, size: int) 
         size: bytes.
 
     Raises:
-        RuntimeError: on every rank, one of them has no room; or the ranks cannot read each other's memory.
+        RuntimeError: on every rank, one of them has too little memory; or the ranks cannot read each other's memory.
     """
     memories = _memories.setdefault(process_group(comm.group), {})
     memory = memories.get((device, purpose))

@@ -1,18 +1,17 @@
-"""The attention layer over 1..N GPUs: time by stage, bytes, peak memory, for every transport, uniform and correlated routing.
+"""The attention layer over 1..N GPUs: time by stage, bytes, peak memory, for every exchange, uniform and correlated routing.
 
     torchrun --nproc-per-node 2 -m scripts.bench_layer --out docs/results/layer.json
     torchrun --nproc-per-node 8 -m scripts.bench_layer --tokens-per-gpu 131072 --total-tokens 1048576 --out layer.json
 
 Every timed configuration is checked: output and dq of sampled rows against the definition in fp64 (`harness.definition`), and
-bit for bit against the first transport. One entry of the JSON is one (ranks, heads, block size, top-k,
-tokens, routing, transport); times are medians over iterations of the slowest rank. The same ranks also run the layer
+bit for bit against the first exchange. One entry of the JSON is one (ranks, heads, block size, top-k,
+tokens, routing, exchange); times are medians over iterations of the slowest rank. The same ranks also run the layer
 alone (`ranks: 1`), so that one file holds the scaling curve.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +23,12 @@ from torch import Tensor
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.parallel.peer_memory import kept_bytes
+from moba_cp.parallel.splits import COMMS
 
 from .harness import definition, options
 from .harness.inputs import HEAD_DIM, correlate, draw_inputs
 from .harness.records import Results, about
+from .harness.teams import join
 from .harness.timing import peak_bytes, stage_milliseconds, time_on_ranks
 
 LAYOUTS = {"contiguous": SequenceLayout.contiguous, "zigzag": SequenceLayout.zigzag}
@@ -89,7 +90,9 @@ def main(
     total_tokens: Annotated[int, typer.Option(help="strong scaling: tokens in all; 0 leaves it out")] = 0,
     heads: Annotated[str, typer.Option(help="q/kv heads, comma-separated")] = "16/16,32/8",
     configs: Annotated[str, typer.Option(help="block size:topk, comma-separated")] = "128:8,512:8,4096:12",
-    transports: Annotated[str, typer.Option(help="comma-separated")] = "all_gather,ring,fetch,pull,auto",
+    transports: Annotated[
+        str, typer.Option(help="values of comm=, comma-separated")
+    ] = "all_gather,ring,fetch,pull,auto",
     routing: Annotated[str, typer.Option(help="uniform, correlated, or both comma-separated")] = "uniform,correlated",
     layout: Annotated[str, typer.Option(help="contiguous or zigzag")] = "zigzag",
     iterations: Annotated[int, typer.Option(help="timed iterations of each configuration", min=1)] = 5,
@@ -101,13 +104,8 @@ def main(
     head_pairs, sizes = options.heads(heads), options.configs(configs)
     routings = options.choices(routing, ROUTINGS)
     (layout_name,) = options.choices(layout, LAYOUTS)
-    place = options.device(device)
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(place)
-        dist.init_process_group("nccl", device_id=place)
-    else:
-        dist.init_process_group("gloo")
+    comms = options.choices(transports, COMMS)
+    place = join(options.device(device))
     world = dist.get_world_size()
     head = about(commit) | {"world_size": world}
     results = Results(out if dist.get_rank() == 0 else None, head, "results", quiet=QUIET)
@@ -117,12 +115,12 @@ def main(
             runs.append((tokens_per_gpu, 1))
         for tokens, ranks in runs:
             case = Case(ranks, tokens, q_heads, kv_heads, MoBAConfig(*size), kind, layout_name, place)
-            measure(case, transports.split(",") if ranks > 1 else ["auto"], iterations, results)
+            measure(case, comms if ranks > 1 else ["auto"], iterations, results)
     dist.destroy_process_group()
 
 
 def measure(case: Case, comms: list[str], iterations: int, results: Results) -> None:
-    """One set of inputs through every transport, the same on every rank."""
+    """One set of inputs through every exchange, the same on every rank."""
     q, k, v, dout = case.inputs()
     first: tuple[Tensor, Tensor] | None = None
     for comm in comms:

@@ -46,7 +46,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .harness import training
+from moba_cp.parallel.splits import COMMS
+
+from .harness import options, training
 from .harness.records import REPOSITORY, about, megatron_core_version, write_json
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/bench_training/training.json"),
     output: Annotated[Path, typer.Option(help="folder for the runs (replaced if there)")] = Path("runs/bench_training"),
     steps: Annotated[int, typer.Option(help="optimizer steps of each run")] = 60,
-    comm: Annotated[str, typer.Option(help="transports of CP = 2, comma-separated")] = "auto",
+    comm: Annotated[str, typer.Option(help="values of comm= for CP = 2, comma-separated")] = "auto",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     noise: Annotated[str, typer.Option(help="parts of the noise runs, comma-separated")] = "2,4,8",
     alone: Annotated[bool, typer.Option(help="runs of one process one after the other, not side by side")] = False,
@@ -102,17 +104,21 @@ def main(
 ) -> None:
     """Train with CP = 2, with CP = 1, and with CP = 1 and other roundings; compare."""
     deadline = time.monotonic() + seconds
-    if device not in ("cuda", "cpu"):
-        sys.exit(f"--device must be cuda or cpu, got {device!r}")
+    options.device(device)
     if device == "cuda" and torch.cuda.device_count() < 2:
         sys.exit(f"two GPUs are needed, {torch.cuda.device_count()} visible; --device cpu runs over gloo")
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex, Transformer Engine: optional
+    from omegaconf.errors import OmegaConfBaseException
+
     from examples.megatron_gpt.config import load_config
 
     changes = [*(overrides or []), f"run.steps={steps}", *PLAIN]
-    settings = load_config(config, changes)
-    parts = [int(n) for n in noise.split(",")]
-    phases = plan(comm.split(","), parts, side_by_side=not alone, only=runs.split(",") if runs else None)
+    try:
+        settings = load_config(config, changes)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise typer.BadParameter(f"{config}: {error}") from None
+    parts = options.integers(noise)
+    phases = plan(options.choices(comm, COMMS), parts, side_by_side=not alone, only=runs.split(",") if runs else None)
     described = setup(config, settings, overrides or [], side_by_side=not alone)
     content: dict[str, Any] = {
         "about": about(commit) | {"megatron_core": megatron_core_version(), "backend": backend(device)},

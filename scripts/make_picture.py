@@ -176,7 +176,7 @@ def merge(axes: Axes, y: float) -> None:
     text(axes, (left + right) / 2, y + 1.95, formula, size=11, colour="white", align="center")
 
 
-# Pieces.
+# Parts of the picture.
 
 
 def block_x(block: int) -> float:

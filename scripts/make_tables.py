@@ -42,7 +42,7 @@ def main(
     kernels_plot(*load(sorted(RESULTS.glob("kernels*.json"))), RESULTS / "kernels.png")
     training_plot(content("training"), RESULTS / "training.png")
     if scaling := scaling_contents():
-        scaling_plot(scaling, [RESULTS / "scaling.png", RESULTS / "scaling.svg"])
+        scaling_plot(scaling, RESULTS / "scaling.png")
     profile_plot(content("training_speed"), RESULTS / "training_profile.png")
 
 

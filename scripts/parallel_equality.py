@@ -179,13 +179,17 @@ def main(
     checkpoints do not depend on the sizes. The same GPT in plain torch around moba_cp.reference, with the same weights at
     the start, is compared too. Exits with an error if a loss or a gradient norm differs by more than 1e-5 of its size.
     """
+    families = [family for family in FAMILIES if only in family.name]
+    if not families:
+        names = "; ".join(family.name for family in FAMILIES)
+        raise typer.BadParameter(f"--only must be part of the name of a model ({names}), got {only!r}")
     if output.exists() and any(output.iterdir()):
         sys.exit(f"{output} is not empty: name another folder with --output, or remove it")
     write_documents(output / "documents")
     table = Table("model", "split", *FIGURES, title="Largest relative difference from one process")
     runs: list[dict[str, Any]] = []
     worst = 0.0
-    for family in (f for f in FAMILIES if only in f.name):
+    for family in families:
         reference = run(family, Variant(), output, steps, source=None)
         runs.append({"model": family.name, "split": asdict(Variant()), "processes": 1} | asdict(reference))
         for number, variant in enumerate(v for v in (PLAIN, *family.variants) if v.processes <= processes):

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from .harness.records import REPOSITORY, about, git, megatron_core_version, write_json
+from .harness.training import torchrun
 
 TOLERANCE = 1e-5
 console = Console(soft_wrap=True)
@@ -166,10 +167,9 @@ def environment_of_runs() -> dict[str, str]:
 
 def command(megatron_lm: Path, family: Family, processes: int, extra: str) -> list[str]:
     """Command line of a run, the Python interpreter first."""
-    torchrun = f"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {processes}"
     arguments = " ".join([family.arguments, MODEL, TRAINING, DATA, MOBA, PLAIN_TORCH, CPU, extra])
     script = str(megatron_lm / "pretrain_gpt.py")
-    return [sys.executable, *torchrun.split(), "-m", family.module, script, *arguments.split()]
+    return [*torchrun(processes), "-m", family.module, script, *arguments.split()]
 
 
 def losses(curve: dict[str, Any]) -> list[float]:

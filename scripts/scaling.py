@@ -32,7 +32,8 @@ if not __package__:  # started by its path, as torchrun scripts/scaling.py
 from .harness import dense_case, layer_case, options
 from .harness.records import Results, about
 from .harness.sweep import Case, Plan, key_of, load_plan
-from .harness.teams import first_rank_says, join, make_teams, over_all
+from .harness.teams import first_rank_says, join, make_teams
+from .harness.timing import over_all
 
 LISTS = ("results", "baselines")
 QUIET = (
@@ -69,14 +70,19 @@ def main(
     try:
         plan = load_plan(config, world)
         head = about(commit) | {"world_size": world, "config": config.name, "command": shown_command()}
-        done = taken_over(previous, head)
+        done = taken_over_by_all(previous, head)
     except (ValueError, OSError) as error:
         dist.destroy_process_group()
         raise typer.BadParameter(str(error)) from None
+    cases = [case for case in plan.cases if only in case.sweep]
+    if plan.cases and not cases:
+        names = "; ".join(dict.fromkeys(case.sweep for case in plan.cases))
+        dist.destroy_process_group()
+        raise typer.BadParameter(f"--only must be part of the name of a sweep ({names}), got {only!r}")
     results = Results(out if dist.get_rank() == 0 else None, head, *LISTS, quiet=QUIET)
     for name in LISTS:
         results.content[name] = [entry for entry in done if ("baseline" in entry) == (name == "baselines")]
-    run(plan, [case for case in plan.cases if only in case.sweep], done, results, place, clock)
+    run(plan, cases, done, results, place, clock)
     dist.destroy_process_group()
 
 
@@ -197,18 +203,40 @@ def taken_over(previous: Path | None, head: dict[str, Any]) -> list[dict[str, An
     """Finished entries of an earlier run; the case in which it ended, if it did, counts as failed.
 
     Raises:
-        ValueError: it was made on another device or another world size.
+        ValueError: it is of another kind, or was made on another device or another world size.
     """
     if previous is None or not previous.exists():
         return []
-    content = json.loads(previous.read_text())
+    try:
+        content = json.loads(previous.read_text())
+        made = {key: content[key] for key in ("device", "world_size", *LISTS)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{previous} is no file of scripts.scaling ({type(error).__name__}: {error})") from None
     for key in ("device", "world_size"):
-        if content[key] != head[key]:
-            raise ValueError(f"{previous} was made with {key} {content[key]!r}, this run has {head[key]!r}")
+        if made[key] != head[key]:
+            raise ValueError(f"{previous} was made with {key} {made[key]!r}, this run has {head[key]!r}")
     done = [entry for name in LISTS for entry in content[name] if "error" not in entry]
     if "running" in content:
         done.append(content["running"] | {"error": "the run ended in this case"})
     return done
+
+
+def taken_over_by_all(previous: Path | None, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """`taken_over` as rank 0 reads it, on every rank: rank 0 may write to that file next, before the others would read it.
+
+    Raises:
+        ValueError, OSError: as rank 0 found it, on every rank.
+    """
+    said: list[dict[str, Any]] | Exception = []
+    if dist.get_rank() == 0:
+        try:
+            said = taken_over(previous, head)
+        except (ValueError, OSError) as error:
+            said = error
+    said = first_rank_says(said)
+    if isinstance(said, Exception):
+        raise said
+    return said
 
 
 def say(text: str) -> None:

@@ -11,6 +11,7 @@ cd "$REPO"
 
 TORCH_WITHOUT_GPU=("torch==2.13.0" "triton==3.6.0") # where pip finds torch's build for CPUs
 TORCH_OF_ANY_BUILD=("torch==2.13.0" "triton>=3.6,<3.9") # builds for GPUs bring a triton of their own; gigabytes
+PIP_OPTIONS=(--quiet)
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -69,6 +70,9 @@ choose_environment() {
             say "using .venv"
         fi
         export VIRTUAL_ENV="$REPO/.venv" PATH="$REPO/.venv/bin:$PATH"
+        # Python compiles a module when it is first imported. pip would take a minute for thousands that never are.
+        PIP_OPTIONS+=(--no-compile)
+        unset PYTHONDONTWRITEBYTECODE
     fi
     hash -r
     is_new_enough python || die "Python 3.11 or newer is needed; $(command -v python) is $(python --version 2>&1)"
@@ -101,9 +105,9 @@ install_all() {
         say "torch comes with the rest, in the build for this machine's GPU (a few minutes the first time)"
     else
         say "installing ${TORCH_WITHOUT_GPU[*]} (no GPU here; a few minutes the first time)"
-        if ! python -m pip install --quiet "${TORCH_WITHOUT_GPU[@]}" 2>/dev/null; then
+        if ! python -m pip install "${PIP_OPTIONS[@]}" "${TORCH_WITHOUT_GPU[@]}" 2>/dev/null; then
             say "pip finds no such pair; installing ${TORCH_OF_ANY_BUILD[*]}"
-            python -m pip install --quiet "${TORCH_OF_ANY_BUILD[@]}" || return 1
+            python -m pip install "${PIP_OPTIONS[@]}" "${TORCH_OF_ANY_BUILD[@]}" || return 1
         fi
     fi
     python - >"$constraints" <<'PY'
@@ -116,7 +120,7 @@ for name in ("torch", "triton"):
 PY
     pinned="$(paste -sd' ' "$constraints")"
     say "installing moba_cp[$extras] and what it needs, beside ${pinned:-no torch so far}"
-    python -m pip install --quiet --constraint "$constraints" --editable ".[$extras]"
+    python -m pip install "${PIP_OPTIONS[@]}" --constraint "$constraints" --editable ".[$extras]"
     local status=$?
     rm -f "$constraints"
     return $status

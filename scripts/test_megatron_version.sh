@@ -47,5 +47,8 @@ case "$imported" in
     *) say "error: megatron-core was unpacked, but $imported is what is imported"; exit 1 ;;
 esac
 # Tests marked `slow` are those of the trainer, which is an example for the version that pip installs.
-if [ $# -eq 0 ]; then set -- tests/megatron -m "not slow and not heavy"; fi
+# The fused kernels and the reader of profiles import nothing of Megatron.
+if [ $# -eq 0 ]; then
+    set -- tests/megatron -m "not slow and not heavy" --ignore=tests/megatron/test_fused.py --ignore=tests/megatron/test_profiling.py
+fi
 python -m pytest "${parallel[@]}" "$@"

@@ -9,15 +9,14 @@ import torch.distributed as dist
 
 import moba_cp
 from moba_cp import SequenceLayout
-from tests.cases import Case, assert_close, reference
+from tests.cases import FP64, TO_DEFINITION, Case, assert_close, on_rank, reference, whole
 from tests.recorder import recorded
 
 CASE = Case((16,), block_size=4, topk=2, q_heads=4, kv_heads=2, dim=8, v_dim=4)
 TWO = SequenceLayout.contiguous([0, 16], 2)
-F64 = torch.float64
 
 
-def zeros(*shape: int, dtype: torch.dtype = F64, device: str = "cpu") -> torch.Tensor:
+def zeros(*shape: int, dtype: torch.dtype = FP64, device: str = "cpu") -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
@@ -41,11 +40,8 @@ def outcome(call: dict) -> tuple[Exception | None, int, float]:
 
 def full_result(rank: int) -> tuple[torch.Tensor, ...]:
     """out, dq, dk, dv of a good call: the group works."""
-    *qkv, dout = (TWO.shard(x, rank) for x in CASE.inputs())
-    qkv = [x.requires_grad_() for x in qkv]
-    out = moba_cp.moba_attention(*qkv, CASE.config, layout=TWO, comm="fetch")
-    return out.detach(), *torch.autograd.grad(out, qkv, dout)
+    return on_rank(rank, 2, CASE, TWO, "fetch")[0]
 
 
 def assert_works(results: list[tuple[torch.Tensor, ...]]) -> None:
-    assert_close(tuple(TWO.unshard(parts) for parts in zip(*results, strict=True)), reference(CASE), 1e-10)
+    assert_close(whole(TWO, results), reference(CASE), TO_DEFINITION)

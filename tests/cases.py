@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -11,13 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moba_cp
-from moba_cp import MoBAConfig, SequenceLayout
+from moba_cp import MoBAConfig, SequenceLayout, dense
 from tests.ranks import run_ranks
 
 COMMS = moba_cp.parallel.splits.COMMS
 TRANSPORTS = tuple(moba_cp.parallel.exchanges.EXCHANGES)
 NAMES = ("out", "dq", "dk", "dv")
 DEFAULT_WORKSPACE = 1 << 30
+FP64 = torch.float64
+
+TO_DEFINITION = 1e-10  # fp64 sums of at most some hundred terms, in another order than the reference's: about 1e-14
+TO_EACH_OTHER = 1e-12  # the same sums; only a BLAS that treats a row by the size of its matrix makes a difference
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Case:
     def config(self) -> MoBAConfig:
         return MoBAConfig(self.block_size, self.topk, self.softmax_scale)
 
-    def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self, dtype: torch.dtype = FP64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the gradient of the output, of all tokens; the same in every process."""
         generator = torch.Generator().manual_seed(self.seed)
         shapes = (
@@ -58,7 +64,11 @@ class Case:
         return tuple(torch.randn(self.tokens, *s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
 
 
-def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+# Documents of several blocks, one of no token, one of less than a block and one of a single token.
+MIXED = Case(lengths=(29, 0, 3, 22, 1), block_size=5, topk=3, q_heads=6, kv_heads=3, dim=8, v_dim=5)
+
+
+def reference(case: Case, dtype: torch.dtype = FP64) -> tuple[Tensor, ...]:
     """out, dq, dk, dv by the definition."""
     *qkv, dout = case.inputs(dtype)
     qkv = [x.requires_grad_() for x in qkv]
@@ -74,23 +84,41 @@ def on_rank(
     case: Case,
     layout: SequenceLayout,
     comm: str = "auto",
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype = FP64,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     repeat: int = 1,
     **options: object,
 ) -> list[tuple[Tensor, ...]]:
     """out, dq, dk, dv of this rank's tokens, once for each repetition."""
-    results = []
-    for _ in range(repeat):
-        *qkv, dout = (layout.shard(x, rank) for x in case.inputs(dtype))
-        for x in qkv:
-            x.requires_grad_()
-        out = moba_cp.moba_attention(
-            *qkv, case.config, layout=layout, comm=comm, workspace_bytes=workspace_bytes, **options
-        )
-        out.backward(dout)
-        results.append((out.detach(), *(x.grad for x in qkv)))
-    return results
+    call = partial(
+        moba_cp.moba_attention, config=case.config, layout=layout, comm=comm, workspace_bytes=workspace_bytes, **options
+    )
+    return [with_gradients(rank, case, layout, call, dtype) for _ in range(repeat)]
+
+
+def full_on_rank(
+    rank: int, case: Case, layout: SequenceLayout, dtype: torch.dtype = FP64, **options: object
+) -> tuple[Tensor, ...]:
+    """out, dq, dk, dv of this rank's tokens by full causal attention."""
+    call = partial(dense.causal_attention, softmax_scale=case.softmax_scale, layout=layout, **options)
+    return with_gradients(rank, case, layout, call, dtype)
+
+
+def with_gradients(
+    rank: int, case: Case, layout: SequenceLayout, call: Callable[..., Tensor], dtype: torch.dtype = FP64
+) -> tuple[Tensor, ...]:
+    """out, dq, dk, dv of this rank's tokens by `call(q, k, v)`."""
+    *qkv, dout = (layout.shard(x, rank) for x in case.inputs(dtype))
+    for x in qkv:
+        x.requires_grad_()
+    out = call(*qkv)
+    out.backward(dout)
+    return out.detach(), *(x.grad for x in qkv)
+
+
+def whole(layout: SequenceLayout, per_rank: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Results of all tokens, out of those of each rank's."""
+    return tuple(layout.unshard(parts) for parts in zip(*per_rank, strict=True))
 
 
 def on_rank_many(rank: int, world_size: int, calls: list[tuple]) -> list[list[tuple[Tensor, ...]]]:
@@ -109,10 +137,7 @@ def comms_for(q_heads: int, cp_size: int) -> tuple[str, ...]:
 def run_many(world_size: int, calls: list[tuple], timeout: float = 120.0) -> list[tuple[Tensor, ...]]:
     """out, dq, dk, dv of all tokens for each `(case, layout, comm, dtype, workspace_bytes)`."""
     per_rank = run_ranks(world_size, on_rank_many, calls, timeout=timeout)
-    return [
-        tuple(call[1].unshard([per_rank[r][i][0][n] for r in range(world_size)]) for n in range(4))
-        for i, call in enumerate(calls)
-    ]
+    return [whole(call[1], [of_rank[i][0] for of_rank in per_rank]) for i, call in enumerate(calls)]
 
 
 def run(world_size: int, *call: object, timeout: float = 60.0) -> tuple[Tensor, ...]:
@@ -138,7 +163,7 @@ def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], toler
 
 
 def interleaved(cu_seqlens: list[int], cp_size: int, width: int = 1, backward: bool = False) -> SequenceLayout:
-    """Stretches of `width` tokens dealt round the ranks; `backward` deals from the end, so each rank counts down."""
+    """Runs of `width` tokens dealt round the ranks; `backward` deals from the end, so each rank counts down."""
     total = cu_seqlens[-1]
     runs: list[list[tuple[int, int]]] = [[] for _ in range(cp_size)]
     for i, start in enumerate(range(0, total, width)):

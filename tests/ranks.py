@@ -40,7 +40,9 @@ _POOL_GROUP_TIMEOUT = 120.0  # seconds; run_ranks' own limit is meant to strike 
 _ERROR_GRACE = 5.0  # seconds the other ranks get to answer once one rank has raised
 
 _server = multiprocessing.get_context("forkserver")
-_preloaded = ["torch.distributed", "numpy", "pytest", "hypothesis", "moba_cp"]
+# The first backward pass imports torch's symbolic shapes; compiling, and torch's optimizers, import dynamo.
+_preloaded = ["torch.distributed", "torch.fx.experimental.symbolic_shapes", "torch._dynamo"]
+_preloaded += ["numpy", "pytest", "hypothesis", "moba_cp"]
 _server.set_forkserver_preload(_preloaded)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -61,6 +61,21 @@ def run(case: tuple, layout: SequenceLayout, rank: int, comm: str, workspace_byt
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+Results = Sequence[torch.Tensor]
+
+
+def differences(got: Results, again: Results, alone: Results, where: str) -> list[str]:
+    """What differs between out, dq, dk, dv of a group and of one GPU for the same tokens, and from the same call again."""
+    out, dq, *sums = zip(("out", "dq", "dk", "dv"), got, alone, strict=True)
+    found = [f"{where}: {name}" for name, a, b in (out, dq) if not torch.equal(a, b)]
+    found += [
+        f"{where}: {name} {relative(a, b):.1e}"
+        for name, a, b in sums
+        if a.numel() and relative(a, b) > 3e-3  # fp32 sums in another order, rounded to bf16
+    ]
+    return found + [f"{where}: repeat"] * (not all(map(torch.equal, got, again)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -150,15 +165,7 @@ def _rank(rank: int, size: int, port: int) -> None:
                     got = run(case, layout, rank, comm, workspace)
                     again = run(case, layout, rank, comm, workspace)
                     where = f"{case} {layout} {comm} whole from {pull.WHOLE_SHARE} workspace {workspace} rank {rank}"
-                    mine = [layout.shard(x, rank) for x in alone]
-                    failures += [f"{where}: out"] * (not torch.equal(got[0], mine[0]))
-                    failures += [f"{where}: dq"] * (not torch.equal(got[1], mine[1]))
-                    failures += [
-                        f"{where}: {name} {relative(a, b):.1e}"
-                        for name, a, b in (("dk", got[2], mine[2]), ("dv", got[3], mine[3]))
-                        if a.numel() and relative(a, b) > 3e-3  # fp32 sums in another order, rounded to bf16
-                    ]
-                    failures += [f"{where}: repeat"] * (not all(map(torch.equal, got, again)))
+                    failures += differences(got, again, [layout.shard(x, rank) for x in alone], where)
     dist.destroy_process_group()
     assert not failures, f"{len(failures)} failures, the first:\n" + "\n".join(failures[:20])
 

@@ -97,6 +97,8 @@ def refused_on_rank(rank: int, size: int) -> list[str]:
         moba_cp.block_scores(*(x.to(torch.float8_e5m2) for x in (q_gate, k_gate)), blocks, CONFIG, layout=layout)
     with pytest.raises(ValueError, match="disagree on block_size: rank 0 has 5, rank 1 has 6"):
         moba_cp.block_scores(q_gate, k_gate, blocks.clamp(max=0), MoBAConfig(5 + rank, 2), layout=layout)
+    with pytest.raises(ValueError, match="disagree on gradients: rank 0 has wanted, rank 1 has not wanted"):
+        moba_cp.block_scores(q_gate, k_gate.requires_grad_(rank == 0), blocks, CONFIG, layout=layout)
     return errors
 
 

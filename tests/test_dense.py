@@ -12,7 +12,7 @@ from moba_cp import MoBAConfig, SequenceLayout, dense
 from moba_cp.parallel.comm import Traffic
 from moba_cp.parallel.cost import GATHER_BYTES
 from moba_cp.parallel.dense import choose_transport
-from tests.cases import Case, assert_close, every_layout, reference
+from tests.cases import Case, assert_close, every_layout, full_on_rank, reference, whole
 from tests.ranks import run_ranks
 from tests.recorder import Started, recorded
 
@@ -22,22 +22,13 @@ CASE = Case((13, 0, 1, 26), block_size=26, topk=1, q_heads=4, kv_heads=2, dim=8,
 CASES = [CASE, replace(CASE, lengths=(31,), block_size=31, kv_heads=1, v_dim=8, softmax_scale=0.3)]
 
 
-def attention(rank: int, case: Case, layout: SequenceLayout, comm: str, dtype=torch.float64, traffic=None) -> tuple:
-    """out, dq, dk, dv of this rank's tokens."""
-    *qkv, dout = (layout.shard(x, rank) for x in case.inputs(dtype))
-    for x in qkv:
-        x.requires_grad_()
-    out = dense.causal_attention(*qkv, case.softmax_scale, layout=layout, comm=comm, traffic=traffic)
-    return (out.detach(), *torch.autograd.grad(out, qkv, dout))
-
-
 def all_on_rank(rank: int, world_size: int, case: Case, dtype: torch.dtype) -> dict[str, tuple]:
     """By layout: the results, once it is clear that they are the same bits by either transport and each time."""
     results = {}
     for name, layout in every_layout(case.cu_seqlens, world_size).items():
-        results[name] = attention(rank, case, layout, "ring", dtype)
+        results[name] = full_on_rank(rank, case, layout, dtype, comm="ring")
         for comm in (*COMMS, "auto"):
-            again = attention(rank, case, layout, comm, dtype)
+            again = full_on_rank(rank, case, layout, dtype, comm=comm)
             assert all(map(torch.equal, again, results[name])), (name, comm)
     return results
 
@@ -48,8 +39,8 @@ def test_every_layout_and_transport_gives_the_definition(world_size: int, case: 
     expected = reference(case)
     per_rank = run_ranks(world_size, all_on_rank, case, torch.float64)
     for name, layout in every_layout(case.cu_seqlens, world_size).items():
-        whole = tuple(layout.unshard([results[name][i] for results in per_rank]) for i in range(4))
-        assert_close(whole, expected, 1e-13, (name, world_size))
+        results = whole(layout, [of_rank[name] for of_rank in per_rank])
+        assert_close(results, expected, 1e-13, (name, world_size))  # fp64 sums of 26 terms at most, in another order
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
@@ -57,7 +48,7 @@ def test_low_precision_sums_in_fp32(dtype: torch.dtype, tolerance: float) -> Non
     expected = tuple(x.to(dtype) for x in reference(CASE))
     per_rank = run_ranks(3, all_on_rank, CASE, dtype)
     for name, layout in every_layout(CASE.cu_seqlens, 3).items():
-        assert_close(tuple(layout.unshard([r[name][i] for r in per_rank]) for i in range(4)), expected, tolerance)
+        assert_close(whole(layout, [of_rank[name] for of_rank in per_rank]), expected, tolerance)
 
 
 def nan_on_rank(rank: int, world_size: int) -> bool:
@@ -90,7 +81,7 @@ NUMBER = Started("all_gather", 2 * 8, 2 * 8)  # by which they find that they run
 def traffic_on_rank(rank: int, world_size: int, comm: str, dtype: torch.dtype) -> tuple[dict, list]:
     traffic = Traffic()
     with recorded() as events:
-        attention(rank, SIXTEEN, THREE, comm, dtype, traffic)
+        full_on_rank(rank, SIXTEEN, THREE, dtype, comm=comm, traffic=traffic)
     return {name: (s.collectives, s.sent_bytes, s.received_bytes) for name, s in traffic.stages.items()}, events
 
 
@@ -131,7 +122,7 @@ def test_all_gather_bytes() -> None:
 
 def test_a_group_of_one_starts_nothing() -> None:
     with recorded() as events:
-        attention(0, SIXTEEN, SequenceLayout.contiguous([0, 16], 1), "all_gather")
+        full_on_rank(0, SIXTEEN, SequenceLayout.contiguous([0, 16], 1), comm="all_gather")
     assert events == []
 
 
@@ -142,7 +133,7 @@ def steps_on_rank(rank: int, world_size: int) -> list[str]:
         kernels = {"attend": dense.dense.attend, "attend_backward": dense.dense.attend_backward}
         noted = {n: lambda *a, f=f: (events.append("compute"), f(*a))[1] for n, f in kernels.items()}
         with mock.patch.multiple(dense.dense, **noted):
-            attention(rank, SIXTEEN, layout, "ring")
+            full_on_rank(rank, SIXTEEN, layout, comm="ring")
     return [e if isinstance(e, str) else e.name for e in events[1:]]
 
 
@@ -170,7 +161,7 @@ def disagreeing_on_rank(rank: int, world_size: int, what: str) -> None:
         layout = SequenceLayout.from_runs([[(0, 7)], [(7, 16)]], [0, 16])
         q, k, v, _ = (x[:7] for x in SIXTEEN.inputs())
         dense.causal_attention(q, k, v, None, layout=layout, comm=comm)
-    attention(rank, SIXTEEN, layout, comm)
+    full_on_rank(rank, SIXTEEN, layout, comm=comm)
 
 
 @pytest.mark.parametrize(
@@ -214,4 +205,4 @@ def test_a_bad_scale_on_one_rank_is_told_to_the_other() -> None:
 
 def test_unknown_transports_are_refused() -> None:
     with pytest.raises(ValueError, match="auto, all_gather, ring; got 'fetch'"):
-        attention(0, SIXTEEN, SequenceLayout.contiguous([0, 16], 1), "fetch")
+        full_on_rank(0, SIXTEEN, SequenceLayout.contiguous([0, 16], 1), comm="fetch")

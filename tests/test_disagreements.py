@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -13,7 +15,7 @@ import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
 from tests.calls import TWO, assert_works, full_result, good_call, outcome, zeros
 from tests.cases import sub_groups
-from tests.ranks import run_fresh_ranks, run_ranks
+from tests.ranks import RankOutcome, run_fresh_ranks, run_ranks
 
 BAD = {"comm": "smoke"}
 
@@ -142,7 +144,7 @@ def test_other_collectives_of_the_group_work_after_a_refusal() -> None:
 THREE = SequenceLayout.contiguous([0, 24], 3)
 
 
-def late_and_refusing(rank: int, size: int, late: list[float]) -> tuple[list, tuple]:
+def late_and_refusing(rank: int, size: int, late: tuple[float, ...]) -> tuple[list, tuple]:
     """Calls that ranks 1 and 2 refuse, `late[rank]` seconds after the first; rank 0 refuses the second of them as well."""
     outcomes = []
     for everyone in (False, True):
@@ -160,10 +162,23 @@ def call_of_three(rank: int) -> dict:
     return {"q": local, "k": local, "v": local, "config": MoBAConfig(4, 2), "layout": THREE, "comm": "ring"}
 
 
-@pytest.mark.parametrize("late", [[0.0, 0.0, 0.0], [0.5, 0.0, 1.0], [0.0, 1.0, 0.5]], ids=str)
-def test_ranks_that_refuse_at_different_times(late: list[float]) -> None:
+LATE = ((0.0, 0.0, 0.0), (0.5, 0.0, 1.0), (0.0, 1.0, 0.5))  # seconds per rank
+
+
+@pytest.fixture(scope="module")
+def found_when_late() -> dict[tuple[float, ...], list[RankOutcome]]:
+    """Fresh ranks for all of `LATE` at once: they sleep most of the time."""
+    run = partial(run_fresh_ranks, 3, late_and_refusing, group_timeout=60.0)
+    with ThreadPoolExecutor(len(LATE)) as pool:
+        return dict(zip(LATE, pool.map(run, LATE), strict=True))
+
+
+@pytest.mark.xdist_group("late")  # the fixture once, not once per worker
+@pytest.mark.parametrize("late", LATE, ids=str)
+def test_ranks_that_refuse_at_different_times(late: tuple[float, ...], found_when_late: dict) -> None:
     """All raise, and the group works on: the ranks owe the same number of all-gathers whoever gave up waiting."""
-    per_rank = run_ranks(3, late_and_refusing, late)
+    per_rank = [found.result for found in found_when_late[late]]
+    assert None not in per_rank, found_when_late[late]
     for rank, (outcomes, _) in enumerate(per_rank):
         one_good, all_bad = outcomes
         assert isinstance(one_good[0], ValueError)

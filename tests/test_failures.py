@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from unittest import mock
 
@@ -16,7 +17,9 @@ import moba_cp
 from moba_cp import SequenceLayout
 from moba_cp.parallel.comm import CommGroup
 from tests.cases import Case
-from tests.ranks import run_fresh_ranks
+from tests.ranks import RankOutcome, run_fresh_ranks
+
+pytestmark = pytest.mark.xdist_group("failures")  # `outcomes_of` once, not once per worker
 
 CASE = Case((40,), block_size=4, topk=3, q_heads=6, kv_heads=2, dim=8, v_dim=4)
 GROUP_TIMEOUT = 2.0
@@ -81,35 +84,48 @@ def check(outcomes: list, bad_rank: int, how: str, waited_for: str) -> None:
     assert any(named), [str(o.exception) for o in outcomes]
 
 
-@pytest.mark.parametrize("bad_rank", [0, 1])
-@pytest.mark.parametrize("how", ["dies", "stalls"])
-def test_a_rank_does_not_come(how: str, bad_rank: int) -> None:
-    outcomes = run_fresh_ranks(2, fails_before_the_call, bad_rank, how, group_timeout=GROUP_TIMEOUT, timeout=LIMIT)
-    check(outcomes, bad_rank, how, BEGIN)
+# What fails, and what the others then waited for. First the arguments of `fails_before_the_call`, then of `fails_at_a_stage`.
+BEFORE = [(bad_rank, how) for how in ("dies", "stalls") for bad_rank in (0, 1)]
+ON_THE_WAY = {
+    ("dies", "fetch", "home blocks"): "the all-to-all of home blocks",
+    ("stalls", "fetch", "centroids"): "the all-gather of centroids",
+    ("dies", "fetch", "wanted pairs"): "the all-gather of wanted pairs",
+    ("stalls", "fetch", "fetch keys and values"): "the all-to-all of fetch keys and values",
+    ("dies", "fetch", "fetch gradients"): "the all-to-all of fetch gradients",
+    ("dies", "all_gather", "all_gather keys and values"): "the all-gather of all_gather keys and values",
+    ("stalls", "all_gather", "all_gather gradients"): "the all-to-all of all_gather gradients",
+    ("dies", "pull", "pull set-up"): "the all-gather of pull set-up",
+    ("stalls", "pull", "pull barriers"): "the all-gather of pull barriers",
+    ("dies", "ring", "ring keys and values"): "the ring send and receive of ring keys and values",
+    ("stalls", "ring", "ring gradients"): "the ring send and receive of ring gradients",
+    ("dies", "a2a", "heads in"): "the all-to-all of heads in",
+    ("stalls", "a2a", "heads out"): "the all-to-all of heads out",
+    ("stalls", "ring", "home gradients"): "the all-to-all of home gradients",
+}
 
 
-@pytest.mark.parametrize(
-    ("how", "comm", "stage", "waited_for"),
-    [
-        ("dies", "fetch", "home blocks", "the all-to-all of home blocks"),
-        ("stalls", "fetch", "centroids", "the all-gather of centroids"),
-        ("dies", "fetch", "wanted pairs", "the all-gather of wanted pairs"),
-        ("stalls", "fetch", "fetch keys and values", "the all-to-all of fetch keys and values"),
-        ("dies", "fetch", "fetch gradients", "the all-to-all of fetch gradients"),
-        ("dies", "all_gather", "all_gather keys and values", "the all-gather of all_gather keys and values"),
-        ("stalls", "all_gather", "all_gather gradients", "the all-to-all of all_gather gradients"),
-        ("dies", "pull", "pull set-up", "the all-gather of pull set-up"),
-        ("stalls", "pull", "pull barriers", "the all-gather of pull barriers"),
-        ("dies", "ring", "ring keys and values", "the ring send and receive of ring keys and values"),
-        ("stalls", "ring", "ring gradients", "the ring send and receive of ring gradients"),
-        ("dies", "a2a", "heads in", "the all-to-all of heads in"),
-        ("stalls", "a2a", "heads out", "the all-to-all of heads out"),
-        ("stalls", "ring", "home gradients", "the all-to-all of home gradients"),
-    ],
-)
-def test_a_rank_fails_on_the_way(how: str, comm: str, stage: str, waited_for: str) -> None:
-    outcomes = run_fresh_ranks(3, fails_at_a_stage, 1, how, comm, stage, group_timeout=GROUP_TIMEOUT, timeout=LIMIT)
-    check(outcomes, 1, how, waited_for)
+@pytest.fixture(scope="module")
+def outcomes_of() -> dict[tuple, list[RankOutcome]]:
+    """How the ranks of every case ended, some cases at a time: they sleep most of the time."""
+
+    def run(case: tuple) -> list[RankOutcome]:
+        if case in BEFORE:
+            return run_fresh_ranks(2, fails_before_the_call, *case, group_timeout=GROUP_TIMEOUT, timeout=LIMIT)
+        return run_fresh_ranks(3, fails_at_a_stage, 1, *case, group_timeout=GROUP_TIMEOUT, timeout=LIMIT)
+
+    cases = sorted([*BEFORE, *ON_THE_WAY], key=lambda case: "stalls" not in case)
+    with ThreadPoolExecutor(5) as pool:
+        return dict(zip(cases, pool.map(run, cases), strict=True))
+
+
+@pytest.mark.parametrize(("bad_rank", "how"), BEFORE)
+def test_a_rank_does_not_come(how: str, bad_rank: int, outcomes_of: dict) -> None:
+    check(outcomes_of[bad_rank, how], bad_rank, how, BEGIN)
+
+
+@pytest.mark.parametrize(("how", "comm", "stage"), ON_THE_WAY)
+def test_a_rank_fails_on_the_way(how: str, comm: str, stage: str, outcomes_of: dict) -> None:
+    check(outcomes_of[how, comm, stage], 1, how, ON_THE_WAY[how, comm, stage])
 
 
 def finds_a_peer_gone(rank: int, size: int) -> None:

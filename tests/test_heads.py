@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -16,7 +17,11 @@ from moba_cp import SequenceLayout, wide
 from moba_cp.parallel.comm import StageTraffic
 from moba_cp.parallel.heads import HeadTransfer, PeerHeadTransfer
 from tests.cases import (
+    FP64,
+    MIXED,
     NAMES,
+    TO_DEFINITION,
+    TO_EACH_OTHER,
     TRANSPORTS,
     Case,
     assert_close,
@@ -25,13 +30,11 @@ from tests.cases import (
     on_rank,
     reference,
     relative_error,
+    whole,
 )
 from tests.ranks import run_ranks
 
-FP64 = torch.float64
-TO_DEFINITION = 1e-10  # fp64 sums of at most some hundred terms, in another order than the reference's: about 1e-14
-TO_EACH_OTHER = 1e-12  # the same sums; only a BLAS that treats a row by the size of its matrix makes a difference
-MIXED = Case(lengths=(29, 0, 3, 22, 1), block_size=5, topk=3, q_heads=12, kv_heads=6, dim=8, v_dim=5)
+TWELVE = replace(MIXED, q_heads=12, kv_heads=6)
 # Of kv heads: each its own, shared by neighbours, by all, and by groups that no member's share fits (12 q heads over 4).
 HEADS = [(12, 12), (12, 4), (12, 2), (12, 1)]
 
@@ -83,10 +86,7 @@ def test_how_heads_travel_changes_no_bit(kind: str, u: int) -> None:
 
 def run_calls(size: int, calls: list[tuple], timeout: float = 120.0) -> list[tuple[torch.Tensor, ...]]:
     per_rank = run_ranks(size, on_rank_in_slabs, calls, timeout=timeout)
-    return [
-        tuple(call[1].unshard([of_rank[i][n] for of_rank in per_rank]) for n in range(4))
-        for i, call in enumerate(calls)
-    ]
+    return [whole(call[1], [of_rank[i] for of_rank in per_rank]) for i, call in enumerate(calls)]
 
 
 @st.composite
@@ -124,7 +124,7 @@ def test_equals_the_definition_often(size: int, data: st.DataObject) -> None:
 @pytest.mark.parametrize("size", [4, pytest.param(6, marks=pytest.mark.heavy)])
 def test_splits_and_exchanges_agree(size: int, kv_heads: int) -> None:
     """Every split by one exchange, and one split by every exchange; layouts of all kinds in turn."""
-    case = Case((29, 0, 3, 22, 1), 5, 3, 12, kv_heads, 8, 5)
+    case = replace(TWELVE, kv_heads=kv_heads)
     kinds = list(every_layout(case.cu_seqlens, size).values())
     expected = reference(case)
     calls = [(case, layout, "ring", 1, 1 << 30) for layout in kinds]
@@ -155,9 +155,9 @@ def test_shared_kv_heads_are_rounded_once(dtype: torch.dtype) -> None:
     case = Case((90, 7), 8, 4, 8, 1, 16, 16)
     layout, alone = SequenceLayout.zigzag(case.cu_seqlens, 4), SequenceLayout.contiguous(case.cu_seqlens, 1)
     per_rank = run_ranks(4, on_rank, case, layout, "a2a", dtype, 1 << 30, 2)
-    whole = [layout.unshard([of_rank[0][n] for of_rank in per_rank]) for n in range(4)]
+    four = whole(layout, [of_rank[0] for of_rank in per_rank])
     one = run_ranks(1, on_rank, case, alone, "auto", dtype)[0][0]
-    for name, got, expected in zip(NAMES, whole, one, strict=True):
+    for name, got, expected in zip(NAMES, four, one, strict=True):
         # fp32 sums in another order; where these round to different numbers, half a unit in the last place of bf16.
         assert relative_error(got, expected) < (2e-6 if dtype == torch.float32 else 4e-3), name
     for first, second in per_rank:
@@ -236,9 +236,9 @@ def test_bytes_between_nodes_are_a_share_of_the_flat_exchanges(exchange: str) ->
 
 
 def test_the_report_selects_for_local_tokens() -> None:
-    flat = traffic(MIXED, 4, "ring")
+    flat = traffic(TWELVE, 4, "ring")
     for comm, u in (("a2a", 4), ("a2a+ring", 2)):
-        for mine, expected in zip(traffic(MIXED, 4, comm, u), flat, strict=True):
+        for mine, expected in zip(traffic(TWELVE, 4, comm, u), flat, strict=True):
             assert torch.equal(mine[2]["selected"], expected[2]["selected"])
 
 
@@ -259,7 +259,7 @@ def defaults_on_rank(rank: int, size: int, case: Case) -> list[tuple[str, int] |
 
 
 def test_defaults_follow_the_nodes() -> None:
-    for found in run_ranks(4, defaults_on_rank, MIXED):
+    for found in run_ranks(4, defaults_on_rank, TWELVE):
         assert found[:3] == [("a2a+ring", 2), ("a2a+fetch", 4), ("a2a", 4)]
         assert "comm='a2a+pull' needs sequence ranks of one node, got rank 0 on node 0, rank 2 on node 1" in found[3]
         assert found[4][0].startswith("a2a+")

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, wide
 from moba_cp.parallel import heads
-from tests.test_attention_gpu import CASES, layouts, make, relative
+from tests.test_attention_gpu import CASES, differences, layouts, make
 
 pytestmark = pytest.mark.gpu
 
@@ -50,13 +50,7 @@ def on_rank(rank: int, size: int, port: int, cases: list[tuple], nccl: bool) -> 
                     options = {"comm": comm, "head_parallel": u}
                     got, again = run(layout, rank, **options), run(layout, rank, **options)
                     where = f"{case} {layout} {comm} {u} slabs of {wide.SLAB_BYTES} rank {rank}"
-                    failures += [f"{where}: {n}" for n, a, b in zip(("out", "dq"), got, mine) if not torch.equal(a, b)]
-                    failures += [
-                        f"{where}: {n} {relative(a, b):.1e}"
-                        for n, a, b in (("dk", got[2], mine[2]), ("dv", got[3], mine[3]))
-                        if a.numel() and relative(a, b) > 3e-3  # fp32 sums in another order, rounded to bf16
-                    ]
-                    failures += [f"{where}: repeat"] * (not all(map(torch.equal, got, again)))
+                    failures += differences(got, again, mine, where)
     dist.destroy_process_group()
     assert not failures, f"{len(failures)} failures, the first:\n" + "\n".join(failures[:20])
 

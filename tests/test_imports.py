@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ REPO = Path(__file__).parents[1]
 PACKAGES = {"moba_cp": REPO / "moba_cp", "moba_cp.kernels": REPO / "kernels", "moba_cp.parallel": REPO / "parallel"}
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Files of the library by the name they are imported under."""
     found = {}
@@ -49,6 +51,7 @@ def imported_names(module: str, path: Path) -> set[str]:
     return names
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """Modules of the library that each module imports. A package counts where something in its `__init__.py` is imported."""
     files = modules()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("setuptools", minversion="70.1", reason="older ones need more packages to build a wheel")
+pytestmark = pytest.mark.xdist_group("packaging")  # one wheel, not one per worker
 
 REPO = Path(__file__).resolve().parents[1]
 

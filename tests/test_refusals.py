@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 
+import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -17,18 +18,13 @@ from moba_cp.parallel import notes
 from tests.calls import good_call, outcome
 from tests.ranks import RankOutcome, run_fresh_ranks
 
+pytestmark = pytest.mark.xdist_group("refusals")  # `found` once, not once per worker
+
 LATE = notes.GRACE_S + 1.5  # seconds: the refusing rank has raised by then
 
 
 def bad_call(rank: int) -> dict:
     return good_call(rank) | {"config": MoBAConfig(4, 2), "comm": "smoke"}
-
-
-def side_by_side(fn, variants: Sequence[object], group_timeout: float) -> list[list[RankOutcome]]:
-    """Fresh ranks for each variant, all at once: they sleep most of the time."""
-    with ThreadPoolExecutor(len(variants)) as pool:
-        runs = [pool.submit(run_fresh_ranks, 2, fn, v, group_timeout=group_timeout, timeout=60.0) for v in variants]
-    return [run.result() for run in runs]
 
 
 def made_again(rank: int, size: int) -> tuple[str, str]:
@@ -49,13 +45,6 @@ def made_again(rank: int, size: int) -> tuple[str, str]:
     return str(refused), str(outcome(good_call(rank) | {"group": second})[0])
 
 
-def test_a_group_made_again_does_not_read_its_predecessors_refusal() -> None:
-    for found in run_fresh_ranks(2, made_again, group_timeout=20.0, timeout=60.0):
-        assert found.result is not None, found
-        assert "smoke" in found.result[0]
-        assert found.result[1] == "None"
-
-
 def leaves(rank: int, size: int, warm: bool) -> tuple[float, str]:
     if warm:
         moba_cp.moba_attention(**good_call(rank))
@@ -68,15 +57,6 @@ def leaves(rank: int, size: int, warm: bool) -> tuple[float, str]:
     return time.monotonic() - begin, str(error)
 
 
-def test_every_rank_can_leave_after_a_refusal() -> None:
-    """Also if the refusing rank does something else by then, outside of any call."""
-    for outcomes in side_by_side(leaves, (False, True), group_timeout=30.0):
-        for found in outcomes:
-            assert found.result is not None, found
-            assert found.result[0] < 2.0
-            assert "smoke" in found.result[1]
-
-
 def gone(rank: int, size: int, how: str) -> str:
     if rank == 1:
         outcome(bad_call(rank))
@@ -86,13 +66,6 @@ def gone(rank: int, size: int, how: str) -> str:
         os._exit(7)
     time.sleep(LATE)
     return str(outcome(good_call(rank))[0])
-
-
-def test_the_reason_is_read_when_its_rank_is_gone() -> None:
-    for found, _ in side_by_side(gone, ("left", "ended"), group_timeout=20.0):
-        assert found.result is not None, found
-        assert "rank 1 refused its input: ValueError: comm must be one of" in found.result
-        assert found.seconds < LATE + 6.0
 
 
 def kept_keys(rank: int, size: int, port_file: str) -> list[str]:
@@ -122,6 +95,48 @@ def kept_keys(rank: int, size: int, port_file: str) -> list[str]:
     return found
 
 
-def test_notes_are_swept(tmp_path) -> None:
-    for found in run_fresh_ranks(2, kept_keys, str(tmp_path / "port"), group_timeout=20.0, timeout=60.0):
-        assert found.result == [], found
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[object, list[RankOutcome]]:
+    """What fresh ranks found, by function and argument; all at once, since they sleep most of the time."""
+    port_file = str(tmp_path_factory.mktemp("store") / "port")
+    calls = {
+        made_again: (made_again,),
+        (leaves, False): (leaves, False),
+        (leaves, True): (leaves, True),
+        (gone, "left"): (gone, "left"),
+        (gone, "ended"): (gone, "ended"),
+        kept_keys: (kept_keys, port_file),
+    }
+    with ThreadPoolExecutor(len(calls)) as pool:
+        run = partial(run_fresh_ranks, 2, group_timeout=30.0, timeout=60.0)
+        runs = {key: pool.submit(run, *call) for key, call in calls.items()}
+    return {key: run.result() for key, run in runs.items()}
+
+
+def test_a_group_made_again_does_not_read_its_predecessors_refusal(found: dict) -> None:
+    for rank in found[made_again]:
+        assert rank.result is not None, rank
+        assert "smoke" in rank.result[0]
+        assert rank.result[1] == "None"
+
+
+def test_every_rank_can_leave_after_a_refusal(found: dict) -> None:
+    """Also if the refusing rank does something else by then, outside of any call."""
+    for warm in (False, True):
+        for rank in found[leaves, warm]:
+            assert rank.result is not None, rank
+            assert rank.result[0] < 2.0
+            assert "smoke" in rank.result[1]
+
+
+def test_the_reason_is_read_when_its_rank_is_gone(found: dict) -> None:
+    for how in ("left", "ended"):
+        rank = found[gone, how][0]
+        assert rank.result is not None, rank
+        assert "rank 1 refused its input: ValueError: comm must be one of" in rank.result
+        assert rank.seconds < LATE + 6.0
+
+
+def test_notes_are_swept(found: dict) -> None:
+    for rank in found[kept_keys]:
+        assert rank.result == [], rank

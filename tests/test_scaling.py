@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,8 @@ from scripts import scaling
 from scripts.harness import definition, sweep
 from scripts.harness.inputs import draw_global
 from scripts.harness.sweep import load_plan
+from scripts.harness.training import torchrun
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -33,17 +34,7 @@ FIELDS = {
 def run(*options: str, config: str = "configs/scaling/tiny.yaml") -> str:
     """Run the tiny configuration over two ranks as documented, without PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-        "--nproc-per-node",
-        "2",
-    )
-    line = (*torchrun, "-m", "scripts.scaling", config, "--device", "cpu", *options)
+    line = (*torchrun(2), "-m", "scripts.scaling", config, "--device", "cpu", *options)
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -99,6 +90,35 @@ def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["skipped_for_time"] == 9
 
 
+def test_a_previous_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    head, path = {"device": "CPU", "world_size": 2}, tmp_path / "other.json"
+    for text in ("{}", "[]", "no JSON"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"other\.json"):
+            scaling.taken_over(path, head)
+
+
+def _take_over(rank: int, size: int, folder: Path) -> object:
+    """Rank 1 names a file that is not there, as if rank 0 had replaced it already."""
+    head = {"device": "CPU", "world_size": 2}
+    done = scaling.taken_over_by_all(folder / ("previous.json" if rank == 0 else "nowhere.json"), head)
+    try:
+        scaling.taken_over_by_all(folder / ("broken.json" if rank == 0 else "previous.json"), head)
+    except ValueError as error:
+        return done, str(error)
+    return done, ""
+
+
+def test_every_rank_takes_over_what_rank_0_read(tmp_path: Path) -> None:
+    """Or, where --previous is --out, ranks would measure different cases and wait for each other."""
+    content = {"device": "CPU", "world_size": 2, "results": [{"ranks": 1}, {"error": "x"}], "baselines": []}
+    (tmp_path / "previous.json").write_text(json.dumps(content))
+    (tmp_path / "broken.json").write_text("{")
+    for done, error in run_ranks(2, _take_over, tmp_path):
+        assert done == [{"ranks": 1}]
+        assert "broken.json is no file of scripts.scaling" in error
+
+
 def test_other_devices_and_sizes_are_not_mixed(tmp_path: Path) -> None:
     path = tmp_path / "scaling.json"
     path.write_text(json.dumps({"device": "CPU", "world_size": 2, "results": [], "baselines": []}))
@@ -127,11 +147,29 @@ def written(tmp_path: Path, **change: object) -> Path:
         ({"tokens": None}, "tokens_per_rank"),
         ({"tokens_per_rank": [64]}, "not both"),
         ({"comm": None}, "lacks 'comm'"),
+        ({"comm": "ring"}, "comm must be a list, got 'ring'"),
+        ({"ranks": 4}, "ranks must be a list, got 4"),
+        ({"tokens": ["256K"]}, "tokens must hold positive integers, got .'256K'."),
     ],
 )
 def test_a_bad_configuration_is_named(tmp_path: Path, change: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         load_plan(written(tmp_path, **change), 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sweeps: [", "sweeps.yaml is not YAML"),
+        ("sweeps: [fast]", "every sweep must be a mapping, got 'fast'"),
+        ("sweeps: []\niterations: many", "iterations must be a positive number, got 'many'"),
+        ("model: {}", "must be a mapping with a list `sweeps`"),
+    ],
+)
+def test_a_file_of_another_form_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "sweeps.yaml").write_text(text)
+    with pytest.raises(ValueError, match=expected):
+        load_plan(tmp_path / "sweeps.yaml", 2)
 
 
 def test_what_this_version_lacks_is_named() -> None:

@@ -39,6 +39,7 @@ from scripts import (
 from scripts.harness import definition, options, records
 from scripts.harness.inputs import draw_inputs
 from scripts.harness.timing import Times, time_calls
+from scripts.harness.training import torchrun
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def run(tmp_path: Path, *line: str) -> dict:
     """Run a benchmark from the root of the repository as documented, without PYTHONPATH, and return what it wrote."""
     out = tmp_path / "out.json"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    line = (sys.executable, *line, "--out", str(out))
+    line = (*line, "--out", str(out))
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
@@ -75,7 +76,7 @@ def run(tmp_path: Path, *line: str) -> dict:
 
 def test_bench_kernels_measures_and_checks(tmp_path: Path) -> None:
     found = run(
-        tmp_path, "-m", "scripts.bench_kernels", "--device", "cpu", "--tokens", "300", "--heads", "4/2", "--configs", "64:3",
+        tmp_path, sys.executable, "-m", "scripts.bench_kernels", "--device", "cpu", "--tokens", "300", "--heads", "4/2", "--configs", "64:3",
         "--iterations", "2", "--seeds", "2", "--no-dense",
     )  # fmt: skip
     assert {"device", "torch", "commit", "head_dim"} <= found["about"].keys()
@@ -91,7 +92,7 @@ def test_bench_kernels_measures_and_checks(tmp_path: Path) -> None:
 def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     found = run(
-        tmp_path, "-m", "scripts.bench_huggingface", "--device", "cpu", "--tokens", "300", "--chunk", "20", "--heads", "4/2",
+        tmp_path, sys.executable, "-m", "scripts.bench_huggingface", "--device", "cpu", "--tokens", "300", "--chunk", "20", "--heads", "4/2",
         "--configs", "64:3", "--iterations", "2", "--layers", "2",
     )  # fmt: skip
     results = found["results"]
@@ -104,9 +105,8 @@ def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 def test_bench_layer_compares_exchanges_and_one_rank(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
     found = run(
-        tmp_path, *torchrun, "-m", "scripts.bench_layer", "--device", "cpu", "--tokens-per-gpu", "128", "--heads", "2/1",
+        tmp_path, *torchrun(2), "-m", "scripts.bench_layer", "--device", "cpu", "--tokens-per-gpu", "128", "--heads", "2/1",
         "--configs", "32:3", "--transports", "ring,fetch", "--routing", "correlated", "--iterations", "2",
     )  # fmt: skip
     assert found["world_size"] == 2
@@ -160,6 +160,36 @@ def test_bad_options_are_refused_by_name() -> None:
         options.integers("8192,many")
     with pytest.raises(typer.BadParameter, match="skewed"):
         options.choices("uniform,skewed", ("uniform", "correlated"))
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "text"),
+    [
+        (bench_layer, ("--device", "cpu", "--transports", "ring,puls"), "got puls"),
+        (bench_training, ("--device", "cpu", "--comm", "puls"), "got puls"),
+        (bench_training, ("--device", "cpu", "--noise", "2,two"), "2,two"),
+        (bench_training, ("--device", "cpu", "--", "model.layers=4"), "layers"),
+    ],
+)
+def test_bad_options_of_a_program_are_refused_before_it_starts(
+    module, line: tuple[str, ...], text: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("omegaconf")
+    app = typer.Typer()
+    app.command()(module.main)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "out.json"), *line], terminal_width=200)
+    assert result.exit_code == 2, result.output
+    assert text in result.output
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_model_that_no_run_has_is_refused(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(parallel_equality.main)
+    result = CliRunner().invoke(app, ["--output", str(tmp_path), "--only", "GQQ"], terminal_width=400)
+    assert result.exit_code == 2, result.output
+    assert "GQA; MQA; " in result.output
+    assert "'GQQ'" in result.output
 
 
 @pytest.mark.parametrize("block_size", [64, 128, 512, 4096])

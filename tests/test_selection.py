@@ -9,11 +9,9 @@ from torch import Tensor
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.reference import select_blocks
-from tests.cases import COMMS, NAMES, Case, assert_close, every_layout
+from tests.cases import COMMS, MIXED, NAMES, TO_DEFINITION, Case, assert_close, every_layout, on_rank, whole
 from tests.ranks import run_ranks
 
-# Documents of several blocks, one of no token, one of less than a block and one of a single token.
-CASE = Case(lengths=(29, 0, 3, 22, 1), block_size=5, topk=3, q_heads=6, kv_heads=3, dim=8, v_dim=5)
 WORKSPACES = (1, 1 << 30)  # 1 byte: one kv head and 128 rows at once
 
 
@@ -83,68 +81,60 @@ def calls_on_rank(rank: int, size: int, case: Case, layout: SequenceLayout, call
     """out, dq, dk, dv of each call. A selection and gates are given for all tokens; gates want gradients, and get none."""
     results = []
     for call in calls:
-        *qkv, dout = (layout.shard(x, rank) for x in case.inputs(call.pop("dtype", torch.float64)))
-        for x in qkv:
-            x.requires_grad_()
         if "selection" in call:
             call["selection"] = layout.shard(call["selection"], rank, dim=1)
         if "routing" in call:
             call["routing"] = tuple(layout.shard(x, rank).requires_grad_() for x in call["routing"])
-        out = moba_cp.moba_attention(*qkv, case.config, layout=layout, **call)
-        out.backward(dout)
+        results += on_rank(rank, size, case, layout, **call)
         assert all(x.grad is None for x in call.get("routing", ()))
-        results.append((out.detach(), *(x.grad for x in qkv)))
     return results
 
 
 def run(size: int, case: Case, layout: SequenceLayout, calls: list[dict]) -> list[tuple[Tensor, ...]]:
     per_rank = run_ranks(size, calls_on_rank, case, layout, calls)
-    return [
-        tuple(layout.unshard([per_rank[r][i][n] for r in range(size)]) for n in range(4)) for i in range(len(calls))
-    ]
+    return [whole(layout, results) for results in zip(*per_rank, strict=True)]
 
 
 def some_layouts(cp_size: int) -> list[SequenceLayout]:
     """Blocks whole on their ranks, blocks that straddle ranks, and ranks that hold nothing."""
-    named = every_layout(CASE.cu_seqlens, cp_size)
+    named = every_layout(MIXED.cu_seqlens, cp_size)
     return [named[name] for name in ("contiguous", "interleaved", "all on the last rank")][: 3 if cp_size > 1 else 1]
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
 def test_any_selection_is_attended_to_over_every_exchange(cp_size: int) -> None:
     sizes = ((6, 3), (3, 2), (1, 3), (1, 1))
-    given = [random_selection(CASE, heads, count, heads + count) for heads, count in sizes]
-    expected = [by_definition(CASE, selection.long()) for selection in given]
+    given = [random_selection(MIXED, heads, count, heads + count) for heads, count in sizes]
+    expected = [by_definition(MIXED, selection.long()) for selection in given]
     for number, layout in enumerate(some_layouts(cp_size)):
         options = [((i + number) % 4, comm, WORKSPACES[i % 2]) for i, comm in enumerate(COMMS)]
         calls = [{"selection": given[i], "comm": comm, "workspace_bytes": w} for i, comm, w in options]
-        for option, result in zip(options, run(cp_size, CASE, layout, calls), strict=True):
-            # fp64 sums of at most some hundred terms, in another order: about 1e-14
-            assert_close(result, expected[option[0]], 1e-10, (layout, *option))
+        for option, result in zip(options, run(cp_size, MIXED, layout, calls), strict=True):
+            assert_close(result, expected[option[0]], TO_DEFINITION, (layout, *option))
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
 def test_other_tensors_route_over_every_exchange(cp_size: int) -> None:
     """Any number of heads and any width; blocks that straddle ranks."""
     sizes = (((6, 3), 8), ((6, 6), 3), ((3, 1), 300), ((1, 1), 1))
-    given = [gates(CASE, heads, dim) for heads, dim in sizes]
-    expected = [by_definition(CASE, routed_selection(CASE, *pair)) for pair in given]
+    given = [gates(MIXED, heads, dim) for heads, dim in sizes]
+    expected = [by_definition(MIXED, routed_selection(MIXED, *pair)) for pair in given]
     for number, layout in enumerate(some_layouts(cp_size)):
         options = [((i + number) % 4, comm) for i, comm in enumerate(COMMS)]
         calls = [{"routing": given[i], "comm": comm} for i, comm in options]
-        for option, result in zip(options, run(cp_size, CASE, layout, calls), strict=True):
-            assert_close(result, expected[option[0]], 1e-10, (layout, *option))
+        for option, result in zip(options, run(cp_size, MIXED, layout, calls), strict=True):
+            assert_close(result, expected[option[0]], TO_DEFINITION, (layout, *option))
 
 
 @pytest.mark.parametrize(("cp_size", "options"), [(3, {"comm": "a2a"}), (4, {"comm": "a2a+fetch", "head_parallel": 2})])
 def test_selections_travel_with_the_heads(cp_size: int, options: dict) -> None:
-    layout = every_layout(CASE.cu_seqlens, cp_size)["interleaved"]
-    listed, pair = random_selection(CASE, 1, 3), gates(CASE, (3, 1), 4)
-    for given, blocks in (({"selection": listed}, listed.long()), ({"routing": pair}, routed_selection(CASE, *pair))):
-        (result,) = run(cp_size, CASE, layout, [given | options])
-        assert_close(result, by_definition(CASE, blocks), 1e-10, (given.keys(), options))
+    layout = every_layout(MIXED.cu_seqlens, cp_size)["interleaved"]
+    listed, pair = random_selection(MIXED, 1, 3), gates(MIXED, (3, 1), 4)
+    for given, blocks in (({"selection": listed}, listed.long()), ({"routing": pair}, routed_selection(MIXED, *pair))):
+        (result,) = run(cp_size, MIXED, layout, [given | options])
+        assert_close(result, by_definition(MIXED, blocks), TO_DEFINITION, (given.keys(), options))
     flat, split = (
-        run_ranks(cp_size, same_bits_on_rank, CASE, layout, [comm], more)
+        run_ranks(cp_size, same_bits_on_rank, MIXED, layout, [comm], more)
         for comm, more in (("ring", {}), (options["comm"], {k: v for k, v in options.items() if k != "comm"}))
     )
     assert flat == split == [[]] * cp_size
@@ -187,7 +177,7 @@ def test_what_routing_would_choose_gives_the_same_bits(cp_size: int) -> None:
 
 
 def test_weights_are_shares_of_the_attention() -> None:
-    case = CASE
+    case = MIXED
     q, k, v, _ = case.inputs()
     layout = SequenceLayout.contiguous(case.cu_seqlens, 1)
     for workspace in WORKSPACES:
@@ -212,34 +202,34 @@ def test_weights_are_shares_of_the_attention() -> None:
 
 
 def test_what_breaks_a_rule_counts_as_none_where_it_is_not_checked() -> None:
-    q, k, v, _ = CASE.inputs()
-    layout = SequenceLayout.contiguous(CASE.cu_seqlens, 1)
-    good = torch.full((1, CASE.tokens, 3), -1, dtype=torch.int64)
+    q, k, v, _ = MIXED.inputs()
+    layout = SequenceLayout.contiguous(MIXED.cu_seqlens, 1)
+    good = torch.full((1, MIXED.tokens, 3), -1, dtype=torch.int64)
     good[0, 10:29, 0] = 1
     bad = good.clone()
-    bad[0, :, 1] = torch.tensor([2**40, -(2**40), 99, -2, 6])[torch.arange(CASE.tokens) % 5]
+    bad[0, :, 1] = torch.tensor([2**40, -(2**40), 99, -2, 6])[torch.arange(MIXED.tokens) % 5]
     bad[0, 10:29, 2] = 1
-    call = lambda **options: moba_cp.moba_attention(q, k, v, CASE.config, layout=layout, **options)  # noqa: E731
+    call = lambda **options: moba_cp.moba_attention(q, k, v, MIXED.config, layout=layout, **options)  # noqa: E731
     assert torch.equal(call(selection=bad, check_selection=False), call(selection=good))
     with pytest.raises(ValueError, match=r"selection .* row 0, .* \(55 rows in all break a rule\)"):
         call(selection=bad)
 
 
 def test_autocast_does_not_change_the_routing() -> None:
-    q, k, v, _ = CASE.inputs(torch.float32)
-    layout = SequenceLayout.contiguous(CASE.cu_seqlens, 1)
-    call = lambda: moba_cp.moba_attention(q, k, v, CASE.config, layout=layout, routing=(q, k))  # noqa: E731
+    q, k, v, _ = MIXED.inputs(torch.float32)
+    layout = SequenceLayout.contiguous(MIXED.cu_seqlens, 1)
+    call = lambda: moba_cp.moba_attention(q, k, v, MIXED.config, layout=layout, routing=(q, k))  # noqa: E731
     expected = call()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(call(), expected)
 
 
 def test_topk_1_selects_the_own_block_whatever_routes() -> None:
-    q, k, v, _ = CASE.inputs()
-    layout, config = SequenceLayout.contiguous(CASE.cu_seqlens, 1), MoBAConfig(5, 1)
+    q, k, v, _ = MIXED.inputs()
+    layout, config = SequenceLayout.contiguous(MIXED.cu_seqlens, 1), MoBAConfig(5, 1)
     call = lambda **options: moba_cp.moba_attention(q, k, v, config, layout=layout, **options)  # noqa: E731
-    own = own_block(CASE).expand(1, -1)[:, :, None]
-    for options in ({"routing": gates(CASE, (1, 1), 4)}, {"selection": own}, {"selection": torch.full_like(own, -1)}):
+    own = own_block(MIXED).expand(1, -1)[:, :, None]
+    for options in ({"routing": gates(MIXED, (1, 1), 4)}, {"selection": own}, {"selection": torch.full_like(own, -1)}):
         assert torch.equal(call(**options), call())
     with pytest.raises(ValueError, match="lists more than 0 blocks besides"):
         call(selection=torch.zeros_like(own))

@@ -189,6 +189,8 @@ def test_the_operators_keep_the_rules_of_torch(gradients: bool) -> None:
     description, rest = torch.from_numpy(layout.description), (1 << 20, 1 << 20, None)
     arguments = (*qkv, description, None, None, None, 8, 2, None, "", "auto", True, not gradients, gradients, *rest)
     torch.library.opcheck(torch.ops.moba_cp.attention, arguments)
+    with pytest.raises(TypeError, match="k_gate must be a tensor, got NoneType"):
+        torch.ops.moba_cp.attention(*arguments[:5], qkv[0], *arguments[6:])
     if gradients:
         out, lse, selected, _, _, route = (x.detach() for x in torch.ops.moba_cp.attention(*arguments))
         saved = (*(x.detach() for x in qkv), out, lse, selected, description, route)

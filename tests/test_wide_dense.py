@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -9,28 +11,16 @@ from moba_cp import SequenceLayout, dense
 from moba_cp.parallel.comm import Traffic
 from moba_cp.parallel.cost import CallSizes
 from moba_cp.wide_dense import choose_heads, in_order
-from tests.cases import Case, assert_close, every_layout, reference
+from tests.cases import Case, assert_close, every_layout, full_on_rank, reference, whole
 from tests.ranks import run_ranks
 
 # A block that holds the longest document is full attention by the definition.
 CASE = Case((13, 0, 1, 26), block_size=26, topk=1, q_heads=8, kv_heads=2, dim=8, v_dim=5)
 
 
-def attention(rank: int, case: Case, layout: SequenceLayout, dtype: torch.dtype, **options) -> tuple:
-    """out, dq, dk, dv of this rank's tokens."""
-    *qkv, dout = (layout.shard(x, rank) for x in case.inputs(dtype))
-    for x in qkv:
-        x.requires_grad_()
-    out = dense.causal_attention(*qkv, case.softmax_scale, layout=layout, **options)
-    return (out.detach(), *torch.autograd.grad(out, qkv, dout))
-
-
 def on_rank(rank: int, world_size: int, case: Case, options: list[dict]) -> list[dict[str, tuple]]:
     layouts = every_layout(case.cu_seqlens, world_size)
-    return [
-        {name: attention(rank, case, layout, torch.float64, **given) for name, layout in layouts.items()}
-        for given in options
-    ]
+    return [{name: full_on_rank(rank, case, layout, **given) for name, layout in layouts.items()} for given in options]
 
 
 @pytest.mark.parametrize(
@@ -46,15 +36,12 @@ def test_every_layout_gives_the_definition(world_size: int, options: list[dict])
     per_rank = run_ranks(world_size, on_rank, CASE, options)
     for number, given in enumerate(options):
         for name, layout in every_layout(CASE.cu_seqlens, world_size).items():
-            parts = [results[number][name] for results in per_rank]
-            whole = tuple(layout.unshard([part[i] for part in parts]) for i in range(4))
-            assert_close(whole, expected, 1e-13, (name, given))
+            results = whole(layout, [of_rank[number][name] for of_rank in per_rank])
+            assert_close(results, expected, 1e-13, (name, given))  # fp64 sums of 26 terms at most, in another order
 
 
 def kernels_and_bytes(rank: int, world_size: int) -> tuple[int, int, int]:
     """Pairs of shards of a zigzag sequence, and bytes received in forward and in both directions."""
-    from unittest import mock
-
     case = Case((64,), block_size=64, topk=1, q_heads=4, kv_heads=2, dim=8, v_dim=8)
     layout = SequenceLayout.zigzag(case.cu_seqlens, world_size)
     traffic = Traffic()
@@ -78,7 +65,7 @@ def test_one_kernel_per_sequence_and_every_byte_once() -> None:
 
 def refusal(rank: int, world_size: int, options: dict) -> str:
     with pytest.raises(ValueError) as raised:
-        attention(rank, CASE, SequenceLayout.zigzag(CASE.cu_seqlens, world_size), torch.float64, **options)
+        full_on_rank(rank, CASE, SequenceLayout.zigzag(CASE.cu_seqlens, world_size), **options)
     return str(raised.value)
 
 

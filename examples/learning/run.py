@@ -70,6 +70,10 @@ class Plan:
         unknown = [r["arm"] for r in self.plan["runs"] if r["arm"] not in self.plan["arms"]]
         if unknown:
             raise ValueError(f"runs of unknown arms: {unknown}")
+        arms = sorted({r["arm"] for r in self.plan["runs"]})
+        if missing := sorted(set(args.only or []) - set(arms)):
+            raise ValueError(f"{args.plan} has no run of {', '.join(missing)}, only of {', '.join(arms)}")
+        corpus = Corpus(args.corpus)
         args.out.mkdir(parents=True, exist_ok=True)
         args.work.mkdir(parents=True, exist_ok=True)
         self.results: list[dict[str, Any]] = []
@@ -87,10 +91,11 @@ class Plan:
         self.free = list(range(max(1, self.n_gpus)))
         self.running: list[Started] = []
         self.took: dict[str, float] = {}
-        corpus = Corpus(args.corpus)
-        if not (args.work / "corpus.npy").exists():
+        facts, copied = args.corpus / "corpus.json", args.work / "corpus.json"
+        known = copied.exists() and copied.read_bytes() == facts.read_bytes()
+        if not known or not (args.work / "corpus.npy").exists():
             corpus.unpack(args.work)
-            shutil.copy(args.corpus / "corpus.json", args.work / "corpus.json")
+            shutil.copy(facts, copied)
         self.about = {
             "commit": args.commit or head_commit(),
             "plan": str(args.plan),
@@ -206,7 +211,7 @@ def free_port() -> int:
 
 
 def main(
-    plan: Annotated[Path, typer.Option(help="YAML file of arms and runs")],
+    plan: Annotated[Path, typer.Option(help="YAML file of arms and runs", exists=True, dir_okay=False)],
     corpus: Annotated[Path, typer.Option(help="folder of corpus.json and corpus.xz")] = Path(".cache/learning"),
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("runs/learning"),
     work: Annotated[Path, typer.Option(help="caches, checkpoints, logs")] = Path(".cache/learning/work"),
@@ -217,7 +222,11 @@ def main(
     commit: Annotated[str | None, typer.Option(help="recorded in the results where git does not know it")] = None,
 ) -> None:
     """Take the runs of a plan in order of priority until all are done or the time is up."""
-    Plan(Options(plan, corpus, out, work, previous, time_limit, steps, only, commit)).go()
+    try:
+        runs = Plan(Options(plan, corpus, out, work, previous, time_limit, steps, only, commit))
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from None
+    runs.go()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from moba_cp.parallel.splits import COMMS
+
 
 @dataclass
 class ModelConfig:
@@ -31,7 +33,7 @@ class MoBASection:
 
     block_size: int = 48
     topk: int = 3  # the query's own block counts
-    comm: str = "auto"  # auto, pull, fetch, ring, all_gather, a2a, a2a+pull, a2a+fetch, a2a+ring, a2a+all_gather
+    comm: str = "auto"  # as `comm=` of moba_cp.moba_attention
     head_parallel: int = 0  # context-parallel ranks that split heads, with a2a and auto; 0: comm decides
     full_last_layers: int = 0  # this many layers at the end: full causal attention
     layer_pattern: list[int] = field(default_factory=list)  # or one entry a layer: 1 MoBA, 0 full
@@ -150,6 +152,7 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
 def _check(config: TrainConfig) -> None:
     model, data, parallel, run = config.model, config.data, config.parallel, config.run
     _choose("model.normalization", model.normalization, ("RMSNorm", "LayerNorm"))
+    _choose("moba.comm", config.moba.comm, COMMS)
     _choose("run.precision", run.precision, ("fp32", "bf16"))
     _choose("run.recompute", run.recompute, ("none", "all_but_attention", "selective", "full"))
     _choose("run.layers", run.layers, ("auto", "long", "megatron"))

@@ -151,14 +151,14 @@ def gpu_findings(size: int) -> list[Finding]:
 
 
 def _copy_speed(source: int, target: int, size: int) -> float:
-    """GB/s of a copy of `size` bytes from GPU to GPU."""
+    """GB/s of a copy of `size` bytes from GPU `source` to GPU `target`, which may be the same."""
     x = torch.empty(size, dtype=torch.uint8, device=f"cuda:{source}")
     y = torch.empty(size, dtype=torch.uint8, device=f"cuda:{target}")
     return size / seconds(lambda: y.copy_(x), torch.device("cuda", target)) / 1e9
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Of one call, the least of some."""
+    """Seconds that a call takes: the least of `repeats` calls, after one that warms up."""
     call()
     best = float("inf")
     for _ in range(repeats):
@@ -190,7 +190,7 @@ def environment_findings() -> list[Finding]:
             )
         )
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
-        cure = "unset it, unless tensor parallelism with sequence parallelism needs it"
+        cure = "unset it, unless Megatron demands it (tensor or context parallelism on GPUs before Blackwell)"
         found.append(
             Finding("note", "CUDA_DEVICE_MAX_CONNECTIONS", "is 1: communication may wait behind attention", cure)
         )

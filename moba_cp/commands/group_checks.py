@@ -74,6 +74,7 @@ def group_findings(device: torch.device, tokens: int, heads: tuple[int, int], si
 
 
 def _all_to_all(device: torch.device, ranks: int, size: int) -> Finding:
+    """GB/s that a rank receives from the others in an all-to-all of `size` bytes per rank (at most 8 MiB on the CPU)."""
     size = min(size, 8 << 20) if device.type == "cpu" else size
     x = torch.empty(size // ranks * ranks, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
@@ -106,6 +107,7 @@ def _sharing(comm: CommGroup, device: torch.device, size: int) -> list[Finding]:
 
 
 def _seconds_to_read(memory: PeerMemory, rank: int, size: int, device: torch.device) -> float:
+    """Seconds of a copy of `size` bytes out of the memory of `rank`."""
     mine = torch.empty(size, dtype=torch.uint8, device=device)
     theirs = memory.view(rank, 0, (size,), torch.uint8)
     return seconds(lambda: mine.copy_(theirs), device)

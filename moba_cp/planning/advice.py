@@ -130,5 +130,5 @@ def crossings(
 
 
 def label(split: Split) -> str:
-    """`a2a+ring, U = 8`."""
+    """The split in a few words: `a2a+ring, U = 8`."""
     return split.comm + (f", U = {split.head_parallel}" if split.head_parallel > 1 else "")

@@ -216,7 +216,8 @@ class Streaming(Exchange):
 
     @property
     def walks(self) -> tuple[int, int]:
-        return tuple(1 if self.keeps(backward) else self.work.chunks for backward in (False, True))  # type: ignore[return-value]
+        chunks = self.work.chunks
+        return 1 if self.keeps(backward=False) else chunks, 1 if self.keeps(backward=True) else chunks
 
     def keeps(self, backward: bool) -> bool:
         """Whether one walk serves all chunks; the same on every rank."""

@@ -1,4 +1,4 @@
-"""`fetch`: only the (block, kv head) pairs that some local query selected come over, each once for a rank.
+"""`fetch`: only the (block, kv head) pairs that some local query selected come over, each once per rank.
 
 One all-to-all for a range of kv heads; a pair is `length x (D + Dv)` elements. Messages are in order of (kv head, block), which
 both sides know from the gathered masks, so no addresses travel. Gradients go back the same way in the accumulation dtype

@@ -17,8 +17,8 @@ from moba_cp.report import MoBAReport
 from . import definition
 from .inputs import correlate, draw_global
 from .sweep import Case
-from .teams import Team, over_all, time_teams
-from .timing import Times, stage_milliseconds
+from .teams import Team, time_teams
+from .timing import Times, over_all, stage_milliseconds
 
 EXPOSED = ("wait", "return gradients")
 """Beginnings of the names of stages in which the caller's stream waits for communication."""

@@ -34,6 +34,9 @@ ROUTINGS = ("uniform", "correlated", "trained")
 BASELINES = ("equal_work", "dense_ring", "dense_heads")
 LAYOUTS = ("contiguous", "zigzag", "balanced")
 PASSES = ("forward", "forward_backward")
+NUMBERS = ("ranks", "tokens", "tokens_per_rank", "head_parallel")
+LISTS = (*NUMBERS, "heads", "blocks", "comm", "routing", "baselines", "passes")
+"""Keys of a sweep that hold lists; those of `NUMBERS` hold positive integers. `ranks` may also be "all"."""
 KEY = (
     *("ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "layout", "comm", "head_parallel"),
     "baseline",
@@ -145,7 +148,10 @@ def load_plan(path: Path, world: int) -> Plan:
     """
     import yaml
 
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get("sweeps"), list):
         raise ValueError(f"{path} must be a mapping with a list `sweeps`")
     _known(f"{path}", content, {"layout", "iterations", "seconds", "sweeps"})
@@ -153,7 +159,13 @@ def load_plan(path: Path, world: int) -> Plan:
     _one_of("layout", layout, LAYOUTS)
     cases: dict[tuple[Any, ...], Case] = {}
     left_out: list[str] = []
+    for name in ("iterations", "seconds"):
+        value = content.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{path}: {name} must be a positive number, got {value!r}")
     for sweep in content["sweeps"]:
+        if not isinstance(sweep, dict):
+            raise ValueError(f"{path}: every sweep must be a mapping, got {sweep!r}")
         for case in _cases(sweep, layout, world, left_out):
             cases.setdefault(case.key, case)
     return Plan(tuple(cases.values()), int(content.get("iterations", 5)), float(content.get("seconds", 4)), left_out)
@@ -161,28 +173,19 @@ def load_plan(path: Path, world: int) -> Plan:
 
 def _cases(sweep: dict[str, Any], layout: str, world: int, left_out: list[str]) -> list[Case]:
     name = sweep.get("name", "")
-    _known(
-        f"sweep {name!r}",
-        sweep,
-        {
-            "name",
-            "ranks",
-            "tokens",
-            "tokens_per_rank",
-            "heads",
-            "blocks",
-            "comm",
-            "routing",
-            "baselines",
-            "head_parallel",
-        }
-        | {"passes", "selections", "layout"},
-    )
+    _known(f"sweep {name!r}", sweep, {"name", "layout", "selections", *LISTS})
     for needed in ("name", "heads", "blocks", "comm"):
         if needed not in sweep:
             raise ValueError(f"sweep {name!r} lacks {needed!r}")
     if ("tokens" in sweep) == ("tokens_per_rank" in sweep):
         raise ValueError(f"sweep {name!r} must have tokens (in all) or tokens_per_rank, and not both")
+    for key in set(LISTS) & set(sweep):
+        if key == "ranks" and sweep[key] == "all":
+            continue
+        if not isinstance(sweep[key], list):
+            raise ValueError(f"sweep {name!r}: {key} must be a list, got {sweep[key]!r}")
+        if key in NUMBERS and not all(type(value) is int and value > 0 for value in sweep[key]):
+            raise ValueError(f"sweep {name!r}: {key} must hold positive integers, got {sweep[key]!r}")
     layout = sweep.get("layout", layout)
     _one_of("layout", layout, LAYOUTS)
     passes = sweep.get("passes", ["forward_backward"])
@@ -240,7 +243,6 @@ def _variants(first: Case, sweep: dict[str, Any], head_parallel: list[int | None
 
 def _recorded(case: Case, sweep: dict[str, Any]) -> Case:
     """The case with its recorded selections: documents are as long as what was recorded."""
-
     needs_argument("selection", f"sweep {case.sweep!r}")
     given = sweep.get("selections")
     if not isinstance(given, dict) or {"file", "layer"} - set(given):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from .definition import Ranks
-from .timing import Times, elapsed, mark, synchronize
+from .timing import Times, from_common_start
 
 TIMEOUT = timedelta(minutes=4)
 """After which ranks that wait for one that failed end the job."""
@@ -68,13 +68,6 @@ def make_teams(sizes: Iterable[int]) -> dict[int, Team]:
     return teams
 
 
-def over_all(number: float, device: torch.device, op: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> float:
-    """The largest (or what `op` says) of all ranks' numbers."""
-    x = torch.tensor(float(number), dtype=torch.float64, device=device)
-    dist.all_reduce(x, op)
-    return x.item()
-
-
 def first_rank_says(value: Any) -> Any:
     """What rank 0 passes, on every rank."""
     said = [value]
@@ -91,12 +84,5 @@ def time_teams(call: Callable[[], Any] | None, device: torch.device, iterations:
     """
     found: list[float] = []
     while not found or (len(found) < iterations and sum(found) < 1e3 * seconds):
-        dist.barrier()
-        synchronize(device)
-        start = mark(device)
-        if call is not None:
-            call()
-        end = mark(device)
-        synchronize(device)
-        found.append(over_all(elapsed(start, end), device))
+        found.append(from_common_start(call, device))
     return Times(tuple(found))

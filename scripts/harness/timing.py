@@ -96,20 +96,33 @@ def time_on_ranks(call: Callable[[], Any], device: torch.device, *, iterations: 
 
     With `ranks == 1` every rank works for itself and there is no group. The caller warms up.
     """
-    found = []
-    for _ in range(iterations):
-        if ranks > 1:
-            dist.barrier()
-        synchronize(device)
-        start = mark(device)
+    return Times(tuple(from_common_start(call, device, together=ranks > 1) for _ in range(iterations)))
+
+
+def from_common_start(call: Callable[[], Any] | None, device: torch.device, together: bool = True) -> float:
+    """Milliseconds of one call on the slowest rank of the default group, all of which start together.
+
+    Args:
+        call: None where this rank only keeps time with the others.
+        together: False: this rank is timed for itself.
+    """
+    if together:
+        dist.barrier()
+    synchronize(device)
+    start = mark(device)
+    if call is not None:
         call()
-        end = mark(device)
-        synchronize(device)
-        took = torch.tensor(elapsed(start, end), device=device)
-        if ranks > 1:
-            dist.all_reduce(took, dist.ReduceOp.MAX)
-        found.append(took.item())
-    return Times(tuple(found))
+    end = mark(device)
+    synchronize(device)
+    took = elapsed(start, end)
+    return over_all(took, device) if together else took
+
+
+def over_all(number: float, device: torch.device) -> float:
+    """The largest of all ranks' numbers."""
+    x = torch.tensor(float(number), dtype=torch.float64, device=device)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.item()
 
 
 def stage_milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 5) -> dict[str, float]:

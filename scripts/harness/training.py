@@ -12,6 +12,13 @@ from typing import Any
 from .records import REPOSITORY
 
 
+def torchrun(processes: int) -> list[str]:
+    """Beginning of a command line that starts processes on this machine; a program and its arguments follow."""
+    # By number: the host's own name need not resolve where there is no network.
+    local = ["--standalone", "--local-addr", "127.0.0.1"]
+    return [sys.executable, "-m", "torch.distributed.run", *local, "--nproc-per-node", str(processes)]
+
+
 def command(
     config: Path, overrides: list[str], processes: int, device: str, script: str = "train"
 ) -> tuple[list[str], dict[str, str]]:
@@ -26,15 +33,13 @@ def command(
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    # By number: the host's own name need not resolve where there is no network.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     training = [
         str(REPOSITORY / "examples" / "megatron_gpt" / f"{script}.py"),
         str(config),
         f"run.device={device}",
         *overrides,
     ]
-    return [*torchrun, "--nproc-per-node", str(processes), *training], environment
+    return [*torchrun(processes), *training], environment
 
 
 def train(

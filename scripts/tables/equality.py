@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from .text import Entry
+
 
 def equality_table(content: dict[str, Any]) -> str:
     """Markdown of `parallel_equality`: one row per model, with all splits that it was trained under."""
     about = content["about"]
-    models: dict[str, list[dict]] = {}
+    models: dict[str, list[Entry]] = {}
     for run in content["runs"]:
         if "relative_differences" in run:
             models.setdefault(run["model"], []).append(run)

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from .speed import step_rows
-from .text import pyplot, thousands
+from .text import Entry, pyplot, thousands
 
 DENSE = "dense cuDNN"
 
 
 def headline(
-    results: list[dict], dense: dict[tuple, dict], training: dict[str, Any], speed: dict[str, Any] | None = None
+    results: list[Entry],
+    dense: dict[tuple[Any, ...], Entry],
+    training: dict[str, Any],
+    speed: dict[str, Any] | None = None,
 ) -> str:
     """Markdown: full attention against MoBA at 128K tokens: one layer, and training steps, of `training_speed` on one GPU and of
     `bench_training` on two."""
@@ -35,7 +38,7 @@ def headline(
     return "\n".join(lines)
 
 
-def load(files: list[Path]) -> tuple[dict[str, Any], list[dict], dict[tuple, dict]]:
+def load(files: list[Path]) -> tuple[dict[str, Any], list[Entry], dict[tuple[Any, ...], Entry]]:
     """What the first file says about the machine, finished MoBA results, and dense ones by (tokens, heads, name).
 
     Raises:
@@ -52,11 +55,11 @@ def load(files: list[Path]) -> tuple[dict[str, Any], list[dict], dict[tuple, dic
     return contents[0]["about"], [done[key] for key in sorted(done)], dense
 
 
-def case(result: dict) -> tuple[int, int, int]:
+def case(result: Entry) -> tuple[int, int, int]:
     return result["q_heads"], result["kv_heads"], result["tokens"]
 
 
-def kernels_table(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict]) -> str:
+def kernels_table(about: dict[str, Any], results: list[Entry], dense: dict[tuple[Any, ...], Entry]) -> str:
     """Markdown: one row per (heads, tokens, block size, top-k), forward / forward+backward milliseconds."""
     lines = [
         f"{about['device']}, bf16, D = {about['head_dim']}, N(0, 1) inputs, one document; torch {about['torch']}, "
@@ -93,7 +96,7 @@ def kernels_table(about: dict[str, Any], results: list[dict], dense: dict[tuple,
     return "\n".join(lines)
 
 
-def kernels_plot(about: dict[str, Any], results: list[dict], dense: dict[tuple, dict], path: Path) -> None:
+def kernels_plot(about: dict[str, Any], results: list[Entry], dense: dict[tuple[Any, ...], Entry], path: Path) -> None:
     """Forward+backward time against tokens, one panel per pair of heads, log-log."""
     plt = pyplot()
     heads = sorted({case(r)[:2] for r in results})
@@ -119,13 +122,13 @@ def kernels_plot(about: dict[str, Any], results: list[dict], dense: dict[tuple, 
     figure.savefig(path, dpi=130)
 
 
-def both(result: dict | None) -> str:
+def both(result: Entry | None) -> str:
     if result is None:
         return "-"
     return " / ".join(milliseconds(result.get(key)) for key in ("forward_ms", "forward_backward_ms"))
 
 
-def of_the_floor(result: dict) -> str:
+def of_the_floor(result: Entry) -> str:
     """Share of the lower bound in the time taken, forward / forward+backward; `floors` of bench_kernels.py."""
     floors = result["floors_ms"]
     forward = floors["scoring"] + max(floors["forward_attention"], floors["forward_traffic"])
@@ -134,7 +137,7 @@ def of_the_floor(result: dict) -> str:
     return " / ".join(f"{floor / result[key]['median']:.0%}" for key, floor in shares.items() if key in result)
 
 
-def faster(result: dict, reference: dict | None) -> str:
+def faster(result: Entry, reference: Entry | None) -> str:
     """How many times as fast as `reference`, forward / forward+backward."""
     if reference is None:
         return "-"
@@ -145,7 +148,7 @@ def faster(result: dict, reference: dict | None) -> str:
     return " / ".join(cells)
 
 
-def milliseconds(time: dict | None) -> str:
+def milliseconds(time: Entry | None) -> str:
     if time is None:
         return "-"
     value = time["median"]

@@ -1,17 +1,17 @@
-"""The layer over several ranks: tables of `bench_layer`, times by transport and what is lost from one rank to several."""
+"""The layer over several ranks: tables of `bench_layer`, times by exchange and what is lost from one rank to several."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .text import thousands
+from .text import Entry, thousands
 
 WAITS_FORWARD = ("wait for keys and values",)
 WAITS_BACKWARD = ("wait for keys and values, send gradients", "return gradients")
 
 
 def layer_tables(contents: list[dict[str, Any]]) -> str:
-    """Markdown of result files of one machine and commit: times by transport, then weak scaling.
+    """Markdown of result files of one machine and commit: times by exchange, then weak scaling.
 
     Raises:
         ValueError: no files, or files of different machines or commits, which do not go into one table.
@@ -29,9 +29,9 @@ def layer_tables(contents: list[dict[str, Any]]) -> str:
             f"{commit[:10]}. Milliseconds of the slowest rank, forward / forward+backward; *alone*: one GPU with the tokens "
             "that each of the ranks holds.",
             "",
-            *transports_table(done),
+            *exchanges_table(done),
             "",
-            f"Output and dq of all transports {'are' if equal else 'are NOT'} the same bits, as timed.",
+            f"Output and dq of all exchanges {'are' if equal else 'are NOT'} the same bits, as timed.",
             "",
             "What is lost from *alone* to all ranks, with `auto`. Scoring grows with the sequence. *Not hidden*: time that rank "
             "0 waits for keys and values forward / for them and for gradients backward, with their sums, and with waiting for "
@@ -44,19 +44,19 @@ def layer_tables(contents: list[dict[str, Any]]) -> str:
     )
 
 
-def transports_table(done: list[dict]) -> list[str]:
-    """One row per (ranks, heads, block size, top-k, tokens, routing), one column per transport."""
-    transports = list(dict.fromkeys(r["comm"] for r in done if r["ranks"] > 1))
+def exchanges_table(done: list[Entry]) -> list[str]:
+    """One row per (ranks, heads, block size, top-k, tokens, routing), one column per exchange."""
+    comms = list(dict.fromkeys(r["comm"] for r in done if r["ranks"] > 1))
     lines = [
-        f"| heads | (B, k) | tokens | routing | wanted | {' | '.join(transports)} | alone | output error |",
-        "|" + "---|" * (7 + len(transports)),
+        f"| heads | (B, k) | tokens | routing | wanted | {' | '.join(comms)} | alone | output error |",
+        "|" + "---|" * (7 + len(comms)),
     ]
     for of_comm, alone in cases(done):
         any_of = next(iter(of_comm.values()))
         cells = [
             *about(any_of),
             f"{any_of['wanted_share']:.0%}",
-            *(times(of_comm.get(t)) for t in transports),
+            *(times(of_comm.get(comm)) for comm in comms),
             times(alone),
             f"{max(r['output_error'] for r in of_comm.values()):.1e}",
         ]
@@ -64,7 +64,7 @@ def transports_table(done: list[dict]) -> list[str]:
     return lines
 
 
-def scaling_table(done: list[dict]) -> list[str]:
+def scaling_table(done: list[Entry]) -> list[str]:
     """One row per case that was also run alone: weak-scaling efficiency, scoring, waits, work and memory."""
     lines = [
         "| heads | (B, k) | tokens | routing | efficiency | scoring, ms | not hidden, ms | work | peak |",
@@ -89,9 +89,9 @@ def scaling_table(done: list[dict]) -> list[str]:
     return lines
 
 
-def cases(done: list[dict]) -> list[tuple[dict[str, dict], dict | None]]:
-    """By case, sorted: the results of several ranks by transport, and the one alone with each rank's tokens."""
-    rows: dict[tuple, dict[str, dict]] = {}
+def cases(done: list[Entry]) -> list[tuple[dict[str, Entry], Entry | None]]:
+    """By case, sorted: the results of several ranks by exchange, and the one alone with each rank's tokens."""
+    rows: dict[tuple[Any, ...], dict[str, Entry]] = {}
     for r in done:
         key = (r["ranks"], r["q_heads"], r["kv_heads"], r["tokens"], r["block_size"], r["topk"], r["routing"])
         rows.setdefault(key, {})[r["comm"]] = r
@@ -102,7 +102,7 @@ def cases(done: list[dict]) -> list[tuple[dict[str, dict], dict | None]]:
     ]
 
 
-def about(result: dict) -> list[str]:
+def about(result: Entry) -> list[str]:
     return [
         f"{result['q_heads']}/{result['kv_heads']}",
         f"({result['block_size']}, {result['topk']})",
@@ -111,7 +111,7 @@ def about(result: dict) -> list[str]:
     ]
 
 
-def times(result: dict | None) -> str:
+def times(result: Entry | None) -> str:
     if result is None:
         return "-"
     text = f"{result['forward_ms']:.1f} / {result['forward_backward_ms']:.1f}"

@@ -115,10 +115,9 @@ def dense_rate(baseline: dict[str, Any]) -> float:
     return float(flops / baseline["ranks"] / baseline["forward_backward_ms"] * 1e3)
 
 
-def scaling_plot(contents: Sequence[dict[str, Any]], paths: Sequence[Path]) -> None:
+def scaling_plot(contents: Sequence[dict[str, Any]], path: Path) -> None:
     """Left: time of one layer against tokens, by number of GPUs. Right: share of the time that equal work on one GPU takes."""
     plt = pyplot()
-    plt.rcParams["svg.hashsalt"] = "moba_cp"  # ids inside the file do not change from run to run
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=130, layout="constrained")
     curves: dict[str, list[tuple[int, float]]] = {}
     bars: dict[str, float] = {}
@@ -157,8 +156,7 @@ def scaling_plot(contents: Sequence[dict[str, Any]], paths: Sequence[Path]) -> N
     right.invert_yaxis()
     right.set_xlabel("efficiency: equal work on one GPU over this time")
     figure.suptitle("; ".join(sorted({content["device"] for content in contents})), fontsize=10)
-    for path in paths:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+    figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 
 

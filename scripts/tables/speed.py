@@ -26,10 +26,11 @@ def attention_name(name: str) -> str:
 def speed_table(content: dict[str, Any]) -> str:
     """Markdown of `training_speed`: one row per run that finished."""
     lines = [
-        f"{_measured_on(content)} MFU counts MoBA as what it computes and recomputation not at all.",
+        f"{_measured_on(content)} MFU counts MoBA as what it computes and recomputation not at all. "
+        "*Busy*: time that the GPU works, of a profiled step.",
         "",
-        "| layers | attention | GPUs | parameters | tokens a step | step | tokens/s | MFU | peak GiB per GPU |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| layers | attention | GPUs | parameters | tokens a step | step | tokens/s | MFU | busy | peak GiB per GPU |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in content["runs"]:
         if "error" in run:
@@ -43,6 +44,7 @@ def speed_table(content: dict[str, Any]) -> str:
             f"{run['step_seconds']:.2f} s",
             f"{run['tokens_per_second']:,.0f}",
             f"{run['mfu']:.1%}" if run["mfu"] else "-",
+            f"{run['profile']['busy']:.0%}" if "profile" in run else "-",
             f"{run['peak_memory_gib']:.1f}" if run["peak_memory_gib"] else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+Entry = dict[str, Any]
+"""One entry of a list of results, as its JSON holds it."""
+
 
 def fill(blocks: dict[str, str], files: list[Path]) -> None:
     """Write every block into all files that are marked for it.

@@ -6,14 +6,21 @@ interpreter tests carry the mark `interpreted` and are skipped in the main proce
     def test_in_interpreter():
         interpreter.run_module(__file__)
 
-that runs them in another process. On a machine with a GPU both are skipped: the same kernels run compiled there.
+that runs them in another process, forked from a server that has imported torch and Triton (`interpreter_server.py`). On a
+machine with a GPU both are skipped: the same kernels run compiled there.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,10 +40,52 @@ def run_module(path: str, timeout: float = 280) -> None:
         pytest.skip("already in the interpreter")
     if CUDA:
         pytest.skip("the module's GPU tests run the same kernels")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", path]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "output")
+        status = _ask(f"{path}\t{output}\n", timeout)
+        text = output.read_text(errors="replace") if output.exists() else ""
+    assert status == "0\n", f"status {status!r}: {text[-10000:]}"
+
+
+def _ask(line: str, timeout: float) -> str:
+    """The server's answer; empty if it ended, or was ended because it did not answer in time."""
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(line)
+    server.stdin.flush()
+    if not select.select([server.stdout], [], [], timeout)[0]:
+        _end_server()
+        return f"none in {timeout:g} s"
+    answer = server.stdout.readline()
+    if not answer:
+        _end_server()
+    return answer
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """The process of interpreter_server.py."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    command = [sys.executable, "-m", "tests.kernels.interpreter_server"]
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True, start_new_session=True
+    )
+    atexit.register(_end, server)
+    return server
+
+
+def _end_server() -> None:
+    _end(_server())
+    _server.cache_clear()
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """Kill the server and what it has forked."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def run_without_interpreter(path: str, *arguments: str, timeout: float = 280) -> str:

@@ -118,7 +118,9 @@ def test_accumulates():
 @pytest.mark.parametrize("block_size", [16, 160])
 def test_hot_bins_are_cut_and_summed(monkeypatch, block_size, accumulate):
     monkeypatch.setattr(segments, "SEGMENT_BLOCKS", 1)
-    case = make_case([14 * block_size // 2], block_size, 3, q_heads=4, kv_heads=2, hot=True)
+    # Blocks of 160 keys are two tiles. Interpreting them is slow, so only blocks of 16 have several kv heads and many bins.
+    tokens, q_heads, kv_heads = (112, 4, 2) if block_size == 16 else (560, 2, 1)
+    case = make_case([tokens], block_size, 3, q_heads=q_heads, kv_heads=kv_heads, hot=True)
     n_segments = segments.segment_count(len(case.rows), case.lists.shape)
     assert n_segments
     cut = segments.find_segments(case.lists.pointer, n_segments, block_size)

@@ -14,6 +14,11 @@ HELPER = str(Path(__file__).with_name("compile_forward.py"))
 KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227}
 
 
+def heavy(cases):
+    """More of the same kind: where Triton has cached none, each takes seconds."""
+    return pytest.param(cases, marks=pytest.mark.heavy)
+
+
 def build(cases):
     return json.loads(interpreter.run_without_interpreter(HELPER, json.dumps(cases)))
 
@@ -27,25 +32,29 @@ def check(cases, most_spilled, most_spilled_own=0):
             assert used["shared"] <= KIB[tuple(case[-1])] * 1024, (case, name, used)
 
 
-def test_hopper_attend():
+ATTEND = [["attend", 128, 128, block, "bf16", [9, 0]] for block in (128, 512)]
+ATTEND += [["attend", 96, 96, 512, "fp16", [9, 0]], ["attend", 192, 192, 128, "bf16", [9, 0]]]
+ATTEND_HEAVY = [["attend", 128, 128, block, "bf16", [9, 0]] for block in (16, 64, 100, 520, 4096)]
+ATTEND_HEAVY += [
+    ["attend", *dims, block, "bf16", [9, 0]] for dims in ((64, 64), (192, 128), (256, 256)) for block in (128, 512)
+]
+
+
+@pytest.mark.parametrize("cases", [ATTEND, heavy(ATTEND_HEAVY)])
+def test_hopper_attend(cases):
     """`hold_rows_kernel` may spill 8 bytes: one register kept across its loop, written and read once per program.
 
     `own_blocks_kernel` may spill 20 registers across its loop over unmasked tiles; some are read again on the diagonal.
     """
-    cases = [["attend", 128, 128, block, "bf16", [9, 0]] for block in (16, 64, 100, 128, 512, 520, 4096)]
-    cases += [
-        ["attend", *dims, block, "bf16", [9, 0]] for dims in ((64, 64), (192, 128), (256, 256)) for block in (128, 512)
-    ]
-    cases += [["attend", 96, 96, 512, "fp16", [9, 0]], ["attend", 192, 192, 128, "bf16", [9, 0]]]
     check(cases, 8, most_spilled_own=80)
 
 
-def test_hopper_gluon():
+@pytest.mark.parametrize(
+    "sizes", [((128, 128), (128, 512)), heavy(((64, 128), (64, 64), (128, 4096), (64, 192)))], ids=str
+)
+def test_hopper_gluon(sizes):
     """No spills, and ptxas does not run asynchronous products one after another ("serialised")."""
-    cases = [
-        ["attend", dim, dim, block, "fp16", [9, 0]]
-        for dim, block in ((128, 128), (64, 128), (64, 64), (128, 512), (128, 4096), (64, 192))
-    ]
+    cases = [["attend", dim, dim, block, "fp16", [9, 0]] for dim, block in sizes]
     for case, kernels in zip(cases, build(cases), strict=True):
         used = {name: usage for name, usage in kernels.items() if name.startswith("hopper")}
         assert len(used) == (1 if case[3] <= 128 else 2)
@@ -65,12 +74,8 @@ def test_two_programs_a_multiprocessor():
             assert 2 * (used["shared"] + 1024) <= 228 * 1024
 
 
-def test_ampere_and_ada():
-    cases = [
-        ["attend", *dims, block, "bf16", gpu]
-        for gpu in ([8, 0], [8, 9])
-        for dims in ((128, 128), (256, 256))
-        for block in (128, 512)
-    ]
+@pytest.mark.parametrize("dims", [(128, 128), heavy((256, 256))], ids=str)
+def test_ampere_and_ada(dims):
+    cases = [["attend", *dims, block, "bf16", gpu] for gpu in ([8, 0], [8, 9]) for block in (128, 512)]
     cases += [["merge", 128, 8, "fp16", [8, 0]]]
     check(cases, 400)

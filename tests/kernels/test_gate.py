@@ -82,8 +82,15 @@ SMALL = {
     "topk 1": {"lengths": [50], "block_size": 4, "topk": 1},
     "topk 2": {"lengths": [130], "block_size": 2, "topk": 2},
     "all selected": {"lengths": [50], "block_size": 8, "topk": 9},
-    "topk above 16": {"lengths": [130], "block_size": 2, "topk": 20, "heads": (1, 1)},
-    "few distinct scores": {"lengths": [260], "block_size": 2, "topk": 5, "spread": 1, "dim": 2},
+    "topk above 16": {"lengths": [64], "block_size": 2, "topk": 20, "heads": (1, 1)},
+    "few distinct scores": {
+        "lengths": [260],
+        "block_size": 2,
+        "topk": 5,
+        "spread": 1,
+        "dim": 2,
+        "order": np.arange(1, 260, 5),
+    },
     "all equal": {"lengths": [150], "block_size": 2, "topk": 4, "spread": 0},
     "fp16, odd D, grouped": {
         "lengths": [100],
@@ -111,8 +118,8 @@ def test_any_row_order():
 @interpreter.interpreted
 def test_unpacked_keys(monkeypatch):
     configure(monkeypatch, packed=False)
-    check_small([330], 2, 4)
-    check_small([40, 290], 2, 3, spread=1, dim=4)
+    check_small([330], 2, 4, order=np.arange(1, 330, 6))  # the interpreter is slow: every sixth row
+    check_small([40, 290], 2, 3, spread=1, dim=4, order=np.arange(1, 330, 6))
 
 
 @interpreter.interpreted

@@ -94,8 +94,7 @@ CASES = {
 
 @interpreter.interpreted
 @pytest.mark.usefixtures("few_entries")
-@pytest.mark.parametrize("block_size", [64, 512])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "block_size"), [*((name, 64) for name in CASES), ("plain", 512)])
 def test_small(name, block_size, monkeypatch):
     configure(monkeypatch, item_rows_small=8, item_rows_large=8)
     q_heads, kv_heads, tokens, topk, n_blocks = CASES[name]

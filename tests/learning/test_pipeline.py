@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("yaml")
+
+import yaml
+
+from examples.learning.corpus import Corpus, build
+from examples.learning.run import Options, Plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +76,29 @@ def test_plan_runs_from_text_to_page(tmp_path: Path) -> None:
     for arm in runs:
         assert f"| {arm} |" in page
     assert (tmp_path / "learning_loss.png").stat().st_size > 5000
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    options = Options(
+        ROOT / "configs/learning/tiny.yaml", tmp_path, tmp_path / "out", tmp_path / "work", None, 1e9, None, None, None
+    )
+    with pytest.raises(FileNotFoundError, match="holds no corpus: python -m examples.learning.corpus build"):
+        Plan(options)
+    with pytest.raises(ValueError, match=r"tiny\.yaml has no run of fulll, only of broken, full, "):
+        Plan(replace(options, only=["fulll"]))
+    with pytest.raises(FileNotFoundError, match=r"must hold one sympy-\*\.whl, has 0: run the command `fetch` first"):
+        build({"sources": [{"wheel": "sympy", "licence": "", "megabytes": 1, "paths": []}]}, tmp_path / "new")
+
+
+def test_another_corpus_is_not_taken_for_the_one_in_the_work_folder(tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "configs/learning/corpus_tiny.yaml").read_text())
+    options = Options(
+        ROOT / "configs/learning/tiny.yaml", tmp_path, tmp_path / "out", tmp_path / "work", None, 1e9, None, None, None
+    )
+    for tokens in (50_000, 100_000):
+        facts = build(config | {"train_tokens": tokens}, tmp_path)
+        Plan(options)
+        assert Corpus(tmp_path / "work").facts["fingerprint"] == facts["fingerprint"]
 
 
 @pytest.mark.slow

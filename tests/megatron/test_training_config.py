@@ -59,6 +59,7 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
         (["run.steps"], "section.key=value, got 'run.steps'"),
         (["run.precision=fp16"], "run.precision must be one of.*'fp16'"),
         (["run.routing_interval=-1"], "run.routing_interval must not be negative .0: never., got -1"),
+        (["moba.comm=pul"], "moba.comm must be one of.*'auto'.*got 'pul'"),
         (["moba.topk=0"], "topk must be at least 1, got 0"),
         (
             ["data.seq_length=1026", "parallel.context=2"],

@@ -13,11 +13,7 @@ pytest.importorskip("transformers")
 from moba_cp import SequenceLayout
 from moba_cp.transformers.attention import moba_attention_forward
 from tests.ranks import run_ranks
-
-LENGTHS = (11, 1, 17, 7)
-TOKENS = sum(LENGTHS)
-ENDS = [0, 11, 12, 29, 36]
-POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+from tests.transformers.packed import ENDS, POSITIONS, TOKENS
 
 
 class Layer(torch.nn.Module):

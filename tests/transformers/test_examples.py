@@ -11,19 +11,21 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
+from scripts.harness.training import torchrun
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*line: str, **more: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
-    done = subprocess.run([sys.executable, *line], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
 @pytest.mark.heavy
 def test_generation() -> None:
-    printed = run(str(ROOT / "examples" / "hf_generate.py"))
+    printed = run(sys.executable, str(ROOT / "examples" / "hf_generate.py"))
     assert "same tokens: True" in printed
     difference = re.search(r"largest difference of logits (\S+)", printed)
     assert difference
@@ -33,17 +35,8 @@ def test_generation() -> None:
 @pytest.mark.heavy
 def test_training() -> None:
     losses = []
-    for ranks in ("1", "2"):
-        torchrun = (
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--local-addr",
-            "127.0.0.1",
-            "--nproc-per-node",
-            ranks,
-        )
-        printed = run(*torchrun, str(ROOT / "examples" / "hf_train.py"), STEPS="4")
+    for ranks in (1, 2):
+        printed = run(*torchrun(ranks), str(ROOT / "examples" / "hf_train.py"), STEPS="4")
         losses.append([float(x) for x in re.findall(r"loss (\S+)", printed)])
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)  # fp32 sums in another order, over four steps
     assert losses[0][-1] < losses[0][0]

@@ -12,11 +12,7 @@ import transformers
 import moba_cp.transformers.attention as attention_module
 from moba_cp import MoBAConfig, SequenceLayout
 from tests.transformers.models import KINDS, TOLERANCE, text, tiny, use_reference, whole
-
-LENGTHS = (11, 1, 17, 7)
-TOKENS = sum(LENGTHS)
-ENDS = torch.tensor([0, 11, 12, 29, 36], dtype=torch.int32)
-POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+from tests.transformers.packed import ENDS, POSITIONS, TOKENS
 
 
 def gradients(model: transformers.PreTrainedModel, ids: Tensor, **more: object) -> dict[str, Tensor]:
@@ -59,9 +55,10 @@ def test_packed_documents_do_not_see_each_other(how: str) -> None:
     model, ids = tiny(full_last=1), text(1, TOKENS)
     more: dict[str, object] = {"position_ids": POSITIONS}
     if how == "cu_seq_lens":
-        more |= {"cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS.clone(), "max_length_q": 17, "max_length_k": 17}
+        ends = torch.tensor(ENDS, dtype=torch.int32)
+        more |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "max_length_q": 17, "max_length_k": 17}
     logits = whole(model, ids, **more)
-    for begin, end in zip(ENDS[:-1].tolist(), ENDS[1:].tolist(), strict=True):
+    for begin, end in zip(ENDS[:-1], ENDS[1:], strict=True):
         torch.testing.assert_close(logits[:, begin:end], whole(model, ids[:, begin:end]), **TOLERANCE)
 
 
@@ -137,7 +134,7 @@ def test_the_layout_reaches_every_layer() -> None:
     more = {"position_ids": POSITIONS}
     plain = gradients(model, ids, **more)
     model.gradient_checkpointing_enable()
-    more |= {"moba_layout": SequenceLayout.contiguous(ENDS.tolist(), 1)}
+    more |= {"moba_layout": SequenceLayout.contiguous(ENDS, 1)}
     assert_same(gradients(model, ids, **more), plain, 0)
     with pytest.raises(ValueError, match="36 tokens"):
         whole(model, ids[:, :20], moba_layout=more["moba_layout"])

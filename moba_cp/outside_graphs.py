@@ -1,0 +1,25 @@
+"""`torch.compiler.disable` that imports dynamo at the first call of the function: dynamo takes as long to import as torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """`function` as one graph break of `torch.compile`: neither it nor what it calls is traced."""
+    disabled: list[Callable[P, T]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return call
