@@ -32,7 +32,8 @@ class TrainingShape:
         distributed_optimizer: optimizer state is spread over data- and context-parallel ranks.
         bf16: parameters and activations in bf16 with fp32 gradients and master weights; else all fp32.
         recompute: one of `RECOMPUTE`; "all_but_attention" is `moba_cp.megatron.layer`'s.
-        long_layers: layers are those of `moba_cp.megatron.layer`; Megatron's keep what its unfused functions save.
+        long_layers: layers are those of `moba_cp.megatron.layer`, and the loss that of `moba_cp.megatron.loss`; Megatron's keep
+            what their unfused functions save.
         chunk_tokens, loss_chunk: tokens that the MLP works on, and that have logits, at a time; 0: all.
         offload: layer inputs are in host memory.
         head_parallel: ranks that split heads; above 1 attention keeps its head-sharded inputs.
@@ -223,7 +224,8 @@ def _attention(s: TrainingShape) -> int:
 
 
 def _loss(s: TrainingShape) -> int:
-    """Logits, their fp32 copy, the softmax and gradients, of a chunk."""
+    """Logits and gradients of a chunk; with Megatron's cross entropy their fp32 copy and the softmax too."""
     size = s.itemsize
     chunk = min(s.loss_chunk or s.tokens, s.tokens)
-    return chunk * s.vocab // s.tensor * (2 * size + 8) + s.tokens * s.hidden * size * 3
+    copies = 0 if s.long_layers and s.tensor == 1 else 8
+    return chunk * s.vocab // s.tensor * (2 * size + copies) + s.tokens * s.hidden * size * 3

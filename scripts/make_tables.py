@@ -22,7 +22,7 @@ from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.planning import balance_table, clusters_table, predictions_table
 from .tables.scaling import longest_table, scaling_plot, scaling_tables
-from .tables.speed import profile_plot, speed_table
+from .tables.speed import gpus_table, profile_plot, speed_table
 from .tables.text import fill
 from .tables.training import training_plot, training_table
 
@@ -55,6 +55,7 @@ def blocks() -> dict[str, str]:
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
         "results:training": training_table(content("training")),
         "results:speed": speed_table(content("training_speed")),
+        "results:training_scaling": gpus_table(content("training_scaling")),
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),

@@ -4,10 +4,15 @@
         --out docs/results/training_speed.json -- parallel.context=1
 
 For each attention the model is built anew from the same seed, trained on the same text for a few steps, and its last step
-is profiled. An attention is `moba:BLOCK_SIZE:TOPK` or `full`; `:N` behind it is its number of timed steps. Rank 0 writes
-one entry of `runs` per attention: `gpus`, `tokens_per_step`, `attention`, `step_seconds`, `tokens_per_second` (all GPUs
+is profiled. An attention is `moba:BLOCK_SIZE:TOPK` or `full`; `:N` behind it is its number of timed steps. Words after a
+space change keys of the configuration for this attention only, outside `parallel`: `"moba:512:8:1 moba.comm=a2a"`. Rank 0
+writes one entry of `runs` per attention: `gpus`, `tokens_per_step`, `attention`, `step_seconds`, `tokens_per_second` (all GPUs
 together), `mfu` (one GPU, operations as in moba_cp/megatron/flops.py), `peak_memory_gib` (largest over ranks), `loss` (every
 step), and `profile` (milliseconds by category, of rank 0). `--keep` adds to the runs that OUT has; `--label` names them.
+
+A run that will not fit is refused before it starts. Where a rank runs out of memory nevertheless, the entry holds the error,
+which also says what was held and what to change; with several ranks the program ends then, since the others are in the middle
+of a step.
 """
 
 from __future__ import annotations
@@ -43,7 +48,7 @@ from scripts.harness.records import about, megatron_core_version, write_json  # 
 
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file")],
-    attention: Annotated[list[str], typer.Option(help="moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS]")],
+    attention: Annotated[list[str], typer.Option(help="moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS] [KEY=VALUE ...]")],
     overrides: Annotated[list[str] | None, typer.Argument(help="keys of the configuration to change")] = None,
     out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/training_speed.json"),
     warmup: Annotated[int, typer.Option(help="steps before the timed ones")] = 3,
@@ -65,37 +70,47 @@ def main(
     }
     if keep and out.exists():
         content["runs"] = json.loads(out.read_text())["runs"]
-    for name, (changes, count) in runs:
-        settings = load_config(config, [*plain, *changes])
+    for name, (changes, own, count) in runs:
+        settings = load_config(config, [*plain, *changes, *own])
+        entry: dict[str, Any] = {
+            "label": label,
+            "attention": name.split()[0],
+            "gpus": dist.get_world_size(),
+            "overrides": [*(overrides or []), *own],
+        }
+        failed = False
         try:
-            result = _measure(
+            entry |= _measure(
                 settings, ranks, warmup if count is None else min(warmup, count), count or steps, profile, host_profile
             )
-        except torch.cuda.OutOfMemoryError as error:
-            result = {"error": str(error).splitlines()[0]}
-        entry = {
-            "label": label,
-            "attention": name,
-            "gpus": dist.get_world_size(),
-            "overrides": overrides or [],
-        } | result
+        except distributed.TrainingError as error:  # on every rank
+            entry["error"] = str(error)
+        except fit.OutOfMemoryError as error:
+            entry["error"], failed = fit.explain(error, settings, ranks), True
         gc.collect()
         torch.cuda.empty_cache()
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 or failed:
             content["runs"].append(entry)
-            write_json(out, content)
+            write_json(out if dist.get_rank() == 0 else out.with_suffix(f".rank{dist.get_rank()}.json"), content)
             _show(entry)
+        if failed and dist.get_world_size() > 1:
+            raise typer.Exit(1)
     distributed.stop()
 
 
-def _changes(attention: str) -> tuple[list[str], int | None]:
-    """Overrides for a name of --attention, and its number of timed steps if it has one."""
-    kind, *numbers = attention.split(":")
+def _changes(attention: str) -> tuple[list[str], list[str], int | None]:
+    """Overrides for a name of --attention: its kind's and its own; and its number of timed steps if it has one."""
+    name, *own = attention.split() or [""]
+    kind, *numbers = name.split(":")
+    if any(change.startswith("parallel.") for change in own):
+        raise typer.BadParameter(
+            f"--attention {attention!r}: ranks join once, so keys of parallel are the same for all"
+        )
     if kind == "full" and len(numbers) <= 1:
-        return ["moba.fraction=1", "moba.full_last_layers=-1"], int(numbers[0]) if numbers else None
+        return ["moba.fraction=1", "moba.full_last_layers=-1"], own, int(numbers[0]) if numbers else None
     if kind == "moba" and 2 <= len(numbers) <= 3:
         changes = [f"moba.block_size={numbers[0]}", f"moba.topk={numbers[1]}"]
-        return changes, int(numbers[2]) if len(numbers) == 3 else None
+        return changes, own, int(numbers[2]) if len(numbers) == 3 else None
     raise typer.BadParameter(f"--attention must be moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS], got {attention!r}")
 
 
@@ -117,6 +132,8 @@ def _measure(
     )
     torch.manual_seed(run.seed)
     cuda = ranks.device.type == "cuda"
+    if warning := fit.check(config, ranks):
+        _say(warning)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     with fit.doing("building the model"):
@@ -124,12 +141,16 @@ def _measure(
     parameters = count_parameters(trainer, ranks)
     batches = micro_batches(text, run.micro_batch_size, 0, sharding, data.separate_documents, ahead=2)
     losses, seconds = [], []
-    for _ in range(warmup + steps):
+    for number in range(warmup + steps):
         _wait(cuda)
         begin = time.perf_counter()
         losses.append(train_step(trainer, batches, config, ranks).loss)
         _wait(cuda)
         seconds.append(time.perf_counter() - begin)
+        peak_gib = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
+        _say(
+            f"step {number + 1} of {warmup + steps}: {seconds[-1]:.2f} s, loss {losses[-1]:.4f}, peak {peak_gib:.2f} GiB"
+        )
     timed = statistics.median(seconds[warmup:])
     settings = moba_settings(config)
     layers = config.model.num_layers
@@ -187,6 +208,11 @@ def _profile_host(step: Callable[[], Any], path: Path) -> None:
     profiler.disable()
     with path.open("w") as file:
         pstats.Stats(profiler, stream=file).sort_stats("tottime").print_stats(60)
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def _wait(cuda: bool) -> None:

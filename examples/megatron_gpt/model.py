@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moba_cp import MoBAConfig
 from moba_cp.megatron.heads import full_comm_of
 from moba_cp.megatron.layer import LongLayerSettings, with_long_layers
-from moba_cp.megatron.loss import ChunkedLossGPT
+from moba_cp.megatron.loss import ChunkedLossGPT, FusedLossGPT
 from moba_cp.megatron.norm import TorchNorm
 from moba_cp.megatron.optimizer import use_foreach_kernels
 from moba_cp.megatron.settings import MoBASettings
@@ -83,7 +83,9 @@ def _chunk(config: TrainConfig, transformer_config: TransformerConfig, ranks: Ra
     """Model chunk ``number`` of this pipeline stage; with virtual pipeline, the stages hold the layers of all chunks 0,
     then those of all chunks 1, and so on."""
     chunks = config.parallel.virtual_pipeline
-    kind = partial(ChunkedLossGPT, loss_chunk=config.run.loss_chunk) if config.run.loss_chunk else GPTModel
+    kind = FusedLossGPT if uses_long_layers(config) else GPTModel
+    if config.run.loss_chunk:
+        kind = partial(ChunkedLossGPT, loss_chunk=config.run.loss_chunk)
     model = kind(
         transformer_config,
         block_spec(config, transformer_config),

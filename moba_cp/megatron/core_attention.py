@@ -171,7 +171,10 @@ class MoBACoreAttention(MegatronModule):
             raise ValueError(f"query must be [s / cp, b, heads, d] without packing, got {tuple(query.shape)}")
         length, batch = query.shape[:2]
         layout = sbhd_layout(length, batch, cp_size, self.partition)
-        # Sequence by sequence: a view when there is one sequence, one copy when there are more.
+        if batch == 1:
+            q_thd, k_thd, v_thd = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+            return self._attend(q_thd, k_thd, v_thd, layout, group).flatten(1).unsqueeze(1)
+        # Sequence by sequence, one copy.
         q_thd, k_thd, v_thd = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         out_thd = self._attend(q_thd, k_thd, v_thd, layout, group)
         return out_thd.flatten(1).unflatten(0, (batch, length)).transpose(0, 1)

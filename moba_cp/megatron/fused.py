@@ -1,8 +1,11 @@
-"""What a transformer layer computes between its matrices, each in one pass over memory on GPUs: without Transformer Engine, apex
-or a compiler.
+"""What a transformer computes between its matrices, each in one pass over memory on GPUs: without Transformer Engine, apex or a
+compiler.
 
 On GPUs these are the Triton kernels of :mod:`.fused_kernels`; elsewhere the same formulas in torch, in the inputs' dtype.
 Everything is differentiable once. Tensors are made contiguous where a kernel needs it.
+
+`rms_norm`, `add_rms_norm`, `swiglu` and `split_rotate` are for autograd. Functions named ``..._pass`` and ``..._backward`` are
+the two directions by themselves, for :mod:`.direct`, which writes the gradients of whole segments out.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
+
+from moba_cp.kernels.launch import launch_kernel
 
 from . import fused_kernels as kernels
 
@@ -63,6 +67,24 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Megatron's cross entropy of a whole vocabulary, without copies of the logits in fp32.
+
+    Args:
+        logits: ``[..., vocabulary]``.
+        labels: int64 ``[...]``. One outside the vocabulary has the loss of the largest logit, and no gradient of its own.
+
+    Returns:
+        fp32 ``[...]``; in torch for fp64 fp64.
+    """
+    if runs_kernels(logits):
+        return _CrossEntropy.apply(logits, labels)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    known = (labels >= 0) & (labels < logits.size(-1))
+    wanted = wide.gather(-1, labels.where(known, 0).unsqueeze(-1)).squeeze(-1)
+    return wide.logsumexp(-1) - wanted.where(known, wide.detach().amax(-1))
+
+
 def split_rotate(
     mixed: Tensor, groups: int, dim: int, table: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,9 +102,7 @@ def split_rotate(
     """
     if table is not None and runs_kernels(mixed):
         return _SplitRotate.apply(mixed, *table, groups, dim)
-    by_group = mixed.unflatten(-1, (groups, -1, dim))
-    q, k, v = by_group[..., :-2, :].flatten(2, 3), by_group[..., -2, :], by_group[..., -1, :]
-    return (q, k, v) if table is None else (rotate(q, *table), rotate(k, *table), v)
+    return _split_rotate(mixed, groups, dim, table)
 
 
 def rotation_table(freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -100,13 +120,145 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
+def norm_pass(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of ``x`` and ``y`` (without ``y``: ``x``), contiguous, and its norm; without a graph.
+
+    Raises:
+        ValueError: ``y`` is not like ``x``.
+    """
+    if y is not None and (x.shape != y.shape or x.dtype != y.dtype):
+        raise ValueError(f"x and y must be alike, got {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}")
+    x = x.contiguous()
+    if not runs_kernels(x):
+        total = x if y is None else x + y
+        return total, F.rms_norm(total, weight.shape, weight, eps)
+    rows, width = x.numel() // x.size(-1), x.size(-1)
+    normed = torch.empty_like(x)
+    total, other = (x, x) if y is None else (torch.empty_like(x), y.contiguous())
+    _launch(
+        kernels.rms_norm_kernel, (rows,), x, other, weight, total, normed, eps,
+        WIDTH=width, ADD=y is not None, **_row_options(width),
+    )  # fmt: skip
+    return total, normed
+
+
+def norm_backward(
+    total: Tensor, weight: Tensor, dnormed: Tensor, dtotal: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of what was normed and of the weight.
+
+    Args:
+        total: what was normed, contiguous.
+        weight, eps: of the norm.
+        dnormed: gradient of the norm's result.
+        dtotal: another gradient of ``total``, which is added; or None.
+    """
+    width = total.size(-1)
+    if not runs_kernels(total):
+        wide = torch.promote_types(total.dtype, torch.float32)
+        x, dy = total.to(wide), dnormed.to(wide)
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        weighted = dy * weight.to(wide)
+        dx = scale * (weighted - x * scale.square() * (weighted * x).mean(-1, keepdim=True))
+        if dtotal is not None:
+            dx += dtotal.to(wide)
+        return dx.to(total.dtype), (dy * x * scale).flatten(0, -2).sum(0).to(weight.dtype)
+    rows = total.numel() // width
+    programs = min(_PROGRAMS, rows)
+    dx = torch.empty_like(total)
+    partial = torch.empty(programs, width, dtype=torch.float32, device=total.device)
+    dnormed = dnormed.contiguous()
+    added = dnormed if dtotal is None else dtotal.contiguous()
+    _launch(
+        kernels.rms_norm_backward_kernel, (programs,), total, weight, dnormed, added, dx, partial, rows, eps,
+        WIDTH=width, ADD=dtotal is not None, **_row_options(width),
+    )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+def swiglu_pass(x: Tensor) -> Tensor:
+    """`swiglu` without a graph; ``x`` contiguous."""
+    if not runs_kernels(x):
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+    width = x.size(-1) // 2
+    y = x.new_empty(*x.shape[:-1], width)
+    grid = (x.numel() // (2 * width), -(-width // _COLUMNS))
+    _launch(kernels.swiglu_kernel, grid, x, y, WIDTH=width, COLUMNS=_COLUMNS, num_warps=2)
+    return y
+
+
+def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
+    """Gradient of `swiglu`'s input; ``x`` contiguous."""
+    if not runs_kernels(x):
+        gate, up = x.chunk(2, -1)
+        sigmoid = gate.sigmoid()
+        return torch.cat([dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid], -1)
+    width = x.size(-1) // 2
+    dx = torch.empty_like(x)
+    grid = (x.numel() // (2 * width), -(-width // _COLUMNS))
+    _launch(kernels.swiglu_backward_kernel, grid, x, dy.contiguous(), dx, WIDTH=width, COLUMNS=_COLUMNS, num_warps=2)
+    return dx
+
+
+def split_rotate_pass(
+    mixed: Tensor, groups: int, dim: int, table: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_rotate` without a graph; ``mixed`` contiguous.
+
+    Raises:
+        ValueError: the table is of another length, or wider than a head.
+    """
+    if table is None or not runs_kernels(mixed):
+        return _split_rotate(mixed, groups, dim, table)
+    cos, sin = table
+    length, batch, width = mixed.shape
+    group = width // (groups * dim) - 2
+    if cos.size(0) != length or 2 * cos.size(1) > dim:
+        raise ValueError(f"{length} rows with heads of {dim} do not fit a rotation table of {tuple(cos.shape)}")
+    q = mixed.new_empty(length, batch, groups * group, dim)
+    k = mixed.new_empty(length, batch, groups, dim)
+    _launch(
+        kernels.split_rotate_kernel, (length * batch,), mixed, cos, sin, q, k, batch,
+        **_rotary_sizes(group, groups, dim, cos.size(1)), num_warps=2,
+    )  # fmt: skip
+    return q, k, mixed.view(length, batch, groups, group + 2, dim)[..., group + 1, :]
+
+
+def split_rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Gradient of `split_rotate`'s input, from those of its outputs."""
+    length, batch, groups, dim = dk.shape
+    group = dq.size(2) // groups
+    if table is None or not runs_kernels(dq):
+        if table is not None:
+            cos, sin = table
+            dq, dk = rotate(dq, cos, -sin), rotate(dk, cos, -sin)
+        parts = [dq.unflatten(2, (groups, group)), dk.unsqueeze(3), dv.unsqueeze(3)]
+        return torch.cat(parts, 3).flatten(2)
+    cos, sin = table
+    dq, dk, dv = (_rows_of_heads(x) for x in (dq, dk, dv))
+    dmixed = dq.new_empty(length, batch, groups * (group + 2) * dim)
+    strides = [x.stride(n) for x in (dq, dk, dv) for n in (0, 1)]
+    _launch(
+        kernels.split_rotate_backward_kernel, (length * batch,), dq, dk, dv, cos, sin, dmixed, batch, *strides,
+        **_rotary_sizes(group, groups, dim, cos.size(1)),
+        GROUPS_PADDED=_padded(groups), DIM_PADDED=_padded(dim), num_warps=2,
+    )  # fmt: skip
+    return dmixed
+
+
+def _split_rotate(
+    mixed: Tensor, groups: int, dim: int, table: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    by_group = mixed.unflatten(-1, (groups, -1, dim))
+    q, k, v = by_group[..., :-2, :].flatten(2, 3), by_group[..., -2, :], by_group[..., -1, :]
+    return (q, k, v) if table is None else (rotate(q, *table), rotate(k, *table), v)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
-        normed = torch.empty_like(x)
-        rows, width = x.numel() // x.size(-1), x.size(-1)
-        kernels.rms_norm_kernel[(rows,)](x, x, weight, x, normed, eps, WIDTH=width, ADD=False, **_row_options(width))
+        x, normed = norm_pass(x, None, weight, eps)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return normed
@@ -114,18 +266,13 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        return *_norm_backward(x, weight, dnormed, None, ctx.eps), None
+        return *norm_backward(x, weight, dnormed, None, ctx.eps), None
 
 
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        if x.shape != y.shape or x.dtype != y.dtype:
-            raise ValueError(f"x and y must be alike, got {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}")
-        x, y = x.contiguous(), y.contiguous()
-        total, normed = torch.empty_like(x), torch.empty_like(x)
-        rows, width = x.numel() // x.size(-1), x.size(-1)
-        kernels.rms_norm_kernel[(rows,)](x, y, weight, total, normed, eps, WIDTH=width, ADD=True, **_row_options(width))
+        total, normed = norm_pass(x, y, weight, eps)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         return total, normed
@@ -133,45 +280,45 @@ class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         total, weight = ctx.saved_tensors
-        dx, dweight = _norm_backward(total, weight, dnormed, dtotal, ctx.eps)
+        dx, dweight = norm_backward(total, weight, dnormed, dtotal, ctx.eps)
         return dx, dx, dweight, None
-
-
-def _norm_backward(
-    total: Tensor, weight: Tensor, dnormed: Tensor, dtotal: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    rows, width = total.numel() // total.size(-1), total.size(-1)
-    programs = min(_PROGRAMS, rows)
-    dx = torch.empty_like(total)
-    partial = torch.empty(programs, width, dtype=torch.float32, device=total.device)
-    dnormed = dnormed.contiguous()
-    added = dnormed if dtotal is None else dtotal.contiguous()
-    kernels.rms_norm_backward_kernel[(programs,)](
-        total, weight, dnormed, added, dx, partial, rows, eps,
-        WIDTH=width, ADD=dtotal is not None, **_row_options(width),
-    )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
-        width = x.size(-1) // 2
-        y = x.new_empty(*x.shape[:-1], width)
-        grid = (x.numel() // (2 * width), triton.cdiv(width, _COLUMNS))
-        kernels.swiglu_kernel[grid](x, y, WIDTH=width, COLUMNS=_COLUMNS, num_warps=2)
         ctx.save_for_backward(x)
-        return y
+        return swiglu_pass(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        width = x.size(-1) // 2
-        dx = torch.empty_like(x)
-        grid = (x.numel() // (2 * width), triton.cdiv(width, _COLUMNS))
-        kernels.swiglu_backward_kernel[grid](x, dy.contiguous(), dx, WIDTH=width, COLUMNS=_COLUMNS, num_warps=2)
-        return dx
+        return swiglu_backward(x, dy)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels must be int64 of shape {tuple(logits.shape[:-1])}, got {labels.dtype} {tuple(labels.shape)}"
+            )
+        logits, labels = logits.contiguous(), labels.contiguous()
+        loss, sums = torch.empty(2, *labels.shape, dtype=torch.float32, device=logits.device)
+        sizes = _loss_sizes(logits.size(-1))
+        _launch(kernels.cross_entropy_kernel, (labels.numel(),), logits, labels, loss, sums, **sizes)
+        ctx.save_for_backward(logits, labels, sums)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+        logits, labels, sums = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        sizes = _loss_sizes(logits.size(-1))
+        grid = (labels.numel(), -(-sizes["VOCAB"] // sizes["BLOCK"]))
+        _launch(kernels.cross_entropy_backward_kernel, grid, logits, labels, sums, dloss.contiguous(), dlogits, **sizes)
+        return dlogits, None
 
 
 class _SplitRotate(torch.autograd.Function):
@@ -179,31 +326,12 @@ class _SplitRotate(torch.autograd.Function):
     def forward(
         ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, groups: int, dim: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        length, batch, width = mixed.shape
-        group = width // (groups * dim) - 2
-        if cos.size(0) != length or 2 * cos.size(1) > dim:
-            raise ValueError(f"{length} rows with heads of {dim} do not fit a rotation table of {tuple(cos.shape)}")
-        mixed = mixed.contiguous()
-        q = mixed.new_empty(length, batch, groups * group, dim)
-        k = mixed.new_empty(length, batch, groups, dim)
-        ctx.sizes = _rotary_sizes(group, groups, dim, cos.size(1))
-        kernels.split_rotate_kernel[(length * batch,)](mixed, cos, sin, q, k, batch, **ctx.sizes, num_warps=2)
         ctx.save_for_backward(cos, sin)
-        return q, k, mixed.view(length, batch, groups, group + 2, dim)[..., group + 1, :]
+        return split_rotate_pass(mixed.contiguous(), groups, dim, (cos, sin))
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        sizes = ctx.sizes
-        length, batch, groups, dim = dk.shape
-        dq, dk, dv = (_rows_of_heads(x) for x in (dq, dk, dv))
-        dmixed = dq.new_empty(length, batch, groups * (sizes["GROUP"] + 2) * dim)
-        strides = [x.stride(n) for x in (dq, dk, dv) for n in (0, 1)]
-        kernels.split_rotate_backward_kernel[(length * batch,)](
-            dq, dk, dv, cos, sin, dmixed, batch, *strides, **sizes,
-            GROUPS_PADDED=_padded(groups), DIM_PADDED=_padded(dim), num_warps=2,
-        )  # fmt: skip
-        return dmixed, None, None, None, None
+        return split_rotate_backward(dq, dk, dv, ctx.saved_tensors), None, None, None, None
 
 
 def _rows_of_heads(x: Tensor) -> Tensor:
@@ -224,13 +352,27 @@ def _rotary_sizes(group: int, groups: int, dim: int, half: int) -> dict[str, int
     }
 
 
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """`launch_kernel`, but for torch.compile, which knows Triton's own launches."""
+    if torch.compiler.is_compiling():
+        kernel[grid](*arguments, **constants)
+    else:
+        launch_kernel(kernel, grid, *arguments, **constants)
+
+
 def _row_options(width: int) -> dict[str, int]:
     padded = _padded(width)
     return {"WIDTH_PADDED": padded, "num_warps": min(max(padded // 512, 1), 8)}
 
 
+def _loss_sizes(vocabulary: int) -> dict[str, int]:
+    block = min(_padded(vocabulary), 4096)
+    return {"VOCAB": vocabulary, "BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
+
+
 def _padded(n: int) -> int:
-    return triton.next_power_of_2(n)
+    """The next power of two; triton's own function takes 10 us."""
+    return 1 << (n - 1).bit_length()
 
 
 class FusedRMSNorm(torch.nn.RMSNorm):

@@ -1,4 +1,5 @@
-"""Triton kernels for what a transformer layer computes between its matrices: norms with the residual, SwiGLU, rotary embedding.
+"""Triton kernels for what a transformer computes between its matrices: norms with the residual, SwiGLU, rotary embedding, and the
+loss.
 
 All are bound by memory. Each rounds once, from fp32 to the dtype of its output.
 """
@@ -178,3 +179,39 @@ def split_rotate_backward_kernel(
     values = (group < GROUPS)[:, None] & (e < DIM)[None, :]
     value = tl.load(dv + row * dv_row + group[:, None] * dv_head + e[None, :], mask=values, other=0.0)
     tl.store(target + (group * (GROUP + 2) + GROUP + 1)[:, None] * DIM + e[None, :], value, mask=values)
+
+
+@triton.jit
+def cross_entropy_kernel(logits, labels, loss, sums, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: one row's loss `log(sum(exp(logits))) - logits[label]`, and its log-sum-exp, both fp32.
+
+    A label outside the vocabulary counts as a logit that equals the largest one. Reads VOCAB values per row and one more.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    most, total = float("-inf"), 0.0
+    for begin in range(0, VOCAB, BLOCK):
+        inside = begin + column < VOCAB
+        value = tl.load(logits + row * VOCAB + begin + column, mask=inside, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(most, tl.max(value, axis=0))
+        total = total * tl.exp(most - larger) + tl.sum(tl.exp(value - larger), axis=0)
+        most = larger
+    label = tl.load(labels + row)
+    known = (label >= 0) & (label < VOCAB)
+    wanted = tl.load(logits + row * VOCAB + label, mask=known, other=0.0).to(tl.float32)
+    tl.store(loss + row, tl.log(total) + tl.where(known, most - wanted, 0.0))
+    tl.store(sums + row, most + tl.log(total))
+
+
+@triton.jit
+def cross_entropy_backward_kernel(
+    logits, labels, sums, dloss, dlogits, VOCAB: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program: `(softmax(logits) - onehot(label)) * dloss` of BLOCK columns of one row. Reads and writes BLOCK values."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < VOCAB
+    value = tl.load(logits + row * VOCAB + column, mask=inside, other=float("-inf")).to(tl.float32)
+    share = tl.exp(value - tl.load(sums + row))
+    gradient = tl.where(column == tl.load(labels + row), share - 1.0, share) * tl.load(dloss + row)
+    tl.store(dlogits + row * VOCAB + column, gradient.to(dlogits.dtype.element_ty), mask=inside)

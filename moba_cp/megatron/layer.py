@@ -7,6 +7,7 @@ It has the parameters of Megatron's layer under their names, so checkpoints do n
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -22,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from . import fused
+from .direct import DirectBefore, DirectBehind, Feed, Projection, feed, project
 from .offload import host_inputs
 from .partition import is_packed
 from .recompute import Before, Behind, OnDevice, Source
@@ -105,8 +108,7 @@ class LongLayer(TransformerLayer):
         _refuse(self)
         self.gated = config.gated_linear_unit
         self._silu = config.activation_func in (F.silu, torch.nn.functional.silu)
-        # Where nothing is communicated behind the last matrix, its sum with the residual is part of the product.
-        self._direct = self.tp_group.size() == 1
+        self._one_rank = self.tp_group.size() == 1 and not config.sequence_parallel
 
     def forward(
         self,
@@ -134,23 +136,73 @@ class LongLayer(TransformerLayer):
         packed = packed_seq_params if is_packed(packed_seq_params) else None
         table = rotation_of(rotary_pos_emb, packed, self.layer_number, self.pg_collection.cp, hidden_states.dtype)
         attend = partial(self._attend, attention_mask, packed)
-        before = partial(self._before, table)
-        behind = self._behind()
+        direct = self._written_out(table, hidden_states)
         if not (self.settings.recompute and torch.is_grad_enabled()):
-            out = attend(*before(hidden_states))
-            return behind.output(hidden_states, self._projected(out)), None
+            return self._kept(hidden_states, table, attend, direct), None
         source: Source = OnDevice(hidden_states)
         if self.settings.offload:
             source = host_inputs(hidden_states.device).put(hidden_states, self.layer_number)
-        segment = Before(before, source)
         attention = self.self_attention
-        q, k, v = segment.run(hidden_states, _parameters(self.input_layernorm, attention.linear_qkv, *self._qk_norms()))
+        if direct is not None:
+            segment: Before = DirectBefore(direct[0], source)
+            parameters = list(direct[0].parameters)
+        else:
+            segment = Before(partial(self._before, table), source)
+            parameters = _parameters(self.input_layernorm, attention.linear_qkv, *self._qk_norms())
+        q, k, v = segment.run(hidden_states, parameters)
         with segment.saving():
             out = attend(q, k, v)
         del q, k, v
+        if direct is not None:
+            return DirectBehind(direct[1], self.settings.chunk_tokens).run(source, hidden_states, out), None
         inside = [attention.linear_proj] if self._projects_in_chunks else []
         parameters = _parameters(*inside, self.pre_mlp_layernorm, self.mlp.linear_fc1)
-        return behind.run(source, hidden_states, self._projected(out), parameters), None
+        return self._behind().run(source, hidden_states, self._projected(out), parameters), None
+
+    def _kept(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor] | None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        direct: tuple[Projection, Feed] | None,
+    ) -> Tensor:
+        """The layer's output where nothing is computed again."""
+        if direct is None:
+            return self._behind().output(x, self._projected(attend(*self._before(table, x))))
+        out = attend(*project(direct[0], x))
+        chunk = self.settings.chunk_tokens
+        if not 0 < chunk < len(x):
+            return feed(direct[1], x, out)
+        if torch.is_grad_enabled():
+            return self._behind().output(x, out)
+        return DirectBehind(direct[1], chunk).output(x, out)
+
+    def _written_out(self, table: tuple[Tensor, Tensor] | None, x: Tensor) -> tuple[Projection, Feed] | None:
+        """The segments of :mod:`.direct`; None where they do not compute what the layer's modules would."""
+        attention, mlp = self.self_attention, self.mlp
+        linears = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
+        first, second = self.input_layernorm, self.pre_mlp_layernorm
+        if not (
+            self._one_rank
+            and self.gated
+            and self._silu
+            and not any(self._qk_norms())
+            and isinstance(first, torch.nn.RMSNorm)
+            and isinstance(second, torch.nn.RMSNorm)
+            and not self.config.gradient_accumulation_fusion
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(x.device.type)
+            and {type(linear) for linear in linears} <= _LINEAR
+            and _as_built(*linears, first, second)
+        ):
+            return None
+        assert first.eps is not None
+        assert second.eps is not None
+        dim = attention.hidden_size_per_attention_head
+        before = Projection(
+            first.weight, first.eps, linears[0].weight, attention.num_query_groups_per_partition, dim, table
+        )
+        return before, Feed(linears[1].weight, second.weight, second.eps, linears[2].weight, linears[3].weight)
 
     def _before(self, table: tuple[Tensor, Tensor] | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the layer's input, rotated."""
@@ -193,7 +245,8 @@ class LongLayer(TransformerLayer):
     def _behind(self) -> Behind:
         batch_rows = self.settings.chunk_tokens
         last = _parameters(self.mlp.linear_fc2)
-        if self._direct:
+        # Where nothing is communicated behind the last matrix, its sum with the residual is part of the product.
+        if self._one_rank and _as_built(self.mlp.linear_fc2):
             return Behind(self._body, self._finish_directly, self._finish_backward, last, batch_rows)
         return Behind(self._body, self._finish, None, last, batch_rows)
 
@@ -234,7 +287,30 @@ class LongLayer(TransformerLayer):
 
     def _qk_norms(self) -> list[torch.nn.Module]:
         norms = (self.self_attention.q_layernorm, self.self_attention.k_layernorm)
-        return [norm for norm in norms if norm is not None]
+        return [norm for norm in norms if norm is not None and not isinstance(norm, IdentityOp)]
+
+
+_LINEAR = {ColumnParallelLinear, RowParallelLinear}
+
+
+def _as_built(*modules: torch.nn.Module) -> bool:
+    """Whether calling the modules does nothing but their forward functions: no hooks (adapters, gathering of parameters), nothing
+    in place of forward; and their weights are parameters that get gradients, and their only ones."""
+    for module in modules:
+        found = module.__dict__
+        if (
+            found["_forward_pre_hooks"]
+            or found["_forward_hooks"]
+            or found["_backward_pre_hooks"]
+            or found["_backward_hooks"]
+            or "forward" in found
+        ):
+            return False
+        parameters = found["_parameters"]
+        weight = parameters.get("weight")
+        if weight is None or not weight.requires_grad or parameters.get("bias") is not None:
+            return False
+    return True
 
 
 def _norm(module: torch.nn.Module, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A GPT whose logits never exist for all tokens: output layer and cross entropy work on a chunk of tokens at a time."""
+"""GPTs with a loss in one pass over the logits, and with logits that never exist for all tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from . import fused
 from .recompute import InChunks
 
 
-class ChunkedLossGPT(GPTModel):
+class FusedLossGPT(GPTModel):
+    """Megatron's ``GPTModel`` whose cross entropy reads the logits once in each direction, on GPUs.
+
+    Megatron's own makes half a dozen fp32 copies of the logits and three collectives. It still computes the loss where the
+    vocabulary is split over tensor-parallel ranks, on the CPU, and where ``cross_entropy_loss_fusion`` asks for another.
+    """
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses ``[b, s]`` in fp32 of labels ``[b, s]`` and logits ``[s, b, vocabulary]``."""
+        whole = self.pg_collection.tp.size() == 1 and not self.config.cross_entropy_loss_fusion
+        if not whole or not fused.runs_kernels(logits):
+            return super().compute_language_model_loss(labels, logits)
+        return fused.cross_entropy(logits, labels.t()).t().contiguous()
+
+
+class ChunkedLossGPT(FusedLossGPT):
     """Megatron's ``GPTModel`` with logits of ``loss_chunk`` tokens at a time, forward and again in backward.
 
     Where labels are given, the output layer runs inside the loss: a chunk's logits are made, reduced to losses and dropped, and

@@ -117,10 +117,12 @@ class _BeforeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, segment: Before, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.segment, ctx.parameters = segment, parameters
+        ctx.save_for_backward(*parameters)  # so that autograd finds that they were changed before backward
         return segment.compute(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
         return None, *ctx.segment.backward(ctx.parameters, gradients)
 
 
@@ -144,7 +146,7 @@ class Behind:
 
     def output(self, x: Tensor, out: Tensor) -> Tensor:
         """The layer's output for its input ``[s, b, h]`` and attention's ``[s, b, h']``; with a graph if one is recorded."""
-        chunks = _chunks(len(x), self.chunk)
+        chunks = chunks_of(len(x), self.chunk)
         if len(chunks) == 1:
             return self.finish(*self.body(x, out))
         if torch.is_grad_enabled():
@@ -156,7 +158,7 @@ class Behind:
 
     def run(self, source: Source, x: Tensor, out: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """The same, of which autograd keeps only ``out``; ``parameters`` are those of `body`."""
-        return _BehindFunction.apply(self, source, len(parameters), x, out, *parameters, *self.last)
+        return recomputed_behind(self, source, x, out, parameters, self.last)
 
     def chunk_backward(
         self, x: Tensor, out: Tensor, dy: Tensor, parameters: Sequence[Tensor]
@@ -174,19 +176,42 @@ class Behind:
         return *found, *of_last
 
 
+class InRows(Protocol):
+    """A segment behind attention that works on chunks of rows; see `Behind`."""
+
+    @property
+    def chunk(self) -> int:
+        """Rows of a chunk; 0 for all at once."""
+
+    def output(self, x: Tensor, out: Tensor) -> Tensor:
+        """The layer's output."""
+
+    def chunk_backward(
+        self, x: Tensor, out: Tensor, dy: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of a chunk's inputs and of all parameters."""
+
+
+def recomputed_behind(
+    segment: InRows, source: Source, x: Tensor, out: Tensor, parameters: Sequence[Tensor], last: Sequence[Tensor]
+) -> Tensor:
+    """The segment's output, of which autograd keeps only ``out``; ``parameters`` are those that `chunk_backward` takes."""
+    return _BehindFunction.apply(segment, source, len(parameters), x, out, *parameters, *last)
+
+
 class _BehindFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, segment: Behind, source: Source, count: int, x: Tensor, out: Tensor, *parameters: Tensor
+        ctx: Any, segment: InRows, source: Source, count: int, x: Tensor, out: Tensor, *parameters: Tensor
     ) -> Tensor:
         ctx.segment, ctx.source, ctx.count, ctx.parameters = segment, source, count, parameters
-        ctx.save_for_backward(out)
+        ctx.save_for_backward(out, *parameters)
         return segment.output(x, out)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        segment, (out,), x = ctx.segment, ctx.saved_tensors, ctx.source.get()
-        parameters, chunks = ctx.parameters[: ctx.count], _chunks(len(dy), segment.chunk)
+        segment, (out, *_), x = ctx.segment, ctx.saved_tensors, ctx.source.get()
+        parameters, chunks = ctx.parameters[: ctx.count], chunks_of(len(dy), segment.chunk)
         if len(chunks) == 1:
             return None, None, None, *segment.chunk_backward(x, out, dy, parameters)
         dx, dout = torch.empty_like(x), torch.empty_like(out)
@@ -219,23 +244,24 @@ class InChunks:
 
     def output(self, inputs: Sequence[Tensor]) -> Tensor:
         """The output, without a graph."""
-        return torch.cat([self.compute(*(x[rows] for x in inputs)) for rows in _chunks(len(inputs[0]), self.chunk)])
+        return torch.cat([self.compute(*(x[rows] for x in inputs)) for rows in chunks_of(len(inputs[0]), self.chunk)])
 
 
 class _InChunksFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: InChunks, count: int, *tensors: Tensor) -> Tensor:
         ctx.whole, ctx.parameters = whole, tensors[count:]
-        ctx.save_for_backward(*tensors[:count])
+        ctx.count = count
+        ctx.save_for_backward(*tensors)
         return whole.output(tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, whole = ctx.saved_tensors, ctx.whole
+        inputs, whole = ctx.saved_tensors[: ctx.count], ctx.whole
         moving = [x for x in inputs if x.is_floating_point()]
         results = [torch.empty_like(x) for x in moving]
         sums: list[Tensor | None] = [None] * len(ctx.parameters)
-        for rows in _chunks(len(dy), whole.chunk):
+        for rows in chunks_of(len(dy), whole.chunk):
             leaves = [x[rows].detach().requires_grad_(x.is_floating_point()) for x in inputs]
             with torch.enable_grad():
                 y = whole.compute(*leaves)
@@ -260,7 +286,7 @@ def _gradients(
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
-def _chunks(rows: int, chunk: int) -> list[slice]:
+def chunks_of(rows: int, chunk: int) -> list[slice]:
     """Chunks of so many rows each, the last one shorter; one if ``chunk`` is 0."""
     step = chunk or max(rows, 1)
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)] or [slice(0, 0)]

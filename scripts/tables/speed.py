@@ -25,10 +25,8 @@ def attention_name(name: str) -> str:
 
 def speed_table(content: dict[str, Any]) -> str:
     """Markdown of `training_speed`: one row per run that finished."""
-    about = content["about"]
     lines = [
-        f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']} without Transformer Engine and apex, "
-        f"commit {about['commit'][:10]}. MFU counts MoBA as what it computes and recomputation not at all. "
+        f"{_measured_on(content)} MFU counts MoBA as what it computes and recomputation not at all. "
         "*Busy*: time that the GPU works, of a profiled step.",
         "",
         "| layers | attention | GPUs | parameters | tokens a step | step | tokens/s | MFU | busy | peak GiB per GPU |",
@@ -51,6 +49,56 @@ def speed_table(content: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def gpus_table(content: dict[str, Any]) -> str:
+    """Markdown of `training_speed` on one GPU and several: tokens/s per GPU against one GPU of the same run, and the peak against
+    its estimate.
+
+    A run on several GPUs is compared with the one on one GPU that has its parameters, attention and tokens per GPU.
+    """
+    lines = [
+        _measured_on(content),
+        "",
+        "| parameters | tokens a step | attention | GPUs | how | step | tokens/s | against 1 GPU | MFU "
+        "| peak GiB per GPU (estimate) | loss of the first steps |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    runs = [run for run in content["runs"] if "error" not in run]
+    alone = {_per_gpu(run): run["tokens_per_second"] for run in runs if run["gpus"] == 1}
+    for run in runs:
+        one = alone.get(_per_gpu(run)) if run["gpus"] > 1 else None
+        estimate = run["peak_memory_by_part"]["estimated_peak"]
+        tokens = run["tokens_per_step"]
+        cells = [
+            f"{run['parameters'] / 1e6:,.0f}M",
+            f"{tokens >> 20}M" if tokens % (1 << 20) == 0 else thousands(tokens),
+            attention_name(run["attention"]),
+            str(run["gpus"]),
+            run["label"],
+            f"{run['step_seconds']:.2f} s",
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['tokens_per_second'] / one:.2f}x" if one else "",
+            f"{run['mfu']:.1%}" if run["mfu"] else "-",
+            f"{run['peak_memory_gib']:.1f} ({estimate:.1f})" if run["peak_memory_gib"] else "-",
+            ", ".join(f"{loss:.4f}" for loss in run["loss"][:3]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _measured_on(content: dict[str, Any]) -> str:
+    """Device, versions, and the commits of the runs; a run without one is of the file's."""
+    about = content["about"]
+    commits = dict.fromkeys(run.get("commit", about["commit"])[:10] for run in content["runs"])
+    return (
+        f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']} without Transformer Engine and apex, "
+        f"commit {', later rows '.join(commits)}."
+    )
+
+
+def _per_gpu(run: dict[str, Any]) -> tuple[int, str, float]:
+    return run["parameters"], attention_name(run["attention"]), run["tokens_per_step"] / run["gpus"]
 
 
 def step_rows(content: dict[str, Any]) -> list[str]:

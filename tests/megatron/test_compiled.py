@@ -33,7 +33,7 @@ def differences(rank: int, world_size: int, dtype: torch.dtype) -> tuple[dict[st
         hidden_size=256, params_dtype=dtype, bf16=dtype == torch.bfloat16, use_cpu_initialization=False
     )
     layer = build_module(with_moba(get_gpt_layer_local_spec(), MoBAConfig(64, 3)), config=config, layer_number=1)
-    layer = layer.cuda()
+    layer = layer.cuda().to(dtype)  # as Megatron's Float16Module does: norms are built in fp32
     compiled = torch.compile(layer)
     found = {}
     counters.clear()

@@ -62,6 +62,20 @@ def test_swiglu(width: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocabulary", [7, 384, 4100])
+def test_cross_entropy(vocabulary: int, device: str) -> None:
+    logits = (4 * draw(6, 2, vocabulary, device=device)).detach().requires_grad_()
+    labels = torch.arange(12).view(2, 6).t().to(device) * 5 % vocabulary
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(6, 2)
+    check((fused.cross_entropy(logits, labels),), (expected,), [logits])
+    labels[3, 1], labels[0, 0] = vocabulary, -100  # as Megatron: the largest logit's loss, and no gradient through it
+    outside = fused.cross_entropy(logits, labels)
+    torch.testing.assert_close(outside[3, 1], logits[3, 1].logsumexp(0) - logits[3, 1].max(), **TOLERANCE)
+    (gradient,) = torch.autograd.grad(outside.sum(), logits)
+    torch.testing.assert_close(gradient[0, 0], logits[0, 0].softmax(0), **TOLERANCE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("group", "groups", "dim", "half"), [(1, 1, 8, 4), (3, 2, 12, 6), (2, 3, 16, 5)])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_split_and_rotate(group: int, groups: int, dim: int, half: int, batch: int, device: str) -> None:
@@ -91,6 +105,8 @@ def test_gradients_that_are_not_dense(device: str) -> None:
 def test_bad_shapes() -> None:
     with pytest.raises(ValueError, match="must be alike"):
         fused.add_rms_norm(torch.zeros(2, 8), torch.zeros(3, 8), torch.ones(8), EPS)
+    with pytest.raises(ValueError, match="labels must be int64"):
+        fused.cross_entropy(torch.zeros(2, 8), torch.zeros(2))
     table = (torch.zeros(3, 4), torch.zeros(3, 4))
     with pytest.raises(ValueError, match="do not fit a rotation table"):
         fused.split_rotate(torch.zeros(4, 1, 24), 1, 8, table)

@@ -59,9 +59,20 @@ def build_model(overrides: list[str]) -> torch.nn.Module:
     ).double()
 
 
-def run(overrides: list[str], batches: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of a model of fp64, over micro-batches whose backward passes come after all forward passes."""
+def run(
+    overrides: list[str], batches: int = 1, hooks: tuple[str, ...] = (), frozen: tuple[str, ...] = ()
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of a model of fp64, over micro-batches whose backward passes come after all forward passes.
+
+    Modules of ``hooks`` have a hook that does nothing; parameters of ``frozen`` get no gradients.
+    """
     model = build_model(overrides)
+    for name, module in model.named_modules():
+        if name.endswith(hooks) and hooks:
+            module.register_forward_hook(lambda *_: None)
+    for name, parameter in model.named_parameters():
+        if name.endswith(frozen) and frozen:
+            parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(2)
     losses = []
     for _ in range(batches):
@@ -210,3 +221,58 @@ def test_refusals() -> None:
 def test_settings_that_do_not_go_together(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(QUICKSTART, overrides)
+
+
+def both_paths(rank: int, world_size: int) -> dict[str, list[Any]]:
+    """By variant: with gradients that are written out, and with those of Megatron's modules, where hooks want to see them."""
+    start_megatron()
+    from moba_cp.megatron import direct
+
+    calls = []
+    applied = direct.Feed.body
+    direct.Feed.body = lambda *arguments: calls.append(1) or applied(*arguments)  # type: ignore[method-assign]
+    found = {}
+    for name in ("long", "recomputed", "recomputed chunks", "everything"):
+        results: list[Any] = []
+        for hooked in (False, True):
+            calls.clear()
+            results.append(run(VARIANTS[name], hooks=("linear_qkv", "linear_fc2") if hooked else ()))
+            assert bool(calls) == (not hooked), name
+        found[name] = results
+    frozen: list[Any] = [run(LONG, frozen=frozen) for frozen in ((), ("linear_fc1.weight",))]
+    assert not any("linear_fc1" in name for name, gradient in frozen[1][1].items() if gradient is not None)
+    found["frozen"] = [(loss, {n: g for n, g in of.items() if "linear_fc1" not in n}) for loss, of in frozen]
+    return found
+
+
+def test_written_out_gradients_are_those_of_megatrons_modules() -> None:
+    """In fp64, up to its rounding; modules with hooks are called, and a frozen weight gets no gradient."""
+    (outcome,) = run_fresh_ranks(1, both_paths, group_timeout=120)
+    assert outcome.exception is None, outcome
+    for name, ((loss, gradients), (expected_loss, expected)) in outcome.result.items():
+        assert abs(loss - expected_loss) < 1e-6, name
+        assert largest_difference(gradients, expected) < 1e-6, name
+
+
+def changed_weights(rank: int, world_size: int) -> list[str]:
+    """What backward raises where a weight was changed in place after forward; by variant and weight."""
+    start_megatron()
+    messages = []
+    for name in ("long", "recomputed", "loss in chunks"):
+        for weight in ("linear_qkv", "linear_proj", "pre_mlp_layernorm", "linear_fc2", "output_layer"):
+            model = build_model(VARIANTS[name])
+            tokens = torch.arange(LENGTH).expand(1, -1)
+            loss = model(tokens, tokens, None, labels=tokens).mean()
+            next(p for n, p in model.named_parameters() if weight in n).detach().add_(1)
+            try:
+                loss.backward()
+                messages.append(f"{name} {weight}: nothing")
+            except RuntimeError as error:
+                messages.append(str(error))
+    return messages
+
+
+def test_a_weight_changed_before_backward_raises() -> None:
+    (outcome,) = run_fresh_ranks(1, changed_weights, group_timeout=120)
+    assert outcome.exception is None, outcome
+    assert all("modified by an inplace operation" in message for message in outcome.result), outcome.result

@@ -65,3 +65,21 @@ def test_tables_and_plot_of_the_results(tmp_path: Path) -> None:
     assert all(row.count("|") == 5 for row in rows)
     speed.profile_plot(content, tmp_path / "profile.png")
     assert (tmp_path / "profile.png").stat().st_size > 1000
+
+
+def test_table_of_one_gpu_and_several() -> None:
+    run = {
+        "label": "pull", "attention": "moba:512:8:2", "gpus": 1, "parameters": 10**6, "tokens_per_step": 1024,
+        "step_seconds": 1.0, "tokens_per_second": 100.0, "mfu": 0.25,
+        "peak_memory_gib": 2.0, "peak_memory_by_part": {"estimated_peak": 1.9},
+        "loss": [6.0, 5.0],
+    }  # fmt: skip
+    more = run | {"gpus": 2, "tokens_per_step": 2048, "tokens_per_second": 190.0}
+    other = more | {"attention": "moba:128:8", "tokens_per_step": 1 << 20}
+    about = {"device": "GPU", "torch": "2", "megatron_core": "0", "commit": "0" * 40}
+    table = speed.gpus_table({"about": about, "runs": [run, more, {"error": "no memory"}, other]}).splitlines()[4:]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table] == [
+        ["1M", "1K", "MoBA (512, 8)", "1", "pull", "1.00 s", "100", "", "25.0%", "2.0 (1.9)", "6.0000, 5.0000"],
+        ["1M", "2K", "MoBA (512, 8)", "2", "pull", "1.00 s", "190", "1.90x", "25.0%", "2.0 (1.9)", "6.0000, 5.0000"],
+        ["1M", "1M", "MoBA (128, 8)", "2", "pull", "1.00 s", "190", "", "25.0%", "2.0 (1.9)", "6.0000, 5.0000"],
+    ]
