@@ -76,8 +76,8 @@ def run(tmp_path: Path, *line: str) -> dict:
 
 def test_bench_kernels_measures_and_checks(tmp_path: Path) -> None:
     found = run(
-        tmp_path, sys.executable, "-m", "scripts.bench_kernels", "--device", "cpu", "--tokens", "300", "--heads", "4/2", "--configs", "64:3",
-        "--iterations", "2", "--seeds", "2", "--no-dense",
+        tmp_path, sys.executable, "-m", "scripts.bench_kernels", "--device", "cpu", "--tokens", "300",
+        "--heads", "4/2", "--configs", "64:3", "--iterations", "2", "--seeds", "2", "--no-dense",
     )  # fmt: skip
     assert {"device", "torch", "commit", "head_dim"} <= found["about"].keys()
     (entry,) = found["results"]
@@ -92,8 +92,8 @@ def test_bench_kernels_measures_and_checks(tmp_path: Path) -> None:
 def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     found = run(
-        tmp_path, sys.executable, "-m", "scripts.bench_huggingface", "--device", "cpu", "--tokens", "300", "--chunk", "20", "--heads", "4/2",
-        "--configs", "64:3", "--iterations", "2", "--layers", "2",
+        tmp_path, sys.executable, "-m", "scripts.bench_huggingface", "--device", "cpu", "--tokens", "300",
+        "--chunk", "20", "--heads", "4/2", "--configs", "64:3", "--iterations", "2", "--layers", "2",
     )  # fmt: skip
     results = found["results"]
     assert [(r["what"], r["attention"]) for r in results] == [
