@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..chunks import ranges_of
 from ..config import DEFAULT_WORKSPACE_BYTES
 from ..parallel.heads import head_split
 from ..wide import slabs_of
-from .sizes import Layer, Split
+from .sizes import Layer, Split, partial_bytes, ranges
 
 GIB = 2.0**30
 UNITS = {"ring": 15.0, "pull": 15.0, "fetch": 12.0, "all_gather": 11.0}
@@ -50,13 +49,12 @@ def memory(layer: Layer, split: Split) -> Memory:
     lists = rows * layer.topk * 4
     sums = rows * 4
     saved = 2 * q + 2 * kv + selected + lists + sums
-    partial = layer.topk * (row + 4)
     parts = {
         "q, k, v and the output": 2 * q + 2 * kv,
         "gradients": 2 * q + 2 * kv,
         "selection and routing lists": selected + lists + 2 * sums,
         "centroids": blocks * kv_heads * row,
-        "workspace": min(DEFAULT_WORKSPACE_BYTES, rows * partial),
+        "workspace": min(DEFAULT_WORKSPACE_BYTES, rows * partial_bytes(layer)),
     }
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
@@ -64,9 +62,7 @@ def memory(layer: Layer, split: Split) -> Memory:
         parts["memory for heads in and out"] = _shared_for_heads(layer, split, wide_tokens)
         saved += 2 * q + 2 * wide_kv
     if split.sequence_ranks > 1:
-        ranges = ranges_of(wide_tokens, wide_tokens, heads, kv_heads, partial, DEFAULT_WORKSPACE_BYTES)
-        widest = max(of_range.stop - of_range.start for of_range, _ in ranges)
-        unit = wide_tokens * widest * 2 * row
+        unit = wide_tokens * ranges(layer, split).most_heads * 2 * row
         others = split.sequence_ranks - 1 if split.exchange in ("fetch", "all_gather") else 1
         parts["exchange"] = UNITS[split.exchange] * unit * others
         if split.exchange == "pull":

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from ..config import DEFAULT_EXCHANGE_BYTES
 from ..parallel.cost import CallSizes
 from .calibration import Calibration
-from .sizes import Cluster, Layer, Split, Work, busiest
+from .sizes import Cluster, Layer, Split, Work, busiest, ranges
 
 FORWARD = ("centroids", "gate", "attend", "merge")
 BACKWARD = ("delta", "attend backward", "merge dq")
@@ -100,7 +101,8 @@ def received(layer: Layer, split: Split, cluster: Cluster, backward: bool) -> By
     """Bytes that a GPU receives in one pass, by where they come from: as `parallel.cost` counts them for `auto`.
 
     Heads: q, k, v in and the output out; backward its gradient in, and dq, dk, dv out. Sequence: keys and values of all other
-    sequence ranks that are wanted; backward these again, and their gradients in fp32.
+    sequence ranks that are wanted; backward these again, and their gradients in fp32. What does not fit `exchange_bytes` comes
+    once per chunk of query rows: see `walks`.
     """
     size, sequence = split.head_parallel, split.sequence_ranks
     sizes = call_sizes(layer, split.ranks)
@@ -111,6 +113,7 @@ def received(layer: Layer, split: Split, cluster: Cluster, backward: bool) -> By
         remote = sizes.sequence_bytes(size, gradients=True) - remote
     if split.exchange in ("fetch", "pull"):
         remote *= layer.wanted_share
+    remote *= walks(layer, split, backward)
     neighbours = max(1, cluster.node // size)  # sequence ranks of equal head index in one node
     near = (min(neighbours, sequence) - 1) / max(1, sequence - 1)
     heads_near = 1.0 if size <= cluster.node else (cluster.node - 1) / (size - 1)
@@ -118,6 +121,17 @@ def received(layer: Layer, split: Split, cluster: Cluster, backward: bool) -> By
         near = 0.0  # each step is as slow as the slowest link of the ring
     inside = heads * heads_near + remote * near
     return Bytes(heads, remote, inside, heads + remote - inside)
+
+
+def walks(layer: Layer, split: Split, backward: bool) -> int:
+    """How often `ring` and `pull` bring keys and values in one pass, with the default budgets: once, or once per chunk of query
+    rows where they are too large to be kept; as `parallel.exchanges.base.Streaming.walks` counts."""
+    if split.exchange not in ("ring", "pull"):
+        return 1
+    number = layer.itemsize + (GRADIENT_ITEMSIZE if backward else 0)
+    divided = ranges(layer, split)
+    kept = layer.tokens * divided.most_heads * 2 * layer.head_dim * number  # of all sequence ranks
+    return 1 if kept <= DEFAULT_EXCHANGE_BYTES else divided.chunks
 
 
 def predict(layer: Layer, split: Split, cluster: Cluster, calibration: Calibration) -> Prediction:

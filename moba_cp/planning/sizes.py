@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
+from ..chunks import ranges_of
+from ..config import DEFAULT_WORKSPACE_BYTES
 from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, candidates_before, keys_before, pairs_before
 from ..parallel.cost import BETWEEN_BYTES_PER_MS, INSIDE_BYTES_PER_MS
 from ..parallel.exchanges.registry import EXCHANGES
@@ -194,3 +197,28 @@ def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) ->
         return keys, pairs, int((candidates_before(end, block_size) - candidates_before(start, block_size)).sum())
 
     return max(map(counted, range(size)), key=lambda work: KEY_WORK * work[0] + CANDIDATE_WORK * work[2])
+
+
+class Divided(NamedTuple):
+    """How a pass is divided so that partial results fit the default workspace.
+
+    Attributes:
+        most_heads: kv heads of the widest range.
+        chunks: chunks of query rows per range.
+    """
+
+    most_heads: int
+    chunks: int
+
+
+def partial_bytes(layer: Layer) -> int:
+    """Bytes of the partial results of one row and q head: a vector and a sum for each selected block."""
+    return layer.topk * (layer.head_dim * layer.itemsize + 4)
+
+
+def ranges(layer: Layer, split: Split) -> Divided:
+    """Ranges of kv heads and chunks of rows of a sequence rank."""
+    tokens = layer.tokens // split.sequence_ranks
+    heads, kv_heads = layer.q_heads // split.head_parallel or 1, layer.kv_heads_of(split.head_parallel)
+    found = ranges_of(tokens, tokens, heads, kv_heads, partial_bytes(layer), DEFAULT_WORKSPACE_BYTES)
+    return Divided(max(heads.stop - heads.start for heads, _ in found), len(found[0][1]))
