@@ -18,7 +18,7 @@ from moba_cp.planning import advice
 from moba_cp.planning.calibration import Calibration, known
 from moba_cp.planning.measured import Measured, calibrate, compare, judged, read
 from moba_cp.planning.memory import memory
-from moba_cp.planning.prediction import predict, received
+from moba_cp.planning.prediction import predict, received, walks
 from moba_cp.planning.sizes import Cluster, Layer, Split, busiest
 from tests.ranks import run_ranks
 
@@ -36,6 +36,19 @@ def test_predictions_are_near_the_committed_measurements() -> None:
         assert errors.max() < 0.30
         rows += len(errors)
     assert rows > 50
+
+
+def test_walks_are_those_that_reports_counted() -> None:
+    counted = set()
+    for path in RESULTS.glob("scaling*.json"):
+        for entry in json.loads(path.read_text())["results"]:
+            if entry["routing"] != "trained":
+                split = Split.of_comm(entry["transport"], entry["ranks"], entry["head_ranks"], entry["layout"])
+                sizes = (entry[name] for name in ("tokens", "q_heads", "kv_heads", "block_size", "topk"))
+                layer = Layer(*sizes)
+                assert [walks(layer, split, backward) for backward in (False, True)] == entry["walks"]
+                counted |= set(entry["walks"])
+    assert counted == {1, 33}
 
 
 def test_every_scaling_file_is_judged() -> None:
