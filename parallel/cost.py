@@ -39,23 +39,27 @@ INSIDE_BYTES_PER_MS, BETWEEN_BYTES_PER_MS = 300e6, 40e6
 """What a GPU receives inside a node (all-to-all over NVLink of H100s: 295 GB/s measured) and between nodes (one adapter of 400
 Gb/s per GPU, less what protocols take)."""
 
-HEADS_EXPOSED = 1.6
-"""Exposed time of heads in and out over their time on the wire; more than 1, as it covers packing and smaller slabs. Measured as
-what calls took longer than one GPU with the same work: forward+backward, 128K tokens per GPU, ms (over time on the wire):
+HEADS_EXPOSED = 0.85
+"""Exposed time of heads in and out over their time on the wire, inside a node, where they move through memory. Measured as what
+calls took longer than one GPU with the same work: forward+backward, ms (over time on the wire):
 
-    GPUs  heads  (B, k)   heads split           pull
-    2     16/16  128, 8   12.5 (1.7)            6.8 (0.5)     two H200, all-to-all by NCCL
-    2     16/16  512, 8   13.6 (1.9)            8.0 (0.6)
-    2     32/8   128, 8   11.8 (1.3)            4.6 (0.6)
-    2     32/8   512, 8   15.4 (1.7)            10.0 (1.4)
-    4     16/16  128, 8   21.3 (2.0)            37.4 (0.9)    four H100, a prototype that overlapped nothing
-    4     16/16  512, 8   20.6 (1.9)            24.6 (0.6)
-    4     32/8   128, 8   41 (1.5)              70 (1.6)      256K tokens per GPU
+    GPUs     tokens per GPU  heads  (B, k)    heads split           pull
+    2 H200   128K            16/16  128, 8    6.7 (0.93)            7.2 (0.51)    docs/results/scaling.json
+    2 H200   128K            16/16  512, 8    5.8 (0.81)            6.6 (0.46)
+    2 H200   128K            16/16  4096, 12  21.9                  54.4; 31.0 in a balanced layout
+    2 H200   512K            32/8   128, 8    27.7 (0.77)           28.1 (0.98)
+    2 H200   512K            32/8   512, 8    27.6 (0.77)           28.9 (1.01)
+    4 H100   128K            16/16  128, 8    21.3 (2.0)            37.4 (0.9)    a prototype by NCCL that overlapped nothing
+    4 H100   128K            16/16  512, 8    20.6 (1.9)            24.6 (0.6)
+    4 H100   256K            32/8   128, 8    41 (1.5)              70 (1.6)
 
 Time among sequence ranks hides behind the local part, so the exposed share grows with their number, and so does what ranks wait
 for each other: `sequence_exposed` is 0.5 for two, 1.5 for four and more. The model has no term for attention that a layout
-divides unevenly: at (4096, 12) on two GPUs, heads split took 407 ms and `pull` over zigzag, which `auto` takes there, 428.
+divides unevenly, and none for keys and values that travel once per chunk of rows.
 """
+
+HEADS_EXPOSED_BY_NCCL = 1.6
+"""The same between nodes, where NCCL takes multiprocessors from attention: of its all-to-all on two H200."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,13 @@ class CallSizes:
         `sequence_exposed`."""
         groups = [range(first, self.cp_size, size) for first in range(size)]
         members = [range(first, first + size) for first in range(0, self.cp_size, size)]
+        heads_inside, sequence_inside = (all(map(topology.inside_one, ranks)) for ranks in (members, groups))
         heads, sequence = (
-            INSIDE_BYTES_PER_MS if all(map(topology.inside_one, ranks)) else BETWEEN_BYTES_PER_MS
-            for ranks in (members, groups)
+            INSIDE_BYTES_PER_MS if inside else BETWEEN_BYTES_PER_MS for inside in (heads_inside, sequence_inside)
         )
+        heads_exposed = HEADS_EXPOSED if heads_inside else HEADS_EXPOSED_BY_NCCL
         exposed = sequence_exposed(self.cp_size // size) * self.sequence_bytes(size, self.gradients)
-        return HEADS_EXPOSED * self.head_bytes(size) / heads + exposed / sequence
+        return heads_exposed * self.head_bytes(size) / heads + exposed / sequence
 
 
 def sequence_exposed(ranks: int) -> float:

@@ -77,10 +77,10 @@ def test_bytes_of_the_two_ways() -> None:
             4,
         ),  # measured, ms: 41.7 against 57.8 of pull at (128, 8), 438 against 485 at (4096, 12)
         (4, (32, 8), True, NODE[4], 4),  # 145 against 174
-        (4, (32, 8), False, NODE[4], 1),  # 76.9 against 77.6, a draw
-        (2, (16, 16), True, NODE[2], 1),  # 28.1 against 22.4
-        (2, (32, 8), True, NODE[2], 1),  # 45.0 against 37.8
-        (2, (16, 16), False, NODE[2], 1),  # 11.7 against 10.4
+        (4, (32, 8), False, NODE[4], 4),  # 76.9 against 77.6, a draw
+        (2, (16, 16), True, NODE[2], 2),  # 22.5 against 23.0 at (128, 8), 49.4 against 50.3 at (512, 8)
+        (2, (32, 8), True, NODE[2], 1),
+        (2, (16, 16), False, NODE[2], 1),  # 11.9 against 10.4
         (8, (16, 16), True, NODE[8], 8),
         (8, (32, 8), True, TWO_NODES, 4),  # as far as the node goes
         (8, (6, 6), True, TWO_NODES, 2),  # as far as heads go
