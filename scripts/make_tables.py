@@ -50,7 +50,7 @@ def blocks() -> dict[str, str]:
     """Markdown of every table, by the name of the block that it goes into."""
     about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
     return {
-        "results:headline": headline(results, dense, content("training"), content("training_speed")),
+        "results:headline": headline(results, dense, content("training_speed"), content("training_scaling")),
         "results:kernels": kernels_table(about, results, dense),
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
         "results:training": training_table(content("training")),

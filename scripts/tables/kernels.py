@@ -6,35 +6,32 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .speed import step_rows
+from .speed import attention_name, step_rows
 from .text import Entry, pyplot, thousands
 
 DENSE = "dense cuDNN"
 
 
 def headline(
-    results: list[Entry],
-    dense: dict[tuple[Any, ...], Entry],
-    training: dict[str, Any],
-    speed: dict[str, Any] | None = None,
+    results: list[Entry], dense: dict[tuple[Any, ...], Entry], speed: dict[str, Any], longest: dict[str, Any]
 ) -> str:
-    """Markdown: full attention against MoBA at 128K tokens: one layer, and training steps, of `training_speed` on one GPU and of
-    `bench_training` on two."""
+    """Markdown: full attention against MoBA at 128K tokens: one layer, and training steps of `training_speed` on one GPU; and the
+    longest step of `longest`, the same over several GPUs."""
     lines = ["| 128K tokens | full attention | MoBA | times as fast |", "|---|---|---|---|"]
     for r in results:
         reference = dense.get((*case(r), DENSE))
         if r["tokens"] == 1 << 17 and reference is not None:
             what = f"layer, {r['q_heads']}/{r['kv_heads']} heads, ({r['block_size']}, {r['topk']})"
             lines.append(f"| {what} | {both(reference)} ms | **{both(r)} ms** | {faster(r, reference)} |")
-    setup, moba = training["setup"], training["setup"]["moba"]
-    lines += step_rows(speed) if speed else []
-    for name in ("cp2",) if speed else ("cp1", "cp2"):
-        run = training["runs"].get(name)
-        if run and run["steps"]:
-            gpus = f"{run['context']} GPU" + "s" * (run["context"] > 1)
-            what = f"training step, {run['parameters'] / 1e6:.0f}M, ({moba['block_size']}, {moba['topk']}), {gpus}"
-            seconds = setup["tokens_per_step"] / run["tokens_per_second"]
-            lines.append(f"| {what} | not measured | {seconds:.2f} s | |")
+    lines += step_rows(speed)
+    runs = [run for run in longest["runs"] if "error" not in run]
+    if runs:
+        run = max(runs, key=lambda run: (run["tokens_per_step"], -run["step_seconds"]))
+        what = (
+            f"training step, {run['parameters'] / 1e9:.1f}B, {attention_name(run['attention']).removeprefix('MoBA ')}"
+        )
+        where = f"{run['tokens_per_step']:,} tokens, {run['gpus']} {longest['about']['device'].removeprefix('NVIDIA ')}"
+        lines.append(f"| {what}, {where} | not measured | **{run['step_seconds']:.1f} s** | |")
     return "\n".join(lines)
 
 

@@ -75,7 +75,7 @@ def longest_table(contents: Sequence[dict[str, Any]]) -> str:
     ]
     found = False
     for content in contents:
-        rates = [r for r in map(dense_rate, content["baselines"]) if r]
+        rates = [r for one in _of_device(contents, content["device"]) for r in map(dense_rate, one["baselines"]) if r]
         for r in sorted(_measured(content), key=lambda r: (r["tokens"], r["ranks"], r["block_size"])):
             if r["tokens"] < LONGEST_TOKENS:
                 continue
@@ -97,9 +97,13 @@ def longest_table(contents: Sequence[dict[str, Any]]) -> str:
         return ""
     lines += [
         "",
-        f"*By FLOPs*: forward+backward at the best rate that dense attention reached in the same run{_rate_text(contents)}.",
+        f"*By FLOPs*: forward+backward at the best rate that dense attention reached on the same GPUs{_rate_text(contents)}.",
     ]
     return "\n".join(lines)
+
+
+def _of_device(contents: Sequence[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    return [content for content in contents if content["device"] == device]
 
 
 def _rate_text(contents: Sequence[dict[str, Any]]) -> str:

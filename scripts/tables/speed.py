@@ -102,7 +102,7 @@ def _per_gpu(run: dict[str, Any]) -> tuple[int, str, float]:
 
 
 def step_rows(content: dict[str, Any]) -> list[str]:
-    """Rows of the headline: MoBA against full attention with the same layers and sizes, and MoBA alone where that is missing."""
+    """Rows of the headline: MoBA against full attention with the same layers and sizes."""
     first, rows = content["runs"][0], []
     runs = [run for run in content["runs"] if "error" not in run and _sizes(run) == _sizes(first)]
     dense = {run["label"]: run["step_seconds"] for run in runs if run["attention"].startswith("full")}
@@ -110,14 +110,9 @@ def step_rows(content: dict[str, Any]) -> list[str]:
         if run["attention"].startswith("moba"):
             what = f"training step, {run['parameters'] / 1e6:.0f}M, {attention_name(run['attention']).removeprefix('MoBA ')}"
             full, seconds = dense.get(run["label"]), run["step_seconds"]
-            against = (
-                f"{full:.2f} s | **{seconds:.2f} s** | {full / seconds:.1f}x"
-                if full
-                else f"not measured | {seconds:.2f} s | "
-            )
-            rows.append(
-                f"| {what}, {run['label']}, 1 {content['about']['device'].removeprefix('NVIDIA ')} | {against} |"
-            )
+            if full:
+                where = f"{run['label']}, 1 {content['about']['device'].removeprefix('NVIDIA ')}"
+                rows.append(f"| {what}, {where} | {full:.2f} s | **{seconds:.2f} s** | {full / seconds:.1f}x |")
     return rows
 
 
