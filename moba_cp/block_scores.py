@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .config import MoBAConfig
 from .kernels.torch_backend import accumulate_dtype
+from .outside_graphs import outside_graphs
 from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import named_error, process_group_of
@@ -29,7 +30,7 @@ from .validation import (
 )
 
 
-@torch.compiler.disable
+@outside_graphs
 def block_scores(
     q_gate: Tensor,
     k_gate: Tensor,

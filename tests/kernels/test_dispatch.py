@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from tests.kernels import interpreter
 
 triton = pytest.importorskip("triton")
-from moba_cp.kernels import backward, dispatch, forward  # noqa: E402
+from moba_cp.kernels import backward, dispatch, forward, launch  # noqa: E402
 from moba_cp.kernels.types import DqPartials, Partials  # noqa: E402
 from tests.kernels.backward_cases import Case, make_case  # noqa: E402
 
@@ -30,6 +31,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict]]:
         found[self.fn.__name__] = bound.arguments
 
     monkeypatch.setattr(triton.runtime.JITFunction, "run", run)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
     return found
 
 

@@ -78,7 +78,7 @@ def test_positions_that_are_written_to_are_read_again() -> None:
 def test_writes_that_raise_no_version_are_read_again(how: str) -> None:
     """As `dist.broadcast`, numpy and `.data` write."""
     model, ids = tiny(), text(1, TOKENS)
-    new = {"position_ids": POSITIONS, "cu_seq_lens_q": ENDS}[how]
+    new = {"position_ids": POSITIONS, "cu_seq_lens_q": torch.tensor(ENDS)}[how]
     old = {"position_ids": torch.arange(TOKENS)[None], "cu_seq_lens_q": torch.tensor([0, 1, 2, 3, 36])}[how].to(
         new.dtype
     )
