@@ -286,18 +286,42 @@ def _short(value: str, most: int) -> str:
 
 def _compare(gathered: Tensor) -> None:
     """Raise where two ranks' headers `[P, bytes]` differ."""
-    gathered = gathered[:, :_FACTS_BYTES]
-    different = (gathered != gathered[:1]).any(1).nonzero()
-    if not len(different):
+    if (gathered[:, :_FACTS_BYTES] != gathered[:1, :_FACTS_BYTES]).any():
+        compare(_decode(gathered))
+
+
+def _decode(gathered: Tensor) -> list[dict[str, str]]:
+    """The facts of every rank, from headers `[P, bytes]`."""
+    return [json.loads(bytes(row).decode()) for row in gathered[:, :_FACTS_BYTES].tolist()]
+
+
+def compare(facts: list[dict[str, str]]) -> None:
+    """Raise where two ranks' facts differ, or a rank refused its input."""
+    first = facts[0]
+    other = next((rank for rank, of_rank in enumerate(facts) if of_rank != first), None)
+    if other is None:
         return
-    other = int(different[0])
-    first, second = (json.loads(bytes(gathered[r].tolist()).decode()) for r in (0, other))
-    for rank, facts in ((0, first), (other, second)):
-        if "refused" in facts:
-            raise ValueError(f"rank {rank} refused its input: {facts['refused']}")
+    second = facts[other]
+    for rank, of_rank in ((0, first), (other, second)):
+        if "refused" in of_rank:
+            raise ValueError(f"rank {rank} refused its input: {of_rank['refused']}")
+    if first.get("step") != second.get("step"):
+        at = [
+            f"{f['step']} of call {f['number']}" if "step" in f else "beginning of a new one" for f in (first, second)
+        ]
+        raise ValueError(
+            f"the ranks of the context-parallel group are apart: rank 0 is at the {at[0]}, rank {other} at the {at[1]}"
+        )
     names = [name for name in first if first[name] != second.get(name)]
     values = "; ".join(f"{n}: rank 0 has {first[n]}, rank {other} has {second.get(n)}" for n in names)
     raise ValueError(f"the ranks of the context-parallel group disagree on {values}")
+
+
+def all_facts(group: dist.ProcessGroup, facts: dict[str, str], device: torch.device) -> list[dict[str, str]]:
+    """Every rank's facts, for ranks that need not have the same: one all-gather like that of `check`."""
+    work, gathered = _gather(group, _encode(facts, device, _state(group).life))
+    work.wait()
+    return _decode(gathered.cpu())
 
 
 def _waiting(group: dist.ProcessGroup, why: str) -> str:

@@ -3,7 +3,8 @@
 What backward sends carries no name, so the gradients of one call would be added to another's. Every call of a group that will
 have a backward pass takes the next number, equal on all ranks because their forward passes agree. Ranks compare the numbers:
 
-- on the CPU at the beginning of each call's backward, before anything moves;
+- on the CPU at the beginning of each call's backward, before anything moves, in a message of the size and form of those that
+  begin a call, so that ranks of which one goes on to another call tell each other so;
 - on CUDA, where this would cost each layer tenths of a millisecond, once at the end of a backward pass: one all-gather of the
   numbers in their order. The group's first passes read it at once, later ones at the end of the next pass, when the GPU has
   long been there: a steady training step never waits, and all ranks raise at the same point, so that none is left in an
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import agreement
 from .comm import HostCopy, SideStream, named_error, process_group, start_all_gather
 
 AT_ONCE = ("cpu",)
@@ -75,9 +77,10 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
     order = _orders.setdefault(group, _Order())
     if device.type in AT_ONCE:
         with _named(group, f"begin the backward of call {number}"):
-            gathered, work = _gather(group, torch.tensor([[number]]))
-            work.wait()
-        _compare(gathered)
+            facts = agreement.all_facts(group, {"step": "backward", "number": str(number)}, device)
+        if any(of_rank.get("step") != "backward" for of_rank in facts):
+            agreement.compare(facts)  # a rank went on to another call
+        _compare(torch.tensor([[int(of_rank["number"])] for of_rank in facts]))
         return
     task = torch._C._current_graph_task_id()
     if task not in order.passes:

@@ -59,6 +59,23 @@ def test_different_orders_raise_on_every_rank(comm: str, dtype: torch.dtype) -> 
         )
 
 
+def going_on(rank: int, size: int, ahead: int) -> str:
+    """Rank `ahead` leaves a backward pass out and begins another call."""
+    q, k, v = (LAYOUT.shard(torch.ones(64, 2, 8, dtype=torch.float64), rank).requires_grad_() for _ in range(3))
+    out = moba_cp.moba_attention(q, k, v, CONFIG, layout=LAYOUT, comm="ring").sum()
+    with pytest.raises(ValueError) as error:  # the text is looked at below
+        out.backward() if rank != ahead else moba_cp.moba_attention(q, k, v, CONFIG, layout=LAYOUT, comm="ring")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_rank_that_goes_on_without_backward_ends_the_others_by_name(ahead: int) -> None:
+    for outcome in run_fresh_ranks(2, going_on, ahead):
+        assert outcome.exception is None, outcome.exception
+        assert "are apart: rank" in outcome.result
+        assert f"rank {1 - ahead} {'is ' * ahead}at the backward of call 1" in outcome.result
+
+
 def compared_at_the_end(rank: int, size: int) -> tuple[list[str], int]:
     """As on GPUs: one comparison per backward pass. Messages of a swapped pass and of one of many calls; gathers of a pass."""
     backward_order.AT_ONCE = ()
