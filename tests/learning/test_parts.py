@@ -13,7 +13,8 @@ import torch
 from examples.learning import measure, report
 from examples.learning.attention import Attention, check, phases, sliding_window
 from examples.learning.corpus import Corpus, build, counting_losses, is_prose_or_code, join_files
-from examples.learning.train import Run, Task, data_order, learning_rate_share, lengths_of_steps
+from examples.learning.train import Run, Task, learning_rate_share
+from examples.learning.windows import data_order, lengths_of_steps
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[2]
