@@ -18,7 +18,6 @@ CASE = Case((16,), block_size=4, topk=4, q_heads=4, kv_heads=2, dim=8, v_dim=4)
 TWO = SequenceLayout.contiguous([0, 16], 2)
 TOKEN = 96  # bytes of a token's key and value of one kv head
 HEADER = Started("all_gather", 1024, 1024)  # what two ranks exchange once per call, to see that they agree
-NUMBER = Started("all_gather", 8, 8)  # the call's number, by which two ranks find that they run the same backward pass
 BARRIER = Started("all_gather", 1, 1)  # how two ranks that pull tell each other that something is ready
 GIB = 1 << 30
 Stages = dict[str, tuple[int, int, int]]

@@ -75,7 +75,7 @@ THREE = SequenceLayout.contiguous([0, 16], 3)
 HELD = (5, 5, 6)
 TOKEN = 2 * 13 * 8
 HEADER = Started("all_gather", 2 * 1024, 2 * 1024)  # by which ranks find that they agree
-NUMBER = Started("all_gather", 2 * 8, 2 * 8)  # by which they find that they run the same backward pass
+NUMBER = HEADER  # of the same form: by which they find that they run the same backward pass
 
 
 def traffic_on_rank(rank: int, world_size: int, comm: str, dtype: torch.dtype) -> tuple[dict, list]:
