@@ -20,13 +20,13 @@ from .parallel.layout import SequenceLayout
 from .tracing import without_numbers
 from .validation import (
     INTEGERS,
+    RefusedTogether,
     check_config,
     check_dtype,
     check_layout,
     check_placement,
     check_tensor,
     gradients_fact,
-    refused_together,
 )
 
 
@@ -69,7 +69,7 @@ def block_scores(
             gradient; on every rank.
     """
     ranks, inferred = process_group_of(group), without_numbers(q_gate, k_gate, blocks)
-    with refused_together(layout, ranks, q_gate, k_gate, blocks):
+    with RefusedTogether(layout, ranks, q_gate, k_gate, blocks):
         _check(q_gate, k_gate, blocks, config, layout, ranks)
         if not inferred:
             _check_values(blocks, config, layout, ranks)

@@ -38,7 +38,7 @@ from .pipeline import unit_stride
 from .prepare import needs_gradients
 from .stages import Stages
 from .tracing import infer_output, without_numbers
-from .validation import call_facts, check_comm, check_layout, check_placement, check_tensors, refused_together
+from .validation import RefusedTogether, call_facts, check_comm, check_layout, check_placement, check_tensors
 from .wide import call_sizes
 from .wide_dense import COMMS as WIDE_COMMS
 from .wide_dense import WideDense, wide_dense
@@ -89,7 +89,7 @@ def causal_attention(
         RuntimeError: a rank did not take part within the group's timeout.
     """
     group = process_group_of(group)
-    with refused_together(layout, group, q, k, v):
+    with RefusedTogether(layout, group, q, k, v):
         check_layout(layout)
         check_comm(comm, COMMS)
         check_tensors(q, k, v)

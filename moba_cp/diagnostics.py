@@ -34,7 +34,7 @@ from .parallel.comm import CommGroup, StageTraffic, Traffic, check_group, proces
 from .parallel.layout import SequenceLayout
 from .report import MoBAReport
 from .selection_figures import count_selections, distances, text_table, uniform_histogram
-from .validation import check_layout, refused_together
+from .validation import RefusedTogether, check_layout
 
 
 def gather_selection(
@@ -341,7 +341,7 @@ def _check_report(report: MoBAReport) -> None:
 
 def _check_together(report: MoBAReport, layout: SequenceLayout | None, group: dist.ProcessGroup | None) -> None:
     """Report and group of a call that all ranks of the group make: what one of them refuses, all raise."""
-    with refused_together(layout, group):
+    with RefusedTogether(layout, group):
         _check_report(report)
         check_group(group)
 

@@ -22,8 +22,8 @@ from .parallel.topology import host
 from .precision import as_given
 from .selection import BY_Q_AND_K, Routing, check_routing, make_routing, place, routing_fact
 from .stages import Stages
-from .tracing import sends_nothing, without_numbers
-from .validation import call_facts, check_call, check_flags, group_size
+from .tracing import without_numbers
+from .validation import RefusedTogether, call_facts, check_call, check_flags
 
 
 def needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -82,7 +82,7 @@ def prepare(
         gradients: whether there will be a backward pass. The others are those of `moba_attention`.
     """
     inferred = without_numbers(q, k, v)
-    try:
+    with RefusedTogether(layout, group, q, k, v):
         check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)
         check_flags(check_selection=check_selection, return_selection=return_selection)
         if selection is not None or routing is not None:
@@ -108,10 +108,6 @@ def prepare(
             if comm in EXCHANGES and EXCHANGES[comm].same_host:
                 facts[f"host ({comm} is for ranks of one)"] = node
         placed = None if selection is None else _place(selection, q, config, layout, group, check_selection)
-    except (TypeError, ValueError) as error:
-        if group_size(layout, group) > 1 and not sends_nothing(q, k, v):
-            agreement.refuse(group, error, q)
-        raise
     comm_group = CommGroup(group, layout.cp_size)
     if comm_group.size > 1:
         agreement.check(group, facts, q.device)
