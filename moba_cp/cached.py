@@ -24,7 +24,7 @@ from .pipeline import readable, unit_stride
 from .precision import as_given
 from .prepare import needs_gradients
 from .tracing import without_numbers
-from .validation import check_config, check_integer, check_tensor, check_tensors
+from .validation import INTEGERS, check_config, check_integer, check_tensor, check_tensors
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class CachedTokens:
 def _checked_offset(offset: int | Tensor, queries: int, slots: int) -> int | Tensor:
     """`offset` as an int or a tensor of no dimension; the queries fit into the slots, as far as the host can tell."""
     if isinstance(offset, Tensor):
-        if offset.numel() != 1 or offset.dtype not in (torch.int16, torch.int32, torch.int64):
+        if offset.numel() != 1 or offset.dtype not in INTEGERS:
             raise TypeError(f"offset must be an int or an integer tensor of one element, got {offset!r}")
         return offset.reshape(())
     check_integer("offset", offset, least=0)

@@ -16,7 +16,7 @@ from .config import MoBAConfig
 from .kernels import Backend, QueryRows, backend_for
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import RankPlan
-from .validation import DTYPES, INTEGERS, check_tensor
+from .validation import INTEGERS, check_dtype, check_tensor
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def check_routing(
         named = {"q_gate": routing[0], "k_gate": routing[1]}
         for name, x in named.items():
             check_tensor(name, x)
-            if x.dtype not in DTYPES:
-                raise TypeError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
+            check_dtype(name, x)
             _check_place(name, x, q)
             if x.dim() != 3 or x.shape[0] != q.shape[0] or 0 in x.shape[1:]:
                 raise ValueError(f"{name} must have shape [{q.shape[0]} tokens, heads, Dg], got {tuple(x.shape)}")
