@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_cp.kernels.launch import launch_kernel
+from moba_cp.kernels.sizes import next_power_of_2
 
 from . import fused_kernels as kernels
 
@@ -207,7 +208,7 @@ def split_rotate_pass(
     """`split_rotate` without a graph; ``mixed`` contiguous.
 
     Raises:
-        ValueError: the table is of another length, or wider than a head.
+        ValueError: the table has another number of rows than `mixed` has tokens, or rotates more dimensions than a head has.
     """
     if table is None or not runs_kernels(mixed):
         return _split_rotate(mixed, groups, dim, table)
@@ -242,7 +243,7 @@ def split_rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, table: tuple[Tenso
     _launch(
         kernels.split_rotate_backward_kernel, (length * batch,), dq, dk, dv, cos, sin, dmixed, batch, *strides,
         **_rotary_sizes(group, groups, dim, cos.size(1)),
-        GROUPS_PADDED=_padded(groups), DIM_PADDED=_padded(dim), num_warps=2,
+        GROUPS_PADDED=next_power_of_2(groups), DIM_PADDED=next_power_of_2(dim), num_warps=2,
     )  # fmt: skip
     return dmixed
 
@@ -344,11 +345,11 @@ def _rotary_sizes(group: int, groups: int, dim: int, half: int) -> dict[str, int
     return {
         "GROUP": group,
         "GROUPS": groups,
-        "HEADS_PADDED": _padded(groups * (group + 1)),
+        "HEADS_PADDED": next_power_of_2(groups * (group + 1)),
         "DIM": dim,
         "HALF": half,
-        "HALF_PADDED": _padded(half),
-        "REST_PADDED": _padded(dim - 2 * half) if dim > 2 * half else 0,
+        "HALF_PADDED": next_power_of_2(half),
+        "REST_PADDED": next_power_of_2(dim - 2 * half) if dim > 2 * half else 0,
     }
 
 
@@ -361,25 +362,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
 
 
 def _row_options(width: int) -> dict[str, int]:
-    padded = _padded(width)
+    padded = next_power_of_2(width)
     return {"WIDTH_PADDED": padded, "num_warps": min(max(padded // 512, 1), 8)}
 
 
 def _loss_sizes(vocabulary: int) -> dict[str, int]:
-    block = min(_padded(vocabulary), 4096)
+    block = min(next_power_of_2(vocabulary), 4096)
     return {"VOCAB": vocabulary, "BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
-
-
-def _padded(n: int) -> int:
-    """The next power of two; triton's own function takes 10 us."""
-    return 1 << (n - 1).bit_length()
-
-
-class FusedRMSNorm(torch.nn.RMSNorm):
-    """``torch.nn.RMSNorm`` in one pass per direction."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., h]`` to the same."""
-        assert self.weight is not None
-        assert self.eps is not None
-        return rms_norm(x, self.weight, self.eps)
