@@ -42,7 +42,7 @@ def memory(layer: Layer, split: Split) -> Memory:
     row = layer.head_dim * layer.itemsize
     q, kv = local * layer.q_heads * row, local * layer.kv_heads * row
     wide_tokens = layer.tokens // split.sequence_ranks
-    heads, kv_heads = layer.q_heads // split.head_parallel or 1, layer.kv_heads_of(split.head_parallel)
+    heads, kv_heads = layer.q_heads_of(split.head_parallel), layer.kv_heads_of(split.head_parallel)
     rows = wide_tokens * heads
     blocks = -(-layer.tokens // layer.block_size)
     selected = rows * layer.topk * (2 if blocks < 1 << 15 else 4)

@@ -128,9 +128,9 @@ def walks(layer: Layer, split: Split, backward: bool) -> int:
     rows where they are too large to be kept; as `parallel.exchanges.base.Streaming.walks` counts."""
     if split.exchange not in ("ring", "pull"):
         return 1
-    number = layer.itemsize + (GRADIENT_ITEMSIZE if backward else 0)
+    itemsize = layer.itemsize + (GRADIENT_ITEMSIZE if backward else 0)
     divided = ranges(layer, split)
-    kept = layer.tokens * divided.most_heads * 2 * layer.head_dim * number  # of all sequence ranks
+    kept = layer.tokens * divided.most_heads * 2 * layer.head_dim * itemsize  # of all sequence ranks
     return 1 if kept <= DEFAULT_EXCHANGE_BYTES else divided.chunks
 
 

@@ -58,6 +58,10 @@ class Layer:
         """Tokens of a document."""
         return self.document or self.tokens
 
+    def q_heads_of(self, head_parallel: int) -> int:
+        """q heads of a rank where q heads are split: at least one."""
+        return max(1, self.q_heads // head_parallel)
+
     def kv_heads_of(self, head_parallel: int) -> int:
         """kv heads of a rank where q heads are split: at least one."""
         return max(1, self.kv_heads // head_parallel)
@@ -219,6 +223,6 @@ def partial_bytes(layer: Layer) -> int:
 def ranges(layer: Layer, split: Split) -> Divided:
     """Ranges of kv heads and chunks of rows of a sequence rank."""
     tokens = layer.tokens // split.sequence_ranks
-    heads, kv_heads = layer.q_heads // split.head_parallel or 1, layer.kv_heads_of(split.head_parallel)
+    heads, kv_heads = layer.q_heads_of(split.head_parallel), layer.kv_heads_of(split.head_parallel)
     found = ranges_of(tokens, tokens, heads, kv_heads, partial_bytes(layer), DEFAULT_WORKSPACE_BYTES)
     return Divided(max(heads.stop - heads.start for heads, _ in found), len(found[0][1]))
