@@ -22,7 +22,7 @@ class Batches:
         length: tokens per window.
         starts: int64 `[steps, windows per step]`: where each window begins in the corpus.
         layout: of a step's windows over the context-parallel group.
-        share: this rank's tokens of a step.
+        share: positions of this rank's tokens among those of a step, int64.
     """
 
     first: int

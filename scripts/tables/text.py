@@ -14,7 +14,7 @@ def fill(blocks: dict[str, str], files: list[Path]) -> None:
     """Write every block into all files that are marked for it.
 
     Raises:
-        ValueError: none of the files has the markers of a block.
+        ValueError: a block's markers are in none of the files.
     """
     for name, text in blocks.items():
         marked = [file for file in files if f"<!-- {name} -->" in file.read_text()]

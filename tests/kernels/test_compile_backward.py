@@ -34,8 +34,9 @@ HEAVY = [
     ["portable", 192, 128, 512, "bf16", AMPERE],
 ]  # fmt: skip
 PARAMETERS = [
-    *[pytest.param(case, id=" ".join(map(str, case))) for case in CASES],
-    *[pytest.param(case, id=" ".join(map(str, case)), marks=pytest.mark.heavy) for case in HEAVY],
+    pytest.param(case, id=" ".join(map(str, case)), marks=marks)
+    for cases, marks in ((CASES, ()), (HEAVY, pytest.mark.heavy))
+    for case in cases
 ]
 
 pytestmark = pytest.mark.xdist_group("compile_backward")  # `built` once, not once per worker
