@@ -22,6 +22,7 @@ from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.planning import balance_table, clusters_table, predictions_table
 from .tables.scaling import longest_table, scaling_plot, scaling_tables
+from .tables.soak import soak_table
 from .tables.speed import gpus_table, profile_plot, speed_table
 from .tables.text import fill
 from .tables.training import training_plot, training_table
@@ -59,6 +60,7 @@ def blocks() -> dict[str, str]:
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
+        "results:soak": soak_table([json.loads(file.read_text()) for file in sorted(RESULTS.glob("soak*.json"))]),
         "results:scaling": scaling_tables(scaling_contents()) or NOT_MEASURED,
         "results:longest": longest_table(scaling_contents()) or NO_LONGEST,
         "results:predictions": predictions_table(RESULTS),
