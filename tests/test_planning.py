@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, wide
+from moba_cp.config import DEFAULT_EXCHANGE_BYTES
 from moba_cp.parallel.heads import PeerHeadTransfer
 from moba_cp.parallel.peer_memory import kept_bytes, release
 from moba_cp.planning import advice
@@ -43,7 +44,10 @@ def test_walks_are_those_that_reports_counted() -> None:
     for path in RESULTS.glob("scaling*.json"):
         for entry in json.loads(path.read_text())["results"]:
             if entry["routing"] != "trained":
-                split = Split.of_comm(entry["transport"], entry["ranks"], entry["head_ranks"], entry["layout"])
+                split = Split.of_comm(
+                    *(entry[name] for name in ("transport", "ranks", "head_ranks", "layout")),
+                    entry.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES),
+                )
                 sizes = (entry[name] for name in ("tokens", "q_heads", "kv_heads", "block_size", "topk"))
                 layer = Layer(*sizes)
                 assert [walks(layer, split, backward) for backward in (False, True)] == entry["walks"]

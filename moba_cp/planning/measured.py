@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import DEFAULT_EXCHANGE_BYTES
 from .calibration import ASSUMED, Calibration, known, non_negative_fit
 from .prediction import BACKWARD, CALIBRATED_DIM, FORWARD, NOTHING, features, moved_by, predict, received
 from .sizes import Cluster, Layer, Split, busiest
@@ -91,7 +92,7 @@ def _measured(entry: dict[str, Any], source: str) -> Measured:
     ranks = 1 if alone else entry.get("ranks", 1)
     split = Split.of_comm(
         entry.get("transport", "local"), ranks, entry.get("head_ranks") or entry.get("head_parallel") or ranks,
-        entry.get("layout", "zigzag"),
+        entry.get("layout", "zigzag"), entry.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES),
     )  # fmt: skip
     trained = entry.get("routing") == "trained"
     layer = Layer(

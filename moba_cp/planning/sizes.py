@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..chunks import ranges_of
-from ..config import DEFAULT_WORKSPACE_BYTES
+from ..config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
 from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, candidates_before, keys_before, pairs_before
 from ..parallel.cost import BETWEEN_BYTES_PER_MS, INSIDE_BYTES_PER_MS
 from ..parallel.exchanges.registry import EXCHANGES
@@ -109,17 +109,23 @@ class Split:
         head_parallel: U; 1 splits no heads.
         exchange: of keys and values between sequence ranks, a name of `EXCHANGES`; "local" where there is one.
         layout: one of `LAYOUTS`.
+        exchange_bytes: the argument of `moba_attention`: most bytes of remote keys, values and gradients that are kept for several
+            chunks of query rows.
 
     Raises:
-        ValueError: U does not divide the ranks, or the exchange does not fit the number of sequence ranks.
+        ValueError: U does not divide the ranks, the exchange does not fit the number of sequence ranks, or `exchange_bytes` is
+            negative.
     """
 
     ranks: int
     head_parallel: int = 1
     exchange: str = "local"
     layout: str = "zigzag"
+    exchange_bytes: int = DEFAULT_EXCHANGE_BYTES
 
     def __post_init__(self) -> None:
+        if self.exchange_bytes < 0:
+            raise ValueError(f"exchange_bytes must be at least 0, got {self.exchange_bytes}")
         if self.head_parallel < 1 or self.ranks % self.head_parallel:
             raise ValueError(f"head_parallel must divide {self.ranks} ranks, got {self.head_parallel}")
         if (self.exchange == "local") != (self.sequence_ranks == 1) or self.exchange not in ("local", *EXCHANGES):
@@ -142,14 +148,22 @@ class Split:
         return "a2a" if self.exchange == "local" else f"a2a+{self.exchange}"
 
     @classmethod
-    def of_comm(cls, comm: str, ranks: int, head_parallel: int, layout: str = "zigzag") -> Split:
+    def of_comm(
+        cls,
+        comm: str,
+        ranks: int,
+        head_parallel: int,
+        layout: str = "zigzag",
+        exchange_bytes: int = DEFAULT_EXCHANGE_BYTES,
+    ) -> Split:
         """The split that a call with `comm=` makes; "local" and "auto" on one rank."""
         if ranks == 1:
             return cls(1, layout=layout)
         _, _, exchange = comm.rpartition("+")
         if "a2a" not in comm:
-            return cls(ranks, 1, exchange, layout)
-        return cls(ranks, head_parallel, "local" if exchange == "a2a" or head_parallel == ranks else exchange, layout)
+            return cls(ranks, 1, exchange, layout, exchange_bytes)
+        exchange = "local" if exchange == "a2a" or head_parallel == ranks else exchange
+        return cls(ranks, head_parallel, exchange, layout, exchange_bytes)
 
 
 @dataclass(frozen=True)
