@@ -43,16 +43,15 @@ def constants(width: int) -> dict[str, int]:
     return {"W": width, "W_PADDED": padded, "ROWS": max(1, _TILE // padded)}
 
 
-def launch(
-    x: Tensor, packed: Tensor, first: int, per_member: int, copies: int, skip: int | None, puts: bool
-) -> None:
+def launch(x: Tensor, packed: Tensor, first: int, per_member: int, copies: int, skip: int | None, puts: bool) -> None:
     """As `head_rows.take_heads`, or with `puts` as `head_rows.put_heads`; `packed` is contiguous."""
     members, tokens, count, width = packed.shape
     rows = tokens * count
     if not rows:
         return
     sizes = constants(width)
+    left_out = members if skip is None else skip
     _heads_kernel[(triton.cdiv(rows, sizes["ROWS"]), members)](
-        x, packed, rows, first, per_member, members if skip is None else skip, *x.stride()[:2], packed.stride(0), COUNT=count, COPIES=copies, **sizes,
-        PUTS=puts, num_warps=WARPS,
+        x, packed, rows, first, per_member, left_out, *x.stride()[:2], packed.stride(0), COUNT=count, COPIES=copies,
+        **sizes, PUTS=puts, num_warps=WARPS,
     )  # fmt: skip

@@ -270,8 +270,8 @@ class PeerHeadTransfer(HeadTransfer):
         return memory, [begin + sum(sizes[:i]) for i in range(len(sizes))]
 
     def _view(self, memory: PeerMemory, rank: int, offset: int, x: Tensor, count: int) -> Tensor:
-        """`[U - 1, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`: a slot for each other member
-        (`_slot`)."""
+        """`[U - 1, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`: a slot for each other
+        member, see `_slot`."""
         return memory.view(rank, offset, (self.comm.size - 1, self.tokens[rank], count, x.shape[2]), x.dtype)
 
     def _take(self, share: Share, size: int, first: int, packed: Tensor, skip: int | None = None) -> None:

@@ -149,6 +149,33 @@ def test_what_fits_comes_first_and_the_fastest_of_it() -> None:
     assert not any(option.fits for option in none)
 
 
+def test_budgets_are_chosen_from_the_memory_that_is_left() -> None:
+    """10M tokens on 8 GPUs: what brings keys and values once fits, and is recommended; with less memory it is not."""
+    layer = replace(LAYER, tokens=10 << 20)
+    (best, *_) = advice.options(layer, Cluster(8), DEFAULT)
+    assert best.fits
+    assert list(advice.changed_budgets(best.split)) == ["exchange_bytes"]
+    assert [walks(layer, best.split, backward) for backward in (False, True)] == [1, 1]
+    default = advice.with_default_budgets(best.split)
+    assert walks(layer, default, True) > 1
+    assert predict(layer, default, Cluster(8), DEFAULT).forward_backward_ms > 2 * best.milliseconds
+    (less, *_) = advice.options(layer, Cluster(8, memory=best.memory.peak - 1), DEFAULT)
+    assert less.split != best.split
+
+
+@pytest.mark.parametrize(
+    ("blocks", "heads"), [((512, 8), (32, 8)), ((128, 8), (16, 16)), ((4096, 12), (64, 8)), ((512, 8), (8, 1))]
+)
+def test_twice_the_gpus_take_longer_only_for_a_stated_reason(blocks: tuple[int, int], heads: tuple[int, int]) -> None:
+    """Inside a node never."""
+    for tokens in (1 << 20, 10 << 20):
+        best = advice.fastest(Layer(tokens, *heads, *blocks), Cluster(8), DEFAULT, [1 << i for i in range(9)])
+        assert best
+        for found in advice.slower(best):
+            assert found.many.split.ranks > 8
+            assert "GiB from other nodes" in found.reason
+
+
 def test_heads_that_do_not_divide_are_not_split() -> None:
     assert {s.head_parallel for s in advice.splits(Layer(1 << 20, 6, 2, 512, 8), Cluster(8), ("zigzag",))} == {1, 2}
 

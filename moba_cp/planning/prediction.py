@@ -125,11 +125,20 @@ def received(layer: Layer, split: Split, cluster: Cluster, backward: bool) -> By
 
 
 def walks(layer: Layer, split: Split, backward: bool) -> int:
-    """How often `ring` and `pull` bring keys and values in one pass with the default workspace: once, or once per chunk of query
-    rows where they are too large to be kept; as `parallel.exchanges.base.Streaming.walks` counts."""
+    """How often `ring` and `pull` bring keys and values in one pass: once, or once per chunk of query rows where they are too
+    large to be kept; as `parallel.exchanges.base.Streaming.walks` counts."""
     if split.exchange not in STREAMING or kept_bytes(layer, split, backward) <= split.exchange_bytes:
         return 1
     return ranges(layer, split).chunks
+
+
+def keeps_parts(layer: Layer, split: Split) -> bool:
+    """Whether remote parts stay for several chunks of query rows in backward."""
+    return (
+        split.exchange in STREAMING
+        and ranges(layer, split).chunks > 1
+        and kept_bytes(layer, split, True) <= split.exchange_bytes
+    )
 
 
 def kept_bytes(layer: Layer, split: Split, backward: bool) -> int:

@@ -109,12 +109,11 @@ class Split:
         head_parallel: U; 1 splits no heads.
         exchange: of keys and values between sequence ranks, a name of `EXCHANGES`; "local" where there is one.
         layout: one of `LAYOUTS`.
-        exchange_bytes: the argument of `moba_attention`: most bytes of remote keys, values and gradients that are kept for several
-            chunks of query rows.
+        exchange_bytes, workspace_bytes: the arguments of `moba_attention`: most bytes of keys, values and gradients that are kept
+            for several chunks of query rows, and of partial results of a chunk.
 
     Raises:
-        ValueError: U does not divide the ranks, the exchange does not fit the number of sequence ranks, or `exchange_bytes` is
-            negative.
+        ValueError: U does not divide the ranks, the exchange does not fit the number of sequence ranks, or a budget is negative.
     """
 
     ranks: int
@@ -122,10 +121,12 @@ class Split:
     exchange: str = "local"
     layout: str = "zigzag"
     exchange_bytes: int = DEFAULT_EXCHANGE_BYTES
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
 
     def __post_init__(self) -> None:
-        if self.exchange_bytes < 0:
-            raise ValueError(f"exchange_bytes must be at least 0, got {self.exchange_bytes}")
+        for name in ("exchange_bytes", "workspace_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.head_parallel < 1 or self.ranks % self.head_parallel:
             raise ValueError(f"head_parallel must divide {self.ranks} ranks, got {self.head_parallel}")
         if (self.exchange == "local") != (self.sequence_ranks == 1) or self.exchange not in ("local", *EXCHANGES):
@@ -218,13 +219,15 @@ def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) ->
 
 
 class Divided(NamedTuple):
-    """How a pass is divided so that partial results fit the default workspace.
+    """How a pass is divided so that partial results fit the workspace.
 
     Attributes:
+        ranges: ranges of kv heads.
         most_heads: kv heads of the widest range.
         chunks: chunks of query rows per range.
     """
 
+    ranges: int
     most_heads: int
     chunks: int
 
@@ -238,5 +241,5 @@ def ranges(layer: Layer, split: Split) -> Divided:
     """Ranges of kv heads and chunks of rows of a sequence rank."""
     tokens = layer.tokens // split.sequence_ranks
     heads, kv_heads = layer.q_heads_of(split.head_parallel), layer.kv_heads_of(split.head_parallel)
-    found = ranges_of(tokens, tokens, heads, kv_heads, partial_bytes(layer), DEFAULT_WORKSPACE_BYTES)
-    return Divided(max(heads.stop - heads.start for heads, _ in found), len(found[0][1]))
+    found = ranges_of(tokens, tokens, heads, kv_heads, partial_bytes(layer), split.workspace_bytes)
+    return Divided(len(found), max(heads.stop - heads.start for heads, _ in found), len(found[0][1]))

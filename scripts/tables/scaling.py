@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moba_cp.config import DEFAULT_EXCHANGE_BYTES
+
 from .text import pyplot
 
 LONGEST_TOKENS = 4 << 20
@@ -24,7 +26,7 @@ def _of_machine(content: dict[str, Any]) -> str:
     comms = list(dict.fromkeys(r["comm"] for r in results if r["ranks"] > 1))
     lines = [
         f"{content['world_size']} x {content['device']}, NCCL {content['nccl']}, bf16, D = 128, one document; torch "
-        f"{content['torch']}, commit {content['commit'][:10]}. Milliseconds of the slowest rank, forward / forward+backward. "
+        f"{content['torch']}, commit {commits(results)}. Milliseconds of the slowest rank, forward / forward+backward. "
         "*Equal work*: one GPU with all tokens and its share of the heads; *efficiency*: that over the best exchange. *Exposed*: "
         "what the best one waits for others, by stages, in ms. *Dense*: the faster of torch's ring and heads by all-to-all.",
         "",
@@ -43,7 +45,7 @@ def _of_machine(content: dict[str, Any]) -> str:
         cells = [
             str(ranks), tokens_text(best["tokens"]), f"{best['q_heads']}/{best['kv_heads']}",
             f"({best['block_size']}, {best['topk']})",
-            f"{best['routing']}, {best['layout']}{documents}",
+            f"{best['routing']}, {best['layout']}{documents}{budget(best)}",
             *([times(of_comm.get(comm)) for comm in comms] if ranks > 1 or comms == [] else _alone(best, comms)),
             times(share), efficiency(share, best), f"{best['exposed_ms']:.1f}" if ranks > 1 else "-",
             f"{best['received_bytes'] / 2**30:.2f}" if ranks > 1 else "-", peak(best),
@@ -62,6 +64,17 @@ def _of_machine(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def commits(results: Sequence[dict[str, Any]]) -> str:
+    """Of all results, the earliest first."""
+    return " and ".join(dict.fromkeys(r["commit"][:10] for r in results))
+
+
+def budget(result: dict[str, Any]) -> str:
+    """`exchange_bytes`, where it is not the default."""
+    given = result.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES)
+    return "" if given == DEFAULT_EXCHANGE_BYTES else f", exchange_bytes {given / 2**30:g} GiB"
+
+
 def _alone(best: dict[str, Any], comms: list[str]) -> list[str]:
     """Cells of one rank, where nothing moves: its time stands in the first column."""
     return [f"{times(best)} (alone)", *["-"] * (len(comms) - 1)]
@@ -76,7 +89,8 @@ def longest_table(contents: Sequence[dict[str, Any]]) -> str:
     found = False
     for content in contents:
         rates = [r for one in _of_device(contents, content["device"]) for r in map(dense_rate, one["baselines"]) if r]
-        for r in sorted(_measured(content), key=lambda r: (r["tokens"], r["ranks"], r["block_size"])):
+        order = ("tokens", "ranks", "block_size", "forward_backward_ms")
+        for r in sorted(_measured(content), key=lambda r: [r.get(name, 0) for name in order]):
             if r["tokens"] < LONGEST_TOKENS:
                 continue
             found = True
@@ -91,7 +105,7 @@ def longest_table(contents: Sequence[dict[str, Any]]) -> str:
                 )
             lines.append(
                 f"| {r['tokens']:,} | {r['ranks']} x {content['device']} | {r['q_heads']}/{r['kv_heads']} | ({r['block_size']}, "
-                f"{r['topk']}) | {r['comm']} | {times(r, 's')} | {dense} | {peak(r)} | {r['output_error']:.0e} |"
+                f"{r['topk']}) | {r['comm']}{budget(r)} | {times(r, 's')} | {dense} | {peak(r)} | {r['output_error']:.0e} |"
             )
     if not found:
         return ""
@@ -173,11 +187,12 @@ def _cases(results: Sequence[dict[str, Any]]) -> list[tuple[tuple[Any, ...], dic
     names = ("ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "layout")
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for r in results:
-        of_comm = found.setdefault(tuple(r[name] for name in names), {})
+        key = *(r[name] for name in names), r.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES)
+        of_comm = found.setdefault(key, {})
         before = of_comm.get(r["comm"])
         if before is None or r.get("forward_backward_ms", 0) < before.get("forward_backward_ms", 0):
             of_comm[r["comm"]] = r
-    return sorted(found.items(), key=lambda item: (item[0][2:6], item[0][6:], item[0][1], item[0][0]))
+    return sorted(found.items(), key=lambda item: (item[0][2:6], item[0][6:8], item[0][1], item[0][0], item[0][8]))
 
 
 def _same(baseline: dict[str, Any], result: dict[str, Any]) -> bool:

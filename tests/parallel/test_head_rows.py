@@ -22,9 +22,7 @@ CASES = [
 DTYPES = [torch.float32, torch.int32, torch.float16]
 
 
-def take(
-    x: Tensor, packed: Tensor, first: int, per_member: int, copies: int, skip: int | None, kernel: bool
-) -> None:
+def take(x: Tensor, packed: Tensor, first: int, per_member: int, copies: int, skip: int | None, kernel: bool) -> None:
     if kernel:
         from moba_cp.parallel import head_rows_kernel
 
