@@ -13,6 +13,9 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("yaml")
 
+import typer
+from typer.testing import CliRunner
+
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.config import DEFAULT_EXCHANGE_BYTES
 from scripts import scaling
@@ -20,6 +23,7 @@ from scripts.harness import definition, sweep
 from scripts.harness.inputs import draw_global
 from scripts.harness.sweep import load_plan
 from scripts.harness.training import torchrun
+from scripts.tables.layer import layer_tables
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +77,37 @@ def test_one_start_measures_every_rank_count_and_baseline(measured: Path) -> Non
     share = next(e for e in content["baselines"] if e["baseline"] == "equal_work")
     assert (share["tokens"], share["q_heads"], share["kv_heads"]) == (256, 2, 1)
     assert "running" not in content
+
+
+def test_the_tables_of_the_layer_are_made_of_the_same_file(measured: Path) -> None:
+    """Each exchange beside one rank alone, and what is lost between them."""
+    content = json.loads(measured.read_text())
+    weak = [e for e in content["results"] if e["sweep"].startswith("weak")]
+    assert [(e["ranks"], e["comm"], e["transport"]) for e in weak] == [
+        (1, "auto", "local"), (2, "ring", "ring"), (2, "fetch", "fetch"), (2, "a2a", "a2a"),
+    ]  # fmt: skip
+    assert weak[0]["tokens"] == 128
+    on_a_gpu = {"stages_ms_rank0": {"gate": 1.0}, "peak_gib_forward": 1.0, "peak_gib_forward_backward": 2.0}
+    alone, *together = (e | on_a_gpu for e in weak)
+    together[0]["comm"] = "auto"
+    text = layer_tables([content | {"results": [alone, *together]}])
+    assert text.count("| 4/2 | (32, 3) |") == 2  # in either table
+    for e in (alone, *together):
+        assert f"{e['forward_ms']:.1f} / {e['forward_backward_ms']:.1f}" in text
+    assert f"{alone['forward_ms'] / together[0]['forward_ms']:.0%} / " in text
+
+
+def test_a_bad_configuration_is_refused_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    app = typer.Typer()
+    app.command()(scaling.main)
+    line = [str(written(tmp_path, comm=["ring", "puls"])), "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(app, line, terminal_width=200)
+    assert result.exit_code == 2, result.output
+    assert "got puls" in result.output
+    assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.heavy

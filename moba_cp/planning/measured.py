@@ -47,7 +47,7 @@ class Measured:
 
 
 def read(paths: Iterable[Path]) -> tuple[str, list[Measured]]:
-    """The device, and every timed configuration of result files of `bench_kernels`, `bench_layer` and `scaling`.
+    """The device, and every timed configuration of result files of `bench_kernels` and `scaling`.
 
     Raises:
         ValueError: a file is of another kind; files of different devices, or none.
@@ -64,9 +64,7 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Measured]]:
             timed = (e for e in entries if "forward_backward_ms" in e and e["tokens"] >= SMALLEST_TOKENS)
             found += [_measured(entry, path.name) for entry in timed]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            text = (
-                f"{path} is no result file of bench_kernels, bench_layer or scaling ({type(error).__name__}: {error})"
-            )
+            text = f"{path} is no result file of bench_kernels or scaling ({type(error).__name__}: {error})"
             raise ValueError(text) from error
     if len(devices) != 1:
         raise ValueError(f"results of one device are needed, got {sorted(devices)}")

@@ -61,7 +61,30 @@ def _of_machine(content: dict[str, Any]) -> str:
         f"Equal bits of output and dq, as timed: {text or 'nothing to compare'}. *Error*: output of sampled rows against the "
         "definition in fp64, norm over norm; bf16 rounds to 2e-03 at most.",
     ]
+    if stronger := strong_scaling(results):
+        lines += ["", "The same problem on more GPUs, forward / forward+backward:", "", *stronger]
     return "\n".join(lines)
+
+
+def strong_scaling(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each problem that several numbers of GPUs solved: how much faster the best exchange is than with the fewest."""
+    found: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for key, of_comm in _cases(results):
+        timed = [r for r in of_comm.values() if "forward_backward_ms" in r]
+        for r in timed:
+            of_count = found.setdefault((*key[1:7], r.get("document")), {})
+            before = of_count.get(r["ranks"])
+            if before is None or r["forward_backward_ms"] < before["forward_backward_ms"]:
+                of_count[r["ranks"]] = r
+    lines = []
+    for of_count in found.values():
+        few, *others = (of_count[count] for count in sorted(of_count))
+        for many in others:
+            ratios = " / ".join(f"{few[x] / many[x]:.2f}x" for x in ("forward_ms", "forward_backward_ms"))
+            what = f"{few['q_heads']}/{few['kv_heads']}, ({few['block_size']}, {few['topk']}), {few['routing']}"
+            gpus = f"{few['ranks']} to {many['ranks']} GPUs"
+            lines.append(f"- {tokens_text(few['tokens'])} tokens, {what}: {gpus} {ratios} ({many['comm']})")
+    return lines
 
 
 def commits(results: Sequence[dict[str, Any]]) -> str:
