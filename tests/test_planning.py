@@ -154,7 +154,7 @@ def test_budgets_are_chosen_from_the_memory_that_is_left() -> None:
     layer = replace(LAYER, tokens=10 << 20)
     (best, *_) = advice.options(layer, Cluster(8), DEFAULT)
     assert best.fits
-    assert list(advice.changed_budgets(best.split)) == ["exchange_bytes"]
+    assert "exchange_bytes" in advice.changed_budgets(best.split)
     assert [walks(layer, best.split, backward) for backward in (False, True)] == [1, 1]
     default = advice.with_default_budgets(best.split)
     assert walks(layer, default, True) > 1

@@ -34,6 +34,9 @@ def test_a_budget_that_is_not_the_default_has_a_row_of_its_own() -> None:
     assert "| uniform, zigzag, exchange_bytes 16 GiB | 500.0 / 1000.0 |" in text
     rows = [line for line in longest_table([content(few, many)]).splitlines() if "4,194,304" in line]
     assert ["exchange_bytes 16 GiB" in row for row in rows] == [True, False]  # the faster one first
+    fastest = longest_table([content(few, many)], fastest=True)
+    assert fastest.count("4,194,304") == 1
+    assert "exchange_bytes 16 GiB" in fastest
 
 
 def test_the_same_problem_on_more_gpus_is_compared() -> None:

@@ -13,13 +13,15 @@ from ..parallel.topology import Topology
 from .calibration import Calibration
 from .memory import Memory, memory
 from .prediction import Bytes, Prediction, call_sizes, kept_bytes, predict, walks
-from .sizes import Cluster, Layer, Split
+from .sizes import Cluster, Layer, Split, ranges
 
 SHARE_FOR_ATTENTION = 0.5
 """Of a GPU's memory, what attention and what it keeps for backward may take; the model takes the rest."""
 ALIKE = 0.03
 """Times that differ by less are alike: predictions are no better."""
 GIB = 1 << 30
+WORKSPACE_STEP = 4
+"""Factor between values of `workspace_bytes` that are looked at."""
 DEFAULT_BUDGETS = {"exchange_bytes": DEFAULT_EXCHANGE_BYTES, "workspace_bytes": DEFAULT_WORKSPACE_BYTES}
 BLOCK_SETTINGS = ((128, 8), (256, 8), (512, 8), (1024, 8), (2048, 12), (4096, 12))
 """What the block-size trade-off shows."""
@@ -82,19 +84,19 @@ def splits(layer: Layer, cluster: Cluster, layouts: Iterable[str]) -> list[Split
 
 
 def with_budgets(layer: Layer, split: Split) -> list[Split]:
-    """The split with the default budgets, and others where these bring keys and values once per chunk of query rows: more
-    `exchange_bytes`, in whole GiB, bring them once in forward, or in backward too; more `workspace_bytes` make fewer chunks."""
-    found = [split]
-    if walks(layer, split, backward=True) == 1:
-        return found
-    for backward in (False, True):
-        if walks(layer, split, backward) > 1:
-            kept = -(-kept_bytes(layer, split, backward) // GIB) * GIB
-            found.append(replace(split, exchange_bytes=kept))
-    while walks(layer, split, backward=True) > 1:
-        split = replace(split, workspace_bytes=2 * split.workspace_bytes)
+    """The split with the default budgets, and others where rows are worked on in several chunks. More `workspace_bytes` make
+    fewer chunks. More `exchange_bytes`, in whole GiB, bring keys and values once in forward, or in backward too, where they would
+    come once per chunk."""
+    found = []
+    while True:
         found.append(split)
-    return found
+        for backward in (False, True):
+            if walks(layer, split, backward) > 1:
+                kept = -(-kept_bytes(layer, split, backward) // GIB) * GIB
+                found.append(replace(split, exchange_bytes=kept))
+        if ranges(layer, split).chunks == 1:
+            return found
+        split = replace(split, workspace_bytes=WORKSPACE_STEP * split.workspace_bytes)
 
 
 def changed_budgets(split: Split) -> dict[str, int]:

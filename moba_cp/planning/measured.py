@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..config import DEFAULT_EXCHANGE_BYTES
-from .calibration import ASSUMED, Calibration, known, non_negative_fit
-from .prediction import BACKWARD, CALIBRATED_DIM, FORWARD, NOTHING, features, moved_by, predict, received
+from .calibration import ASSUMED, LEAST_REVISIT_MS, Calibration, known, non_negative_fit
+from .prediction import BACKWARD, CALIBRATED_DIM, FORWARD, NOTHING, REVISITED, features, moved_by, predict, received
 from .sizes import Cluster, Layer, Split, busiest
 
 SMALLEST_TOKENS = 32768
@@ -136,6 +136,8 @@ def calibrate(device: str, measured: Sequence[Measured], cluster: Cluster | None
     if missing := {*FORWARD, *BACKWARD} - set(rows):
         raise ValueError(f"no measurement of one rank has the stages {', '.join(sorted(missing))}")
     stages = {name: _rounded(non_negative_fit(np.stack(some), np.ones(len(some)))) for name, some in rows.items()}
+    backward = stages["attend backward"]
+    backward[REVISITED] = max(backward[REVISITED], LEAST_REVISIT_MS)
     zero = {name: {"forward": [0.0] * 3, "backward": [0.0] * 3} for name in ASSUMED}
     exchanges, bare = dict(ASSUMED), Calibration(device, stages, zero)
     fitted = []

@@ -22,6 +22,8 @@ BACKWARD = ("delta", "attend backward", "merge dq")
 BESIDE = ("lists",)
 """Stages that run beside others."""
 CALIBRATED_DIM = 128
+REVISITED = 2
+"""Position of `Work.revisited` among what the backward of attention is linear in."""
 RING_STEP_MS = 0.1
 """Latency of a step of a ring; see `parallel.cost.GATHER_BYTES`."""
 STREAMING = ("ring", "pull")
@@ -79,7 +81,7 @@ class Prediction:
 def features(work: Work, head_dim: int) -> dict[str, list[float]]:
     """What each stage's time is linear in."""
     wide = head_dim / CALIBRATED_DIM
-    keys, pairs, rows = work.keys * wide, work.pairs * wide, work.rows * wide
+    keys, pairs, rows, revisited = (x * wide for x in (work.keys, work.pairs, work.rows, work.revisited))
     return {
         "centroids": [work.kv_rows * wide, 1.0],
         "gate": [work.scored * wide, rows, 1.0],
@@ -87,7 +89,7 @@ def features(work: Work, head_dim: int) -> dict[str, list[float]]:
         "attend": [keys, pairs, 1.0],
         "merge": [pairs, 1.0],
         "delta": [rows, 1.0],
-        "attend backward": [keys, pairs, 1.0],
+        "attend backward": [keys, pairs, revisited, 1.0],
         "merge dq": [pairs, 1.0],
     }
 

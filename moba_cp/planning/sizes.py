@@ -177,6 +177,7 @@ class Work:
         keys: (row, key) pairs that it attends to.
         pairs: (row, block) pairs: partial results.
         scored: (row, candidate block) pairs.
+        revisited: keys times kv heads that chunks of query rows after the first one visit again, with sums of their gradients.
     """
 
     rows: float
@@ -184,6 +185,7 @@ class Work:
     keys: float
     pairs: float
     scored: float
+    revisited: float
 
 
 def busiest(layer: Layer, split: Split) -> Work:
@@ -197,6 +199,7 @@ def busiest(layer: Layer, split: Split) -> Work:
         keys=keys * documents * heads,
         pairs=pairs * documents * heads,
         scored=scored * documents * heads,
+        revisited=(ranges(layer, split).chunks - 1) * layer.tokens * layer.kv_heads_of(split.head_parallel),
     )
 
 

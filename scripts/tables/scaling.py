@@ -52,9 +52,9 @@ def _of_machine(content: dict[str, Any]) -> str:
             dense_cell(fastest, best), f"{max(r['output_error'] for r in of_comm.values()):.0e}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    of_exchanges = [r["bitwise_equal_to_first"] for _, of_comm in _cases(results) for r in list(of_comm.values())[1:]]
+    of_exchanges = [r["bitwise_equal_to_first"] for same in _of_same_inputs(results) for r in same[1:]]
     of_counts = [r[key] for key in ("bitwise_equal_to_other_rank_counts",) for r in results if key in r]
-    compared = ((of_exchanges, "with another exchange"), (of_counts, "with other numbers of GPUs"))
+    compared = ((of_exchanges, "with another exchange, layout or budget"), (of_counts, "with other numbers of GPUs"))
     text = ", ".join(f"{sum(same)} of {len(same)} compared {how}" for same, how in compared if same)
     lines += [
         "",
@@ -103,20 +103,26 @@ def _alone(best: dict[str, Any], comms: list[str]) -> list[str]:
     return [f"{times(best)} (alone)", *["-"] * (len(comms) - 1)]
 
 
-def longest_table(contents: Sequence[dict[str, Any]]) -> str:
-    """Markdown: the longest contexts, beside what dense attention would take by FLOPs at the rate it was measured at."""
+def longest_table(contents: Sequence[dict[str, Any]], fastest: bool = False) -> str:
+    """Markdown: the longest contexts, beside what dense attention would take by FLOPs at the rate it was measured at.
+
+    Args:
+        contents: of result files.
+        fastest: only the fastest result for each number of GPUs, tokens and heads.
+    """
     lines = [
         "| tokens | GPUs | heads | (B, k) | exchange | forward / forward+backward | dense, by FLOPs | peak GiB per GPU | error |",
         "|" + "---|" * 9,
     ]
-    found = False
+    shown: set[tuple[Any, ...]] = set()
     for content in contents:
         rates = [r for one in _of_device(contents, content["device"]) for r in map(dense_rate, one["baselines"]) if r]
-        order = ("tokens", "ranks", "block_size", "forward_backward_ms")
+        order = ("tokens", "ranks", *["block_size"] * (not fastest), "forward_backward_ms")
         for r in sorted(_measured(content), key=lambda r: [r.get(name, 0) for name in order]):
-            if r["tokens"] < LONGEST_TOKENS:
+            problem = content["device"], r["ranks"], r["tokens"], r["q_heads"], r["kv_heads"]
+            if r["tokens"] < LONGEST_TOKENS or (fastest and problem in shown):
                 continue
-            found = True
+            shown.add(problem)
             dense = "-"
             if rates:
                 flops = (FORWARD_FLOPS + BACKWARD_FLOPS) * r["tokens"] ** 2 / 2 * r["q_heads"] * 128
@@ -130,7 +136,7 @@ def longest_table(contents: Sequence[dict[str, Any]]) -> str:
                 f"| {r['tokens']:,} | {r['ranks']} x {content['device']} | {r['q_heads']}/{r['kv_heads']} | ({r['block_size']}, "
                 f"{r['topk']}) | {r['comm']}{budget(r)} | {times(r, 's')} | {dense} | {peak(r)} | {r['output_error']:.0e} |"
             )
-    if not found:
+    if not shown:
         return ""
     lines += [
         "",
@@ -203,6 +209,15 @@ def scaling_plot(contents: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _measured(content: dict[str, Any]) -> list[dict[str, Any]]:
     return [r for r in content["results"] if "forward_ms" in r]
+
+
+def _of_same_inputs(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Results of equal tensors on as many GPUs."""
+    names = ("ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "document")
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in results:
+        found.setdefault((*map(r.get, names), "forward_backward_ms" in r), []).append(r)
+    return list(found.values())
 
 
 def _cases(results: Sequence[dict[str, Any]]) -> list[tuple[tuple[Any, ...], dict[str, dict[str, Any]]]]:
