@@ -24,7 +24,6 @@ from moba_cp.kernels.gpu import gpu_of_capability
 from scripts import (
     bench_huggingface,
     bench_kernels,
-    bench_layer,
     bench_training,
     make_picture,
     make_tables,
@@ -40,12 +39,11 @@ from scripts import (
 from scripts.harness import definition, options, records
 from scripts.harness.inputs import draw_inputs
 from scripts.harness.timing import Times, time_calls
-from scripts.harness.training import torchrun
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
-    bench_huggingface, bench_kernels, bench_layer, bench_training, make_picture, make_tables, parallel_equality,
+    bench_huggingface, bench_kernels, bench_training, make_picture, make_tables, parallel_equality,
     pretrain_gpt_stock, quickstart, sanitize, scaling, soak, training_speed, tune,
 )  # fmt: skip
 
@@ -103,22 +101,6 @@ def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
     ]
     assert [r["queries"] for r in results[3:]] == [300, 20, 1]
     assert max(r["output_error"] for r in results[3:]) < 3e-3  # as above
-
-
-@pytest.mark.heavy
-def test_bench_layer_compares_exchanges_and_one_rank(tmp_path: Path) -> None:
-    found = run(
-        tmp_path, *torchrun(2), "-m", "scripts.bench_layer", "--device", "cpu", "--tokens-per-gpu", "128", "--heads", "2/1",
-        "--configs", "32:3", "--transports", "ring,fetch", "--routing", "correlated", "--iterations", "2",
-    )  # fmt: skip
-    assert found["world_size"] == 2
-    assert [(r["ranks"], r["comm"], r["transport"]) for r in found["results"]] == [
-        (2, "ring", "ring"), (2, "fetch", "fetch"), (1, "auto", "local"),
-    ]  # fmt: skip
-    for entry in found["results"]:
-        assert "error" not in entry
-        assert entry["output_error"] < 3e-3
-    assert found["results"][2]["tokens"] == 128
 
 
 def test_soak_compares_refuses_and_samples(tmp_path: Path) -> None:
@@ -185,7 +167,6 @@ def test_bad_options_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "text"),
     [
-        (bench_layer, ("--device", "cpu", "--transports", "ring,puls"), "got puls"),
         (bench_training, ("--device", "cpu", "--comm", "puls"), "got puls"),
         (bench_training, ("--device", "cpu", "--noise", "2,two"), "2,two"),
         (bench_training, ("--device", "cpu", "--", "model.layers=4"), "layers"),
