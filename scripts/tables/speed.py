@@ -90,7 +90,7 @@ def gpus_table(content: dict[str, Any]) -> str:
 def _measured_on(content: dict[str, Any]) -> str:
     """Device, versions, and the commits of the runs; a run without one is of the file's."""
     about = content["about"]
-    commits = dict.fromkeys(run.get("commit", about["commit"])[:10] for run in content["runs"])
+    commits = dict.fromkeys(run.get("commit", run.get("about", about)["commit"])[:10] for run in content["runs"])
     return (
         f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']} without Transformer Engine and apex, "
         f"commit {', later rows '.join(commits)}."
