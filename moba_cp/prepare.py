@@ -13,7 +13,7 @@ from . import pipeline, wide
 from .config import MoBAConfig
 from .kernels import backend_for
 from .parallel import agreement, backward_order
-from .parallel.blocks import home_plan, rank_plan
+from .parallel.blocks import HomePlan, home_plan, rank_plan
 from .parallel.comm import CommGroup
 from .parallel.cost import CallSizes
 from .parallel.exchanges import EXCHANGES
@@ -24,6 +24,9 @@ from .selection import BY_Q_AND_K, Routing, check_routing, make_routing, place, 
 from .stages import Stages
 from .tracing import without_numbers
 from .validation import RefusedTogether, call_facts, check_call, check_flags
+
+_captured: dict[int, HomePlan] = {}
+"""Plans of calls that CUDA graphs captured, by identity, for the life of the process: replays read their tensors."""
 
 
 def needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -94,7 +97,12 @@ def prepare(
                     "on meta"
                 )
             return None
+        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
         if layout.cp_size > 1:
+            if capturing:
+                raise ValueError(
+                    f"a CUDA graph can capture attention on one rank, got a layout for {layout.cp_size}: ranks agree on the host"
+                )
             facts = call_facts(q, k, v, layout, comm, gradients) | {
                 "config": repr(config),
                 "routing": routing_fact(selection, routing),
@@ -127,6 +135,8 @@ def prepare(
         number=number,
         rounds=divided.heads.copies == 1,
     )
+    if capturing:
+        _captured[id(call.plan.plan)] = call.plan.plan
     source = BY_Q_AND_K
     if placed is not None or routing is not None or return_selection:
         source = make_routing(q, call.topk, placed, routing, return_selection)
