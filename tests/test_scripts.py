@@ -26,6 +26,7 @@ from scripts import (
     bench_kernels,
     bench_layer,
     bench_training,
+    long_run,
     make_picture,
     make_tables,
     parallel_equality,
@@ -44,7 +45,7 @@ from scripts.harness.training import torchrun
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
-    bench_huggingface, bench_kernels, bench_layer, bench_training, make_picture, make_tables, parallel_equality,
+    bench_huggingface, bench_kernels, bench_layer, bench_training, long_run, make_picture, make_tables, parallel_equality,
     pretrain_gpt_stock, quickstart, sanitize, scaling, training_speed, tune,
 )  # fmt: skip
 
