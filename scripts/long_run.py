@@ -93,6 +93,7 @@ def main(
     if len(killed) > save_at and len(visible) >= ranks:
         _drop_checkpoints(output / "run" / "checkpoints", save_at)
         again = [*changes, f"parallel.context={ranks}", "run.resume=true", "run.save_interval=0"]
+        again += ["run.cuda_graphs=false"] if ranks > 1 else []  # graphs are for one process
         found = start(again, visible[:ranks], save_at + resumed_steps, resume_seconds, number=2)
         content["resumed"] = compared(killed, {entry["step"]: entry["loss"] for entry in found}, save_at) | {
             "ranks": ranks

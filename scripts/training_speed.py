@@ -161,7 +161,7 @@ def _measure(
         ranks.device,
         config.parallel.tensor if config.parallel.sequence else 1,
     )
-    torch.manual_seed(run.seed)
+    distributed.seed(run.seed)
     cuda = ranks.device.type == "cuda"
     if warning := fit.check(config, ranks):
         _say(warning)

@@ -101,9 +101,14 @@ def start(config: TrainConfig) -> Ranks:
         context_parallel_size=config.parallel.context,
         distributed_timeout_minutes=config.run.timeout_seconds / 60,  # Megatron's groups have their own
     )
-    torch.manual_seed(config.run.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
+    seed(config.run.seed)
     return Ranks(device, ProcessGroupCollection.use_mpu_process_groups())
+
+
+def seed(number: int) -> None:
+    """Seed torch and Megatron's generators, from which weights are drawn: models built after equal seeds start alike."""
+    torch.manual_seed(number)
+    tensor_parallel.model_parallel_cuda_manual_seed(number)
 
 
 def dist_size() -> int:
