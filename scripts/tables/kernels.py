@@ -13,8 +13,7 @@ DENSE = "dense cuDNN"
 
 
 def headline(results: list[Entry], dense: dict[tuple[Any, ...], Entry], training: dict[str, Any]) -> str:
-    """Markdown: full attention against MoBA: one layer at 128K tokens, training steps of `training` with both, and the longest step
-    of `training`."""
+    """Markdown: full attention against MoBA: one layer at 128K tokens, steps of `training` with both, and its longest step."""
     lines = ["| 128K tokens, unless it says otherwise | full attention | MoBA | times as fast |", "|---|---|---|---|"]
     for r in results:
         reference = dense.get((*case(r), DENSE))
