@@ -34,6 +34,11 @@ def needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
 
 
+def _is_captured(q: Tensor) -> bool:
+    """Whether a CUDA graph is capturing the call."""
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A call that is checked, agreed on and planned.
@@ -97,7 +102,7 @@ def prepare(
                     "on meta"
                 )
             return None
-        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = _is_captured(q)
         if layout.cp_size > 1:
             if capturing:
                 raise ValueError(
