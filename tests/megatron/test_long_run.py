@@ -12,8 +12,10 @@ import pytest
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
 
 from scripts import long_run
+from scripts.tables.training import long_run_plot, long_run_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +46,26 @@ def test_curves_and_differences() -> None:
     resumed = long_run.compared(found["loss"], {6: 4.5, 7: 3.0, 8: 1.0}, save_at=5)
     assert resumed == {"first_step": 6, "loss": [4.5, 3.0], "difference": [0.5, 0.0], "largest_difference": 0.5}
     assert long_run.compared(found["loss"], {}, save_at=5)["largest_difference"] is None
+
+
+def test_text_and_plot(tmp_path: Path) -> None:
+    entries = [json.loads(step(n, 10.0 - n)) for n in range(1, 9)]
+    content = long_run.summary(entries, steps=7, shared=True) | {
+        "about": {"device": "GPU", "torch": "2", "megatron_core": "0", "commit": "c" * 40},
+        "setup": {
+            "moba": {"block_size": 512, "topk": 8}, "tokens_per_step": 1024, "precision": "bf16", "overrides": ["a=1"],
+            "saved_after": 5,
+        },
+        "parameters": 7_000_000,
+    }  # fmt: skip
+    assert "resumed" not in long_run_text(content)
+    content["resumed"] = long_run.compared(content["loss"], {6: 4.5, 7: 3.0}, save_at=5) | {"ranks": 2}
+    text = long_run_text(content)
+    assert "7 steps: loss 9.0000 to 3.0000" in text
+    assert "9.00 GiB after 10 steps, 9.00 GiB after 7" in text
+    assert "steps 6 to 7 differ by at most 5.0e-01" in text
+    long_run_plot(content, tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 1000
 
 
 @pytest.mark.heavy
