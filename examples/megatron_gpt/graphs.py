@@ -8,7 +8,7 @@ Losses and gradients have the bits of the passes without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -33,10 +33,15 @@ class MicroBatchGraph:
         self._is_warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def building(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def building(self) -> Iterator[None]:
         """Where Megatron's `DistributedDataParallel` is made: gradients are added to its buffers on the stream of that moment,
         which must be the one that captures."""
-        return torch.cuda.stream(self._stream)
+        outside = torch.cuda.current_stream()
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            yield
+        outside.wait_stream(self._stream)
 
     def run(
         self,
