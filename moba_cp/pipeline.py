@@ -103,7 +103,7 @@ class Saved:
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Saved:
     """Output, log-sum-exp and selected blocks of the local rows, which `routing` decides."""
-    q, k, v = readable(q), readable(k), readable(v)
+    q, k, v = (readable(x) for x in (q, k, v))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)

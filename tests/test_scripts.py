@@ -34,6 +34,7 @@ from scripts import (
     quickstart,
     sanitize,
     scaling,
+    soak,
     training_speed,
     tune,
 )
@@ -46,7 +47,7 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
     bench_huggingface, bench_kernels, bench_layer, bench_training, long_run, make_picture, make_tables, parallel_equality,
-    pretrain_gpt_stock, quickstart, sanitize, scaling, training_speed, tune,
+    pretrain_gpt_stock, quickstart, sanitize, scaling, soak, training_speed, tune,
 )  # fmt: skip
 
 
@@ -119,6 +120,24 @@ def test_bench_layer_compares_exchanges_and_one_rank(tmp_path: Path) -> None:
         assert "error" not in entry
         assert entry["output_error"] < 3e-3
     assert found["results"][2]["tokens"] == 128
+
+
+def test_soak_compares_refuses_and_samples(tmp_path: Path) -> None:
+    found = run(tmp_path, *torchrun(2), "-m", "scripts.soak", "--device", "cpu", "--minutes", "0.05", "--tokens", "96")
+    assert found["calls"] >= 2
+    assert (found["compared"], found["refused"]) >= (1, 1)
+    assert found["largest_error"] < 1e-10  # fp64 sums in another order
+    assert len(found["samples"]) == soak.SAMPLES
+    assert found["samples"][0]["process_bytes"] > 0
+
+
+def test_soak_sees_what_grows() -> None:
+    flat = {"calls": 1, "process_bytes": 1 << 28, "kept_host_bytes": 0, "threads": 3}
+    later = flat | {"calls": 90, "process_bytes": (1 << 28) + soak.MAY_GROW, "kept_host_bytes": 1 << 30}
+    assert soak.grown([flat, later]) == {}
+    assert soak.grown([flat, later | {"threads": 4}]) == {"threads": 1}
+    more = later["process_bytes"] + 1
+    assert soak.grown([flat, later | {"process_bytes": more}]) == {"process_bytes": soak.MAY_GROW + 1}
 
 
 def test_a_wrong_output_row_shows() -> None:
