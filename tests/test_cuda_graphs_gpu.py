@@ -57,8 +57,9 @@ def captured(attention: Attention, static: Sequence[Tensor]) -> tuple[torch.cuda
     return graph, found
 
 
-def check_replays(case: tuple, attention: Attention) -> None:
-    """Inputs that the capture did not see select other blocks, so that routing must be part of the graph."""
+def check_replays(case: tuple, attention: Attention, exact: Sequence[int] = (0, 1, 2, 3)) -> None:
+    """Inputs that the capture did not see select other blocks, so that routing must be part of the graph. `exact`: which of out,
+    dq, dk and dv have the same bits; the others are sums of bf16 rounding in another order."""
     static = inputs(case, 0)
     graph, found = captured(attention, static)
     for seed in (1, 2):
@@ -66,8 +67,11 @@ def check_replays(case: tuple, attention: Attention) -> None:
         for target, x in zip(static, fresh, strict=True):
             target.copy_(x)
         graph.replay()
-        for ours, expected in zip(found, passes(attention, *fresh), strict=True):
-            assert torch.equal(ours, expected)
+        for index, (ours, expected) in enumerate(zip(found, passes(attention, *fresh), strict=True)):
+            if index in exact:
+                assert torch.equal(ours, expected)
+            else:
+                torch.testing.assert_close(ours, expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,7 +88,8 @@ def test_replays_with_several_chunks_of_rows() -> None:
 def test_replays_of_full_attention() -> None:
     case = CASES[2]
     layout = SequenceLayout.contiguous(case[0], 1)
-    check_replays(case, lambda q, k, v: causal_attention(q, k, v, None, layout=layout))
+    # dq of cudnn and flash is summed in no fixed order.
+    check_replays(case, lambda q, k, v: causal_attention(q, k, v, None, layout=layout), exact=(0, 2, 3))
 
 
 def test_graphed_callable() -> None:
