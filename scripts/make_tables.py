@@ -51,12 +51,12 @@ def blocks() -> dict[str, str]:
     """Markdown of every table, by the name of the block that it goes into."""
     about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
     return {
-        "results:headline": headline(results, dense, content("training_speed"), content("training_scaling")),
+        "results:headline": headline(results, dense, content("training_scaling")),
         "results:kernels": kernels_table(about, results, dense),
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
         "results:training": training_table(content("training")),
         "results:speed": speed_table(content("training_speed")),
-        "results:training_scaling": gpus_table(content("training_scaling")),
+        "results:training_scaling": gpus_table(content("training_scaling"), content("training_speed")),
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),

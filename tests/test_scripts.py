@@ -25,6 +25,7 @@ from scripts import (
     bench_huggingface,
     bench_kernels,
     bench_training,
+    long_run,
     make_picture,
     make_tables,
     parallel_equality,
@@ -43,7 +44,7 @@ from scripts.harness.timing import Times, time_calls
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
-    bench_huggingface, bench_kernels, bench_training, make_picture, make_tables, parallel_equality,
+    bench_huggingface, bench_kernels, bench_training, long_run, make_picture, make_tables, parallel_equality,
     pretrain_gpt_stock, quickstart, sanitize, scaling, soak, training_speed, tune,
 )  # fmt: skip
 
