@@ -22,6 +22,8 @@ from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.kernels import configs
 from moba_cp.kernels.gpu import gpu_of_capability
 from scripts import (
+    bench_compile,
+    bench_fsdp,
     bench_huggingface,
     bench_kernels,
     bench_layer,
@@ -44,8 +46,8 @@ from scripts.harness.training import torchrun
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
-    bench_huggingface, bench_kernels, bench_layer, bench_training, make_picture, make_tables, parallel_equality,
-    pretrain_gpt_stock, quickstart, sanitize, scaling, training_speed, tune,
+    bench_compile, bench_fsdp, bench_huggingface, bench_kernels, bench_layer, bench_training, make_picture, make_tables,
+    parallel_equality, pretrain_gpt_stock, quickstart, sanitize, scaling, training_speed, tune,
 )  # fmt: skip
 
 
@@ -102,6 +104,30 @@ def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
     ]
     assert [r["queries"] for r in results[3:]] == [300, 20, 1]
     assert max(r["output_error"] for r in results[3:]) < 3e-3  # as above
+
+
+def test_bench_compile_compares_bits(tmp_path: Path) -> None:
+    found = run(
+        tmp_path, sys.executable, "-m", "scripts.bench_compile", "--device", "cpu", "--tokens", "128", "--heads", "2/1",
+        "--configs", "32:2", "--hidden", "0", "--rounds", "1", "--iterations", "2", "--backend", "aot_eager",
+    )  # fmt: skip
+    (entry,) = found["results"]
+    assert entry["bitwise_equal"]
+    for what in ("forward", "forward_backward"):
+        for name in ("eager", "compiled"):
+            assert entry[f"{what}_{name}_ms"]["count"] == entry[f"{what}_{name}_host_ms"]["count"] == 2
+
+
+@pytest.mark.heavy
+def test_bench_fsdp_has_equal_losses(tmp_path: Path) -> None:
+    found = run(
+        tmp_path, *torchrun(2), "-m", "scripts.bench_fsdp", "--device", "cpu", "--tokens", "256", "--layers", "2", "--hidden",
+        "64", "--heads", "4/2", "--config", "64:3", "--vocabulary", "64", "--steps", "1",
+    )  # fmt: skip
+    assert [r["ranks"] for r in found["results"]] == [2, 1]
+    assert len(found["results"][0]["losses"]) == 4
+    # Parameters and gradients are rounded to bf16 (2^-9) in another order; losses are means over 256 tokens.
+    assert found["results"][1]["largest_relative_loss_difference"] < 2**-9
 
 
 @pytest.mark.heavy
