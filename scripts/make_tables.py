@@ -24,6 +24,7 @@ from .tables.planning import balance_table, clusters_table, predictions_table
 from .tables.scaling import longest_table, scaling_plot, scaling_tables
 from .tables.speed import gpus_table, profile_plot, speed_table
 from .tables.text import fill
+from .tables.torch_parts import compile_table, fsdp_table
 from .tables.training import training_plot, training_table
 
 RESULTS = REPOSITORY / "docs" / "results"
@@ -59,6 +60,8 @@ def blocks() -> dict[str, str]:
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
+        "results:fsdp": fsdp_table(content("fsdp")),
+        "results:compile": compile_table(content("compile")),
         "results:scaling": scaling_tables(scaling_contents()) or NOT_MEASURED,
         "results:longest": longest_table(scaling_contents()) or NO_LONGEST,
         "results:predictions": predictions_table(RESULTS),
