@@ -42,12 +42,16 @@ def is_captured(x: Tensor) -> bool:
 
 
 def strides_of(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens) -> tuple[Hashable, ...] | None:
-    """All that a step's launches depend on beside `step_facts`; None where they would need copies."""
+    """All that a step's launches depend on beside `step_facts`; None where they would need copies.
+
+    The stream is among them: memory that a cache keeps for steps goes back to the stream that it was taken on.
+    """
     of_q, of_k, of_v = q.stride(), k.stride(), v.stride()
     if not of_q[3] == of_k[3] == of_v[3] == 1:
         return None
     of_tokens = (tokens.slots, tokens.before, tokens.lengths, tokens.position)
-    return (k.shape[1], of_q, of_k, of_v, *[(x.dtype, x.stride(0)) for x in of_tokens])
+    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+    return (stream, k.shape[1], of_q, of_k, of_v, *[(x.dtype, x.stride(0)) for x in of_tokens])
 
 
 def step_facts(
