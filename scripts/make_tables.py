@@ -25,6 +25,7 @@ from .tables.scaling import longest_table, scaling_plot, scaling_tables
 from .tables.soak import soak_table
 from .tables.speed import gpus_table, profile_plot, speed_table
 from .tables.text import fill
+from .tables.torch_parts import compile_table, fsdp_table
 from .tables.training import training_plot, training_table
 
 RESULTS = REPOSITORY / "docs" / "results"
@@ -61,6 +62,8 @@ def blocks() -> dict[str, str]:
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
         "results:soak": soak_table([json.loads(file.read_text()) for file in sorted(RESULTS.glob("soak*.json"))]),
+        "results:fsdp": fsdp_table(content("fsdp")),
+        "results:compile": compile_table(content("compile")),
         "results:scaling": scaling_tables(scaling_contents()) or NOT_MEASURED,
         "results:longest": longest_table(scaling_contents()) or NO_LONGEST,
         "results:predictions": predictions_table(RESULTS),

@@ -22,6 +22,8 @@ from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.kernels import configs
 from moba_cp.kernels.gpu import gpu_of_capability
 from scripts import (
+    bench_compile,
+    bench_fsdp,
     bench_huggingface,
     bench_kernels,
     bench_training,
@@ -44,8 +46,8 @@ from scripts.harness.timing import Times, time_calls
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
-    bench_huggingface, bench_kernels, bench_training, long_run, make_picture, make_tables, parallel_equality,
-    pretrain_gpt_stock, quickstart, sanitize, scaling, soak, training_speed, tune,
+    bench_compile, bench_fsdp, bench_huggingface, bench_kernels, bench_training, long_run, make_picture, make_tables,
+    parallel_equality, pretrain_gpt_stock, quickstart, sanitize, scaling, soak, training_speed, tune,
 )  # fmt: skip
 
 
@@ -120,6 +122,30 @@ def test_soak_sees_what_grows() -> None:
     assert soak.grown([flat, later | {"threads": 4}]) == {"threads": 1}
     more = later["process_bytes"] + 1
     assert soak.grown([flat, later | {"process_bytes": more}]) == {"process_bytes": soak.MAY_GROW + 1}
+
+
+def test_bench_compile_compares_bits(tmp_path: Path) -> None:
+    found = run(
+        tmp_path, sys.executable, "-m", "scripts.bench_compile", "--device", "cpu", "--tokens", "128", "--heads", "2/1",
+        "--configs", "32:2", "--hidden", "0", "--rounds", "1", "--iterations", "2", "--backend", "aot_eager",
+    )  # fmt: skip
+    (entry,) = found["results"]
+    assert entry["bitwise_equal"]
+    for what in ("forward", "forward_backward"):
+        for name in ("eager", "compiled"):
+            assert entry[f"{what}_{name}_ms"]["count"] == entry[f"{what}_{name}_host_ms"]["count"] == 2
+
+
+@pytest.mark.heavy
+def test_bench_fsdp_has_equal_losses(tmp_path: Path) -> None:
+    found = run(
+        tmp_path, *torchrun(2), "-m", "scripts.bench_fsdp", "--device", "cpu", "--tokens", "256", "--layers", "2", "--hidden",
+        "64", "--heads", "4/2", "--config", "64:3", "--vocabulary", "64", "--steps", "1",
+    )  # fmt: skip
+    assert [r["ranks"] for r in found["results"]] == [2, 1]
+    assert len(found["results"][0]["losses"]) == 4
+    # Parameters and gradients are rounded to bf16 (2^-9) in another order; losses are means over 256 tokens.
+    assert found["results"][1]["largest_relative_loss_difference"] < 2**-9
 
 
 def test_a_wrong_output_row_shows() -> None:
