@@ -153,6 +153,11 @@ class Run:
                 self._measure_routing()
                 self._wait()
                 clock, clock_step = None if clock is None else time.time(), self.step
+            if long and self.step == long:
+                print(
+                    f"{self.task.name}: {long} steps of short windows after {time.time() - self.began:.1f} s",
+                    flush=True,
+                )
             if self.step == long and self.common_start and not self.common_start.exists():
                 self._save(self.common_start)
             if self.step % 25 == 0:
