@@ -29,7 +29,6 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +38,7 @@ import numpy as np
 import typer
 import yaml
 
+from .duplicates import Duplicates
 from .needles import Sentences, needles, training_facts
 
 SUFFIXES = {
@@ -294,36 +294,6 @@ def is_prose_or_code(text: str) -> bool:
     sample = text[:20000]
     digits = sum(c.isdigit() for c in sample) / len(sample)
     return len(text) / lines < 150 and digits < 0.12
-
-
-class Duplicates:
-    """Near-duplicate files: MinHash where `datasketch` is installed; else exact duplicates of whole files are found."""
-
-    def __init__(self) -> None:
-        try:
-            import datasketch
-        except ImportError:
-            self.index, self.exact = None, set[bytes]()
-            return
-        self.minhash = lambda: datasketch.MinHash(num_perm=64, hashfunc=zlib.crc32)
-        self.index, self.count = datasketch.MinHashLSH(threshold=0.7, num_perm=64), 0
-
-    def seen(self, text: str) -> bool:
-        """Whether a near-duplicate came before; the text is remembered if not."""
-        if self.index is None:
-            digest = hashlib.sha256(text.encode()).digest()
-            known = digest in self.exact
-            self.exact.add(digest)
-            return known
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        shingles = {"\n".join(lines[i : i + 3]).encode() for i in range(max(1, len(lines) - 2))}
-        sketch = self.minhash()
-        sketch.update_batch(list(shingles))
-        if self.index.query(sketch):
-            return True
-        self.index.insert(self.count, sketch)
-        self.count += 1
-        return False
 
 
 def join_files(source: str, files: list[tuple[str, str]], size: int) -> list[Document]:

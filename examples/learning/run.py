@@ -27,7 +27,7 @@ import yaml
 
 from .attention import phases
 from .corpus import DETAILS, Corpus
-from .train import Task, common_start, write_json
+from .task import Task, common_start, write_json
 
 MARGIN_S = 20
 """Between the deadline that runs are told and the limit: time to write a checkpoint and to stop. A run is started if it should

@@ -12,7 +12,6 @@ import math
 import os
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,49 +28,12 @@ from .attention import Phase, check, phases
 from .corpus import Corpus
 from .model import GPT, Sizes
 from .needles import ASKED, TEXT
+from .optimizers import learning_rate_share, optimizers
+from .task import Task, common_start, phase_at, write_json
 from .windows import Batches, data_order, lengths_of_steps, pairs_of, weights_of
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one run needs.
-
-    Attributes:
-        name: of its files.
-        arm: name of the arm; `spec` says what it is.
-        seed: of weights and of the order of the data.
-        config: the plan without its runs: `model`, `data`, `optimizer`, `measures`.
-        corpus, work: folders.
-        deadline: seconds since the epoch; an unfinished run then writes a checkpoint and stops.
-    """
-
-    name: str
-    arm: str
-    spec: dict[str, Any]
-    seed: int
-    config: dict[str, Any]
-    corpus: str
-    work: str
-    deadline: float
-
 
 ANSWERS_EVERY = 20
 """Steps over which the loss of answers is averaged in the result."""
-
-
-def phase_at(phases: list[Phase], steps: int, step: int) -> Phase:
-    return [p for p in phases if step >= round(p.start * steps)][-1]
-
-
-def common_start(task: Task, found: list[Phase]) -> Path | None:
-    """The checkpoint after the short windows, which all arms of a seed share; None where the attention of these phases already
-    differs from full attention there, or where all windows are of one length."""
-    steps = task.config["optimizer"]["steps"]
-    stages = lengths_of_steps(task.config["data"], steps)
-    layers = {spec for step in range(stages[-1][0]) for spec in phase_at(found, steps, step).layers}
-    if len(stages) == 1 or not all(spec.is_full(stages[0][2]) for spec in layers):
-        return None
-    return Path(task.work) / "checkpoints" / f"short_windows_s{task.seed}.pt"
 
 
 class Run:
@@ -354,48 +316,6 @@ class Run:
             needles=tuple(settings.get("retrieval_needles", (0, 1, 4))),
             most_tokens=max(self.batch * self.length, max(settings["retrieval_lengths"])),
         )
-
-
-def optimizers(model: GPT, settings: dict[str, Any]) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers where `settings` has `muon_lr`, AdamW for all other weights.
-
-    Each group holds its peak learning rate as `peak_lr`. Muon's updates are scaled to the size of AdamW's.
-    """
-    weights = list(model.parameters())
-    of_muon = [w for w in model.layers.parameters() if w.dim() == 2] if "muon_lr" in settings else []
-    chosen = {id(w) for w in of_muon}
-    of_adam = [w for w in weights if id(w) not in chosen]
-    decay, lr = settings["weight_decay"], settings["lr"]
-    groups = [
-        {"params": [w for w in of_adam if w.dim() == 2], "weight_decay": decay, "peak_lr": lr},
-        {"params": [w for w in of_adam if w.dim() == 1], "weight_decay": 0.0, "peak_lr": lr},
-    ]
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, betas=(settings["beta1"], settings["beta2"]), lr=lr, fused=True)
-    ]
-    if of_muon:
-        group = {"params": of_muon, "peak_lr": settings["muon_lr"]}
-        made.append(
-            torch.optim.Muon([group], lr=settings["muon_lr"], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        )
-    return made
-
-
-def learning_rate_share(optimizer: dict[str, Any], step: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to `min_lr_share`."""
-    warmup, steps, low = optimizer["warmup"], optimizer["steps"], optimizer["min_lr_share"]
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace the file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value))
-    part.replace(path)
 
 
 def execute(task: Task) -> None:
