@@ -15,7 +15,7 @@ import typer
 
 from .pictures import answered, pictures
 from .summary import Run, finished, first_long_step, gaps, mean_and_error, table
-from .tables import loss_table, retrieval_table, routing_table, switch_table, verdict
+from .tables import loss_table, retrieval_table, retrieval_verdict, routing_table, switch_table, verdict
 
 __all__ = ["gaps", "main", "mean_and_error", "page"]
 TEMPLATE = Path(__file__).with_name("learning.md.in")
@@ -192,6 +192,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any], list[Run]], str]] = {
     "verdict": verdict,
     "switch": switch_table,
     "retrieval": retrieval_table,
+    "retrieved": retrieval_verdict,
     "pairs": pairs_of_training,
     "starts": shared_starts,
     "needles": needles_asked,

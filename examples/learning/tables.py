@@ -156,6 +156,28 @@ def retrieval_table(results: dict[str, Any], runs: list[Run]) -> str:
     return table(["arm", "seeds", "needles", *(f"{n:,}" for n in lengths)], rows)
 
 
+def retrieval_verdict(results: dict[str, Any], runs: list[Run]) -> str:
+    """One line per arm: percent of prompts of the training length that it answers, and the difference to full attention."""
+    length = runs[0]["config"]["data"]["length"]
+    asked = [r for r in runs if any(e["length"] == length for e in r.get("retrieval", []))]
+    found = arms([{**r, "answered": percent_answered(r)} for r in asked])
+    full, lines = found.get("full", {}), []
+    for arm, seeds in found.items():
+        values = [r["answered"] for r in seeds.values()]
+        line = f"- `{arm}`: {shown(values, 1)} %"
+        difference = gaps(seeds, full, "answered") if arm != "full" else []
+        lines.append(line + (f", {shown(difference, 1, sign=True)} points to full attention." if difference else "."))
+    if not any(e["exact"] for r in asked for e in r["retrieval"]):
+        return "No arm answers prompts of retrieval."
+    return f"Retrieval, prompts of {length:,} tokens, all numbers of needles together:\n\n" + "\n".join(lines)
+
+
+def percent_answered(run: Run) -> float:
+    """Percent of all prompts of the training length that hide a needle."""
+    length = run["config"]["data"]["length"]
+    return float(np.mean([100 * e["exact"] for e in run["retrieval"] if e["length"] == length and e["needles"]]))
+
+
 def routing_table(results: dict[str, Any], runs: list[Run]) -> str:
     """Of seed 0 at the last step that was measured: mean over layers, first and last layer."""
     keys = ("wanted_share", "entropy", "far", "sink_share", "agreement_in_group", "agreement_across")
