@@ -58,6 +58,7 @@ class Started:
     began: float
     expected: float
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    trained: bool = False
 
 
 class Plan:
@@ -185,7 +186,13 @@ class Plan:
         return self.limit - time.time()
 
     def watch(self, started: Started) -> None:
-        """Collect a run that ended; end one that is past the limit, or whose other rank died."""
+        """Collect a run that ended; end one that is past the limit, or whose other rank died.
+
+        A run that has trained and only measures lets go of its GPUs: the next one gets ready meanwhile.
+        """
+        path = self.args.work / "results" / f"{started.task.name}.json"
+        if not started.trained and path.exists():  # written when training is over
+            started.trained, self.free = True, sorted(self.free + started.gpus)
         codes = [p.poll() for p in started.processes]
         over = self.left() < 3 or any(c not in (None, 0) for c in codes)
         if over:
@@ -195,9 +202,9 @@ class Plan:
             return
         codes = [p.wait() for p in started.processes]
         self.running.remove(started)
-        self.free = sorted(self.free + started.gpus)
+        if not started.trained:
+            self.free = sorted(self.free + started.gpus)
         task = started.task
-        path = self.args.work / "results" / f"{task.name}.json"
         result = {"arm": task.arm, "seed": task.seed, "spec": task.spec, "config": self.config, "complete": False}
         if path.exists():
             result |= json.loads(path.read_text())

@@ -100,3 +100,26 @@ def test_time_expected_of_a_run_knows_the_short_windows(
     result.write_text(json.dumps({"complete": True}))
     made.watch(first)
     assert made.expected(other) == pytest.approx(100, rel=0.01)
+
+
+def test_a_run_that_measures_lets_the_next_one_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[dict[str, str]]
+) -> None:
+    made = make_plan(tmp_path, monkeypatch, [("full", 0), ("full", 1), ("full", 2), ("full", 3)])
+    while made.start_one():
+        pass
+    first = made.running[0]
+    monkeypatch.setattr(Finished, "poll", lambda self: None)
+    made.watch(first)
+    assert made.free == []
+    result = Path(first.task.work) / "results" / "full_s0.json"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps({"complete": True}))
+    made.watch(first)
+    assert (made.free, made.results) == ([0], [])
+    assert made.start_one()
+    assert made.free == []
+    monkeypatch.setattr(Finished, "poll", lambda self: 0)
+    made.watch(first)
+    assert made.free == []  # its GPU belongs to the third run now
+    assert [r["seed"] for r in made.results] == [0]
