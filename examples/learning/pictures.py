@@ -45,6 +45,8 @@ def losses(runs: list[Run], path: Path) -> None:
             continue
         first = first_long_step(next(iter(seeds.values())))
         band(right, steps, gaps_of(seeds, full, lambda r: smoothed(r["loss_curve"])), line.get_color(), after=first)
+    tops = [line.get_ydata()[len(line.get_ydata()) // 10] for line in left.get_lines()]
+    left.set(ylim=(None, max(tops)))  # the first steps would take all of the picture
     left.set(xlabel="step", ylabel="training loss of text, nats per token", title=f"Loss, mean of {SMOOTH} steps")
     right.set(xlabel="step", ylabel="loss − loss of full attention", title="Difference to full, same seed and batches")
     right.axhline(0, color="grey", linewidth=0.8)
@@ -95,15 +97,14 @@ def retrieval(runs: list[Run], path: Path) -> None:
             }
             lengths = sorted(next(iter(entries.values())))
             band(axis, lengths, np.array([[e[n] for n in lengths] for e in entries.values()]), line.get_color(), "o-")
-    axes[0].set(xlabel="step", ylabel="nats per token", title="Training: loss of answers that the window tells")
+    axes[0].set(xlabel="step", ylabel="nats per token", title="Training: loss of second answers")
     axes[0].legend(fontsize=7)
     for axis, needles in zip(axes[1:], chosen):
         axis.set(
-            xscale="log",
-            xlabel="tokens of the prompt",
-            ylim=(-0.03, 1.03),
-            title=f"Prompts answered, {needles} needle(s)",
+            xscale="log", xlabel="tokens of the prompt", ylim=(-0.03, 1.03), title=f"Prompts answered, {needles} hidden"
         )
+        axis.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
+        axis.minorticks_off()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

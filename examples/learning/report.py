@@ -15,7 +15,7 @@ import typer
 
 from .pictures import answered, pictures
 from .summary import Run, finished, first_long_step, gaps, mean_and_error, table
-from .tables import loss_table, retrieval_table, retrieval_verdict, routing_table, switch_table, verdict
+from .tables import against_window, answer, loss_table, retrieval_table, routing_table, switch_table
 
 __all__ = ["gaps", "main", "mean_and_error", "page"]
 TEMPLATE = Path(__file__).with_name("learning.md.in")
@@ -30,6 +30,9 @@ def main(
     counted = results.with_name("learning_bigram.json")
     if counted.exists():
         found["counting"] = json.loads(counted.read_text())
+    reading = results.with_name(f"{results.stem}_reading.md")
+    if reading.exists():
+        found["reading"] = reading.read_text().strip()
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "learning.md").write_text(page(found))
     pictures(found, docs)
@@ -189,10 +192,11 @@ SECTIONS: dict[str, Callable[[dict[str, Any], list[Run]], str]] = {
     "setup": setup,
     "loss": loss_table,
     "counting": counting,
-    "verdict": verdict,
+    "answer": answer,
     "switch": switch_table,
     "retrieval": retrieval_table,
-    "retrieved": retrieval_verdict,
+    "reading": lambda results, runs: str(results.get("reading", "")),
+    "window": against_window,
     "pairs": pairs_of_training,
     "starts": shared_starts,
     "needles": needles_asked,

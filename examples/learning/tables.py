@@ -56,31 +56,29 @@ def loss_table(results: dict[str, Any], runs: list[Run]) -> str:
     return table(head, rows)
 
 
-def verdict(results: dict[str, Any], runs: list[Run]) -> str:
-    """One line per arm: its gap, and whether zero is in its 95 % interval."""
-    found = arms(runs)
-    full = found.get("full", {})
-    spread, lines = spread_of_gaps(runs), []
+def answer(results: dict[str, Any], runs: list[Run]) -> str:
+    """A row per arm: loss and retrieval at the training length against full attention, paired by seed."""
+    length = runs[0]["config"]["data"]["length"]
+    found = arms([r | {"answered": percent_answered(r)} for r in runs])
+    full, rows = found.get("full", {}), []
     for arm, seeds in found.items():
         values = gaps(seeds, full)
-        if arm == "full" or not values:
-            continue
-        mean, error = mean_and_error(values)
-        if len(values) > 1:
-            width = STUDENT_T[min(len(values), len(STUDENT_T) - 1)] * error
-            zero = "holds zero" if abs(mean) <= width else "does not hold zero"
-            lines.append(
-                f"- `{arm}`: {mean:+.4f} ± {error:.4f} nats from full attention over {len(values)} seeds; the 95 % interval, "
-                f"± {width:.4f}, {zero}."
-            )
-        elif spread is None:
-            lines.append(f"- `{arm}`: {mean:+.4f} nats from full attention, one seed: no error bar.")
-        else:
-            lines.append(
-                f"- `{arm}`: {mean:+.4f} nats from full attention, one seed. Gaps of the arms with several seeds have a "
-                f"standard deviation of {spread[0]:.4f} between seeds."
-            )
-    return "\n".join(lines) or "- No arm has a seed in common with full attention yet."
+        interval = "–"
+        if arm != "full" and len(values) > 1:
+            width = STUDENT_T[min(len(values), len(STUDENT_T) - 1)] * mean_and_error(values)[1]
+            interval = f"{np.mean(values) - width:+.3f} to {np.mean(values) + width:+.3f}"
+        answered = [r["answered"] for r in seeds.values() if r["answered"] is not None]
+        rows.append(
+            [arm, str(len(seeds)), "0" if arm == "full" else shown(values, sign=True), interval, shown(answered, 0)]
+        )
+    text = table(["arm", "seeds", "gap of held-out loss, nats", "95 % interval", f"% answered at {length:,}"], rows)
+    spread = spread_of_gaps(runs)
+    if spread is not None and any(len(seeds) == 1 for seeds in found.values()):
+        text += (
+            "\n\nOne seed has no error bar; gaps of the other arms have a standard deviation of "
+            f"{spread[0]:.4f} between seeds."
+        )
+    return text
 
 
 def switch_table(results: dict[str, Any], runs: list[Run]) -> str:
@@ -156,26 +154,26 @@ def retrieval_table(results: dict[str, Any], runs: list[Run]) -> str:
     return table(["arm", "seeds", "needles", *(f"{n:,}" for n in lengths)], rows)
 
 
-def retrieval_verdict(results: dict[str, Any], runs: list[Run]) -> str:
-    """One line per arm: percent of prompts of the training length that it answers, and the difference to full attention."""
-    length = runs[0]["config"]["data"]["length"]
-    asked = [r for r in runs if any(e["length"] == length for e in r.get("retrieval", []))]
-    found = arms([{**r, "answered": percent_answered(r)} for r in asked])
-    full, lines = found.get("full", {}), []
-    for arm, seeds in found.items():
-        values = [r["answered"] for r in seeds.values()]
-        line = f"- `{arm}`: {shown(values, 1)} %"
-        difference = gaps(seeds, full, "answered") if arm != "full" else []
-        lines.append(line + (f", {shown(difference, 1, sign=True)} points to full attention." if difference else "."))
-    if not any(e["exact"] for r in asked for e in r["retrieval"]):
-        return "No arm answers prompts of retrieval."
-    return f"Retrieval, prompts of {length:,} tokens, all numbers of needles together:\n\n" + "\n".join(lines)
+def against_window(results: dict[str, Any], runs: list[Run]) -> str:
+    """What MoBA arms with several seeds gain or lose against the sliding window, paired by seed."""
+    asked = [r | {"answered": percent_answered(r)} for r in runs]
+    found, lines = arms([r for r in asked if r["answered"] is not None]), []
+    for window in (arm for arm in found if arm.startswith("window")):
+        for arm, seeds in found.items():
+            loss, answered = (gaps(seeds, found[window], key) for key in ("eval_loss", "answered"))
+            if arm.startswith("moba") and len(loss) > 1:
+                lines.append(
+                    f"- `{arm}` − `{window}`, {len(loss)} seeds: {shown(loss, sign=True)} nats, "
+                    f"{shown(answered, 1, sign=True)} points of retrieval."
+                )
+    return "Against the sliding window, same seeds:\n\n" + "\n".join(lines) if lines else ""
 
 
-def percent_answered(run: Run) -> float:
-    """Percent of all prompts of the training length that hide a needle."""
+def percent_answered(run: Run) -> float | None:
+    """Percent of the prompts of the training length that hide a needle; None where none was asked."""
     length = run["config"]["data"]["length"]
-    return float(np.mean([100 * e["exact"] for e in run["retrieval"] if e["length"] == length and e["needles"]]))
+    shares = [100 * e["exact"] for e in run.get("retrieval", []) if e["length"] == length and e["needles"]]
+    return float(np.mean(shares)) if shares else None
 
 
 def routing_table(results: dict[str, Any], runs: list[Run]) -> str:
