@@ -42,6 +42,7 @@ from scripts import (
 from scripts.harness import definition, options, records
 from scripts.harness.inputs import draw_inputs
 from scripts.harness.timing import Times, time_calls
+from scripts.harness.training import torchrun
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
