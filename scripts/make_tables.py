@@ -26,7 +26,7 @@ from .tables.soak import soak_table
 from .tables.speed import gpus_table, profile_plot, speed_table
 from .tables.text import fill
 from .tables.torch_parts import compile_table, fsdp_table
-from .tables.training import training_plot, training_table
+from .tables.training import long_run_plot, long_run_text, training_plot, training_table
 
 RESULTS = REPOSITORY / "docs" / "results"
 NOT_MEASURED = "Not measured yet: no docs/results/scaling*.json."
@@ -43,6 +43,8 @@ def main(
     fill(blocks(), [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))])
     kernels_plot(*load(sorted(RESULTS.glob("kernels*.json"))), RESULTS / "kernels.png")
     training_plot(content("training"), RESULTS / "training.png")
+    for file in sorted(RESULTS.glob("training_run*.json")):
+        long_run_plot(json.loads(file.read_text()), file.with_suffix(".png"))
     if scaling := scaling_contents():
         scaling_plot(scaling, RESULTS / "scaling.png")
     profile_plot(content("training_speed"), RESULTS / "training_profile.png")
@@ -56,6 +58,9 @@ def blocks() -> dict[str, str]:
         "results:kernels": kernels_table(about, results, dense),
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
         "results:training": training_table(content("training")),
+        "results:training_run": long_run_text(
+            [json.loads(file.read_text()) for file in sorted(RESULTS.glob("training_run*.json"))]
+        ),
         "results:speed": speed_table(content("training_speed")),
         "results:training_scaling": gpus_table(content("training_scaling"), content("training_speed")),
         "results:equality": equality_table(content("parallel_equality")),
