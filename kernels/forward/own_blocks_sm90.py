@@ -1,0 +1,203 @@
+"""Gluon kernel of block attention on Hopper to own blocks of more than 128 keys, and parts that `hold_rows_sm90.py` shares.
+
+Rows stay in shared memory; keys and values stream past them in tiles that TMA copies. A tile is ready when its mbarrier is: TMA
+writes shared memory through the proxy that products read through, so no fence is needed. A tile of keys is requested two tiles
+ahead, as soon as the scores of the tile whose stage it takes are done, and a tile of values one tile ahead. `gluon_rows.py` has
+the other rules of ordering.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from ..gluon_rows import barrier, gather_layout, line_layout, product_layout, store_layout
+
+
+@gluon.jit
+def new_barriers():
+    """Two mbarriers for tiles of keys and two for tiles of values.
+
+    Called before a kernel's early return: after it, the compiler would move the kernel's first loads behind the return.
+    """
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for j in gl.static_range(2):
+        mbarrier.init(k_full.index(j), count=1)
+        mbarrier.init(v_full.index(j), count=1)
+    fence_async_shared()
+    barrier()
+    return k_full, v_full
+
+
+@gluon.jit
+def fetch(tiles, head, row, full, tile_s, there, SIZE: gl.constexpr):
+    """Start the copy of one tile of keys or values, SIZE bytes, if it is `there` (exists)."""
+    mbarrier.expect(full, SIZE, pred=there)
+    tma.async_copy_global_to_shared(tiles, [head, row, 0], full, tile_s, pred=there)
+
+
+@gluon.jit
+def fetch_two(tiles, head, row, full, tile_s, there, tiles2, head2, row2, full2, tile2_s, there2, SIZE: gl.constexpr):
+    """`fetch` of two tiles. Issued together, they need one compiler-inserted barrier less."""
+    mbarrier.expect(full, SIZE, pred=there)
+    mbarrier.expect(full2, SIZE, pred=there2)
+    tma.async_copy_global_to_shared(tiles, [head, row, 0], full, tile_s, pred=there)
+    tma.async_copy_global_to_shared(tiles2, [head2, row2, 0], full2, tile2_s, pred=there2)
+
+
+@gluon.jit
+def _begin(
+    ROWS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, DTYPE: gl.constexpr, SCORE: gl.constexpr, SUM: gl.constexpr,
+    LEFT: gl.constexpr,
+):  # fmt: skip
+    """Running maximum, sum, zero scores, output and weights before the first tile; waits for the copies of the rows."""
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
+    m = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
+    norm = gl.zeros([ROWS], gl.float32, BY_ROW)
+    zero = gl.zeros([ROWS, KEYS], gl.float32, SCORE)
+    acc = warpgroup_mma_init(gl.zeros([ROWS, D], gl.float32, SUM))
+    p_left = gl.zeros([ROWS, KEYS], DTYPE, LEFT)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    barrier()
+    return m, norm, zero, acc, p_left
+
+
+@gluon.jit
+def softmax_step(s, m, norm, total, scale, DTYPE: gl.constexpr, SUM: gl.constexpr, LEFT: gl.constexpr):
+    """One tile of scores into the running maximum, sum and output. The weights are the left operand of the next product."""
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    p = gl.exp2(s * scale - m_new[:, None])
+    rescale = gl.exp2(m - m_new)
+    norm = norm * rescale + gl.sum(p, 1)
+    total = total * gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None]
+    return gl.convert_layout(p.to(DTYPE), LEFT), m_new, norm, total
+
+
+@gluon.jit
+def store_rows(
+    out, at, stored, total, norm, ROWS: gl.constexpr, D: gl.constexpr, DTYPE: gl.constexpr, SUM: gl.constexpr
+):
+    """Store normalised rows at rows `at` of `out` where `stored`; both in the rows' slice of `store_layout`."""
+    STORE: gl.constexpr = store_layout(ROWS, D, 4)
+    o = total * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, SUM))[:, None]
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
+    gl.store(out + (at * D)[:, None] + cols[None, :], gl.convert_layout(o.to(DTYPE), STORE), mask=stored[:, None])
+
+
+@gluon.jit(
+    do_not_specialize=["offset", "tokens", "n_tiles", "q_heads", "start_head"],
+    do_not_specialize_on_alignment=["start", "length", "own_tiles"],
+)
+def own_blocks_kernel(
+    q, k, v, k_tiles, v_tiles, start, length, own_tiles, out, lse,
+    offset, tokens, n_tiles, q_heads, group, scale, start_head, q_token, q_head, k_row, k_head, v_row, v_head,
+    D: gl.constexpr, TOPK: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
+    NEGATIVE: gl.constexpr,
+):  # fmt: skip
+    """One program: at most ROWS consecutive rows of one q head against the keys of their own block, causally.
+
+    Reads 2 * D bytes of q per row and 4 * D bytes per key up to the last row; writes 2 * D + 4 bytes per row, at slot
+    TOPK - 1: as `portable_kernels.own_blocks_kernel`.
+
+    The last tile of a short block reaches past the block's end and is read by pointers: TMA would read another document's
+    rows, and a NaN there times a weight of 0 is NaN.
+    """
+    pid = gl.program_id(0)
+    head = pid % q_heads
+    fields = own_tiles + (n_tiles - 1 - pid // q_heads) * 4  # late rows see the most keys: long programs first
+    token_first = gl.load(fields) - offset
+    count = gl.load(fields + 1)
+    block = gl.load(fields + 2)
+    position_first = gl.load(fields + 3)
+    kv_head = head // group
+    first_key = gl.load(start + kv_head.to(gl.int64) * start_head + block)
+    held = gl.load(length + block)
+    k_full, v_full = new_barriers()
+    if (token_first >= tokens) | (token_first + count <= 0) | (first_key < 0):
+        return
+
+    GATHER: gl.constexpr = gather_layout(D, WARPS)
+    SCORE: gl.constexpr = product_layout(KEYS, WARPS)
+    SUM: gl.constexpr = product_layout(D, WARPS)
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
+    ROWS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], DTYPE)
+    k_s = gl.allocate_shared_memory(DTYPE, [2, 1, KEYS, D], k_tiles.layout)
+    v_s = gl.allocate_shared_memory(DTYPE, [2, 1, KEYS, D], v_tiles.layout)
+    q_s = gl.allocate_shared_memory(DTYPE, [ROWS, D], ROWS_LAYOUT)
+    at_s = gl.allocate_shared_memory(gl.int64, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # End of the tiles of keys that some row sees. At least 1: ptxas serialises the products of a loop that may not run.
+    end = gl.maximum(gl.minimum((position_first + count + KEYS - 1) // KEYS * KEYS, held), 1)
+    k_at = gl.minimum(k_head, 1) * kv_head
+    v_at = gl.minimum(v_head, 1) * kv_head
+    fetch_two(
+        k_tiles, k_at, first_key, k_full.index(0), k_s.index(0), end >= KEYS,
+        v_tiles, v_at, first_key, v_full.index(0), v_s.index(0), end >= KEYS, KEYS * D * 2,
+    )  # fmt: skip
+    fetch(k_tiles, k_at, first_key + KEYS, k_full.index(1), k_s.index(1), end >= 2 * KEYS, KEYS * D * 2)
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, GATHER))
+    token = gl.maximum(token_first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, GATHER)), 0)
+    token = gl.minimum(
+        token, gl.minimum(token_first + count, tokens) - 1
+    )  # rows that are not stored repeat one that is
+    q += head.to(gl.int64) * q_head
+    async_copy.async_copy_global_to_shared(q_s, q + (token.to(gl.int64) * q_token)[:, None] + cols[None, :])
+    async_copy.commit_group()
+    # Output rows, -1 for rows that are not stored. Kept in shared memory: the loop needs every register.
+    r = gl.arange(0, ROWS, layout=line_layout(WARPS))
+    valid = (r < count) & (token_first + r >= 0) & (token_first + r < tokens)
+    at_s.store(gl.where(valid, (head.to(gl.int64) * tokens + token_first + r) * TOPK + TOPK - 1, -1))
+
+    row = gl.arange(0, ROWS, layout=BY_ROW)[:, None]
+    col = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORE))[None, :]
+    m, norm, zero, acc, p_left = _begin(ROWS, KEYS, D, DTYPE, SCORE, SUM, LEFT)
+    for i in range(0, end, KEYS):
+        stage = i // KEYS % 2
+        phase = i // KEYS // 2 % 2
+        k_tile = k_s.index(stage).reshape([KEYS, D])
+        v_tile = v_s.index(stage).reshape([KEYS, D])
+        if i + KEYS <= end:
+            mbarrier.wait(k_full.index(stage), phase)
+        else:  # past the end the last key is repeated; its weight there is 0
+            key = gl.minimum(i + gl.arange(0, KEYS, layout=gl.SliceLayout(1, GATHER)), end - 1)
+            from_row = (first_key + key).to(gl.int64)
+            k_from = k + (from_row * k_row + k_at.to(gl.int64) * k_head)[:, None] + cols[None, :]
+            v_from = v + (from_row * v_row + v_at.to(gl.int64) * v_head)[:, None] + cols[None, :]
+            async_copy.async_copy_global_to_shared(k_tile, k_from)
+            async_copy.async_copy_global_to_shared(v_tile, v_from)
+            async_copy.commit_group()
+            async_copy.wait_group(0)
+            fence_async_shared()
+            barrier()
+        s_run = warpgroup_mma(q_s, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s, total, p_left = warpgroup_mma_wait(0, deps=(s_run, acc, p_left))
+        barrier()
+        fetch_two(
+            v_tiles, v_at, first_key + i + KEYS, v_full.index(1 - stage), v_s.index(1 - stage), i + 2 * KEYS <= end,
+            k_tiles, k_at, first_key + i + 2 * KEYS, k_full.index(stage), k_s.index(stage), i + 3 * KEYS <= end, KEYS * D * 2,
+        )  # fmt: skip
+        if NEGATIVE:
+            s = -s
+        if i + KEYS - 1 > position_first:
+            # Left: the bits in which a thread's registers differ (`SCORE`), all constants. Right: one number per thread.
+            s = gl.where((col & ~6) - (row & 72) <= (row & ~72) - (col & 6) + position_first - i, s, float("-inf"))
+        p_left, m, norm, total = softmax_step(s, m, norm, total, scale, DTYPE, SUM, LEFT)
+        mbarrier.wait(v_full.index(stage), phase, pred=i + KEYS <= end)
+        acc = warpgroup_mma(p_left, v_tile, total, is_async=True)
+    at = at_s.load(BY_ROW)
+    gl.store(lse + at, m + gl.log2(norm), mask=at >= 0)
+    total, p_left = warpgroup_mma_wait(0, deps=(acc, p_left))
+    at = at_s.load(gl.SliceLayout(1, store_layout(ROWS, D, 4)))
+    store_rows(out, at, at >= 0, total, norm, ROWS, D, DTYPE, SUM)
+    for j in gl.static_range(2):
+        mbarrier.invalidate(k_full.index(j))
+        mbarrier.invalidate(v_full.index(j))
