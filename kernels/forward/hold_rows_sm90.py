@@ -42,24 +42,28 @@ def _item(item_bin, item_start, item_end, item, n_items):
 
 
 @gluon.jit
-def _request(entry, start, bin_, begin, end, n_blocks, start_head, line, ONE: gl.constexpr, code_s, field_s, slot):
-    """Start the copies of an item's entries and of its block's first key; store its bin, first entry and end."""
+def _request(
+    entry, start, item, bin_, begin, end, n_blocks, start_head, line, ONE: gl.constexpr, code_s, field_s, slot
+):
+    """Start the copies of an item's entries and of its block's first key. Store the other fields; kv head -1: no item."""
     safe = gl.maximum(bin_, 0)
+    kv_head = safe // n_blocks
     one = gl.arange(0, 1, layout=ONE)
     async_copy.async_copy_global_to_shared(code_s, entry + gl.maximum(gl.minimum(begin + line, end - 1), 0))
     async_copy.async_copy_global_to_shared(
-        field_s.index(slot * 4 + 3), start + (safe // n_blocks).to(gl.int64) * start_head + safe % n_blocks + one
+        field_s.index(slot * 5 + 3), start + kv_head.to(gl.int64) * start_head + safe % n_blocks + one
     )
     async_copy.commit_group()
-    field_s.index(slot * 4 + 0).store(one + bin_)
-    field_s.index(slot * 4 + 1).store(one + begin)
-    field_s.index(slot * 4 + 2).store(one + end)
+    field_s.index(slot * 5 + 0).store(one + gl.where(bin_ < 0, -1, kv_head))
+    field_s.index(slot * 5 + 1).store(one + begin)
+    field_s.index(slot * 5 + 2).store(one + end)
+    field_s.index(slot * 5 + 4).store(one + item)
 
 
 @gluon.jit
 def _field(field_s, slot, NUMBER: gl.constexpr, ONE: gl.constexpr):
-    """Of the item in `slot`: 0 its bin, 1 its first entry, 2 its end, 3 its block's first key."""
-    return gl.max(field_s.index(slot * 4 + NUMBER).load(ONE), 0)
+    """Of the item in `slot`: 0 its kv head, 1 its first entry, 2 its end, 3 its block's first key, 4 its index."""
+    return gl.max(field_s.index(slot * 5 + NUMBER).load(ONE), 0)
 
 
 @gluon.jit
@@ -78,13 +82,11 @@ def _find(
 
     The entries and fields of `item` have been requested; those of the item found are in shared memory.
     """
-    async_copy.wait_group(0)
-    barrier()
     while (item < n_items) & _useless(code_s, field_s, slot, SLOT_BITS, TOPK, WARP, ONE):
         item += step
         bin_, begin, end = _item(item_bin, item_start, item_end, item, n_items)
         barrier()
-        _request(entry, start, bin_, begin, end, n_blocks, start_head, line, ONE, code_s, field_s, slot)
+        _request(entry, start, item, bin_, begin, end, n_blocks, start_head, line, ONE, code_s, field_s, slot)
         async_copy.wait_group(0)
         barrier()
     return item
@@ -97,7 +99,7 @@ def _start(
     GATHER: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of an item's rows and first tiles, if it is `there`; `t` tiles came before."""
-    kv_head = gl.maximum(_field(field_s, slot, 0, ONE), 0) // n_blocks
+    kv_head = gl.maximum(_field(field_s, slot, 0, ONE), 0)
     first_key = gl.maximum(_field(field_s, slot, 3, ONE), 0)
     fetch_two(
         k_tiles, kv_head * k_head, first_key, k_full.index(t % 2), k_s.index(t % 2), there,
@@ -147,14 +149,16 @@ def hold_rows_kernel(
     v_s = gl.allocate_shared_memory(DTYPE, [2, 1, KEYS, D], v_tiles.layout)
     q_s = gl.allocate_shared_memory(DTYPE, [1, ROWS, D], ROWS_LAYOUT)
     code_s = gl.allocate_shared_memory(entry.dtype.element_ty, [2, ROWS], FLAT)
-    field_s = gl.allocate_shared_memory(gl.int32, [8, 1], FLAT)
+    field_s = gl.allocate_shared_memory(gl.int32, [10, 1], FLAT)
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, GATHER))
     line = gl.arange(0, ROWS, layout=line_layout(WARPS))
     zero = gl.zeros([ROWS, KEYS], gl.float32, SCORE)
     step = gl.num_programs(0)
     item = gl.program_id(0)
     bin_, begin, end = _item(item_bin, item_start, item_end, item, n_items)
-    _request(entry, start, bin_, begin, end, n_blocks, start_head, line, ONE, code_s.index(0), field_s, 0)
+    _request(entry, start, item, bin_, begin, end, n_blocks, start_head, line, ONE, code_s.index(0), field_s, 0)
+    async_copy.wait_group(0)
+    barrier()
     item = _find(
         entry, start, item_bin, item_start, item_end, item, step, n_items, n_blocks, start_head, line,
         code_s.index(0), field_s, 0, SLOT_BITS, TOPK, WARP, ONE,
@@ -171,14 +175,13 @@ def hold_rows_kernel(
         fence_async_shared()
         barrier()
         item += step
-        _request(entry, start, bin_, begin, end, n_blocks, start_head, line, ONE, code_s.index(1 - b), field_s, 1 - b)
-        kv_head = _field(field_s, b, 0, ONE) // n_blocks
-        first_key = _field(field_s, b, 3, ONE)
+        _request(
+            entry, start, item, bin_, begin, end, n_blocks, start_head, line, ONE, code_s.index(1 - b), field_s, 1 - b
+        )
         m = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
         norm = gl.zeros([ROWS], gl.float32, BY_ROW)
         acc = warpgroup_mma_init(gl.zeros([ROWS, D], gl.float32, SUM))
         p_left = gl.zeros([ROWS, KEYS], DTYPE, LEFT)
-        first_key -= t * KEYS
         stop = t + TILES
         gl.assume(t < stop)  # ptxas serialises the products of a loop that may not run
         for tile in range(t, stop):
@@ -191,8 +194,8 @@ def hold_rows_kernel(
             )  # fmt: skip
             s, total, p_left = warpgroup_mma_wait(0, deps=(s_run, acc, p_left))
             barrier()
-            key = first_key + tile * KEYS
-            head = kv_head + (tile >> 31)  # + 0, so that products with strides are not kept in registers
+            key = _field(field_s, b, 3, ONE) + (tile - t) * KEYS
+            head = _field(field_s, b, 0, ONE)
             fetch_two(
                 v_tiles, head * v_head, key + KEYS, v_full.index(1 - stage), v_s.index(1 - stage), tile + 1 < stop,
                 k_tiles, head * k_head, key + 2 * KEYS, k_full.index(stage), k_s.index(stage), tile + 2 < stop, KEYS * D * 2,
@@ -203,10 +206,12 @@ def hold_rows_kernel(
             mbarrier.wait(v_full.index(stage), phase)
             acc = warpgroup_mma(p_left, v_s.index(stage).reshape([KEYS, D]), total, is_async=True)
         t = stop
+        async_copy.wait_group(0)
+        barrier()
         # All warps waited for the last scores before the last barrier: rows and keys may be overwritten.
         item = _find(
-            entry, start, item_bin, item_start, item_end, item, step, n_items, n_blocks, start_head, line,
-            code_s.index(1 - b), field_s, 1 - b, SLOT_BITS, TOPK, WARP, ONE,
+            entry, start, item_bin, item_start, item_end, _field(field_s, 1 - b, 4, ONE), step, n_items, n_blocks, start_head,
+            line, code_s.index(1 - b), field_s, 1 - b, SLOT_BITS, TOPK, WARP, ONE,
         )  # fmt: skip
         _start(
             q, k_tiles, v_tiles, code_s.index(1 - b), field_s, 1 - b, q_s, k_s, v_s, k_full, v_full, t, item < n_items,
@@ -215,7 +220,7 @@ def hold_rows_kernel(
         bin_, begin, end = _item(item_bin, item_start, item_end, item + step, n_items)
         row = _field(field_s, b, 1, ONE) + gl.arange(0, ROWS, layout=BY_ROW)
         code = code_s.index(b).load(BY_ROW)
-        head_of = (_field(field_s, b, 0, ONE) // n_blocks * group).to(gl.int64)
+        head_of = (_field(field_s, b, 0, ONE) * group).to(gl.int64)
         token, head = decode(code, HEAD_BITS, SLOT_BITS)
         slot = code & ((1 << SLOT_BITS) - 1)
         at = (head_of * tokens + offset_of(token, head, 1, tokens, HEAD_BITS)) * TOPK + slot
