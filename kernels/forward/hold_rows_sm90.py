@@ -102,11 +102,11 @@ def _start(
     kv_head = gl.maximum(_field(field_s, slot, 0, ONE), 0)
     first_key = gl.maximum(_field(field_s, slot, 3, ONE), 0)
     fetch_two(
-        k_tiles, kv_head * k_head, first_key, k_full.index(t % 2), k_s.index(t % 2), there,
-        v_tiles, kv_head * v_head, first_key, v_full.index(t % 2), v_s.index(t % 2), there, KEYS * D * 2,
+        k_tiles, kv_head * k_head, first_key, k_full.index(t & 1), k_s.index(t & 1), there,
+        v_tiles, kv_head * v_head, first_key, v_full.index(t & 1), v_s.index(t & 1), there, KEYS * D * 2,
     )  # fmt: skip
     fetch(
-        k_tiles, kv_head * k_head, first_key + KEYS, k_full.index((t + 1) % 2), k_s.index((t + 1) % 2), there,
+        k_tiles, kv_head * k_head, first_key + KEYS, k_full.index((t + 1) & 1), k_s.index((t + 1) & 1), there,
         KEYS * D * 2,
     )  # fmt: skip
     if there:
@@ -164,13 +164,13 @@ def hold_rows_kernel(
         code_s.index(0), field_s, 0, SLOT_BITS, TOPK, WARP, ONE,
     )  # fmt: skip
     t = item * 0
+    b = item * 0
     _start(
         q, k_tiles, v_tiles, code_s.index(0), field_s, 0, q_s, k_s, v_s, k_full, v_full, t, item < n_items,
         n_blocks, group, q_token, q_head, k_head, v_head, cols, D, KEYS, HEAD_BITS, SLOT_BITS, GATHER, ONE,
     )  # fmt: skip
     bin_, begin, end = _item(item_bin, item_start, item_end, item + step, n_items)
     while item < n_items:
-        b = t // TILES % 2  # slot of this item's entries and fields
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()
@@ -182,11 +182,11 @@ def hold_rows_kernel(
         norm = gl.zeros([ROWS], gl.float32, BY_ROW)
         acc = warpgroup_mma_init(gl.zeros([ROWS, D], gl.float32, SUM))
         p_left = gl.zeros([ROWS, KEYS], DTYPE, LEFT)
-        stop = t + TILES
+        stop = t + TILES + (item >> 31)  # t + TILES, but no constant number: peeled or unrolled, the loop spills
         gl.assume(t < stop)  # ptxas serialises the products of a loop that may not run
         for tile in range(t, stop):
-            stage = tile % 2
-            phase = tile // 2 % 2
+            stage = tile & 1
+            phase = (tile >> 1) & 1
             mbarrier.wait(k_full.index(stage), phase)
             s_run = warpgroup_mma(
                 q_s.index(tile >> 31),  # 0, but descriptors are not kept in registers over all items
@@ -231,6 +231,7 @@ def hold_rows_kernel(
         store_rows(
             out, gl.convert_layout(at, STORED), gl.convert_layout(stored, STORED), total, norm, ROWS, D, DTYPE, SUM
         )
+        b = 1 - b
     async_copy.wait_group(0)
     for j in gl.static_range(2):
         mbarrier.invalidate(k_full.index(j))
