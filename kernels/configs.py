@@ -60,12 +60,14 @@ class GluonConfig:
         keys: keys per tile.
         num_warps: warps per program.
         ahead: tiles whose copies are in flight ahead of the one being computed; 0 where the kernel fixes the number.
+        last: start copies after the tile's last product instead of after its first ones.
     """
 
     rows: int
     keys: int
     num_warps: int
     ahead: int = 0
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,8 +249,6 @@ SM90_STREAM_ROWS = GluonConfig(rows=64, keys=0, num_warps=4)
 """Rows stream past a block of at most 128 keys, all of them in one tile. One warpgroup: two programs per multiprocessor."""
 SM90_HOLD_ROWS = GluonConfig(rows=OWN_TILE, keys=64, num_warps=4)
 """Rows stay on chip, the keys of a larger block stream; own rows come in tiles of `OWN_TILE`. One warpgroup, as above."""
-SM90_HOLD_ROWS_PROGRAMS = 2
-"""Programs per multiprocessor of that kernel."""
 
 
 @lru_cache(maxsize=64)
@@ -315,11 +315,14 @@ def backward(dim: int, dim_v: int, block_size: int, gpu: Gpu) -> BackwardConfig:
 
 @lru_cache(maxsize=64)
 def sm90_dkdv(dim: int, block_size: int) -> GluonConfig:
-    """dK and dV on Hopper, and dq where one tile of keys holds a block."""
+    """dK and dV on Hopper, and dq where one tile of keys holds a block.
+
+    Copies last: 4 % faster with blocks of 4096, 4 % slower with blocks of 512.
+    """
     keys = 128 if block_size % 128 == 0 else 64
     # One warpgroup that holds 64 x 128 sums has registers for 32 rows at a time; two that share 128 keys, for 64.
     rows = 32 if keys == 64 and dim == 128 else 64
-    return GluonConfig(rows, keys, num_warps=keys // 16, ahead=2)
+    return GluonConfig(rows, keys, num_warps=keys // 16, ahead=2, last=block_size > 1024)
 
 
 SM90_DQ = GluonConfig(rows=128, keys=64, num_warps=8)

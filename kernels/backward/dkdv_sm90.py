@@ -48,7 +48,7 @@ def dkdv_kernel(
     lse_head, lse_token, delta_head, delta_token, dq_head, dq_token, dq_slot, start_head, n_bins, n_blocks, group, scale,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, KEYS: gl.constexpr,
     ROWS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
-    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr,
+    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of KEYS keys of one block, over the rows of its bin or of one segment of it.
 
@@ -150,6 +150,13 @@ def dkdv_kernel(
         # Wait for the previous tile's dV and dK before issuing dP^T: all at once they would need too many registers.
         p_left, ds_left = warpgroup_mma_wait(1, deps=(p_left, ds_left))
         dp_run = warpgroup_mma(v_s, do_i.permute((1, 0)), zero, use_acc=False, is_async=True)
+        # Rows of tile i + AHEAD, in the stage of tile i - 2: all warps have waited for that tile's products, and passed a barrier
+        # since. The compiler puts a barrier between these copies and the next product that reads rows.
+        if not LAST:
+            copy_rows(
+                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols,
+                q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
+            )  # fmt: skip
         row_lse, row_delta, limit = load_scalars(
             lse, delta, position, code_s.index((i + 1) % STAGES).load(LINE), (i + 1) * ROWS + line < count, held,
             lse_head, lse_token, delta_head, delta_token, HEAD_BITS, SLOT_BITS, TOPK,
@@ -167,11 +174,11 @@ def dkdv_kernel(
         ds = p * (dp - delta_s.index(i % 2).load(BY_ROW)[None, :])
         ds_left = gl.convert_layout(ds.to(DTYPE), LEFT)
         dk_sum = warpgroup_mma(ds_left, q_i, dk_sum, is_async=True)
-        # The stage of tile i - 2: all warps have waited for that tile's products, and passed a barrier since.
-        copy_rows(
-            q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols,
-            q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
-        )  # fmt: skip
+        if LAST:
+            copy_rows(
+                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols,
+                q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
+            )  # fmt: skip
     dv_sum, p_left, dk_sum, ds_left = warpgroup_mma_wait(0, deps=(dv_sum, p_left, dk_sum, ds_left))
     async_copy.wait_group(0)
     tile = gl.program_id(0) % TILES

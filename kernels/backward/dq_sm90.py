@@ -140,23 +140,23 @@ def dq_kernel(
     for item in range(gl.program_id(0), n_items, step):
         # All warps have waited for the last products that read the other buffer, and passed a barrier since.
         kv_head_1, first_key_1, held_1 = _block(start, length, bin_1, n_blocks, start_head)
-        code_1 = code_s.index((j + 1) & 3).load(gl.SliceLayout(1, GATHER))
-        row_code_1 = code_s.index((j + 1) & 3).load(BY_ROW)
+        code_1 = code_s.index((j + 1) % 4).load(gl.SliceLayout(1, GATHER))
+        row_code_1 = code_s.index((j + 1) % 4).load(BY_ROW)
         gather(
-            q + kv_head_1 * group * q_head, code_1, q_s.index((j + 1) & 1), cols, q_token, q_head, HEAD_BITS, SLOT_BITS
+            q + kv_head_1 * group * q_head, code_1, q_s.index((j + 1) % 2), cols, q_token, q_head, HEAD_BITS, SLOT_BITS
         )
         gather(
-            dout + kv_head_1 * group * dout_head, code_1, do_s.index((j + 1) & 1), cols, dout_token, dout_head,
+            dout + kv_head_1 * group * dout_head, code_1, do_s.index((j + 1) % 2), cols, dout_token, dout_head,
             HEAD_BITS, SLOT_BITS,
         )  # fmt: skip
         row_lse_1, row_delta_1, limit_1 = load_scalars(
             lse + kv_head_1 * group * lse_head, delta + kv_head_1 * group * delta_head, position, row_code_1, row >= 0, held_1,
             lse_head, lse_token, delta_head, delta_token, HEAD_BITS, SLOT_BITS, TOPK,
         )  # fmt: skip
-        _copy_codes(entry, first_2, end_2, line, code_s.index((j + 2) & 3))
+        _copy_codes(entry, first_2, end_2, line, code_s.index((j + 2) % 4))
         bin_3, first_3, end_3 = _item(item_bin, item_start, item_end, item + 3 * step, n_items)
-        q_i = q_s.index(j & 1)
-        do_i = do_s.index(j & 1)
+        q_i = q_s.index(j % 2)
+        do_i = do_s.index(j % 2)
         total = warpgroup_mma_init(gl.zeros([ROWS, D], gl.float32, SUM))
         ds_left = gl.zeros([ROWS, KEYS], DTYPE, LEFT)
         for i in range(tiles):
@@ -164,17 +164,17 @@ def dq_kernel(
             ahead = (t + 1) % STAGES
             if i + 1 < tiles:
                 _copy_keys(
-                    k, v, kv_head, first_key, held, i + 1, k_row, k_head, v_row, v_head, k_s.index(ahead), v_s.index((t + 1) & 1),
+                    k, v, kv_head, first_key, held, i + 1, k_row, k_head, v_row, v_head, k_s.index(ahead), v_s.index((t + 1) % 2),
                     n, cols, KEYS,
                 )  # fmt: skip
             else:
                 _copy_keys(
                     k, v, kv_head_1, first_key_1, held_1, 0, k_row, k_head, v_row, v_head, k_s.index(ahead),
-                    v_s.index((t + 1) & 1), n, cols, KEYS,
+                    v_s.index((t + 1) % 2), n, cols, KEYS,
                 )  # fmt: skip
             k_i = k_s.index(t % STAGES)
             s_run = warpgroup_mma(q_i, k_i.permute((1, 0)), zero, use_acc=False, is_async=True)
-            dp_run = warpgroup_mma(do_i, v_s.index(t & 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+            dp_run = warpgroup_mma(do_i, v_s.index(t % 2).permute((1, 0)), zero, use_acc=False, is_async=True)
             s, ds_left = warpgroup_mma_wait(1, deps=(s_run, ds_left))  # and the last tile's sum
             p = gl.exp2(s * factor - row_lse[:, None])
             # Masked before dP: ptxas moves exponentials behind a wait in the same basic block.
@@ -188,7 +188,7 @@ def dq_kernel(
             fence_async_shared()
             barrier()
             t += 1
-        row_code = code_s.index(j & 3).load(BY_ROW)
+        row_code = code_s.index(j % 4).load(BY_ROW)
         token, head = decode(row_code, HEAD_BITS, SLOT_BITS)
         at = offset_of(token, head, dq_token, dq_head, HEAD_BITS) + (row_code & ((1 << SLOT_BITS) - 1))
         at += kv_head * group * dq_head

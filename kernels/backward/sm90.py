@@ -35,9 +35,9 @@ def launch_dkdv(call: Call, config: GluonConfig) -> None:
     shape = call.lists.shape
     tiles = shape.block_size // config.keys
     sums = call.segment_sums(shape.block_size)
-    kernel = dkdv_dq_kernel if tiles == 1 else dkdv_kernel
+    kernel, last = (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LAST": config.last})
     launch_kernel(kernel, ((shape.n_bins + call.n_segments) * tiles,),
-        *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), AHEAD=config.ahead, TILES=tiles,
+        *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), AHEAD=config.ahead, TILES=tiles, **last,
         SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate, num_warps=config.num_warps,
     )  # fmt: skip
     sum_segments(call, sums, config.keys, tiles)

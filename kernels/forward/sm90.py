@@ -11,12 +11,10 @@ from torch import Tensor
 
 from .. import configs
 from ..descriptors import gluon_dtype, gluon_tile_descriptor, head_step
-from ..gpu import gpu_of
 from ..launch import launch_kernel
-from ..sizes import head_stride, programs_for
+from ..sizes import head_stride
 from ..types import KVPart, Partials, QueryRows, RoutingLists
-from .hold_rows_sm90 import hold_rows_kernel
-from .own_blocks_sm90 import own_blocks_kernel
+from .hold_rows_sm90 import hold_rows_kernel, own_blocks_kernel
 from .scale import base_2
 from .stream_rows_sm90 import stream_rows_kernel
 
@@ -46,10 +44,9 @@ def attend(q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, scale:
     if shape.rows_per_item > config.rows:
         raise ValueError(f"work items must have at most {config.rows} rows, got {shape.rows_per_item}")
     tiles = gluon_tile_descriptor(part.k, config.keys), gluon_tile_descriptor(part.v, config.keys)
-    if n_items and tokens:
-        programs = programs_for(n_items, configs.SM90_HOLD_ROWS_PROGRAMS * gpu_of(q.device).multiprocessors)
-        launch_kernel(hold_rows_kernel, (programs,),
-            q, *tiles, part.start, *listed, tokens, shape.n_blocks, *sizes, head_step(part.k), head_step(part.v), n_items,
+    if n_items:
+        launch_kernel(hold_rows_kernel, (n_items,),
+            q, *tiles, part.start, *listed, tokens, shape.n_blocks, *sizes, head_step(part.k), head_step(part.v),
             TILES=block_size // config.keys, KEYS=config.keys, **bits, **constants,
         )  # fmt: skip
     if own_tiles:
