@@ -9,6 +9,7 @@ Tables go between the comments `<!-- results:NAME -->` and `<!-- /results:NAME -
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,7 @@ from .tables.torch_parts import compile_table, fsdp_table
 from .tables.training import long_run_plot, long_run_text, training_plot, training_table
 
 RESULTS = REPOSITORY / "docs" / "results"
+KERNELS_H200 = RESULTS / "kernels_h200.json"
 NOT_MEASURED = "Not measured yet: no docs/results/scaling*.json."
 NO_LONGEST = "No context of 4M tokens or more was measured yet; `configs/scaling/longest.yaml` does it."
 
@@ -41,7 +43,7 @@ def main(
         print(*blocks().values(), sep="\n\n")
         return
     fill(blocks(), [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))])
-    kernels_plot(*load(sorted(RESULTS.glob("kernels*.json"))), RESULTS / "kernels.png")
+    kernels_plot(*load(kernel_files()), RESULTS / "kernels.png")
     training_plot(content("training"), RESULTS / "training.png")
     for file in sorted(RESULTS.glob("training_run*.json")):
         long_run_plot(json.loads(file.read_text()), file.with_suffix(".png"))
@@ -52,10 +54,11 @@ def main(
 
 def blocks() -> dict[str, str]:
     """Markdown of every table, by the name of the block that it goes into."""
-    about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
+    about, results, dense = load(kernel_files())
     return {
         "results:headline": headline(results, dense, content("training_scaling")),
         "results:kernels": kernels_table(about, results, dense),
+        "results:kernels_h200": kernels_table(*load([KERNELS_H200])),
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
         "results:training": training_table(content("training")),
         "results:training_run": long_run_text(
@@ -76,6 +79,11 @@ def blocks() -> dict[str, str]:
         "results:balance": balance_table(),
         "results:scaling_headline": scaling_headline(),
     }
+
+
+def kernel_files() -> list[Path]:
+    """Every kernels*.json of an H100."""
+    return [file for file in sorted(RESULTS.glob("kernels*.json")) if file != KERNELS_H200]
 
 
 def scaling_headline() -> str:
