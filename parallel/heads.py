@@ -356,7 +356,9 @@ class HeadsBack:
             parts, heads: what travels.
             idle: on CUDA, the caller's stream has nothing to do until these heads are there, and may take part in the work.
         """
-        parts = [part.contiguous() for part in parts]  # gradients of rows that moved home and back are halves of one tensor
+        parts = [
+            part.contiguous() for part in parts
+        ]  # gradients of rows that moved home and back are halves of one tensor
         leaving = list(zip(parts, self._wholes, heads, strict=True))
         self._put()
         self._side.mark()
