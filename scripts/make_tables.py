@@ -9,6 +9,7 @@ Tables go between the comments `<!-- results:NAME -->` and `<!-- /results:NAME -
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -60,8 +61,8 @@ def blocks() -> dict[str, str]:
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
-        "results:fsdp": fsdp_table(content("fsdp")),
-        "results:compile": compile_table(content("compile")),
+        "results:fsdp": if_measured("fsdp", fsdp_table),
+        "results:compile": if_measured("compile", compile_table),
         "results:scaling": scaling_tables(scaling_contents()) or NOT_MEASURED,
         "results:longest": longest_table(scaling_contents()) or NO_LONGEST,
         "results:predictions": predictions_table(RESULTS),
@@ -82,6 +83,15 @@ def scaling_headline() -> str:
 def scaling_contents() -> list[dict[str, Any]]:
     """Of every scaling*.json; none where nothing was measured yet."""
     return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("scaling*.json"))]
+
+
+def if_measured(name: str, table: Callable[[dict[str, Any]], str]) -> str:
+    """A table of the file `name`.json, or that there is none yet."""
+    return (
+        table(content(name))
+        if (RESULTS / f"{name}.json").exists()
+        else f"Not measured yet: no docs/results/{name}.json."
+    )
 
 
 def content(name: str) -> dict[str, Any]:
