@@ -175,7 +175,15 @@ class DecodeStep:
             block_size=block_size, topk=topk,
         )  # fmt: skip
         attend = _attention(
-            q, k, v, slots=slots, position=position, selected=selected, blocks=blocks, block_size=block_size, scale=scale
+            q,
+            k,
+            v,
+            slots=slots,
+            position=position,
+            selected=selected,
+            blocks=blocks,
+            block_size=block_size,
+            scale=scale,
         )
         self._like_out = torch.empty(samples, 1, q_heads, v.shape[3], dtype=q.dtype, device=q.device)
         keys = torch.empty(samples * q_heads, blocks, dtype=torch.int32, device=q.device)

@@ -102,6 +102,7 @@ def format_report(report: MoBAReport) -> str:
     facts = [
         ("transport", f"{report.transport}, {ranks} rank{'s' * (ranks > 1)}"),
         *[("heads", f"split over {report.head_parallel} ranks: {report.reason}")] * (report.head_parallel > 1),
+        *_walks(report),
         ("blocks", f"{report.n_blocks:,} of {report.block_size:,} tokens"),
         ("wanted share", f"{report.wanted_share:.1%} of the bytes of remote blocks in sight"),
         ("entropy", f"{report.entropy:.3f} (1: all blocks alike, 0: one block takes all)"),
@@ -137,6 +138,16 @@ def format_report(report: MoBAReport) -> str:
         by_rank = [*by_rank[:8], ("...", "", "", ""), *by_rank[-8:]]
     lines += ["", *text_table(("forward keys, values", "fewest bytes", "all in sight", "keys attended"), by_rank)]
     return "\n".join(lines)
+
+
+def _walks(report: MoBAReport) -> list[tuple[str, str]]:
+    """How often keys and values travel, and what would bring them once; nothing where they do."""
+    if max(report.walks) == 1:
+        return []
+    forward, backward = report.walks
+    once = max(report.once_bytes)
+    text = f"keys and values travel {forward}x forward, {backward}x backward; once with exchange_bytes={once}"
+    return [("walks", f"{text} ({format_bytes(once)})")]
 
 
 def plot_block_selection(

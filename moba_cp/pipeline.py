@@ -32,7 +32,7 @@ from .parallel.exchanges import (
     open_backward,
     open_forward,
 )
-from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, send_back
+from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, moves, send_back
 from .parallel.rows import add_rows
 from .selection import Routing, over_heads
 from .stages import Stages
@@ -101,14 +101,28 @@ class Saved:
     route: Route
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Saved:
-    """Output, log-sum-exp and selected blocks of the local rows, which `routing` decides."""
+def forward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing, wait_for_values: Callable[[], object] | None = None
+) -> Saved:
+    """Output, log-sum-exp and selected blocks of the local rows, which `routing` decides.
+
+    Args:
+        call: the call.
+        q, k, v: local queries, keys and values.
+        routing: what decides.
+        wait_for_values: where `v` is still on its way: called once, before `v` is read.
+    """
+    if wait_for_values is not None and (call.comm.size > 1 or moves(call.plan, v.device)):
+        wait_for_values()
+        wait_for_values = None
     q, k, v = (readable(x) for x in (q, k, v))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)
     opening = open_forward(call.requested, home, call.comm, work_of(call, ranges, k))
     selected = select_blocks(call, q, home, rows, routing)
+    if wait_for_values is not None:
+        wait_for_values()
     exchange, route = opening.route(
         partial(call.backend.wanted_pairs, selected, n_blocks=call.n_blocks, kv_heads=k.shape[1])
     )
@@ -155,7 +169,7 @@ def _forward_chunk(
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the local rows; dk and dv summed over every rank that used them."""
-    q, k, v, dout = (readable(x) for x in (q, k, v, dout))
+    q, k, v, dout = readable(q), readable(k), readable(v), readable(dout)
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)
@@ -164,7 +178,8 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
         delta = call.backend.delta(out=saved.out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dtype = k.dtype if call.rounds else accumulate_dtype(k.dtype)
-    dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (home.k, home.v))
+    dk = torch.empty(home.k.shape, dtype=dtype, device=k.device)
+    dv = torch.empty(home.v.shape, dtype=dtype, device=v.device)
     lists_of = iter(saved.lists) if saved.lists else routed_ahead(call, ranges, saved.selected)
     in_place = call.comm.size == 1 and all(len(of_range) == 1 for _, of_range in ranges)
     side = SideStream(torch.device("cpu") if in_place else q.device, "gradients")  # in place, nothing is left to add
@@ -339,7 +354,11 @@ def readable(x: Tensor) -> Tensor:
     only. Parts that come from other ranks are aligned, so the local part has to be: dq must not depend on the layout.
     """
     x = unit_stride(x)
-    if x.shape[-1] % 16 or (x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0):
+    width = x.shape[-1]
+    if width % 16:
+        return x
+    row, head, _ = x.stride()
+    if x.data_ptr() % 16 == 0 and row % 16 == 0 and head % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

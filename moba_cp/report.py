@@ -33,6 +33,8 @@ class MoBAReport:
         reason: why this transport and this split of heads.
         walks: how often each of their bytes crosses the wire in forward, and in backward: 1, or the number of groups of rows
             where `exchange_bytes` is too small to keep them.
+        once_bytes: the least `exchange_bytes` with which they would cross once in forward, and in backward; 0 where they do with
+            any.
         traffic: collectives and bytes of this rank by stage, and which of these came from other nodes; the backward pass adds
             its own when it runs. The report's own collectives are not in it. Heads travel as "heads in" and "heads out".
         lower_bound_bytes: int64 `[P]`, fewest bytes of keys and values each rank must receive in forward for this
@@ -57,6 +59,7 @@ class MoBAReport:
     head_parallel: int
     reason: str
     walks: tuple[int, int]
+    once_bytes: tuple[int, int]
     traffic: Traffic
     lower_bound_bytes: np.ndarray
     visible_bytes: np.ndarray
@@ -100,6 +103,7 @@ def make_report(call: Call, split: Split, route: Route, selected: Tensor, sizes:
         head_parallel=split.size,
         reason="; ".join(filter(None, (split.reason, route.reason))),
         walks=route.walks,
+        once_bytes=route.once_bytes,
         traffic=call.comm.traffic,
         lower_bound_bytes=bounds,
         visible_bytes=visible_of_rank,

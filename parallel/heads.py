@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import gcd
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -129,6 +129,30 @@ class Share:
         return self.heads.stop - self.heads.start
 
 
+Leaving: TypeAlias = Sequence[tuple[Tensor, Tensor, slice]]
+"""Heads on their way out: `[tokens of the group, h, W]`, contiguous; their destination `[T, H, W]`, all heads of this rank's
+tokens; and the range of each member's heads that these are."""
+
+
+@dataclass(frozen=True)
+class Coming:
+    """Heads on their way in.
+
+    Attributes:
+        tensors: `[tokens of the group, h, W]` of each share, contiguous; filled, for the current stream, once `wait` has
+            returned.
+        wait: called once.
+    """
+
+    tensors: list[Tensor]
+    wait: Callable[[], None]
+
+    def arrived(self) -> list[Tensor]:
+        """Wait, and give the tensors."""
+        self.wait()
+        return self.tensors
+
+
 class HeadTransfer:
     """Heads in and heads out over one head group by all-to-all, beside the caller's stream on CUDA; see the module.
 
@@ -156,12 +180,12 @@ class HeadTransfer:
         """The same, for what is not traffic of the call."""
         return type(self)(CommGroup(self.comm.group, self.comm.size), self.tokens)
 
-    def start_in(self, shares: Sequence[Share]) -> Callable[[], list[Tensor]]:
+    def start_in(self, shares: Sequence[Share], idle: bool = False) -> Coming:
         """Start to bring heads of all tokens of the group.
 
-        Returns:
-            A function, called once, that waits and gives `[tokens of the group, h, W]` of each share, contiguous, to the
-            current stream.
+        Args:
+            shares: what travels.
+            idle: on CUDA, the caller's stream has nothing to do until these heads are there, and may take part in the work.
         """
         size, device = self.comm.size, shares[0].x.device
         side = SideStream(device, IN)
@@ -172,21 +196,36 @@ class HeadTransfer:
                 packed = take_heads(share.x, size, share.heads.start, share.count, share.per_member, share.copies)
                 pending.append(self.comm.all_to_all(packed.flatten(0, 1), [self.mine] * size, self.tokens, IN))
         side.uses(*(share.x for share in shares))
-        return lambda: [x.wait() for x in pending]
 
-    def start_out(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        def wait() -> None:
+            for x in pending:
+                x.wait()
+
+        return Coming([x.result for x in pending], wait)
+
+    def start_out(self, leaving: Leaving, with_own: bool) -> Callable[[], None]:
         """Start to send heads of this member to the ranks that hold the tokens; on CUDA from the current stream.
 
         Args:
-            parts: `[tokens of the group, h, W]` each.
+            leaving: what travels, and where to.
+            with_own: also put what stays on this rank in place; if not, the caller calls `put_own`.
 
         Returns:
-            A function that waits and gives `[U, T, h, W]` of each to the current stream: the same heads of each member, of this
-            rank's tokens. They are to be read before the next `start_out`.
+            A function, called once and before the next `start_out`, that waits and puts the heads of the other members in place,
+            on the current stream.
         """
         size = self.comm.size
-        pending = [self.comm.all_to_all(x, self.tokens, [self.mine] * size, OUT) for x in parts]
-        return lambda: [x.wait().unflatten(0, (size, self.mine)) for x in pending]
+        pending = [self.comm.all_to_all(part, self.tokens, [self.mine] * size, OUT) for part, _, _ in leaving]
+
+        def put() -> None:
+            for x, (_, whole, heads) in zip(pending, leaving, strict=True):
+                packed = x.wait().unflatten(0, (size, self.mine))
+                put_heads(packed, whole, heads.start, whole.shape[1] // size)
+
+        return put
+
+    def put_own(self, leaving: Leaving) -> None:
+        """Put what stays on this rank in place, on the current stream. An all-to-all has brought it along."""
 
 
 class PeerHeadTransfer(HeadTransfer):
@@ -194,11 +233,11 @@ class PeerHeadTransfer(HeadTransfer):
 
     In: each member packs its shares into its own shared memory; after a barrier each reads its part of everybody's. Out: each
     writes what it has into the memory of the ranks that hold the tokens; after a barrier they put it in place. What crosses is
-    contiguous, so copy engines move it and leave the multiprocessors to attention. A member's own part needs no barrier: it moves
-    while others come to theirs. Buffers are used in halves; see `PeerMemory.next_half`.
+    contiguous, so copy engines move it and leave the multiprocessors to attention. A member's own part goes straight to where it
+    is needed, while others come to their barrier. Buffers are used in halves; see `PeerMemory.next_half`.
     """
 
-    def start_in(self, shares: Sequence[Share]) -> Callable[[], list[Tensor]]:
+    def start_in(self, shares: Sequence[Share], idle: bool = False) -> Coming:
         device, rank = shares[0].x.device, self.comm.rank
         memory, at = self._memory(IN, device, [(share.x, share.count) for share in shares])
         wholes = [share.x.new_empty(self.wide_tokens, share.count, share.x.shape[2]) for share in shares]
@@ -207,60 +246,70 @@ class PeerHeadTransfer(HeadTransfer):
         with side.use():
             for share, offset in zip(shares, at, strict=True):
                 packed = self._view(memory, rank, offset, share.x, share.count)
-                take_heads(
-                    share.x, self.comm.size, share.heads.start, share.count, share.per_member, share.copies, packed
-                )
-            self._read(memory, at, wholes, [rank])
+                self._take(share, self.comm.size, share.heads.start, packed, skip=rank)
+            if not idle:
+                self._take_own(shares, wholes)
             memory.barrier(self.comm, BARRIERS)
-            self._read(memory, at, wholes, self._others())
+            for whole, offset in zip(wholes, at, strict=True):
+                for source in self._others():
+                    packed = self._view(memory, source, offset, whole, whole.shape[1])
+                    whole[self._rows(source)].copy_(packed[_slot(source, rank)])
             done = side.done()
+        if idle:  # beside what crosses
+            self._take_own(shares, wholes)
         for whole in wholes:
             self._count(IN, whole, self.wide_tokens - self.mine)
         side.uses(*(share.x for share in shares), *wholes)
+        return Coming(wholes, lambda: side.join(done))
 
-        def wait() -> list[Tensor]:
-            side.join(done)
-            return wholes
-
-        return wait
-
-    def start_out(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    def start_out(self, leaving: Leaving, with_own: bool) -> Callable[[], None]:
         rank = self.comm.rank
-        memory, at = self._memory(OUT, parts[0].device, [(x, x.shape[1]) for x in parts])
-        self._write(memory, at, parts, self._others())
+        memory, at = self._memory(OUT, leaving[0][0].device, [(part, part.shape[1]) for part, _, _ in leaving])
+        for (part, _, _), offset in zip(leaving, at, strict=True):
+            for target in self._others():
+                slots = self._view(memory, target, offset, part, part.shape[1])
+                slots[_slot(target, rank)].copy_(part[self._rows(target)])
+            self._count(OUT, part, (self.comm.size - 1) * self.mine)
+        if with_own:
+            self.put_own(leaving)
         memory.barrier(self.comm, BARRIERS)
-        self._write(memory, at, parts, [rank])
-        for x in parts:
-            self._count(OUT, x, (self.comm.size - 1) * self.mine)
-        return lambda: [self._view(memory, rank, offset, x, x.shape[1]) for x, offset in zip(parts, at, strict=True)]
+
+        def put() -> None:
+            for (part, whole, heads), offset in zip(leaving, at, strict=True):
+                packed = self._view(memory, rank, offset, part, part.shape[1])
+                put_heads(packed, whole, heads.start, whole.shape[1] // self.comm.size, skip=rank)
+
+        return put
+
+    def put_own(self, leaving: Leaving) -> None:
+        rank = self.comm.rank
+        for part, whole, heads in leaving:
+            first = rank * (whole.shape[1] // self.comm.size) + heads.start
+            put_heads(part[None, self._rows(rank)], whole, first, whole.shape[1])
 
     def _memory(
         self, purpose: str, device: torch.device, shapes: Sequence[tuple[Tensor, int]]
     ) -> tuple[PeerMemory, list[int]]:
         """The buffer, and where what each of some tensors sends begins in the half that is used next: tensors like `x` with so
-        many heads of each member."""
-        most = self.comm.size * max(self.tokens)
+        many heads of each other member."""
+        most = (self.comm.size - 1) * max(self.tokens)
         sizes = [aligned(most * count * x.shape[2] * x.itemsize) for x, count in shapes]
         memory = peer_memory(self.comm, device, purpose, 2 * sum(sizes))
         begin = memory.next_half()
         return memory, [begin + sum(sizes[:i]) for i in range(len(sizes))]
 
     def _view(self, memory: PeerMemory, rank: int, offset: int, x: Tensor, count: int) -> Tensor:
-        """`[U, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`."""
-        return memory.view(rank, offset, (self.comm.size, self.tokens[rank], count, x.shape[2]), x.dtype)
+        """`[U - 1, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`: a slot for each other
+        member, see `_slot`."""
+        return memory.view(rank, offset, (self.comm.size - 1, self.tokens[rank], count, x.shape[2]), x.dtype)
 
-    def _read(self, memory: PeerMemory, at: Sequence[int], wholes: Sequence[Tensor], members: Sequence[int]) -> None:
-        """Fill the rows of `members` in `wholes` with what they packed for this rank."""
-        for whole, offset in zip(wholes, at, strict=True):
-            for source in members:
-                packed = self._view(memory, source, offset, whole, whole.shape[1])
-                whole[self._rows(source)].copy_(packed[self.comm.rank])
+    def _take_own(self, shares: Sequence[Share], wholes: Sequence[Tensor]) -> None:
+        rank = self.comm.rank
+        for share, whole in zip(shares, wholes, strict=True):
+            self._take(share, 1, rank * share.per_member + share.heads.start, whole[None, self._rows(rank)])
 
-    def _write(self, memory: PeerMemory, at: Sequence[int], parts: Sequence[Tensor], members: Sequence[int]) -> None:
-        """Give `members` their rows of `parts`."""
-        for x, offset in zip(parts, at, strict=True):
-            for target in members:
-                self._view(memory, target, offset, x, x.shape[1])[self.comm.rank].copy_(x[self._rows(target)])
+    def _take(self, share: Share, size: int, first: int, packed: Tensor, skip: int | None = None) -> None:
+        take_heads(share.x, size, first, share.count, share.per_member, share.copies, packed, skip)
 
     def _others(self) -> list[int]:
         """The other members, on each of them in another order."""
@@ -273,6 +322,11 @@ class PeerHeadTransfer(HeadTransfer):
     def _count(self, stage: str, x: Tensor, tokens: int) -> None:
         size = tokens * x.shape[1] * x.shape[2] * x.itemsize
         self.comm.traffic.add_read(stage, lambda: size)
+
+
+def _slot(owner: int, member: int) -> int:
+    """The slot of another member in the memory of `owner`, which keeps none for itself."""
+    return member - (member > owner)
 
 
 def head_transfer(comm: CommGroup, tokens: tuple[int, ...], device: torch.device) -> HeadTransfer:
@@ -295,28 +349,34 @@ class HeadsBack:
         self._side = SideStream(wholes[0].device, OUT)
         self._coming: Callable[[], None] = _nothing
 
-    def start(self, parts: Sequence[Tensor], heads: Sequence[slice]) -> None:
-        """Send `[tokens of the group, h, W]`, this member's `heads`, for each of the wholes."""
-        self._coming()
+    def start(self, parts: Sequence[Tensor], heads: Sequence[slice], idle: bool = False) -> None:
+        """Send `[tokens of the group, h, W]`, contiguous, this member's `heads`, for each of the wholes.
+
+        Args:
+            parts, heads: what travels.
+            idle: on CUDA, the caller's stream has nothing to do until these heads are there, and may take part in the work.
+        """
+        leaving = list(zip(parts, self._wholes, heads, strict=True))
+        self._put()
         self._side.mark()
         with self._side.use():
-            arrived = self._transfer.start_out(parts)
-            self._coming = partial(self._put, arrived, heads)
+            self._coming = self._transfer.start_out(leaving, with_own=not idle)
             if self._cuda:  # the stream waits, not the host
-                self._coming()
+                self._put()
+        if idle:  # beside what crosses
+            self._transfer.put_own(leaving)
         self._side.uses(*parts)
 
     def finish(self) -> None:
         """The wholes are complete for the current stream."""
         with self._side.use():
-            self._coming()
+            self._put()
         self._side.join(self._side.done())
         self._side.uses(*self._wholes)
 
-    def _put(self, arrived: Callable[[], list[Tensor]], heads: Sequence[slice]) -> None:
-        self._coming = _nothing
-        for packed, whole, of in zip(arrived(), self._wholes, heads, strict=True):
-            put_heads(packed, whole, of.start, whole.shape[1] // self._transfer.comm.size)
+    def _put(self) -> None:
+        put, self._coming = self._coming, _nothing
+        put()
 
 
 def _nothing() -> None:

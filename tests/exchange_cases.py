@@ -57,6 +57,8 @@ def stages_on_rank(
         "selected": report.selected,
         "transport": report.transport,
         "walks": report.walks,
+        "once_bytes": report.once_bytes,
+        "text": moba_cp.diagnostics.format_report(report),
     }
     return forward, {n: s for n, s in added.items() if any(s)}, in_forward, in_backward, figures
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, wide
+from moba_cp.config import DEFAULT_EXCHANGE_BYTES
 from moba_cp.parallel.heads import PeerHeadTransfer
 from moba_cp.parallel.peer_memory import kept_bytes, release
 from moba_cp.planning import advice
@@ -43,7 +44,10 @@ def test_walks_are_those_that_reports_counted() -> None:
     for path in RESULTS.glob("scaling*.json"):
         for entry in json.loads(path.read_text())["results"]:
             if entry["routing"] != "trained":
-                split = Split.of_comm(entry["transport"], entry["ranks"], entry["head_ranks"], entry["layout"])
+                split = Split.of_comm(
+                    *(entry[name] for name in ("transport", "ranks", "head_ranks", "layout")),
+                    entry.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES),
+                )
                 sizes = (entry[name] for name in ("tokens", "q_heads", "kv_heads", "block_size", "topk"))
                 layer = Layer(*sizes)
                 assert [walks(layer, split, backward) for backward in (False, True)] == entry["walks"]
@@ -143,6 +147,33 @@ def test_what_fits_comes_first_and_the_fastest_of_it() -> None:
     assert found[0].milliseconds < (1 + advice.ALIKE) * others[0]  # the fastest, or one as fast that takes less memory
     none = advice.options(replace(LAYER, tokens=100 << 20), Cluster(8), DEFAULT)
     assert not any(option.fits for option in none)
+
+
+def test_budgets_are_chosen_from_the_memory_that_is_left() -> None:
+    """10M tokens on 8 GPUs: what brings keys and values once fits, and is recommended; with less memory it is not."""
+    layer = replace(LAYER, tokens=10 << 20)
+    (best, *_) = advice.options(layer, Cluster(8), DEFAULT)
+    assert best.fits
+    assert "exchange_bytes" in advice.changed_budgets(best.split)
+    assert [walks(layer, best.split, backward) for backward in (False, True)] == [1, 1]
+    default = advice.with_default_budgets(best.split)
+    assert walks(layer, default, True) > 1
+    assert predict(layer, default, Cluster(8), DEFAULT).forward_backward_ms > 2 * best.milliseconds
+    (less, *_) = advice.options(layer, Cluster(8, memory=best.memory.peak - 1), DEFAULT)
+    assert less.split != best.split
+
+
+@pytest.mark.parametrize(
+    ("blocks", "heads"), [((512, 8), (32, 8)), ((128, 8), (16, 16)), ((4096, 12), (64, 8)), ((512, 8), (8, 1))]
+)
+def test_twice_the_gpus_take_longer_only_for_a_stated_reason(blocks: tuple[int, int], heads: tuple[int, int]) -> None:
+    """Inside a node never."""
+    for tokens in (1 << 20, 10 << 20):
+        best = advice.fastest(Layer(tokens, *heads, *blocks), Cluster(8), DEFAULT, [1 << i for i in range(9)])
+        assert best
+        for found in advice.slower(best):
+            assert found.many.split.ranks > 8
+            assert "GiB from other nodes" in found.reason
 
 
 def test_heads_that_do_not_divide_are_not_split() -> None:

@@ -26,8 +26,8 @@ from scripts import (
     bench_fsdp,
     bench_huggingface,
     bench_kernels,
-    bench_layer,
     bench_training,
+    long_run,
     make_picture,
     make_tables,
     parallel_equality,
@@ -35,6 +35,7 @@ from scripts import (
     quickstart,
     sanitize,
     scaling,
+    soak,
     training_speed,
     tune,
 )
@@ -46,8 +47,8 @@ from scripts.harness.training import torchrun
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
-    bench_compile, bench_fsdp, bench_huggingface, bench_kernels, bench_layer, bench_training, make_picture, make_tables,
-    parallel_equality, pretrain_gpt_stock, quickstart, sanitize, scaling, training_speed, tune,
+    bench_compile, bench_fsdp, bench_huggingface, bench_kernels, bench_training, long_run, make_picture, make_tables,
+    parallel_equality, pretrain_gpt_stock, quickstart, sanitize, scaling, soak, training_speed, tune,
 )  # fmt: skip
 
 
@@ -106,6 +107,24 @@ def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
     assert max(r["output_error"] for r in results[3:]) < 3e-3  # as above
 
 
+def test_soak_compares_refuses_and_samples(tmp_path: Path) -> None:
+    found = run(tmp_path, *torchrun(2), "-m", "scripts.soak", "--device", "cpu", "--minutes", "0.05", "--tokens", "96")
+    assert found["calls"] >= 2
+    assert (found["compared"], found["refused"]) >= (1, 1)
+    assert found["largest_error"] < 1e-10  # fp64 sums in another order
+    assert len(found["samples"]) == soak.SAMPLES
+    assert found["samples"][0]["process_bytes"] > 0
+
+
+def test_soak_sees_what_grows() -> None:
+    flat = {"calls": 1, "process_bytes": 1 << 28, "kept_host_bytes": 0, "threads": 3}
+    later = flat | {"calls": 90, "process_bytes": (1 << 28) + soak.MAY_GROW, "kept_host_bytes": 1 << 30}
+    assert soak.grown([flat, later]) == {}
+    assert soak.grown([flat, later | {"threads": 4}]) == {"threads": 1}
+    more = later["process_bytes"] + 1
+    assert soak.grown([flat, later | {"process_bytes": more}]) == {"process_bytes": soak.MAY_GROW + 1}
+
+
 def test_bench_compile_compares_bits(tmp_path: Path) -> None:
     found = run(
         tmp_path, sys.executable, "-m", "scripts.bench_compile", "--device", "cpu", "--tokens", "128", "--heads", "2/1",
@@ -128,22 +147,6 @@ def test_bench_fsdp_has_equal_losses(tmp_path: Path) -> None:
     assert len(found["results"][0]["losses"]) == 4
     # Parameters and gradients are rounded to bf16 (2^-9) in another order; losses are means over 256 tokens.
     assert found["results"][1]["largest_relative_loss_difference"] < 2**-9
-
-
-@pytest.mark.heavy
-def test_bench_layer_compares_exchanges_and_one_rank(tmp_path: Path) -> None:
-    found = run(
-        tmp_path, *torchrun(2), "-m", "scripts.bench_layer", "--device", "cpu", "--tokens-per-gpu", "128", "--heads", "2/1",
-        "--configs", "32:3", "--transports", "ring,fetch", "--routing", "correlated", "--iterations", "2",
-    )  # fmt: skip
-    assert found["world_size"] == 2
-    assert [(r["ranks"], r["comm"], r["transport"]) for r in found["results"]] == [
-        (2, "ring", "ring"), (2, "fetch", "fetch"), (1, "auto", "local"),
-    ]  # fmt: skip
-    for entry in found["results"]:
-        assert "error" not in entry
-        assert entry["output_error"] < 3e-3
-    assert found["results"][2]["tokens"] == 128
 
 
 def test_a_wrong_output_row_shows() -> None:
@@ -192,7 +195,6 @@ def test_bad_options_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "text"),
     [
-        (bench_layer, ("--device", "cpu", "--transports", "ring,puls"), "got puls"),
         (bench_training, ("--device", "cpu", "--comm", "puls"), "got puls"),
         (bench_training, ("--device", "cpu", "--noise", "2,two"), "2,two"),
         (bench_training, ("--device", "cpu", "--", "model.layers=4"), "layers"),

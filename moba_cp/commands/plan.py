@@ -12,10 +12,20 @@ from typing import Annotated
 
 import typer
 
-from ..planning.advice import Option, automatic, block_sizes, label, options, recomputation, visiting_pays_from
+from ..planning.advice import (
+    Option,
+    automatic,
+    block_sizes,
+    changed_budgets,
+    label,
+    options,
+    recomputation,
+    visiting_pays_from,
+    with_default_budgets,
+)
 from ..planning.calibration import DEFAULT, Calibration, known
 from ..planning.measured import calibrate, read
-from ..planning.prediction import predict
+from ..planning.prediction import predict, walks
 from ..planning.sizes import Cluster, Layer
 from .values import read_model, read_tokens
 
@@ -93,7 +103,7 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
     lines += [
         f"  {label(option.split):24} {option.milliseconds:10.1f} {option.memory.peak:8.1f}"
         + "  does not fit" * (not option.fits)
-        for option in found[1:8]
+        for option in alternatives(found)[:7]
     ]
     lines += ["", "block sizes, each with its fastest split: forward / forward+backward ms, GiB:"]
     for block_size, topk, option in block_sizes(layer, cluster, calibration):
@@ -112,12 +122,19 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
     return lines
 
 
+def alternatives(found: list[Option]) -> list[Option]:
+    """But for the recommended one: of each way the first, whatever its budgets."""
+    ways = {label(option.split): option for option in reversed(found)}
+    return [option for option in found[1:] if ways[label(option.split)] is option]
+
+
 def recommended(best: Option, layer: Layer, cluster: Cluster, calibration: Calibration, layers: int) -> list[str]:
     """What to set."""
     split = best.split
     arguments = f'comm="{split.comm}"' if split.ranks > 1 else "one GPU"
     if 1 < split.head_parallel < split.ranks:
         arguments += f", head_parallel={split.head_parallel}"
+    arguments += "".join(f", {name}={value}" for name, value in changed_budgets(split).items())
     layout = "any (each rank computes whole sequences of its heads)"
     if split.sequence_ranks > 1:
         zigzag, balanced = (
@@ -131,10 +148,26 @@ def recommended(best: Option, layer: Layer, cluster: Cluster, calibration: Calib
     )
     return [
         f"recommended: {arguments}: heads over U = {split.head_parallel}, sequence over S = {split.sequence_ranks}",
+        *(f"  {line}" for line in saved_by_budgets(best, layer, cluster, calibration)),
         f"  layout: {layout}",
         f"  auto would choose: {by_auto}",
         f"  recomputation: {recomputation(best, layers, cluster)}",
     ]
+
+
+def saved_by_budgets(best: Option, layer: Layer, cluster: Cluster, calibration: Calibration) -> list[str]:
+    """What budgets other than the default ones change."""
+    changed = changed_budgets(best.split)
+    if not changed:
+        return []
+    default = with_default_budgets(best.split)
+    times = predict(layer, default, cluster, calibration).forward_backward_ms
+    walked = " / ".join(
+        f"{walks(layer, best.split, backward)} instead of {walks(layer, default, backward)}"
+        for backward in (False, True)
+    )
+    sizes = ", ".join(f"{name} {value / 2**30:g} GiB" for name, value in changed.items())
+    return [f"{sizes}: keys and values travel {walked} times forward / backward; {times:.1f} ms with the defaults"]
 
 
 def parts(option: Option) -> list[str]:

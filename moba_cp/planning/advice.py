@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
+from ..config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
 from ..parallel.cost import choose_head_parallel
 from ..parallel.exchanges.registry import EXCHANGES
 from ..parallel.topology import Topology
 from .calibration import Calibration
 from .memory import Memory, memory
-from .prediction import Prediction, call_sizes, predict
-from .sizes import Cluster, Layer, Split
+from .prediction import Bytes, Prediction, call_sizes, kept_bytes, predict, walks
+from .sizes import Cluster, Layer, Split, ranges
 
 SHARE_FOR_ATTENTION = 0.5
 """Of a GPU's memory, what attention and what it keeps for backward may take; the model takes the rest."""
 ALIKE = 0.03
 """Times that differ by less are alike: predictions are no better."""
+GIB = 1 << 30
+WORKSPACE_STEP = 4
+"""Factor between values of `workspace_bytes` that are looked at."""
+DEFAULT_BUDGETS = {"exchange_bytes": DEFAULT_EXCHANGE_BYTES, "workspace_bytes": DEFAULT_WORKSPACE_BYTES}
 BLOCK_SETTINGS = ((128, 8), (256, 8), (512, 8), (1024, 8), (2048, 12), (4096, 12))
 """What the block-size trade-off shows."""
 
@@ -72,8 +78,35 @@ def splits(layer: Layer, cluster: Cluster, layouts: Iterable[str]) -> list[Split
             exchanges = [name for name, kind in EXCHANGES.items() if one_host or not kind.same_host]
         for exchange in exchanges:
             # Where heads are split over all ranks, one layout is as good as another.
-            found += [Split(cluster.gpus, size, exchange, x) for x in (layouts if sequence > 1 else list(layouts)[:1])]
+            for layout in layouts if sequence > 1 else list(layouts)[:1]:
+                found += with_budgets(layer, Split(cluster.gpus, size, exchange, layout))
     return found
+
+
+def with_budgets(layer: Layer, split: Split) -> list[Split]:
+    """The split with the default budgets, and others where rows are worked on in several chunks. More `workspace_bytes` make
+    fewer chunks. More `exchange_bytes`, in whole GiB, bring keys and values once in forward, or in backward too, where they would
+    come once per chunk."""
+    found = []
+    while True:
+        found.append(split)
+        for backward in (False, True):
+            if walks(layer, split, backward) > 1:
+                kept = -(-kept_bytes(layer, split, backward) // GIB) * GIB
+                found.append(replace(split, exchange_bytes=kept))
+        if ranges(layer, split).chunks == 1:
+            return found
+        split = replace(split, workspace_bytes=WORKSPACE_STEP * split.workspace_bytes)
+
+
+def changed_budgets(split: Split) -> dict[str, int]:
+    """Arguments of `moba_attention` by which a split's budgets differ from the defaults."""
+    return {name: getattr(split, name) for name, value in DEFAULT_BUDGETS.items() if getattr(split, name) != value}
+
+
+def with_default_budgets(split: Split) -> Split:
+    """The same split with the budgets that a call has by default."""
+    return replace(split, exchange_bytes=DEFAULT_EXCHANGE_BYTES, workspace_bytes=DEFAULT_WORKSPACE_BYTES)
 
 
 def automatic(layer: Layer, cluster: Cluster) -> tuple[int, str]:
@@ -112,21 +145,50 @@ def block_sizes(layer: Layer, cluster: Cluster, calibration: Calibration) -> lis
     return found
 
 
-def crossings(
-    layer: Layer, cluster: Cluster, calibration: Calibration, gpus: Sequence[int]
-) -> list[tuple[str, str, int]]:
+def fastest(layer: Layer, cluster: Cluster, calibration: Calibration, gpus: Sequence[int]) -> dict[int, Option]:
+    """By numbers of GPUs: the recommended option, where one fits."""
+    found = {count: options(layer, replace(cluster, gpus=count), calibration)[0] for count in gpus}
+    return {count: option for count, option in found.items() if option.fits}
+
+
+def crossings(best: Mapping[int, Option]) -> list[tuple[str, str, int]]:
     """Where the fastest way changes over cluster sizes: (what was best before, what is best from there on, GPUs)."""
-    found, before = [], ""
-    for count in gpus:
-        here = replace(cluster, gpus=count)
-        fitting = [option for option in options(layer, here, calibration) if option.fits]
-        if not fitting:
-            continue
-        name = label(fitting[0].split)
-        if before and name != before:
-            found.append((before, name, count))
-        before = name
+    names = [(label(option.split), count) for count, option in best.items()]
+    return [(before, name, count) for (before, _), (name, count) in pairwise(names) if name != before]
+
+
+@dataclass(frozen=True)
+class Slower:
+    """More GPUs that take longer.
+
+    Attributes:
+        few, many: the two recommendations.
+        reason: what grew; empty where nothing that the model knows did.
+    """
+
+    few: Option
+    many: Option
+    reason: str
+
+
+def slower(best: Mapping[int, Option]) -> list[Slower]:
+    """Where more GPUs take longer than fewer, by more than is `ALIKE`, and why.
+
+    Each GPU computes less. It receives more where a group crosses a node for the first time, and where it grows: all keys and
+    values but its own share. What attention does not hide of that is the time that is left.
+    """
+    found = []
+    for few, many in pairwise(best.values()):
+        if many.milliseconds > (1 + ALIKE) * few.milliseconds:
+            before, after = (sum(x.between for x in passes_of(option)) / GIB for option in (few, many))
+            reason = f"{after:.1f} GiB from other nodes, {before:.1f} before" if after > before else ""
+            found.append(Slower(few, many, reason))
     return found
+
+
+def passes_of(option: Option) -> tuple[Bytes, Bytes]:
+    """What a GPU receives forward, and backward."""
+    return option.prediction.forward_bytes, option.prediction.backward_bytes
 
 
 def label(split: Split) -> str:

@@ -21,6 +21,10 @@ ASSUMED = {
 """Overhead of exchanges that no result file measured: ms per partial result, byte and call. `Prediction.assumed` names them.
 That of a2a is of two H200, where heads move through memory."""
 
+LEAST_REVISIT_MS = 5.3e-7
+"""Backward, ms per key and kv head that a further chunk of query rows visits, at least: 2,560 bytes at 4.8 TB/s, of keys and
+values in bf16 and of sums of their gradients in fp32, read and written. Two H200 took 5.9e-7."""
+
 
 @dataclass(frozen=True)
 class Calibration:

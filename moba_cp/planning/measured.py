@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .calibration import ASSUMED, Calibration, known, non_negative_fit
-from .prediction import BACKWARD, CALIBRATED_DIM, FORWARD, NOTHING, features, moved_by, predict, received
+from ..config import DEFAULT_EXCHANGE_BYTES
+from .calibration import ASSUMED, LEAST_REVISIT_MS, Calibration, known, non_negative_fit
+from .prediction import BACKWARD, CALIBRATED_DIM, FORWARD, NOTHING, REVISITED, features, moved_by, predict, received
 from .sizes import Cluster, Layer, Split, busiest
 
 SMALLEST_TOKENS = 32768
@@ -46,7 +47,7 @@ class Measured:
 
 
 def read(paths: Iterable[Path]) -> tuple[str, list[Measured]]:
-    """The device, and every timed configuration of result files of `bench_kernels`, `bench_layer` and `scaling`.
+    """The device, and every timed configuration of result files of `bench_kernels` and `scaling`.
 
     Raises:
         ValueError: a file is of another kind; files of different devices, or none.
@@ -63,9 +64,7 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Measured]]:
             timed = (e for e in entries if "forward_backward_ms" in e and e["tokens"] >= SMALLEST_TOKENS)
             found += [_measured(entry, path.name) for entry in timed]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            text = (
-                f"{path} is no result file of bench_kernels, bench_layer or scaling ({type(error).__name__}: {error})"
-            )
+            text = f"{path} is no result file of bench_kernels or scaling ({type(error).__name__}: {error})"
             raise ValueError(text) from error
     if len(devices) != 1:
         raise ValueError(f"results of one device are needed, got {sorted(devices)}")
@@ -91,7 +90,7 @@ def _measured(entry: dict[str, Any], source: str) -> Measured:
     ranks = 1 if alone else entry.get("ranks", 1)
     split = Split.of_comm(
         entry.get("transport", "local"), ranks, entry.get("head_ranks") or entry.get("head_parallel") or ranks,
-        entry.get("layout", "zigzag"),
+        entry.get("layout", "zigzag"), entry.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES),
     )  # fmt: skip
     trained = entry.get("routing") == "trained"
     layer = Layer(
@@ -137,6 +136,8 @@ def calibrate(device: str, measured: Sequence[Measured], cluster: Cluster | None
     if missing := {*FORWARD, *BACKWARD} - set(rows):
         raise ValueError(f"no measurement of one rank has the stages {', '.join(sorted(missing))}")
     stages = {name: _rounded(non_negative_fit(np.stack(some), np.ones(len(some)))) for name, some in rows.items()}
+    backward = stages["attend backward"]
+    backward[REVISITED] = max(backward[REVISITED], LEAST_REVISIT_MS)
     zero = {name: {"forward": [0.0] * 3, "backward": [0.0] * 3} for name in ASSUMED}
     exchanges, bare = dict(ASSUMED), Calibration(device, stages, zero)
     fitted = []

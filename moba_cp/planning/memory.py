@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import DEFAULT_WORKSPACE_BYTES
 from ..parallel.heads import head_split
 from ..wide import slabs_of
+from .prediction import keeps_parts
 from .sizes import Layer, Split, partial_bytes, ranges
 
 GIB = 2.0**30
 UNITS = {"ring": 15.0, "pull": 15.0, "fetch": 12.0, "all_gather": 11.0}
 """Bytes that an exchange holds, in bf16 keys and values of one range of one rank: parts that arrive, their gradients in fp32,
 sums of this rank's own, and the range before and after. `fetch` and `all_gather` hold every other rank's part at once."""
+
+KEPT_UNITS = 3.0
+"""The same of each further part that `ring` and `pull` keep for several chunks of query rows: its keys and values, and their
+gradients in fp32. One part is in `UNITS`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def memory(layer: Layer, split: Split) -> Memory:
         "gradients": 2 * q + 2 * kv,
         "selection and routing lists": selected + lists + 2 * sums,
         "centroids": blocks * kv_heads * row,
-        "workspace": min(DEFAULT_WORKSPACE_BYTES, rows * partial_bytes(layer)),
+        "workspace": min(split.workspace_bytes, rows * partial_bytes(layer)),
     }
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
@@ -65,16 +69,20 @@ def memory(layer: Layer, split: Split) -> Memory:
         unit = wide_tokens * ranges(layer, split).most_heads * 2 * row
         others = split.sequence_ranks - 1 if split.exchange in ("fetch", "all_gather") else 1
         parts["exchange"] = UNITS[split.exchange] * unit * others
+        if keeps_parts(layer, split):
+            parts["parts kept for chunks of rows"] = KEPT_UNITS * unit * (split.sequence_ranks - 2)
         if split.exchange == "pull":
             parts["memory that other ranks read"] = wide_tokens * kv_heads * 2 * row
     return Memory({name: bytes_ / GIB for name, bytes_ in parts.items()}, saved / GIB)
 
 
 def _shared_for_heads(layer: Layer, split: Split, wide_tokens: int) -> float:
-    """Bytes of the buffers through which heads move inside a node: for two of the largest slabs each, q, k, v and dq, dk, dv."""
+    """Bytes of the buffers through which heads move inside a node: for two of the largest slabs each, what q and k, or dq, dk and
+    dv, bring from the other members. Values come after q and k, in the same memory."""
     of = head_split(layer.q_heads, layer.kv_heads, split.head_parallel)
     row = layer.head_dim * layer.itemsize
     slab = max(slabs_of(of, wide_tokens * row), key=lambda slab: slab.kv.stop - slab.kv.start)
     q, kv = (wide_tokens * (x.stop - x.start) * row for x in (slab.q, slab.kv))
     of_gradients = 1 if of.copies == 1 else 4 / layer.itemsize
-    return 2 * (q + 2 * kv) + 2 * (q + 2 * kv * of_gradients)
+    others = (split.head_parallel - 1) / split.head_parallel
+    return 2 * others * ((q + kv) + (q + 2 * kv * of_gradients))

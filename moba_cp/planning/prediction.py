@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..config import DEFAULT_EXCHANGE_BYTES
 from ..parallel.cost import CallSizes
 from .calibration import Calibration
 from .sizes import Cluster, Layer, Split, Work, busiest, ranges
@@ -23,8 +22,12 @@ BACKWARD = ("delta", "attend backward", "merge dq")
 BESIDE = ("lists",)
 """Stages that run beside others."""
 CALIBRATED_DIM = 128
+REVISITED = 2
+"""Position of `Work.revisited` among what the backward of attention is linear in."""
 RING_STEP_MS = 0.1
 """Latency of a step of a ring; see `parallel.cost.GATHER_BYTES`."""
+STREAMING = ("ring", "pull")
+"""Exchanges that bring one part after another, and again for every chunk of query rows if parts are not kept."""
 GRADIENT_ITEMSIZE = 4
 """Gradients of keys and values travel between sequence ranks in fp32."""
 
@@ -78,7 +81,7 @@ class Prediction:
 def features(work: Work, head_dim: int) -> dict[str, list[float]]:
     """What each stage's time is linear in."""
     wide = head_dim / CALIBRATED_DIM
-    keys, pairs, rows = work.keys * wide, work.pairs * wide, work.rows * wide
+    keys, pairs, rows, revisited = (x * wide for x in (work.keys, work.pairs, work.rows, work.revisited))
     return {
         "centroids": [work.kv_rows * wide, 1.0],
         "gate": [work.scored * wide, rows, 1.0],
@@ -86,7 +89,7 @@ def features(work: Work, head_dim: int) -> dict[str, list[float]]:
         "attend": [keys, pairs, 1.0],
         "merge": [pairs, 1.0],
         "delta": [rows, 1.0],
-        "attend backward": [keys, pairs, 1.0],
+        "attend backward": [keys, pairs, revisited, 1.0],
         "merge dq": [pairs, 1.0],
     }
 
@@ -124,14 +127,27 @@ def received(layer: Layer, split: Split, cluster: Cluster, backward: bool) -> By
 
 
 def walks(layer: Layer, split: Split, backward: bool) -> int:
-    """How often `ring` and `pull` bring keys and values in one pass, with the default budgets: once, or once per chunk of query
-    rows where they are too large to be kept; as `parallel.exchanges.base.Streaming.walks` counts."""
-    if split.exchange not in ("ring", "pull"):
+    """How often `ring` and `pull` bring keys and values in one pass: once, or once per chunk of query rows where they are too
+    large to be kept; as `parallel.exchanges.base.Streaming.walks` counts."""
+    if split.exchange not in STREAMING or kept_bytes(layer, split, backward) <= split.exchange_bytes:
         return 1
+    return ranges(layer, split).chunks
+
+
+def keeps_parts(layer: Layer, split: Split) -> bool:
+    """Whether remote parts stay for several chunks of query rows in backward."""
+    return (
+        split.exchange in STREAMING
+        and ranges(layer, split).chunks > 1
+        and kept_bytes(layer, split, True) <= split.exchange_bytes
+    )
+
+
+def kept_bytes(layer: Layer, split: Split, backward: bool) -> int:
+    """The least `exchange_bytes` with which `ring` and `pull` bring keys and values once in a pass, whatever its chunks: those of
+    all sequence ranks of one range of kv heads; backward also their gradients."""
     itemsize = layer.itemsize + (GRADIENT_ITEMSIZE if backward else 0)
-    divided = ranges(layer, split)
-    kept = layer.tokens * divided.most_heads * 2 * layer.head_dim * itemsize  # of all sequence ranks
-    return 1 if kept <= DEFAULT_EXCHANGE_BYTES else divided.chunks
+    return layer.tokens * ranges(layer, split).most_heads * 2 * layer.head_dim * itemsize
 
 
 def predict(layer: Layer, split: Split, cluster: Cluster, calibration: Calibration) -> Prediction:

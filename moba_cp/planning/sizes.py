@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..chunks import ranges_of
-from ..config import DEFAULT_WORKSPACE_BYTES
+from ..config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
 from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, candidates_before, keys_before, pairs_before
 from ..parallel.cost import BETWEEN_BYTES_PER_MS, INSIDE_BYTES_PER_MS
 from ..parallel.exchanges.registry import EXCHANGES
@@ -109,17 +109,24 @@ class Split:
         head_parallel: U; 1 splits no heads.
         exchange: of keys and values between sequence ranks, a name of `EXCHANGES`; "local" where there is one.
         layout: one of `LAYOUTS`.
+        exchange_bytes, workspace_bytes: the arguments of `moba_attention`: most bytes of keys, values and gradients that are kept
+            for several chunks of query rows, and of partial results of a chunk.
 
     Raises:
-        ValueError: U does not divide the ranks, or the exchange does not fit the number of sequence ranks.
+        ValueError: U does not divide the ranks, the exchange does not fit the number of sequence ranks, or a budget is negative.
     """
 
     ranks: int
     head_parallel: int = 1
     exchange: str = "local"
     layout: str = "zigzag"
+    exchange_bytes: int = DEFAULT_EXCHANGE_BYTES
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
 
     def __post_init__(self) -> None:
+        for name in ("exchange_bytes", "workspace_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.head_parallel < 1 or self.ranks % self.head_parallel:
             raise ValueError(f"head_parallel must divide {self.ranks} ranks, got {self.head_parallel}")
         if (self.exchange == "local") != (self.sequence_ranks == 1) or self.exchange not in ("local", *EXCHANGES):
@@ -142,14 +149,22 @@ class Split:
         return "a2a" if self.exchange == "local" else f"a2a+{self.exchange}"
 
     @classmethod
-    def of_comm(cls, comm: str, ranks: int, head_parallel: int, layout: str = "zigzag") -> Split:
+    def of_comm(
+        cls,
+        comm: str,
+        ranks: int,
+        head_parallel: int,
+        layout: str = "zigzag",
+        exchange_bytes: int = DEFAULT_EXCHANGE_BYTES,
+    ) -> Split:
         """The split that a call with `comm=` makes; "local" and "auto" on one rank."""
         if ranks == 1:
             return cls(1, layout=layout)
         _, _, exchange = comm.rpartition("+")
         if "a2a" not in comm:
-            return cls(ranks, 1, exchange, layout)
-        return cls(ranks, head_parallel, "local" if exchange == "a2a" or head_parallel == ranks else exchange, layout)
+            return cls(ranks, 1, exchange, layout, exchange_bytes)
+        exchange = "local" if exchange == "a2a" or head_parallel == ranks else exchange
+        return cls(ranks, head_parallel, exchange, layout, exchange_bytes)
 
 
 @dataclass(frozen=True)
@@ -162,6 +177,7 @@ class Work:
         keys: (row, key) pairs that it attends to.
         pairs: (row, block) pairs: partial results.
         scored: (row, candidate block) pairs.
+        revisited: keys times kv heads that chunks of query rows after the first one visit again, with sums of their gradients.
     """
 
     rows: float
@@ -169,6 +185,7 @@ class Work:
     keys: float
     pairs: float
     scored: float
+    revisited: float
 
 
 def busiest(layer: Layer, split: Split) -> Work:
@@ -182,6 +199,7 @@ def busiest(layer: Layer, split: Split) -> Work:
         keys=keys * documents * heads,
         pairs=pairs * documents * heads,
         scored=scored * documents * heads,
+        revisited=(ranges(layer, split).chunks - 1) * layer.tokens * layer.kv_heads_of(split.head_parallel),
     )
 
 
@@ -204,13 +222,15 @@ def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) ->
 
 
 class Divided(NamedTuple):
-    """How a pass is divided so that partial results fit the default workspace.
+    """How a pass is divided so that partial results fit the workspace.
 
     Attributes:
+        ranges: ranges of kv heads.
         most_heads: kv heads of the widest range.
         chunks: chunks of query rows per range.
     """
 
+    ranges: int
     most_heads: int
     chunks: int
 
@@ -224,5 +244,5 @@ def ranges(layer: Layer, split: Split) -> Divided:
     """Ranges of kv heads and chunks of rows of a sequence rank."""
     tokens = layer.tokens // split.sequence_ranks
     heads, kv_heads = layer.q_heads_of(split.head_parallel), layer.kv_heads_of(split.head_parallel)
-    found = ranges_of(tokens, tokens, heads, kv_heads, partial_bytes(layer), DEFAULT_WORKSPACE_BYTES)
-    return Divided(max(heads.stop - heads.start for heads, _ in found), len(found[0][1]))
+    found = ranges_of(tokens, tokens, heads, kv_heads, partial_bytes(layer), split.workspace_bytes)
+    return Divided(len(found), max(heads.stop - heads.start for heads, _ in found), len(found[0][1]))

@@ -107,6 +107,8 @@ class Route:
         walks: how often each byte crosses the wire in forward, and in backward: 1, or the number of chunks.
         mine: bool `[Hkv, n_blocks]`, pairs that the local queries selected; None where the exchange does not ask.
         wanted: wanted pairs of all ranks; None where the exchange does not ask.
+        once_bytes: the least `exchange_bytes` with which each byte crosses the wire once in forward, and in backward; 0 where it
+            does with any.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Route:
     walks: tuple[int, int]
     mine: Tensor | None = None
     wanted: Wanted | None = None
+    once_bytes: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -156,7 +159,7 @@ class Exchange(ABC):
             wanted: gives bool `[Hkv, n_blocks]`, (kv head, block) pairs that a local query selected.
             reason: why this exchange was chosen.
         """
-        return Route(self.name, reason, self.walks)
+        return Route(self.name, reason, self.walks, once_bytes=self.once_bytes)
 
     def resume(self, route: Route) -> None:  # noqa: B027  # most exchanges need nothing
         """Backward's counterpart of `route`: take up what forward decided."""
@@ -165,6 +168,11 @@ class Exchange(ABC):
     def walks(self) -> tuple[int, int]:
         """How often each byte crosses the wire, forward and backward."""
         return 1, 1
+
+    @property
+    def once_bytes(self) -> tuple[int, int]:
+        """See `Route`."""
+        return 0, 0
 
     @abstractmethod
     def start(self, heads: slice) -> Visit:
@@ -219,14 +227,20 @@ class Streaming(Exchange):
         chunks = self.work.chunks
         return 1 if self.keeps(backward=False) else chunks, 1 if self.keeps(backward=True) else chunks
 
+    @property
+    def once_bytes(self) -> tuple[int, int]:
+        return (self._once(backward=False), self._once(backward=True)) if self.work.chunks > 1 else (0, 0)
+
     def keeps(self, backward: bool) -> bool:
         """Whether one walk serves all chunks; the same on every rank."""
-        if self.work.chunks == 1:
-            return True
+        return self.work.chunks == 1 or self._once(backward) <= self.work.keep_bytes
+
+    def _once(self, backward: bool) -> int:
+        """Bytes of all parts of the widest range; backward also their gradients."""
         pair = self.home.k.itemsize + (self.work.gradient_dtype.itemsize if backward else 0)
         width = self.home.k.shape[2] + self.home.v.shape[2]
         most = int(self.home.plan.plan.home_tokens.max())
-        return self.comm.size * most * self.work.most_heads * width * pair <= self.work.keep_bytes
+        return self.comm.size * most * self.work.most_heads * width * pair
 
     def forward(self, visit: Visit, chunk: int) -> Iterator[Part]:
         yield self.local_part(visit.heads)

@@ -77,7 +77,7 @@ class Pull(Streaming):
     def route(self, wanted: Callable[[], Tensor], reason: str) -> Route:
         mine = wanted().view(torch.uint8)
         self._publish(mine)
-        return Route(self.name, reason, self.walks, mine=mine)
+        return Route(self.name, reason, self.walks, mine=mine, once_bytes=self.once_bytes)
 
     def resume(self, route: Route) -> None:
         assert route.mine is not None

@@ -89,6 +89,7 @@ class _Layer:
             "layout": self.layout,
             "group": None if alone else team.group,
             "comm": case.comm,
+            "exchange_bytes": case.exchange_bytes,
         }
         if case.head_parallel is not None:
             self.options["head_parallel"] = case.head_parallel

@@ -13,19 +13,20 @@
         routing: [uniform]       # uniform, correlated, trained
         baselines: [equal_work]  # equal_work, dense_ring, dense_heads
 
-Optional: `head_parallel: [2]` (tried beside the default), `passes: [forward]` (default: both), `selections:` (trained routing).
+Optional: `head_parallel: [2]` (tried beside the default), `passes: [forward]` (default: both), `selections:` (trained routing),
+`exchange_bytes: 17179869184` (of `moba_attention`; default: the library's).
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moba_cp import MoBAConfig, SequenceLayout, moba_attention
+from moba_cp import MoBAConfig, SequenceLayout
+from moba_cp.config import DEFAULT_EXCHANGE_BYTES
 from moba_cp.parallel.splits import COMMS
 
 from .records import REPOSITORY
@@ -39,7 +40,7 @@ LISTS = (*NUMBERS, "heads", "blocks", "comm", "routing", "baselines", "passes")
 """Keys of a sweep that hold lists; those of `NUMBERS` hold positive integers. `ranks` may also be "all"."""
 KEY = (
     *("ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "layout", "comm", "head_parallel"),
-    "baseline",
+    *("exchange_bytes", "baseline"),
 )
 """Fields that tell entries apart."""
 
@@ -54,7 +55,7 @@ class Case:
         q_heads, kv_heads, config: of the layer.
         routing: one of `ROUTINGS`.
         layout_name: one of `LAYOUTS`.
-        comm, head_parallel: arguments of `moba_attention`.
+        comm, head_parallel, exchange_bytes: arguments of `moba_attention`.
         baseline: one of `BASELINES`, or "" for the layer itself. `comm`, `layout_name` and (of dense ones) `config` mean nothing.
         backward: also time forward with backward.
         document: tokens of each packed document; all tokens are one document where it is `tokens`.
@@ -75,6 +76,7 @@ class Case:
     backward: bool = True
     document: int = 0
     selections: tuple[str, str] | None = None
+    exchange_bytes: int = DEFAULT_EXCHANGE_BYTES
 
     @property
     def dense(self) -> bool:
@@ -102,7 +104,7 @@ class Case:
             entry["document"] = self.document
         if self.baseline:
             return entry | {"baseline": self.baseline}
-        entry |= {"layout": self.layout_name, "comm": self.comm}
+        entry |= {"layout": self.layout_name, "comm": self.comm, "exchange_bytes": self.exchange_bytes}
         return entry if self.head_parallel is None else entry | {"head_parallel": self.head_parallel}
 
     @property
@@ -121,7 +123,7 @@ class Case:
 
 def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
     """What tells an entry of a results file apart; equal for the case that it was made from."""
-    return tuple(entry.get(name) for name in KEY)
+    return tuple(entry.get(name, DEFAULT_EXCHANGE_BYTES if name == "exchange_bytes" else None) for name in KEY)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def load_plan(path: Path, world: int) -> Plan:
 
 def _cases(sweep: dict[str, Any], layout: str, world: int, left_out: list[str]) -> list[Case]:
     name = sweep.get("name", "")
-    _known(f"sweep {name!r}", sweep, {"name", "layout", "selections", *LISTS})
+    _known(f"sweep {name!r}", sweep, {"name", "layout", "selections", "exchange_bytes", *LISTS})
     for needed in ("name", "heads", "blocks", "comm"):
         if needed not in sweep:
             raise ValueError(f"sweep {name!r} lacks {needed!r}")
@@ -193,9 +195,10 @@ def _cases(sweep: dict[str, Any], layout: str, world: int, left_out: list[str]) 
         _one_of("passes", value, PASSES)
     if unknown := [comm for comm in sweep["comm"] if comm not in COMMS]:
         raise ValueError(f"sweep {name!r}: comm must be one of {', '.join(COMMS)}, got {', '.join(unknown)}")
+    exchange_bytes = sweep.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES)
+    if type(exchange_bytes) is not int or exchange_bytes < 0:
+        raise ValueError(f"sweep {name!r}: exchange_bytes must be an integer of at least 0, got {exchange_bytes!r}")
     head_parallel = [None, *sweep.get("head_parallel", [])]
-    if len(head_parallel) > 1:
-        needs_argument("head_parallel", f"sweep {name!r}")
     cases = []
     ranks = sweep.get("ranks", "all")
     counts = [1 << i for i in range(world.bit_length())] if ranks == "all" else ranks
@@ -210,7 +213,7 @@ def _cases(sweep: dict[str, Any], layout: str, world: int, left_out: list[str]) 
                         _one_of("routing", routing, ROUTINGS)
                         first = Case(
                             name, count, tokens, q_heads, kv_heads, MoBAConfig(block_size, topk), routing, layout, "auto",
-                            backward="forward_backward" in passes,
+                            backward="forward_backward" in passes, exchange_bytes=exchange_bytes,
                         )  # fmt: skip
                         if routing == "trained":
                             first = _recorded(first, sweep)
@@ -243,7 +246,6 @@ def _variants(first: Case, sweep: dict[str, Any], head_parallel: list[int | None
 
 def _recorded(case: Case, sweep: dict[str, Any]) -> Case:
     """The case with its recorded selections: documents are as long as what was recorded."""
-    needs_argument("selection", f"sweep {case.sweep!r}")
     given = sweep.get("selections")
     if not isinstance(given, dict) or {"file", "layer"} - set(given):
         raise ValueError(
@@ -263,16 +265,6 @@ def _recorded(case: Case, sweep: dict[str, Any]) -> Case:
             f"sweep {case.sweep!r}: {case.tokens} tokens are no multiple of recorded documents of {document}"
         )
     return replace(case, document=document, selections=(str(path), layer))
-
-
-def needs_argument(name: str, who: str) -> None:
-    """`moba_attention` has the keyword argument `name`.
-
-    Raises:
-        ValueError: this version of the library lacks it.
-    """
-    if name not in inspect.signature(moba_attention).parameters:
-        raise ValueError(f"{who} needs moba_attention(..., {name}=), which this version of moba_cp does not have")
 
 
 def _known(where: str, given: dict[str, Any], allowed: set[str]) -> None:

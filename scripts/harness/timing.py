@@ -91,31 +91,20 @@ def time_calls(
     return Times(tuple(elapsed(start, end) for start, end in marks), tuple(host))
 
 
-def time_on_ranks(call: Callable[[], Any], device: torch.device, *, iterations: int, ranks: int) -> Times:
-    """Time `call` on all ranks of the default group, each time from a common start: milliseconds of the slowest rank.
-
-    With `ranks == 1` every rank works for itself and there is no group. The caller warms up.
-    """
-    return Times(tuple(from_common_start(call, device, together=ranks > 1) for _ in range(iterations)))
-
-
-def from_common_start(call: Callable[[], Any] | None, device: torch.device, together: bool = True) -> float:
+def from_common_start(call: Callable[[], Any] | None, device: torch.device) -> float:
     """Milliseconds of one call on the slowest rank of the default group, all of which start together.
 
     Args:
         call: None where this rank only keeps time with the others.
-        together: False: this rank is timed for itself.
     """
-    if together:
-        dist.barrier()
+    dist.barrier()
     synchronize(device)
     start = mark(device)
     if call is not None:
         call()
     end = mark(device)
     synchronize(device)
-    took = elapsed(start, end)
-    return over_all(took, device) if together else took
+    return over_all(elapsed(start, end), device)
 
 
 def over_all(number: float, device: torch.device) -> float:

@@ -1,4 +1,5 @@
-"""The layer over several ranks: tables of `bench_layer`, times by exchange and what is lost from one rank to several."""
+"""The layer over several ranks: times by exchange and what is lost from one rank to several, of `scripts.scaling` with
+`configs/scaling/layer.yaml`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from moba_cp import SequenceLayout
 from moba_cp.parallel.balance import work_before
-from moba_cp.planning.advice import crossings, label, options, visiting_pays_from
+from moba_cp.planning.advice import Option, changed_budgets, crossings, fastest, label, slower, visiting_pays_from
 from moba_cp.planning.calibration import Calibration
 from moba_cp.planning.measured import compare, judged, read
 from moba_cp.planning.sizes import Cluster, Layer
@@ -18,6 +19,7 @@ from .scaling import tokens_text
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 TOKENS = (1 << 20, 10 << 20, 100 << 20)
+_SHORT = {"exchange_bytes": "exchange", "workspace_bytes": "workspace"}
 LAYER = Layer(1 << 20, 32, 8, 512, 8)
 
 
@@ -67,6 +69,26 @@ def imbalance(layout: SequenceLayout, block_size: int, topk: int) -> float:
     return max(work) * layout.cp_size / sum(work)
 
 
+def _cell(best: Option | None) -> str:
+    if best is None:
+        return "does not fit"
+    budgets = "".join(f", {_SHORT[name]} {x / 2**30:g} GiB" for name, x in changed_budgets(best.split).items())
+    gib = best.memory.peak
+    return f"{label(best.split)}{budgets}: {best.milliseconds:,.0f} ms, {gib:.{0 if gib >= 10 else 1}f} GiB"
+
+
+def _changes(best: Mapping[int, Option]) -> str:
+    return "; ".join(f"{before} to {after} at {gpus} GPUs" for before, after, gpus in crossings(best)) or "none"
+
+
+def _slower(best: Mapping[int, Option]) -> str:
+    found = []
+    for one in slower(best):
+        gpus = f"{one.few.split.ranks} to {one.many.split.ranks} GPUs"
+        found.append(f"{gpus}, {one.few.milliseconds:,.0f} to {one.many.milliseconds:,.0f} ms: {one.reason}")
+    return "; ".join(found) or "nowhere"
+
+
 def clusters_table(calibration: Calibration) -> str:
     """Markdown: the fastest split that fits, by number of GPUs and tokens, and where the best way changes."""
     cluster = Cluster(8)
@@ -74,26 +96,22 @@ def clusters_table(calibration: Calibration) -> str:
         f"Predicted, not measured: one layer, {LAYER.q_heads}/{LAYER.kv_heads} heads, D = {LAYER.head_dim}, ({LAYER.block_size}, "
         f"{LAYER.topk}), bf16, one document, uniform routing, forward+backward; {calibration.device}, nodes of "
         f"{cluster.gpus_per_node}, {cluster.link:g} GB/s received per GPU inside a node, {cluster.fabric:g} GB/s between nodes "
-        f"(one 400 Gb/s adapter per GPU, less protocol), full bisection, {cluster.memory:g} GiB.",
+        f"(one 400 Gb/s adapter per GPU, less protocol), full bisection, {cluster.memory:g} GiB. *exchange*, *workspace*: "
+        "`exchange_bytes` and `workspace_bytes` where they are not the default, so that keys and values travel fewer times.",
         "",
         "| GPUs | " + " | ".join(f"{tokens_text(t)} tokens" for t in TOKENS) + " |",
         "|" + "---|" * (1 + len(TOKENS)),
     ]
-    for gpus in GPUS:
-        cells = []
-        for tokens in TOKENS:
-            best = options(replace(LAYER, tokens=tokens), replace(cluster, gpus=gpus), calibration)[0]
-            size = f"{best.milliseconds:,.0f} ms, {best.memory.peak:.{0 if best.memory.peak >= 10 else 1}f} GiB"
-            cells.append(f"{label(best.split)}: {size}" if best.fits else f"does not fit ({best.memory.peak:.0f} GiB)")
-        lines.append(f"| {gpus} | " + " | ".join(cells) + " |")
+    found = {tokens: fastest(replace(LAYER, tokens=tokens), cluster, calibration, GPUS) for tokens in TOKENS}
+    lines += [f"| {gpus} | " + " | ".join(_cell(found[tokens].get(gpus)) for tokens in TOKENS) + " |" for gpus in GPUS]
     lines += ["", "Where another way becomes the fastest:", ""]
     for tokens in TOKENS:
-        changes = crossings(replace(LAYER, tokens=tokens), cluster, calibration, GPUS)
-        text = "; ".join(f"{before} to {after} at {gpus} GPUs" for before, after, gpus in changes) or "none"
-        lines.append(f"- {tokens_text(tokens)} tokens: {text}")
-    routed = crossings(replace(LAYER, tokens=10 << 20, wanted_share=0.3), cluster, calibration, GPUS)
-    text = "; ".join(f"{before} to {after} at {gpus} GPUs" for before, after, gpus in routed) or "none"
-    lines.append(f"- 10M tokens, routing that wants 30 % of what it sees: {text}")
+        lines.append(f"- {tokens_text(tokens)} tokens: {_changes(found[tokens])}")
+    routed = fastest(replace(LAYER, tokens=10 << 20, wanted_share=0.3), cluster, calibration, GPUS)
+    lines.append(f"- 10M tokens, routing that wants 30 % of what it sees: {_changes(routed)}")
+    lines += ["", "Where twice the GPUs take longer, since a GPU receives more and computes less beside it:", ""]
+    for tokens in TOKENS:
+        lines.append(f"- {tokens_text(tokens)} tokens: {_slower(found[tokens])}")
     pays = visiting_pays_from(LAYER)
     lines += [
         "",

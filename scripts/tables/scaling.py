@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moba_cp.config import DEFAULT_EXCHANGE_BYTES
+
 from .text import pyplot
 
 LONGEST_TOKENS = 4 << 20
@@ -24,7 +26,7 @@ def _of_machine(content: dict[str, Any]) -> str:
     comms = list(dict.fromkeys(r["comm"] for r in results if r["ranks"] > 1))
     lines = [
         f"{content['world_size']} x {content['device']}, NCCL {content['nccl']}, bf16, D = 128, one document; torch "
-        f"{content['torch']}, commit {content['commit'][:10]}. Milliseconds of the slowest rank, forward / forward+backward. "
+        f"{content['torch']}, commit {commits(results)}. Milliseconds of the slowest rank, forward / forward+backward. "
         "*Equal work*: one GPU with all tokens and its share of the heads; *efficiency*: that over the best exchange. *Exposed*: "
         "what the best one waits for others, by stages, in ms. *Dense*: the faster of torch's ring and heads by all-to-all.",
         "",
@@ -43,23 +45,57 @@ def _of_machine(content: dict[str, Any]) -> str:
         cells = [
             str(ranks), tokens_text(best["tokens"]), f"{best['q_heads']}/{best['kv_heads']}",
             f"({best['block_size']}, {best['topk']})",
-            f"{best['routing']}, {best['layout']}{documents}",
+            f"{best['routing']}, {best['layout']}{documents}{budget(best)}",
             *([times(of_comm.get(comm)) for comm in comms] if ranks > 1 or comms == [] else _alone(best, comms)),
             times(share), efficiency(share, best), f"{best['exposed_ms']:.1f}" if ranks > 1 else "-",
             f"{best['received_bytes'] / 2**30:.2f}" if ranks > 1 else "-", peak(best),
             dense_cell(fastest, best), f"{max(r['output_error'] for r in of_comm.values()):.0e}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    of_exchanges = [r["bitwise_equal_to_first"] for _, of_comm in _cases(results) for r in list(of_comm.values())[1:]]
+    of_exchanges = [r["bitwise_equal_to_first"] for same in _of_same_inputs(results) for r in same[1:]]
     of_counts = [r[key] for key in ("bitwise_equal_to_other_rank_counts",) for r in results if key in r]
-    compared = ((of_exchanges, "with another exchange"), (of_counts, "with other numbers of GPUs"))
+    compared = ((of_exchanges, "with another exchange, layout or budget"), (of_counts, "with other numbers of GPUs"))
     text = ", ".join(f"{sum(same)} of {len(same)} compared {how}" for same, how in compared if same)
     lines += [
         "",
         f"Equal bits of output and dq, as timed: {text or 'nothing to compare'}. *Error*: output of sampled rows against the "
         "definition in fp64, norm over norm; bf16 rounds to 2e-03 at most.",
     ]
+    if stronger := strong_scaling(results):
+        lines += ["", "The same problem on more GPUs, forward / forward+backward:", "", *stronger]
     return "\n".join(lines)
+
+
+def strong_scaling(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each problem that several numbers of GPUs solved: how much faster the best exchange is than with the fewest."""
+    found: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for key, of_comm in _cases(results):
+        timed = [r for r in of_comm.values() if "forward_backward_ms" in r]
+        for r in timed:
+            of_count = found.setdefault((*key[1:7], r.get("document")), {})
+            before = of_count.get(r["ranks"])
+            if before is None or r["forward_backward_ms"] < before["forward_backward_ms"]:
+                of_count[r["ranks"]] = r
+    lines = []
+    for of_count in found.values():
+        few, *others = (of_count[count] for count in sorted(of_count))
+        for many in others:
+            ratios = " / ".join(f"{few[x] / many[x]:.2f}x" for x in ("forward_ms", "forward_backward_ms"))
+            what = f"{few['q_heads']}/{few['kv_heads']}, ({few['block_size']}, {few['topk']}), {few['routing']}"
+            gpus = f"{few['ranks']} to {many['ranks']} GPUs"
+            lines.append(f"- {tokens_text(few['tokens'])} tokens, {what}: {gpus} {ratios} ({many['comm']})")
+    return lines
+
+
+def commits(results: Sequence[dict[str, Any]]) -> str:
+    """Of all results, the earliest first."""
+    return " and ".join(dict.fromkeys(r["commit"][:10] for r in results))
+
+
+def budget(result: dict[str, Any]) -> str:
+    """`exchange_bytes`, where it is not the default."""
+    given = result.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES)
+    return "" if given == DEFAULT_EXCHANGE_BYTES else f", exchange_bytes {given / 2**30:g} GiB"
 
 
 def _alone(best: dict[str, Any], comms: list[str]) -> list[str]:
@@ -67,19 +103,26 @@ def _alone(best: dict[str, Any], comms: list[str]) -> list[str]:
     return [f"{times(best)} (alone)", *["-"] * (len(comms) - 1)]
 
 
-def longest_table(contents: Sequence[dict[str, Any]]) -> str:
-    """Markdown: the longest contexts, beside what dense attention would take by FLOPs at the rate it was measured at."""
+def longest_table(contents: Sequence[dict[str, Any]], fastest: bool = False) -> str:
+    """Markdown: the longest contexts, beside what dense attention would take by FLOPs at the rate it was measured at.
+
+    Args:
+        contents: of result files.
+        fastest: only the fastest result for each number of GPUs, tokens and heads.
+    """
     lines = [
         "| tokens | GPUs | heads | (B, k) | exchange | forward / forward+backward | dense, by FLOPs | peak GiB per GPU | error |",
         "|" + "---|" * 9,
     ]
-    found = False
+    shown: set[tuple[Any, ...]] = set()
     for content in contents:
         rates = [r for one in _of_device(contents, content["device"]) for r in map(dense_rate, one["baselines"]) if r]
-        for r in sorted(_measured(content), key=lambda r: (r["tokens"], r["ranks"], r["block_size"])):
-            if r["tokens"] < LONGEST_TOKENS:
+        order = ("tokens", "ranks", *["block_size"] * (not fastest), "forward_backward_ms")
+        for r in sorted(_measured(content), key=lambda r: [r.get(name, 0) for name in order]):
+            problem = content["device"], r["ranks"], r["tokens"], r["q_heads"], r["kv_heads"]
+            if r["tokens"] < LONGEST_TOKENS or (fastest and problem in shown):
                 continue
-            found = True
+            shown.add(problem)
             dense = "-"
             if rates:
                 flops = (FORWARD_FLOPS + BACKWARD_FLOPS) * r["tokens"] ** 2 / 2 * r["q_heads"] * 128
@@ -91,9 +134,9 @@ def longest_table(contents: Sequence[dict[str, Any]]) -> str:
                 )
             lines.append(
                 f"| {r['tokens']:,} | {r['ranks']} x {content['device']} | {r['q_heads']}/{r['kv_heads']} | ({r['block_size']}, "
-                f"{r['topk']}) | {r['comm']} | {times(r, 's')} | {dense} | {peak(r)} | {r['output_error']:.0e} |"
+                f"{r['topk']}) | {r['comm']}{budget(r)} | {times(r, 's')} | {dense} | {peak(r)} | {r['output_error']:.0e} |"
             )
-    if not found:
+    if not shown:
         return ""
     lines += [
         "",
@@ -168,16 +211,26 @@ def _measured(content: dict[str, Any]) -> list[dict[str, Any]]:
     return [r for r in content["results"] if "forward_ms" in r]
 
 
+def _of_same_inputs(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Results of equal tensors on as many GPUs."""
+    names = ("ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "document")
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in results:
+        found.setdefault((*map(r.get, names), "forward_backward_ms" in r), []).append(r)
+    return list(found.values())
+
+
 def _cases(results: Sequence[dict[str, Any]]) -> list[tuple[tuple[Any, ...], dict[str, dict[str, Any]]]]:
     """By case in the order of measurement: results by exchange; of equal ones with other head groups, the fastest."""
     names = ("ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "layout")
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for r in results:
-        of_comm = found.setdefault(tuple(r[name] for name in names), {})
+        key = *(r[name] for name in names), r.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES)
+        of_comm = found.setdefault(key, {})
         before = of_comm.get(r["comm"])
         if before is None or r.get("forward_backward_ms", 0) < before.get("forward_backward_ms", 0):
             of_comm[r["comm"]] = r
-    return sorted(found.items(), key=lambda item: (item[0][2:6], item[0][6:], item[0][1], item[0][0]))
+    return sorted(found.items(), key=lambda item: (item[0][2:6], item[0][6:8], item[0][1], item[0][0], item[0][8]))
 
 
 def _same(baseline: dict[str, Any], result: dict[str, Any]) -> bool:

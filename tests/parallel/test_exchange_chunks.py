@@ -54,6 +54,19 @@ def test_bytes_beyond_what_may_be_kept_cross_once_per_chunk(comm: str, kept: int
             assert moved(chunked[at], f"{comm} {stage}") == tuple(n * times for n in expected)
 
 
+@pytest.mark.parametrize("comm", ["ring", "pull"])
+def test_the_report_says_what_would_bring_everything_once(comm: str) -> None:
+    """With one byte less, backward travels once per chunk of rows."""
+    (first, *_) = stages(CHUNKED, THREE, comm, workspace=1, kept=0)
+    forward, backward = first[4]["once_bytes"]
+    assert (forward, backward) == (3 * 320 * TOKEN, 2 * 3 * 320 * TOKEN)
+    assert f"travel 3x forward, 3x backward; once with exchange_bytes={backward} " in first[4]["text"]
+    for kept, walks in ((backward, (1, 1)), (backward - 1, (1, 3)), (forward - 1, (3, 3))):
+        (first, *_) = stages(CHUNKED, THREE, comm, workspace=1, kept=kept)
+        assert first[4]["walks"] == walks
+        assert ("once with" in first[4]["text"]) == (max(walks) > 1)
+
+
 def kept_or_not(rank: int, size: int, case: Case, layout: SequenceLayout, comm: str) -> list[tuple]:
     """Results of this rank in three chunks: everything kept, keys and values kept, nothing kept."""
     return [
