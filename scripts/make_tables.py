@@ -18,7 +18,7 @@ from moba_cp.planning.calibration import Calibration
 
 from .harness.records import REPOSITORY
 from .tables.equality import equality_table, pretrain_table
-from .tables.huggingface import huggingface_table
+from .tables.huggingface import decode_table, huggingface_table
 from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.planning import balance_table, clusters_table, predictions_table
@@ -63,6 +63,7 @@ def blocks() -> dict[str, str]:
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
         "results:soak": soak_table([json.loads(file.read_text()) for file in sorted(RESULTS.glob("soak*.json"))]),
+        "results:decode": decode_table(content("decode")),
         "results:fsdp": if_measured("fsdp", fsdp_table),
         "results:compile": if_measured("compile", compile_table),
         "results:scaling": scaling_tables(scaling_contents()) or NOT_MEASURED,
