@@ -15,7 +15,7 @@ import typer
 
 from .pictures import answered, pictures
 from .summary import Run, finished, first_long_step, gaps, mean_and_error, table
-from .tables import against_window, answer, loss_table, retrieval_table, routing_table, switch_table
+from .tables import against_window, answer, context_parallel, loss_table, retrieval_table, routing_table, switch_table
 
 __all__ = ["gaps", "main", "mean_and_error", "page"]
 TEMPLATE = Path(__file__).with_name("learning.md.in")
@@ -197,6 +197,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any], list[Run]], str]] = {
     "retrieval": retrieval_table,
     "reading": lambda results, runs: str(results.get("reading", "")),
     "window": against_window,
+    "ranks": context_parallel,
     "pairs": pairs_of_training,
     "starts": shared_starts,
     "needles": needles_asked,

@@ -12,6 +12,7 @@ from .summary import (
     STUDENT_T,
     Run,
     arms,
+    first_long_step,
     gaps,
     mean_and_error,
     seconds_to,
@@ -167,6 +168,27 @@ def against_window(results: dict[str, Any], runs: list[Run]) -> str:
                     f"{shown(answered, 1, sign=True)} points of retrieval."
                 )
     return "Against the sliding window, same seeds:\n\n" + "\n".join(lines) if lines else ""
+
+
+def context_parallel(results: dict[str, Any], runs: list[Run]) -> str:
+    """Training loss over several ranks against one rank, same seed and batches, of runs that were stopped as well."""
+    found, lines = arms([r for r in results["runs"] if r.get("loss_curve")]), []
+    for arm, seeds in found.items():
+        for seed, run in sorted(seeds.items()):
+            ranks = run["spec"].get("cp", 1)
+            one = found.get(arm.removesuffix(f"_cp{ranks}"), {}).get(seed)
+            first, steps = first_long_step(run), len(run["loss_curve"])
+            if ranks == 1 or one is None or steps - first < 2:
+                continue
+            difference = np.array(run["loss_curve"], float) - np.array(one["loss_curve"][:steps], float)
+            mean, error = mean_and_error(difference[first:].tolist())
+            text = f"- `{arm}` seed {seed}: {mean:+.4f} nats over {steps - first:,} long steps"
+            text += f", standard error between steps {error:.4f}"
+            if first:
+                text += f"; {difference[max(0, first - 100) : first].mean():+.4f} at the end of the short windows"
+            lines.append(text + ("." if run.get("complete") else f". Stopped after {steps:,} steps."))
+    head = "Training loss over several ranks minus that on one rank, one pair of runs each:\n\n"
+    return head + "\n".join(lines) if lines else "No run over several ranks is in the results yet."
 
 
 def percent_answered(run: Run) -> float | None:

@@ -45,3 +45,16 @@ def test_seconds_count_from_the_first_long_window() -> None:
     assert summary.seconds_to(run, 1.001) == (160 - 100) * 0.5  # the mean of 40 steps is there after step 160
     assert summary.seconds_to(run, 3.001) == 0.0
     assert summary.seconds_to(run, 0.9) is None
+
+
+def test_ranks_are_compared_on_the_steps_that_both_have() -> None:
+    spec: dict[str, Any] = {"attention": {"kind": "moba"}}
+    one = make_run("moba_8_2", 0, 1.0, loss_curve=[3.0] * 100 + [2.0] * 100, spec=spec, complete=True)
+    curve = [3.5] * 100 + [2.0, 2.2]
+    two = make_run("moba_8_2_cp2", 0, 1.0, loss_curve=curve, spec=spec | {"cp": 2}, complete=False)
+    text = tables.context_parallel({"runs": [one, two]}, [one])
+    assert (
+        "+0.1000 nats over 2 long steps, standard error between steps 0.1000; +0.5000 at the end of the short" in text
+    )
+    assert text.endswith("Stopped after 102 steps.")
+    assert "No run over several ranks" in tables.context_parallel({"runs": [one]}, [one])
