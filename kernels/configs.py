@@ -266,19 +266,19 @@ def decode_select(dim: int, block_size: int, itemsize: int, group: int, most: in
 
 @lru_cache(maxsize=64)
 def decode_attend(dim: int, dim_v: int, block_size: int, group: int) -> DecodeAttendConfig:
-    """Attention of one query per sample, at most eight programs per block.
+    """Attention of one query per sample, at most four programs per block of 1024 keys or more.
 
     At (512, 8) with 32 q heads a sample makes 512 programs. At D = 128 one uses 128 registers per thread and 40 KiB of shared
     memory, so that all of them run at once on 132 multiprocessors: most of a program's time is latency before its first key.
     """
-    split = max(min(256, padded(block_size)), padded(block_size) // 8)
+    split = max(min(256, padded(block_size)), padded(block_size) // 4)
     heads = min(next_power_of_2(group), max(4096 // padded(dim_v), 1))
     return DecodeAttendConfig(
         split=split,
         splits=cdiv(block_size, split),
         keys=min(32, split),
         heads=heads,
-        at_once=max(4096 // (heads * padded(dim_v)), 1),
+        at_once=max(min(4096 // (heads * padded(dim_v)), 8), 1),
         num_warps=4,
         num_stages=3,
     )

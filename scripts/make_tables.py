@@ -9,6 +9,7 @@ Tables go between the comments `<!-- results:NAME -->` and `<!-- /results:NAME -
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from moba_cp.planning.calibration import Calibration
 
 from .harness.records import REPOSITORY
 from .tables.equality import equality_table, pretrain_table
-from .tables.huggingface import huggingface_table
+from .tables.huggingface import decode_table, huggingface_table
 from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.planning import balance_table, clusters_table, predictions_table
@@ -70,8 +71,9 @@ def blocks() -> dict[str, str]:
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
         "results:soak": soak_table([json.loads(file.read_text()) for file in sorted(RESULTS.glob("soak*.json"))]),
-        "results:fsdp": fsdp_table(content("fsdp")),
-        "results:compile": compile_table(content("compile")),
+        "results:decode": decode_table(content("decode")),
+        "results:fsdp": if_measured("fsdp", fsdp_table),
+        "results:compile": if_measured("compile", compile_table),
         "results:scaling": scaling_tables(scaling_contents()) or NOT_MEASURED,
         "results:longest": longest_table(scaling_contents()) or NO_LONGEST,
         "results:predictions": predictions_table(RESULTS),
@@ -97,6 +99,15 @@ def scaling_headline() -> str:
 def scaling_contents() -> list[dict[str, Any]]:
     """Of every scaling*.json; none where nothing was measured yet."""
     return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("scaling*.json"))]
+
+
+def if_measured(name: str, table: Callable[[dict[str, Any]], str]) -> str:
+    """A table of the file `name`.json, or that there is none yet."""
+    return (
+        table(content(name))
+        if (RESULTS / f"{name}.json").exists()
+        else f"Not measured yet: no docs/results/{name}.json."
+    )
 
 
 def content(name: str) -> dict[str, Any]:
