@@ -38,6 +38,7 @@ from scripts import (
     soak,
     training_speed,
     tune,
+    tune_decode,
 )
 from scripts.harness import definition, options, records
 from scripts.harness.inputs import draw_inputs
@@ -48,7 +49,7 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
     bench_compile, bench_fsdp, bench_huggingface, bench_kernels, bench_training, long_run, make_picture, make_tables,
-    parallel_equality, pretrain_gpt_stock, quickstart, sanitize, scaling, soak, training_speed, tune,
+    parallel_equality, pretrain_gpt_stock, quickstart, sanitize, scaling, soak, training_speed, tune, tune_decode,
 )  # fmt: skip
 
 
@@ -105,6 +106,18 @@ def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
     ]
     assert [r["queries"] for r in results[3:]] == [300, 20, 1]
     assert max(r["output_error"] for r in results[3:]) < 3e-3  # as above
+
+
+def test_tune_decode_checks_steps_and_times_sdpa_beside(tmp_path: Path) -> None:
+    found = run(
+        tmp_path, sys.executable, "-m", "scripts.tune_decode", "--device", "cpu", "--tokens", "300", "--heads", "4/2",
+        "--configs", "64:3", "--layers", "2",
+    )  # fmt: skip
+    assert [entry["what"] for entry in found["results"]] == ["sdpa", "step"]
+    step = found["results"][1]
+    assert step["output_error"] < 3e-3  # bf16 outputs
+    assert step["same_bits_again"]
+    assert step["us"]["least"] <= step["us"]["median"] <= step["us"]["most"]
 
 
 def test_soak_compares_refuses_and_samples(tmp_path: Path) -> None:
