@@ -188,13 +188,13 @@ def test_the_first_and_the_last_slab_are_small(kv_heads: int, head_bytes: int, s
 
 @pytest.mark.parametrize("comm", ["a2a", "a2a+ring"])
 def test_values_may_come_after_the_blocks_are_selected(comm: str) -> None:
-    """What waits for them is called once, before any of them is read: until then they are NaN."""
-    u = 2
+    """What waits for them is called before any of them is read: until then they are NaN. Blocks lie whole, or straddle ranks."""
     size = 2 if comm == "a2a" else 4
-    case = replace(TWELVE, lengths=(64,), block_size=16)
-    layout = SequenceLayout.zigzag(case.cu_seqlens, size)
-    for late, early in run_ranks(size, late_values_on_rank, case, layout, comm, u):
-        assert all(map(torch.equal, late, early))
+    for lengths, block_size in (((64,), 16), ((61, 22), 5)):
+        case = replace(TWELVE, lengths=lengths, block_size=block_size)
+        layout = SequenceLayout.zigzag(case.cu_seqlens, size)
+        for late, early in run_ranks(size, late_values_on_rank, case, layout, comm, 2):
+            assert all(map(torch.equal, late, early))
 
 
 def late_values_on_rank(
