@@ -25,10 +25,10 @@ what is known about GPUs in `gpu.py`. `*_sm90.py` are Gluon kernels for Hopper.
 import torch
 
 from . import torch_backend
-from .backend import Backend
+from .backend import Backend, DecodeStep
 from .types import KVPart, ListShape, QueryRows, RoutingLists, query_rows
 
-__all__ = ["Backend", "KVPart", "ListShape", "QueryRows", "RoutingLists", "backend_for", "query_rows"]
+__all__ = ["Backend", "DecodeStep", "KVPart", "ListShape", "QueryRows", "RoutingLists", "backend_for", "query_rows"]
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:

@@ -14,6 +14,20 @@ from torch import Tensor
 from .types import DqPartials, KVPart, Partials, QueryRows, RoutingLists
 
 
+class DecodeStep(Protocol):
+    """Steps of decoding with equal shapes, dtypes, devices and strides; the bits of the primitives it stands for."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device that only this object holds."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor
+    ) -> Tensor:
+        """Output `[samples, 1, Hq, Dv]`; the step's centroids and count are updated."""
+        ...
+
+
 class Backend(Protocol):
     """Primitives of block attention on one device.
 
@@ -192,8 +206,8 @@ class Backend(Protocol):
         """
 
     def select_for_decoding(
-        self, q: Tensor, k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor,
-        rows: QueryRows, count: Tensor, centroids: Tensor, block_size: int, topk: int,
+        self, q: Tensor, k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor, count: Tensor,
+        arrived: Tensor | None, centroids: Tensor, block_size: int, topk: int,
     ) -> Tensor:  # fmt: skip
         """`update_centroids`, and `select_blocks` for one query per sample.
 
@@ -201,7 +215,8 @@ class Backend(Protocol):
             q: `[samples, Hq, D]`.
             k, slots, before, lengths, count, centroids, block_size: as in `update_centroids`.
             position: int32 `[samples]`, position of the query in the sample's content; -1 where there is none.
-            rows: the same, as rows among `n` blocks per sample.
+            arrived: int32 `[samples, H]`, contiguous, zero before and after: counts programs of Triton's kernels. None for
+                the torch backend.
             topk: most blocks per row, own block included.
 
         Returns:
@@ -210,8 +225,8 @@ class Backend(Protocol):
         ...
 
     def attend_selected(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slots: Tensor, position: Tensor, selected: Tensor, blocks: int,
-        block_size: int, scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, *, slots: Tensor, position: Tensor, selected: Tensor,
+        arrived: Tensor | None, blocks: int, block_size: int, scale: float,
     ) -> Tensor:  # fmt: skip
         """Attention of one query per sample and q head to the selected blocks of a cache.
 
@@ -223,11 +238,22 @@ class Backend(Protocol):
                 where a sample has no query: its output is zero.
             selected: `[Hq, samples, topk]` of `select_blocks`, contiguous: block j of sample i has number
                 `i * blocks + j`.
+            arrived: as in `select_for_decoding`.
             blocks: see `selected`.
             block_size: keys per block.
             scale: factor on the scores.
 
         Returns:
             `[samples, Hq, Dv]` in the dtype of `q`, contiguous.
+        """
+        ...
+
+    def decode_step(
+        self, q: Tensor, k: Tensor, v: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor,
+        count: Tensor, arrived: Tensor | None, centroids: Tensor, block_size: int, topk: int, scale: float,
+    ) -> DecodeStep | None:  # fmt: skip
+        """`select_for_decoding` and `attend_selected` in one object, for many steps with tensors of the same kinds and strides.
+
+        None where that would save nothing. The arguments are those of both; nothing is computed yet.
         """
         ...

@@ -98,18 +98,36 @@ class CentroidConfig:
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
-    """Attention of one query per row to its selected blocks.
+class DecodeSelectConfig:
+    """Selection for one query per sample.
 
     Attributes:
-        split: most keys per program; a block of more keys is split.
+        keys: keys that are added at once for a missing centroid.
+        heads: q heads that the last program of a kv head selects for at once.
+    """
+
+    keys: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class DecodeAttendConfig:
+    """Attention of one query per sample to its selected blocks.
+
+    Attributes:
+        split, splits: most keys per program, and programs per block.
         keys: keys per tile.
-        num_warps: Triton's.
+        heads, at_once: q heads and parts that the last program of a kv head merges at once.
+        num_warps, num_stages: Triton's.
     """
 
     split: int
+    splits: int
     keys: int
+    heads: int
+    at_once: int
     num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -239,8 +257,31 @@ def merge(dim: int) -> RowConfig:
     return RowConfig(rows=max(4, 2048 // padded(dim)), num_warps=4, num_stages=3)
 
 
-DECODE = DecodeConfig(split=256, keys=64, num_warps=4)
-"""At (512, 8) with 32 q heads a sample makes 512 programs, enough for one wave on 132 multiprocessors."""
+@lru_cache(maxsize=64)
+def decode_select(dim: int, block_size: int, itemsize: int, group: int, most: int) -> DecodeSelectConfig:
+    """Selection for `group` q heads per kv head among at most `most` blocks, a power of two: 4096 order keys at once."""
+    heads = max(min(next_power_of_2(group), 4096 // most), 1)
+    return DecodeSelectConfig(centroids(dim, block_size, itemsize).keys, heads)
+
+
+@lru_cache(maxsize=64)
+def decode_attend(dim: int, dim_v: int, block_size: int, group: int) -> DecodeAttendConfig:
+    """Attention of one query per sample, at most eight programs per block.
+
+    At (512, 8) with 32 q heads a sample makes 512 programs. At D = 128 one uses 128 registers per thread and 40 KiB of shared
+    memory, so that all of them run at once on 132 multiprocessors: most of a program's time is latency before its first key.
+    """
+    split = max(min(256, padded(block_size)), padded(block_size) // 8)
+    heads = min(next_power_of_2(group), max(4096 // padded(dim_v), 1))
+    return DecodeAttendConfig(
+        split=split,
+        splits=cdiv(block_size, split),
+        keys=min(32, split),
+        heads=heads,
+        at_once=max(4096 // (heads * padded(dim_v)), 1),
+        num_warps=4,
+        num_stages=3,
+    )
 
 
 # ---- backward

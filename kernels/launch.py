@@ -64,3 +64,50 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constan
     if len(_kept) >= MOST_KEPT:
         _kept.clear()
     _kept[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+
+
+class BoundLaunch:
+    """Launches of one kernel that differ in the addresses of their tensors alone: `launch_kernel` with its numbers bound.
+
+    Args:
+        kernel, grid: as for `launch_kernel`.
+        numbers: ints and floats that follow the tensors among the kernel's parameters.
+        constants: as for `launch_kernel`.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], constants: dict[str, Any]
+    ) -> None:
+        self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
+        self._device: int | None = None
+        self._run: Any = None
+        self._rest: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch on the current stream. The tensors have the same dtypes each time, and are on the current device."""
+        addresses = [x.data_ptr() for x in tensors]
+        together = 0
+        for address in addresses:
+            together |= address
+        if self._run is None or together % 16:
+            self._launch(tensors)
+            return
+        device = driver.active.get_current_device()
+        if device != self._device:
+            self._launch(tensors)
+            return
+        self._run(*addresses, *self._rest, stream=driver.active.get_current_stream(device))
+
+    def _launch(self, tensors: tuple[Tensor, ...]) -> None:
+        """As any launch; where that has kept the compiled kernel, the next call takes it."""
+        arguments = (*tensors, *self._numbers)
+        launch_kernel(self._kernel, self._grid, *arguments, **self._constants)
+        if not isinstance(self._kernel, JITFunction):
+            return
+        device = driver.active.get_current_device()
+        kinds = [x.dtype if isinstance(x, Tensor) else float if x.__class__ is float else x for x in arguments]
+        found = _kept.get((id(self._kernel), device, *self._constants.values(), *kinds))
+        if found is not None and self._run is None:
+            compiled, last = found
+            x, y, z = (*self._grid, 1, 1)[:3]
+            self._device, self._run, self._rest = device, compiled[x, y, z], (*self._numbers, *last)

@@ -11,7 +11,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .types import COUNT_TILE, DqPartials, KVPart, Partials, QueryRows, RoutingLists, list_shape, selection_dtype
+from .types import (
+    COUNT_TILE,
+    DqPartials,
+    KVPart,
+    Partials,
+    QueryRows,
+    RoutingLists,
+    decode_rows,
+    list_shape,
+    selection_dtype,
+)
 
 NAME = "torch"
 _GATE_ROWS = 1024
@@ -271,20 +281,28 @@ def update_centroids(
 
 
 def select_for_decoding(
-    q: Tensor, k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor, rows: QueryRows,
-    count: Tensor, centroids: Tensor, block_size: int, topk: int,
+    q: Tensor, k: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor, count: Tensor,
+    arrived: Tensor | None, centroids: Tensor, block_size: int, topk: int,
 ) -> Tensor:  # fmt: skip
     """See `backend.Backend.select_for_decoding`."""
     update_centroids(
         k, slots=slots, before=before, lengths=lengths, count=count, centroids=centroids, block_size=block_size,
         at_most=1,
     )  # fmt: skip
+    rows = decode_rows(position, centroids.shape[1], block_size)
     return select_blocks(q, centroids=centroids.flatten(0, 1), rows=rows, topk=topk)
 
 
+def decode_step(
+    q: Tensor, k: Tensor, v: Tensor, *, slots: Tensor, before: Tensor, lengths: Tensor, position: Tensor,
+    count: Tensor, arrived: Tensor | None, centroids: Tensor, block_size: int, topk: int, scale: float,
+) -> None:  # fmt: skip
+    """See `backend.Backend.decode_step`."""
+
+
 def attend_selected(
-    q: Tensor, k: Tensor, v: Tensor, *, slots: Tensor, position: Tensor, selected: Tensor, blocks: int, block_size: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, *, slots: Tensor, position: Tensor, selected: Tensor, arrived: Tensor | None,
+    blocks: int, block_size: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """See `backend.Backend.attend_selected`."""
     acc = accumulate_dtype(q.dtype)

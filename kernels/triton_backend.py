@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backward import attend_backward, delta
 from .centroids import centroids
-from .decode import attend_selected, select_for_decoding, update_centroids
+from .decode import attend_selected, decode_step, select_for_decoding, update_centroids
 from .forward import attend
 from .gate import select_blocks
 from .gradients import add_gradients
@@ -31,6 +31,7 @@ __all__ = [
     "bytes_per_slot",
     "centroids",
     "check_sizes",
+    "decode_step",
     "delta",
     "merge",
     "merge_dq",

@@ -203,3 +203,15 @@ def query_rows(
     tiles = np.stack([first, count, block[first], position[first]], axis=1).astype(np.int32)
     to = lambda x: torch.from_numpy(x).to(device, non_blocking=True)  # noqa: E731
     return QueryRows(to(block), to(first_block), to(position), to(tiles))
+
+
+def decode_rows(position: Tensor, blocks: int, block_size: int) -> QueryRows:
+    """`QueryRows` of one query per sample, among `blocks` blocks per sample; the host reads nothing.
+
+    Args:
+        position: int32 `[samples]`, position of the query in the sample's content; -1 where there is none.
+    """
+    first = torch.arange(position.numel(), device=position.device, dtype=torch.int32) * blocks
+    position = position.clamp(min=0)
+    tiles = torch.empty(0, 4, dtype=torch.int32, device=position.device)  # for the attention of a forward pass only
+    return QueryRows(first + position // block_size, first, position % block_size, tiles)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .chunks import ranges_of
 from .config import DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .decoding import Step, decode, is_captured, made, most_slots, step_facts, strides_of
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
 from .kernels.types import COUNT_TILE
 from .pipeline import readable, unit_stride
@@ -46,7 +47,7 @@ class CachedTokens:
     query_position: Tensor
     slots: Tensor
     slot_position: Tensor
-    _rows: dict[tuple[int, int, bool], QueryRows] = field(default_factory=dict, repr=False, compare=False)
+    _rows: dict[tuple[int, int], QueryRows] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -106,29 +107,22 @@ class CachedTokens:
             self.lengths.cpu().numpy(), self.before.cpu().numpy(), self.query_position.cpu().numpy(), ends.cpu().numpy()
         )
 
-    def rows(self, blocks: int, block_size: int, one_each: bool) -> QueryRows:
-        """Where the queries stand among `blocks` blocks per sample; of all samples in order, without padding.
+    @cached_property
+    def position(self) -> Tensor:
+        """int32 `[samples]`, position of each sample's first query; for decoding, where there is no other."""
+        return self.query_position[:, 0]
 
-        With `one_each` there is one query per sample, which may be padding, and the host reads nothing.
-        """
-        key = (blocks, block_size, one_each)
+    def rows(self, blocks: int, block_size: int) -> QueryRows:
+        """Where the queries stand among `blocks` blocks per sample; of all samples in order, without padding."""
+        key = (blocks, block_size)
         if key not in self._rows:
-            self._rows[key] = (
-                self._decode_rows(blocks, block_size) if one_each else self._chunk_rows(blocks, block_size)
+            sample, query = np.nonzero(self.host.query_position >= 0)
+            position = self.host.query_position[sample, query]
+            first = sample * blocks
+            self._rows[key] = query_rows(
+                first + position // block_size, first, position % block_size, self.lengths.device
             )
         return self._rows[key]
-
-    def _decode_rows(self, blocks: int, block_size: int) -> QueryRows:
-        first = torch.arange(len(self.lengths), device=self.lengths.device, dtype=torch.int32) * blocks
-        position = self.query_position[:, 0].clamp(min=0)
-        tiles = torch.empty(0, 4, dtype=torch.int32, device=first.device)  # the gate does not read them
-        return QueryRows(first + position // block_size, first, position % block_size, tiles)
-
-    def _chunk_rows(self, blocks: int, block_size: int) -> QueryRows:
-        sample, query = np.nonzero(self.host.query_position >= 0)
-        position = self.host.query_position[sample, query]
-        first = sample * blocks
-        return query_rows(first + position // block_size, first, position % block_size, self.lengths.device)
 
 
 def _checked_offset(offset: int | Tensor, queries: int, slots: int) -> int | Tensor:
@@ -177,20 +171,23 @@ class CentroidCache:
     Attributes:
         values: `[samples, n, Hkv, D]`, allocated for `n` blocks per sample; None before the first call.
         count: int32 `[samples, Hkv, tiles]`, known centroids of each tile of `COUNT_TILE` blocks.
+        arrived: int32 `[samples, Hkv]`, zero between calls: counts the programs of a kernel on a GPU; None elsewhere.
     """
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
         self.count: Tensor | None = None
+        self.arrived: Tensor | None = None
         self._block_size = 0
+        self._step = Step()
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return sum(x.nbytes for x in (self.values, self.count) if x is not None)
+        return sum(x.nbytes for x in (self.values, self.count, self.arrived, self._step.run) if x is not None)
 
-    def make_room(self, k: Tensor, block_size: int) -> tuple[Tensor, Tensor, bool]:
-        """`values` and `count` for the cache `k` `[samples, slots, Hkv, D]`, and whether they are new.
+    def make_room(self, k: Tensor, block_size: int) -> bool:
+        """Allocate for the cache `k` `[samples, slots, Hkv, D]`, as far as needed; whether nothing was there before.
 
         Raises:
             ValueError: the object was used with other shapes, dtype or block size.
@@ -201,8 +198,9 @@ class CentroidCache:
         if self.values is None or self.count is None:
             self.values = k.new_empty(samples, blocks, heads, dim)
             self.count = torch.zeros(samples, heads, tiles, dtype=torch.int32, device=k.device)
+            self.arrived = self.count.new_zeros(samples, heads) if k.is_cuda else None
             self._block_size = block_size
-            return self.values, self.count, True
+            return True
         known = self.values.shape
         if (self._block_size, known[0], known[2:], self.values.dtype) != (block_size, samples, k.shape[2:], k.dtype):
             raise ValueError(
@@ -214,7 +212,8 @@ class CentroidCache:
             values[:, : known[1]] = self.values
             count[:, :, : self.count.shape[2]] = self.count
             self.values, self.count = values, count
-        return self.values, self.count, False
+            self._step = Step()
+        return False
 
 
 def blocks_per_sample(slots: int, block_size: int) -> int:
@@ -253,29 +252,44 @@ def moba_attention_cached(
     Raises:
         TypeError, ValueError: an argument is not as said, or a gradient is wanted.
     """
-    check_config(config)
-    check_integer("workspace_bytes", workspace_bytes, least=1)
-    _check_cache(q, k, v, tokens, centroids)
+    facts = step_facts(q, k, v, config, tokens, workspace_bytes) if tokens.__class__ is CachedTokens else None
+    before = centroids._step if centroids.__class__ is CentroidCache else Step()
+    strides = None
+    if facts is None or facts != before.facts:
+        check_config(config)
+        check_integer("workspace_bytes", workspace_bytes, least=1)
+        _check_cache(q, k, v, tokens, centroids)
+        backend_for(q.device, q.dtype).check_sizes(dim=q.shape[3], dim_v=v.shape[3], block_size=config.block_size)
+        if needs_gradients(q, k, v):
+            raise ValueError(
+                "moba_attention_cached has no gradient; use moba_attention for training, or torch.no_grad()"
+            )
+        if q.numel() == 0 or without_numbers(q, k, v):
+            return q.new_zeros(*q.shape[:3], v.shape[3])
+    else:
+        strides = strides_of(q, k, v, tokens)
+        if before.run is not None and strides == before.strides and not is_captured(q):
+            with torch.cuda.device_of(q):
+                return before.run(q, k, v, tokens.slots, tokens.before, tokens.lengths, tokens.position)
     backend = backend_for(q.device, q.dtype)
-    backend.check_sizes(dim=q.shape[3], dim_v=v.shape[3], block_size=config.block_size)
-    if needs_gradients(q, k, v):
-        raise ValueError("moba_attention_cached has no gradient; use moba_attention for training, or torch.no_grad()")
-    if q.numel() == 0 or without_numbers(q, k, v):
-        return q.new_zeros(*q.shape[:3], v.shape[3])
-    k, v = unit_stride(k), unit_stride(v)
     centroids = CentroidCache() if centroids is None else centroids
-    with torch.no_grad(), torch.cuda.device_of(q), as_given(q):
-        means, count, new = centroids.make_room(k, config.block_size)
+    with torch.cuda.device_of(q), as_given(q):  # nothing here requires a gradient
+        k, v = unit_stride(k), unit_stride(v)
+        new = centroids.make_room(k, config.block_size)
         one_each = q.shape[1] == 1
         if new or not one_each:
+            means = made(centroids.values)
             most = means.shape[1] if new else -(-q.shape[1] // config.block_size) + 1
             backend.update_centroids(
-                k, slots=tokens.slots, before=tokens.before, lengths=tokens.lengths, count=count, centroids=means,
-                block_size=config.block_size, at_most=most,
+                k, slots=tokens.slots, before=tokens.before, lengths=tokens.lengths, count=made(centroids.count),
+                centroids=means, block_size=config.block_size, at_most=most,
             )  # fmt: skip
-        if one_each:
-            return _decode(backend, q, k, v, config, tokens, means, count)
-        return _chunk(backend, q, k, v, config, tokens, means, workspace_bytes)
+        if not one_each:
+            return _chunk(backend, q, k, v, config, tokens, made(centroids.values), workspace_bytes)
+        repeated = strides is not None and strides == centroids._step.strides
+        out, run = decode(backend, q, k, v, config, tokens, centroids, bind=repeated and not is_captured(q))
+        centroids._step = Step(facts, strides, run)
+        return out
 
 
 def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens, centroids: CentroidCache | None) -> None:
@@ -304,29 +318,6 @@ def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens, centroid
         raise ValueError(f"tokens must be where q is, got tokens on {tokens.slots.device}, q on {q.device}")
 
 
-def _topk(config: MoBAConfig, blocks: int) -> int:
-    """Slots per row: no more than a sample can have blocks."""
-    return min(config.topk, blocks)
-
-
-def _decode(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, tokens: CachedTokens, means: Tensor,
-    count: Tensor,
-) -> Tensor:  # fmt: skip
-    blocks = means.shape[1]
-    q = unit_stride(q[:, 0])
-    position = tokens.query_position[:, 0]
-    selected = backend.select_for_decoding(
-        q, k, slots=tokens.slots, before=tokens.before, lengths=tokens.lengths, position=position,
-        rows=tokens.rows(blocks, config.block_size, one_each=True), count=count, centroids=means,
-        block_size=config.block_size, topk=_topk(config, blocks),
-    )  # fmt: skip
-    return backend.attend_selected(
-        q, k, v, slots=tokens.slots, position=position, selected=selected, blocks=blocks,
-        block_size=config.block_size, scale=config.scale(q.shape[2]),
-    )[:, None]  # fmt: skip
-
-
 def _chunk(
     backend: Backend, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, tokens: CachedTokens, means: Tensor,
     workspace_bytes: int,
@@ -341,8 +332,8 @@ def _chunk(
         rows_of_q = torch.from_numpy(content).to(q.device)
         q = q.index_select(0, rows_of_q)
     q = readable(q)
-    rows = tokens.rows(blocks, config.block_size, one_each=False)
-    topk = _topk(config, blocks)
+    rows = tokens.rows(blocks, config.block_size)
+    topk = most_slots(config, blocks)
     selected = backend.select_blocks(q, centroids=means.flatten(0, 1), rows=rows, topk=topk)
     part = _part(k, v, tokens, blocks, config.block_size)
     out = q.new_empty(*q.shape[:2], v.shape[3])

@@ -169,7 +169,7 @@ def _forward_chunk(
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the local rows; dk and dv summed over every rank that used them."""
-    q, k, v, dout = (readable(x) for x in (q, k, v, dout))
+    q, k, v, dout = readable(q), readable(k), readable(v), readable(dout)
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)
@@ -178,7 +178,8 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
         delta = call.backend.delta(out=saved.out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dtype = k.dtype if call.rounds else accumulate_dtype(k.dtype)
-    dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (home.k, home.v))
+    dk = torch.empty(home.k.shape, dtype=dtype, device=k.device)
+    dv = torch.empty(home.v.shape, dtype=dtype, device=v.device)
     lists_of = iter(saved.lists) if saved.lists else routed_ahead(call, ranges, saved.selected)
     in_place = call.comm.size == 1 and all(len(of_range) == 1 for _, of_range in ranges)
     side = SideStream(torch.device("cpu") if in_place else q.device, "gradients")  # in place, nothing is left to add
@@ -353,7 +354,11 @@ def readable(x: Tensor) -> Tensor:
     only. Parts that come from other ranks are aligned, so the local part has to be: dq must not depend on the layout.
     """
     x = unit_stride(x)
-    if x.shape[-1] % 16 or (x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0):
+    width = x.shape[-1]
+    if width % 16:
+        return x
+    row, head, _ = x.stride()
+    if x.data_ptr() % 16 == 0 and row % 16 == 0 and head % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -13,7 +13,7 @@ from . import pipeline, wide
 from .config import MoBAConfig
 from .kernels import backend_for
 from .parallel import agreement, backward_order
-from .parallel.blocks import home_plan, rank_plan
+from .parallel.blocks import HomePlan, home_plan, rank_plan
 from .parallel.comm import CommGroup
 from .parallel.cost import CallSizes
 from .parallel.exchanges import EXCHANGES
@@ -25,10 +25,18 @@ from .stages import Stages
 from .tracing import without_numbers
 from .validation import RefusedTogether, call_facts, check_call, check_flags
 
+_captured: dict[int, HomePlan] = {}
+"""Plans of calls that CUDA graphs captured, by identity, for the life of the process: replays read their tensors."""
+
 
 def needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether there will be a backward pass."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
+
+
+def _is_captured(q: Tensor) -> bool:
+    """Whether a CUDA graph is capturing the call."""
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,12 @@ def prepare(
                     "on meta"
                 )
             return None
+        capturing = _is_captured(q)
         if layout.cp_size > 1:
+            if capturing:
+                raise ValueError(
+                    f"a CUDA graph can capture attention on one rank, got a layout for {layout.cp_size}: ranks agree on the host"
+                )
             facts = call_facts(q, k, v, layout, comm, gradients) | {
                 "config": repr(config),
                 "routing": routing_fact(selection, routing),
@@ -127,6 +140,8 @@ def prepare(
         number=number,
         rounds=divided.heads.copies == 1,
     )
+    if capturing:
+        _captured[id(call.plan.plan)] = call.plan.plan
     source = BY_Q_AND_K
     if placed is not None or routing is not None or return_selection:
         source = make_routing(q, call.topk, placed, routing, return_selection)

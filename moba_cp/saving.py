@@ -8,20 +8,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-T = TypeVar("T")
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 """Types of most values that hold no tensors: they are skipped at no cost."""
 
 
-@dataclasses.dataclass(frozen=True)
 class _Taken:
     """Placeholder of a tensor."""
 
-    index: int
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
 
 
 def take_tensors(x: Any, tensors: list[Tensor]) -> Any:
@@ -32,31 +33,31 @@ def take_tensors(x: Any, tensors: list[Tensor]) -> Any:
     if isinstance(x, Tensor):
         tensors.append(x)
         return _Taken(len(tensors) - 1)
-    return _mapped(x, lambda value: take_tensors(value, tensors))
+    return _mapped(x, take_tensors, tensors)
 
 
 def put_tensors(x: Any, tensors: Sequence[Tensor]) -> Any:
     """The inverse of `take_tensors`."""
-    if isinstance(x, _Taken):
+    if x.__class__ is _Taken:
         return tensors[x.index]
-    return _mapped(x, lambda value: put_tensors(value, tensors))
+    return _mapped(x, put_tensors, tensors)
 
 
-def _mapped(x: Any, change: Callable[[Any], Any]) -> Any:
-    """`x` with `change` applied to what it holds; `x` itself where nothing changes."""
+def _mapped(x: Any, change: Callable[[Any, Any], Any], tensors: Sequence[Tensor]) -> Any:
+    """`x` with `change` applied to what it holds; `x` itself where nothing changes. Every call of attention comes here in both
+    passes, so this calls nothing for plain values."""
     if isinstance(x, tuple):
-        values = tuple([value if type(value) in _PLAIN else change(value) for value in x])
-        return values if any(new is not old for new, old in zip(values, x, strict=True)) else x
-    changed: dict[str, Any] = {}
+        values = [value if value.__class__ in _PLAIN else change(value, tensors) for value in x]
+        return tuple(values) if any(new is not old for new, old in zip(values, x, strict=True)) else x
+    copied = None
     for name in _field_names(x.__class__):
         old = getattr(x, name)
-        if type(old) not in _PLAIN and (new := change(old)) is not old:
-            changed[name] = new
-    if not changed:
-        return x
-    copied = object.__new__(x.__class__)
-    copied.__dict__.update(x.__dict__, **changed)
-    return copied
+        if old.__class__ not in _PLAIN and (new := change(old, tensors)) is not old:
+            if copied is None:
+                copied = object.__new__(x.__class__)
+                copied.__dict__.update(x.__dict__)
+            copied.__dict__[name] = new
+    return x if copied is None else copied
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -53,23 +54,28 @@ def time_stages() -> Iterator[StageTimer]:
 
 
 class _Range:
-    """An NVTX range. Not a generator: a call enters about fifteen of these, and their time counts for short sequences."""
+    """An NVTX range. Not a generator, and made once per name: a call enters about fifteen of these, and their time counts for
+    short sequences."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self._label = f"moba_cp {name}"
 
     def __enter__(self) -> None:
-        torch.cuda.nvtx.range_push(f"moba_cp {self._name}")
+        torch.cuda.nvtx.range_push(self._label)
 
     def __exit__(self, *_: object) -> None:
         torch.cuda.nvtx.range_pop()
+
+
+_range = lru_cache(maxsize=64)(_Range)
+"""The range of a name; it holds nothing of a call, so calls may share it and be inside it at once."""
 
 
 @contextlib.contextmanager
 def _timed(name: str, timer: StageTimer) -> Iterator[None]:
     """An NVTX range with its time on the caller's stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with _Range(name):
+    with _range(name):
         start.record()
         try:
             yield
@@ -92,7 +98,7 @@ class Stages:
         """The stage `name`, as an NVTX range `moba_cp <name>`."""
         if not self._cuda:
             return _NOTHING
-        return _Range(name) if self._timer is None else _timed(name, self._timer)
+        return _range(name) if self._timer is None else _timed(name, self._timer)
 
     def taking(self, items: Iterable[T], name: str) -> Iterator[T]:
         """`items`, with the time to take each one as the stage `name`: what communication does not hide."""

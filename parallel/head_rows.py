@@ -26,10 +26,14 @@ def take_heads(
         copies: members' head `e` is head `e // copies` of `x`.
         packed: destination, contiguous; by default a new tensor.
         skip: a member that is left out: the result is `[size - 1, T, count, W]`, of the others in order.
+
+    Raises:
+        ValueError: `packed` is not contiguous.
     """
     members = size - (skip is not None)
     if packed is None:
         packed = x.new_empty(members, x.shape[0], count, x.shape[2])
+    _check_contiguous(packed)
     if x.is_cuda:
         from . import head_rows_kernel
 
@@ -48,7 +52,11 @@ def put_heads(packed: Tensor, x: Tensor, first: int, per_member: int, skip: int 
         packed: `[size, T, count, W]`, contiguous; `[size - 1, T, count, W]` where a member is left out.
         x: destination, unit stride in the last dimension.
         first, per_member, skip: as for `take_heads`.
+
+    Raises:
+        ValueError: `packed` is not contiguous.
     """
+    _check_contiguous(packed)
     if x.is_cuda:
         from . import head_rows_kernel
 
@@ -57,6 +65,12 @@ def put_heads(packed: Tensor, x: Tensor, first: int, per_member: int, skip: int 
     members, _, count, _ = packed.shape
     by_member = x.unflatten(1, (members + (skip is not None), per_member))
     by_member[:, _others(by_member.shape[1], skip), first : first + count] = packed.transpose(0, 1)
+
+
+def _check_contiguous(packed: Tensor) -> None:
+    """On the CPU too, where nothing depends on it: the kernel reads and writes rows one behind another."""
+    if not packed.is_contiguous():
+        raise ValueError(f"packed must be contiguous, got shape {tuple(packed.shape)} with strides {packed.stride()}")
 
 
 def _others(size: int, skip: int | None) -> Tensor:

@@ -350,12 +350,13 @@ class HeadsBack:
         self._coming: Callable[[], None] = _nothing
 
     def start(self, parts: Sequence[Tensor], heads: Sequence[slice], idle: bool = False) -> None:
-        """Send `[tokens of the group, h, W]`, contiguous, this member's `heads`, for each of the wholes.
+        """Send `[tokens of the group, h, W]`, this member's `heads`, for each of the wholes.
 
         Args:
             parts, heads: what travels.
             idle: on CUDA, the caller's stream has nothing to do until these heads are there, and may take part in the work.
         """
+        parts = [part.contiguous() for part in parts]  # gradients of rows that moved home and back are halves of one tensor
         leaving = list(zip(parts, self._wholes, heads, strict=True))
         self._put()
         self._side.mark()

@@ -48,7 +48,7 @@ def main(
 
     device = options.device(device_name)
     ((q_heads, kv_heads),) = options.heads(heads)
-    results = Results(out, about(commit) | {"transformers": transformers.__version__}, "results")
+    results = Results(out, {"about": about(commit) | {"transformers": transformers.__version__}}, "results")
     bench = Bench(tokens, chunk, q_heads, kv_heads, layers, iterations, device)
     for config in (None, *(MoBAConfig(*pair) for pair in options.configs(configs))):
         case: dict[str, Any] = {"attention": "sdpa"} if config is None else {"attention": "moba"}
@@ -91,8 +91,8 @@ class Bench:
         module.num_key_value_groups = self.q_heads // self.keys[0].shape[1]
         return module
 
-    def function(self, config: MoBAConfig | None, queries: int) -> Callable[[Tensor, int], Tensor]:
-        """The attention of the last `queries` queries to cache number i, as a function of both."""
+    def function(self, config: MoBAConfig | None, queries: int, left: int = 0) -> Callable[[Tensor, int], Tensor]:
+        """The attention of `queries` queries to cache number i, as a function of both; `left` slots behind them are unused."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         from moba_cp.transformers.attention import moba_attention_forward
@@ -115,7 +115,7 @@ class Bench:
                     samples=1,
                     queries=queries,
                     slots=self.tokens,
-                    offset=self.tokens - queries,
+                    offset=self.tokens - queries - left,
                     device=self.device,
                 )
             )
@@ -152,8 +152,22 @@ class Bench:
 
     @torch.no_grad()
     def decode(self, config: MoBAConfig | None) -> dict[str, Any]:
-        """One query, the last one, per layer; times are per layer."""
-        attend, q, layers = self.function(config, 1), self.q[:, :, -1:], len(self.keys)
+        """One query per layer; times are per layer.
+
+        At the last slot but one no block becomes complete, as in all steps but one per block. `completing_graph_ms` is at the
+        last slot, where the step also computes a centroid (`tokens` is a multiple of the block size).
+        """
+        result = self._steps(config, left=0 if config is None else 1)
+        if config is not None:
+            last = self._steps(config, left=0)
+            result |= {f"completing_{name}": last[name] for name in last if name.endswith("_ms")}
+            result["output_error"] = max(result["output_error"], last["output_error"])
+        return result
+
+    def _steps(self, config: MoBAConfig | None, left: int) -> dict[str, Any]:
+        """Steps at the last slot but `left`."""
+        attend, q, layers = self.function(config, 1, left), self.q[:, :, -1:], len(self.keys)
+        position = self.tokens - 1 - left
         out: list[Tensor] = []
 
         def step() -> list[Tensor]:
@@ -161,6 +175,7 @@ class Bench:
             return out
 
         result: dict[str, Any] = {"queries": 1, "layers": layers, "called_ms": self.timed(step)[0].record()}
+        called = out.copy()
         if self.device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -170,7 +185,7 @@ class Bench:
             if name in result:
                 result[name] |= {key: round(x / layers, 5) for key, x in result[name].items() if key != "count"}
         if config is not None:
-            read = [self._selected(q[0, :, 0], self.tokens - 1, i, config) for i in range(layers)]
+            read = [self._selected(q[0, :, 0], position, i, config) for i in range(layers)]
             wanted = statistics.mean(int(chosen.sum()) for chosen in read)
             group = self.q_heads // self.keys[0].shape[1]
             shared = statistics.mean(int(chosen.unflatten(0, (-1, group)).any(1).sum()) for chosen in read)
@@ -178,7 +193,9 @@ class Bench:
             result["bytes_read_once_per_q_head"] = int(wanted * key_bytes)
             result["bytes_read_once_per_kv_head"] = int(shared * key_bytes)
             result["output_error"] = max(
-                self._error(out[i][0, 0], q[0, :, 0], self.tokens - 1, i, config) for i in range(layers)
+                self._error(outputs[i][0, 0], q[0, :, 0], position, i, config)
+                for outputs in (called, out)
+                for i in range(layers)
             )
         else:
             result["bytes_read"] = self.keys[0].nbytes + self.values[0].nbytes

@@ -22,8 +22,10 @@ from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.planning import balance_table, clusters_table, predictions_table
 from .tables.scaling import longest_table, scaling_plot, scaling_tables
+from .tables.soak import soak_table
 from .tables.speed import gpus_table, profile_plot, speed_table
 from .tables.text import fill
+from .tables.torch_parts import compile_table, fsdp_table
 from .tables.training import training_plot, training_table
 
 RESULTS = REPOSITORY / "docs" / "results"
@@ -50,15 +52,18 @@ def blocks() -> dict[str, str]:
     """Markdown of every table, by the name of the block that it goes into."""
     about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
     return {
-        "results:headline": headline(results, dense, content("training_speed"), content("training_scaling")),
+        "results:headline": headline(results, dense, content("training_scaling")),
         "results:kernels": kernels_table(about, results, dense),
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
         "results:training": training_table(content("training")),
         "results:speed": speed_table(content("training_speed")),
-        "results:training_scaling": gpus_table(content("training_scaling")),
+        "results:training_scaling": gpus_table(content("training_scaling"), content("training_speed")),
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
+        "results:soak": soak_table([json.loads(file.read_text()) for file in sorted(RESULTS.glob("soak*.json"))]),
+        "results:fsdp": fsdp_table(content("fsdp")),
+        "results:compile": compile_table(content("compile")),
         "results:scaling": scaling_tables(scaling_contents()) or NOT_MEASURED,
         "results:longest": longest_table(scaling_contents()) or NO_LONGEST,
         "results:predictions": predictions_table(RESULTS),

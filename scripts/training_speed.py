@@ -4,11 +4,13 @@
         --out docs/results/training_speed.json -- parallel.context=1
 
 For each attention the model is built anew from the same seed, trained on the same text for a few steps, and its last step
-is profiled. An attention is `moba:BLOCK_SIZE:TOPK` or `full`; `:N` behind it is its number of timed steps. Words after a
-space change keys of the configuration for this attention only, outside `parallel`: `"moba:512:8:1 moba.comm=a2a"`. Rank 0
-writes one entry of `runs` per attention: `gpus`, `tokens_per_step`, `attention`, `step_seconds`, `tokens_per_second` (all GPUs
-together), `mfu` (one GPU, operations as in moba_cp/megatron/flops.py), `peak_memory_gib` (largest over ranks), `loss` (every
-step), and `profile` (milliseconds by category, of rank 0). `--keep` adds to the runs that OUT has; `--label` names them.
+is profiled. An attention is `moba:BLOCK_SIZE:TOPK` or `full`; `:N` behind it is its number of timed steps, and `:N:M` also its
+number of steps before them. A single timed step after no other is not followed by a profiled one: it is too long. Words after a
+space change keys of the configuration for this attention only, outside `parallel`: `"moba:512:8:1 moba.comm=a2a"`; `label=NAME`
+is its label. Rank 0 writes one entry of `runs` per attention: `gpus`, `tokens_per_step`, `attention`, `step_seconds`,
+`tokens_per_second` (all GPUs together), `mfu` (one GPU, operations as in moba_cp/megatron/flops.py), `peak_memory_gib` (largest
+over ranks), `loss` (every step), `profile` (milliseconds by category, of rank 0), and `about` (device, versions, commit).
+`--keep` adds to the runs that OUT has; `--label` names those without a label of their own.
 
 A run that will not fit is refused before it starts. Where a rank runs out of memory nevertheless, the entry holds the error,
 which also says what was held and what to change; with several ranks the program ends then, since the others are in the middle
@@ -25,6 +27,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +51,9 @@ from scripts.harness.records import about, megatron_core_version, write_json  # 
 
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file")],
-    attention: Annotated[list[str], typer.Option(help="moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS] [KEY=VALUE ...]")],
+    attention: Annotated[
+        list[str], typer.Option(help="moba:BLOCK_SIZE:TOPK[:STEPS[:WARMUP]] or full[:STEPS[:WARMUP]] [KEY=VALUE ...]")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="keys of the configuration to change")] = None,
     out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/training_speed.json"),
     warmup: Annotated[int, typer.Option(help="steps before the timed ones")] = 3,
@@ -60,29 +65,28 @@ def main(
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """Train with each attention in turn, and write speed, memory, loss and profile."""
-    runs = [(name, _changes(name)) for name in attention]
+    runs = [(name, _asked_for(name)) for name in attention]
     plain = ["run.steps=1000", "run.resume=false", *(overrides or [])]
     ranks = distributed.start(load_config(config, plain))
-    content: dict[str, Any] = {
-        "about": about(commit) | {"megatron_core": megatron_core_version()},
-        "config": config.name,
-        "runs": [],
-    }
+    here = about(commit) | {"megatron_core": megatron_core_version()}
+    content: dict[str, Any] = {"about": here, "config": config.name, "runs": []}
     if keep and out.exists():
-        content["runs"] = json.loads(out.read_text())["runs"]
-    for name, (changes, own, count) in runs:
-        settings = load_config(config, [*plain, *changes, *own])
+        earlier = json.loads(out.read_text())
+        content = earlier | {"runs": [{"about": earlier["about"]} | run for run in earlier["runs"]]}
+    for name, asked in runs:
+        settings = load_config(config, [*plain, *asked.changes, *asked.own])
         entry: dict[str, Any] = {
-            "label": label,
+            "label": asked.label or label,
             "attention": name.split()[0],
             "gpus": dist.get_world_size(),
-            "overrides": [*(overrides or []), *own],
+            "overrides": [*(overrides or []), *asked.own],
+            "about": here,
         }
+        timed = asked.steps or steps
+        before = asked.warmup if asked.warmup is not None else warmup if asked.steps is None else min(warmup, timed)
         failed = False
         try:
-            entry |= _measure(
-                settings, ranks, warmup if count is None else min(warmup, count), count or steps, profile, host_profile
-            )
+            entry |= _measure(settings, ranks, before, timed, profile and before + timed > 1, host_profile)
         except distributed.TrainingError as error:  # on every rank
             entry["error"] = str(error)
         except fit.OutOfMemoryError as error:
@@ -98,20 +102,47 @@ def main(
     distributed.stop()
 
 
-def _changes(attention: str) -> tuple[list[str], list[str], int | None]:
-    """Overrides for a name of --attention: its kind's and its own; and its number of timed steps if it has one."""
-    name, *own = attention.split() or [""]
+@dataclass(frozen=True)
+class Asked:
+    """What a value of `--attention` asks for.
+
+    Attributes:
+        changes: overrides for its kind of attention.
+        own: its own overrides.
+        steps, warmup: timed steps and steps before them; None where it does not say.
+        label: empty where it has none.
+    """
+
+    changes: tuple[str, ...]
+    own: tuple[str, ...]
+    steps: int | None
+    warmup: int | None
+    label: str
+
+
+def _asked_for(attention: str) -> Asked:
+    name, *words = attention.split() or [""]
     kind, *numbers = name.split(":")
+    labels = [word.removeprefix("label=").replace("_", " ") for word in words if word.startswith("label=")]
+    own = tuple(word for word in words if not word.startswith("label="))
     if any(change.startswith("parallel.") for change in own):
         raise typer.BadParameter(
             f"--attention {attention!r}: ranks join once, so keys of parallel are the same for all"
         )
-    if kind == "full" and len(numbers) <= 1:
-        return ["moba.fraction=1", "moba.full_last_layers=-1"], own, int(numbers[0]) if numbers else None
-    if kind == "moba" and 2 <= len(numbers) <= 3:
-        changes = [f"moba.block_size={numbers[0]}", f"moba.topk={numbers[1]}"]
-        return changes, own, int(numbers[2]) if len(numbers) == 3 else None
-    raise typer.BadParameter(f"--attention must be moba:BLOCK_SIZE:TOPK[:STEPS] or full[:STEPS], got {attention!r}")
+    sizes = {"full": 0, "moba": 2}.get(kind, 0)
+    counts = numbers[sizes:]
+    if kind not in ("full", "moba") or len(numbers) < sizes or len(counts) > 2 or not all(map(str.isdecimal, numbers)):
+        raise typer.BadParameter(
+            f"--attention must be moba:BLOCK_SIZE:TOPK[:STEPS[:WARMUP]] or full[:STEPS[:WARMUP]], got {attention!r}"
+        )
+    if counts and int(counts[0]) < 1:
+        raise typer.BadParameter(f"--attention {attention!r}: at least one step must be timed")
+    if kind == "full":
+        changes = ("moba.fraction=1", "moba.full_last_layers=-1")
+    else:
+        changes = (f"moba.block_size={numbers[0]}", f"moba.topk={numbers[1]}")
+    steps, warmup = ([int(count) for count in counts] + [None, None])[:2]
+    return Asked(changes, own, steps, warmup, labels[-1] if labels else "")
 
 
 def _measure(
@@ -130,7 +161,7 @@ def _measure(
         ranks.device,
         config.parallel.tensor if config.parallel.sequence else 1,
     )
-    torch.manual_seed(run.seed)
+    distributed.seed(run.seed)
     cuda = ranks.device.type == "cuda"
     if warning := fit.check(config, ranks):
         _say(warning)
@@ -221,7 +252,7 @@ def _wait(cuda: bool) -> None:
 
 
 def _show(entry: dict[str, Any]) -> None:
-    named = {k: v for k, v in entry.items() if k not in ("profile", "loss", "seconds", "overrides")}
+    named = {k: v for k, v in entry.items() if k not in ("profile", "loss", "seconds", "overrides", "about")}
     print(named, [round(x, 4) for x in entry.get("loss", [])], flush=True)
     if "profile" in entry:
         print({k: v for k, v in entry["profile"].items() if k != "top"}, flush=True)

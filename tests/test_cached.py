@@ -206,6 +206,43 @@ def test_refusals() -> None:
     assert moba_attention_cached(q[:, :0], k, v, CONFIG, tokens=of(queries=0)).shape == (4, 0, Q_HEADS, DV)
 
 
+def test_steps_after_the_first_refuse_the_same() -> None:
+    """A step with the values of the one before is not checked again; any other is."""
+    given, content = documents(), content_of("left")
+    cache, centroids = Cache(content, given), CentroidCache()
+    cache.attend(WIDTH - 3, centroids)
+    cache.attend(1, centroids)
+    outputs = [cache.attend(1, centroids) for _ in range(2)]
+    check_rows = [(i, n - 2 + j) for i, n in enumerate(LENGTHS) for j in range(2) if n]
+    for sample, row in check_rows:
+        q, k, v = given[sample]
+        expected = reference(q, k, v, [0, len(q)], CONFIG)[row]
+        torch.testing.assert_close(outputs[row - LENGTHS[sample] + 2][sample, 0], expected, rtol=1e-12, atol=1e-12)
+
+    k, v, q = cache.k.transpose(1, 2), cache.v.transpose(1, 2), cache.q[:, -1:]
+    tokens = CachedTokens.of(content, samples=4, queries=1, slots=SLOTS, offset=39, device=k.device)
+    more = {"tokens": tokens, "centroids": centroids}
+    moba_attention_cached(q, k, v, CONFIG, **more)
+    with pytest.raises(ValueError, match="no gradient"):
+        moba_attention_cached(q.clone().requires_grad_(), k, v, CONFIG, **more)
+    with pytest.raises(ValueError, match="same slots"):
+        moba_attention_cached(q, k, v[:, 1:], CONFIG, **more)
+    with pytest.raises(ValueError, match=r"\[samples, slots\]"):
+        moba_attention_cached(q, k[:, 1:], v[:, 1:], CONFIG, **more)
+    with pytest.raises(TypeError, match="one dtype"):
+        moba_attention_cached(q, k.float(), v, CONFIG, **more)
+    with pytest.raises(ValueError, match="same head size"):
+        moba_attention_cached(q[..., :7], k, v, CONFIG, **more)
+    with pytest.raises(ValueError, match="CentroidCache made for blocks of 4"):
+        moba_attention_cached(q, k, v, MoBAConfig(5, 3), **more)
+    with pytest.raises(TypeError, match="tokens must be CachedTokens"):
+        moba_attention_cached(q, k, v, CONFIG, tokens=None, centroids=centroids)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="workspace_bytes must be an int, got True"):
+        moba_attention_cached(q, k, v, CONFIG, **more, workspace_bytes=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert moba_attention_cached(q, k, v, CONFIG, **more).shape == (4, 1, Q_HEADS, DV)
+
+
 def test_shapes_are_inferred_without_numbers() -> None:
     for context in (FakeTensorMode(), torch.device("meta")):
         with context:

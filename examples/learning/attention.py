@@ -27,7 +27,7 @@ class Attention:
         kind: "full", "moba" or "window".
         block_size, topk: of MoBA.
         window: keys a query attends to, its own counted.
-        chunk: query rows that share one dense product of the sliding window; divides the sequence and the window.
+        chunk: query rows that share one dense product of the sliding window on a CPU; divides the sequence and the window.
     """
 
     kind: str
@@ -114,6 +114,8 @@ def attend(
         return out
     if layout.cp_size > 1:
         raise ValueError(f"{spec.kind} attention has no context parallelism here, got {layout.cp_size} ranks")
+    if spec.kind == "window" and q.is_cuda and not spec.is_full(length):
+        return flash_window(q, k, v, length, spec.window)
     q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
     out = full(q, k, v) if spec.kind == "full" else sliding_window(q, k, v, spec.window, spec.chunk)
     return out.transpose(1, 2).flatten(0, 1)
@@ -125,6 +127,19 @@ def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def flash_window(q: Tensor, k: Tensor, v: Tensor, length: int, window: int) -> Tensor:
+    """`sliding_window` of packed sequences on a GPU, `[B * L, H, D]`; needs torch 2.11.
+
+    On an H200 it takes a quarter of the time of the masked products of `sliding_window`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts = torch.arange(0, len(q) + 1, length, device=q.device, dtype=torch.int32)
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return varlen_attn(q, k, v, starts, starts, length, length, window_size=(window - 1, 0))
 
 
 def sliding_window(q: Tensor, k: Tensor, v: Tensor, window: int, chunk: int) -> Tensor:
@@ -147,11 +162,7 @@ def sliding_window(q: Tensor, k: Tensor, v: Tensor, window: int, chunk: int) -> 
         return pieces.repeat_interleave(group, 2).flatten(0, 1)
 
     mask = _band(window, chunk, q.device)[None, None]
-    if q.is_cuda:  # the one kernel that takes a mask and never materialises the scores
-        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-            out = F.scaled_dot_product_attention(rows, seen(k), seen(v), attn_mask=mask)
-    else:
-        out = F.scaled_dot_product_attention(rows, seen(k), seen(v), attn_mask=mask)
+    out = F.scaled_dot_product_attention(rows, seen(k), seen(v), attn_mask=mask)
     out = out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
     return torch.cat([head, out], 2)
 

@@ -4,8 +4,9 @@
     python -m examples.learning.corpus fetch --config configs/learning/corpus.yaml --out .cache/learning
     python -m examples.learning.corpus build --config configs/learning/corpus.yaml --out .cache/learning
 
-`fetch` downloads the packages (pip, apt-get); `build` writes `corpus.json` (facts, document offsets, needles) and
+`fetch` downloads the packages (pip, apt-get); `build` writes `corpus.json` (facts, document offsets, sentences to retrieve) and
 `corpus.xz` (uint16 tokens, LZMA). The text is not kept. A machine that trains needs these two files alone.
+`pairs` adds what training with retrieval needs to a corpus that was built without it.
 
 1. Files: text files of the packages in order of path; tables of numbers and files of over-long lines are left out.
 2. Near-duplicates: MinHash over three-line shingles (64 permutations, Jaccard similarity of 0.7 and more) drops a file.
@@ -28,14 +29,17 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 import yaml
+
+from .duplicates import Duplicates
+from .needles import Sentences, needles, training_facts
 
 SUFFIXES = {
     ".c",
@@ -55,6 +59,8 @@ SUFFIXES = {
     ".cu",
 }
 LARGEST_FILE = 1_500_000
+DETAILS = ("documents", "needles", "pairs")
+"""Entries of `corpus.json` that results do not repeat."""
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}]
 Document = tuple[str, str, str]  # source, name, text
 
@@ -74,7 +80,21 @@ def fetch_command(config: PLAN, out: OUT) -> None:
 def build_command(config: PLAN, out: OUT) -> None:
     """Make the corpus out of them, and show what it holds."""
     facts = build(yaml.safe_load(config.read_text()), out)
-    print(json.dumps({k: v for k, v in facts.items() if k not in ("documents", "needles")}, indent=1))
+    print(json.dumps({k: v for k, v in facts.items() if k not in DETAILS}, indent=1))
+
+
+@app.command("pairs")
+def pairs_command(
+    corpus: Annotated[Path, typer.Option(help="folder of corpus.json and tokenizer.json", exists=True)],
+) -> None:
+    """Add training sentences to the `corpus.json` of a build that had none; tokens and fingerprint stay."""
+    path = corpus / "corpus.json"
+    facts = json.loads(path.read_text())
+    encode = load_tokenizer(facts["vocabulary"], corpus)
+    if needles(encode) != facts["needles"]:
+        raise typer.BadParameter(f"{corpus / 'tokenizer.json'} is not the tokenizer of {path}")
+    facts["pairs"] = training_facts(encode)
+    path.write_text(json.dumps(facts, separators=(",", ":")))
 
 
 @app.command("bigram")
@@ -193,6 +213,7 @@ def build(config: dict[str, Any], out: Path) -> dict[str, Any]:
         "fingerprint": hashlib.sha256(stream.tobytes()).hexdigest(),
         "sources": sources,
         "needles": needles(encode),
+        "pairs": training_facts(encode),
         "documents": table,
     }
     (out / "corpus.json").write_text(json.dumps(facts, separators=(",", ":")))
@@ -275,36 +296,6 @@ def is_prose_or_code(text: str) -> bool:
     return len(text) / lines < 150 and digits < 0.12
 
 
-class Duplicates:
-    """Near-duplicate files: MinHash where `datasketch` is installed; else exact duplicates of whole files are found."""
-
-    def __init__(self) -> None:
-        try:
-            import datasketch
-        except ImportError:
-            self.index, self.exact = None, set[bytes]()
-            return
-        self.minhash = lambda: datasketch.MinHash(num_perm=64, hashfunc=zlib.crc32)
-        self.index, self.count = datasketch.MinHashLSH(threshold=0.7, num_perm=64), 0
-
-    def seen(self, text: str) -> bool:
-        """Whether a near-duplicate came before; the text is remembered if not."""
-        if self.index is None:
-            digest = hashlib.sha256(text.encode()).digest()
-            known = digest in self.exact
-            self.exact.add(digest)
-            return known
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        shingles = {"\n".join(lines[i : i + 3]).encode() for i in range(max(1, len(lines) - 2))}
-        sketch = self.minhash()
-        sketch.update_batch(list(shingles))
-        if self.index.query(sketch):
-            return True
-        self.index.insert(self.count, sketch)
-        self.count += 1
-        return False
-
-
 def join_files(source: str, files: list[tuple[str, str]], size: int) -> list[Document]:
     """Documents of `size` characters and more: neighbouring files, each after a line with its path."""
     documents, parts, length = [], [], 0
@@ -326,7 +317,7 @@ def in_eval(name: str, share: float) -> bool:
 def tokenizer(config: dict[str, Any], train: list[str], out: Path) -> tuple[Callable[[str], list[int]], str]:
     """The encoding function and its identity: bytes for a vocabulary of 256, else a byte-level BPE trained on `train`."""
     if config["vocabulary"] == 256:
-        return lambda text: list(text.encode()), "bytes"
+        return load_tokenizer(256, out), "bytes"
     import tokenizers
 
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -340,20 +331,14 @@ def tokenizer(config: dict[str, Any], train: list[str], out: Path) -> tuple[Call
     return lambda text: bpe.encode(text).ids, f"byte-level BPE, tokenizers {tokenizers.__version__}"
 
 
-def needles(encode: Callable[[str], list[int]], count: int = 96) -> list[dict[str, list[int]]]:
-    """Facts to hide in text: the statement's tokens, the question's and the answer's.
+def load_tokenizer(vocabulary: int, folder: Path) -> Callable[[str], list[int]]:
+    """The encoding function of a corpus that was built: bytes for a vocabulary of 256, else `tokenizer.json`."""
+    if vocabulary == 256:
+        return lambda text: list(text.encode())
+    import tokenizers
 
-    The statement is the question followed by the answer: to answer, the model must find the statement and copy.
-    """
-    rng = random.Random(1)
-    words = ["amber", "basil", "cedar", "delta", "ember", "flint", "grove", "haven", "ivory", "jade", "karst", "lunar"]
-    made = []
-    names = {f"{a}_{b}" for a in words for b in words if a != b}
-    for name in sorted(names)[:: max(1, len(names) // count)][:count]:
-        question = encode(f"\n# The access code of {name} is ")
-        answer = encode(str(rng.randrange(10000, 100000)))
-        made.append({"question": question, "answer": answer, "end": encode(".\n")})
-    return made
+    bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return lambda text: list(bpe.encode(text).ids)
 
 
 class Corpus:
@@ -380,6 +365,17 @@ class Corpus:
                 self.tokens = np.frombuffer(io.BytesIO(file.read()).getbuffer(), dtype=np.uint16)
         if self.tokens.size != sum(d["tokens"] for d in self.facts["documents"]):
             raise ValueError(f"{folder}: {self.tokens.size} tokens, but corpus.json says otherwise")
+
+    @cached_property
+    def sentences(self) -> Sentences:
+        """Sentences of training with retrieval.
+
+        Raises:
+            ValueError: the corpus was built without them.
+        """
+        if "pairs" not in self.facts:
+            raise ValueError("the corpus has no training sentences: python -m examples.learning.corpus pairs adds them")
+        return Sentences(self.facts["pairs"])
 
     def unpack(self, folder: Path) -> None:
         """Check the fingerprint and write `corpus.npy`, so that processes map one copy."""

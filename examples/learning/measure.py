@@ -84,35 +84,39 @@ def retrieval(
     *,
     trained_length: int,
     lengths: list[int],
-    trials: int,
+    trials: list[int],
     most_tokens: int,
+    needles: tuple[int, ...] = (0, 1, 4),
 ) -> list[dict[str, Any]]:
     """Needles in held-out text: a statement hidden at evenly spread depths, its question at the end.
 
-    Beyond `trained_length`, RoPE's base is multiplied by `(length / trained_length) ** (D / (D - 2))`, without training.
+    Beyond `trained_length`, RoPE's base is multiplied by `(length / trained_length) ** (D / (D - 2))`, without training, unless
+    training windows hold a full turn of every rotated pair.
 
     Args:
         lengths: tokens of the whole prompt, each divisible by what the attention needs.
-        trials: prompts per length and number of needles.
+        trials: prompts of each length, per number of needles.
         most_tokens: most tokens per forward pass.
+        needles: sentences hidden in a prompt, the one asked for counted; 0 hides none.
 
     Returns:
-        One entry per length and number of needles (0: the statement is absent; 1; 4: three others are hidden too):
-        `exact` is the share of prompts whose answer is right token by token, `log_prob` the mean log-probability of the
-        answer in nats, `by_depth` the `log_prob` in four quarters of depth (first: farthest from the question).
+        One entry per length and number of needles: `exact` is the share of prompts whose answer is right token by token,
+        `log_prob` the mean log-probability of the answer in nats, `by_depth` and `exact_by_depth` those in four quarters of
+        depth (first: farthest from the question).
     """
     facts, text, results = corpus.facts["needles"], held_out_text(corpus), []
     dim = model.sizes.head_dim
-    for length, hidden in itertools.product(lengths, (0, 1, 4)):
-        theta = model.sizes.rope_theta * max(1.0, length / trained_length) ** (dim / (dim - 2))
+    for (length, count), hidden in itertools.product(zip(lengths, trials, strict=True), needles):
+        further = max(1.0, length / trained_length) if model.sizes.rope_period() > trained_length else 1.0
+        theta = model.sizes.rope_theta * further ** (dim / (dim - 2))
         prompts, answers = [], []
-        for trial in range(trials):
-            prompt, answer = needle_prompt(facts, text, length, hidden, trial, trials)
+        for trial in range(count):
+            prompt, answer = needle_prompt(facts, text, length, hidden, trial, count)
             prompts.append(prompt)
             answers.append(answer)
-        per_forward = max(1, min(trials, most_tokens // length))
+        per_forward = max(1, min(count, most_tokens // length))
         exact, log_probs = [], []
-        for first in range(0, trials, per_forward):
+        for first in range(0, count, per_forward):
             some = prompts[first : first + per_forward]
             flat = torch.from_numpy(np.concatenate(some).astype(np.int64)).to(tokens.device)
             layout = packed(len(some), length)
@@ -123,15 +127,19 @@ def retrieval(
                 wanted = torch.tensor(answer, device=tokens.device)
                 exact.append(bool((scores.argmax(-1) == wanted).all()))
                 log_probs.append(float(scores.gather(1, wanted[:, None]).sum()))
-        quarters = [float(np.mean(part)) for part in np.array_split(log_probs, min(4, trials))]
+        quarters, exact_quarters = (
+            [round(float(np.mean(part)), 4) for part in np.array_split(found, min(4, count))]
+            for found in (log_probs, exact)
+        )
         results.append(
             {
                 "length": length,
                 "needles": hidden,
-                "trials": trials,
+                "trials": count,
                 "exact": float(np.mean(exact)),
                 "log_prob": float(np.mean(log_probs)),
-                "by_depth": [round(x, 4) for x in quarters],
+                "by_depth": quarters,
+                "exact_by_depth": exact_quarters,
                 "rope_theta": round(theta),
             }
         )
@@ -153,7 +161,7 @@ def needle_prompt(
 ) -> tuple[np.ndarray, list[int]]:
     """Prompt of exactly `length` tokens that ends with question and answer, and the answer."""
     rng = np.random.default_rng([length, trial])
-    chosen = rng.choice(len(facts), 4, replace=False)
+    chosen = rng.choice(len(facts), max(4, hidden), replace=False)
     asked = facts[chosen[0]]
     tail = asked["question"] + asked["answer"]
     statements = [facts[i]["question"] + facts[i]["answer"] + facts[i]["end"] for i in chosen[:hidden]]
@@ -162,7 +170,7 @@ def needle_prompt(
         raise ValueError(f"{length} tokens do not hold {hidden} needles and the question")
     start = int(rng.integers(0, max(1, len(text) - room)))
     filler = np.resize(text[start : start + room], room)
-    depths = [trial / trials * 0.95, *rng.uniform(0, 0.95, 3)][:hidden]
+    depths = [trial / trials * 0.95, *rng.uniform(0, 0.95, max(4, hidden) - 1)][:hidden]
     order = np.argsort(depths)
     parts, at = [], 0
     for i in order:

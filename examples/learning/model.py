@@ -7,6 +7,7 @@ and serves all layers; attention itself runs outside the compiled code.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,9 @@ class Sizes:
         rope_theta: RoPE's base.
         qk_norm: divide each query and key by its root mean square before RoPE.
         zero_residual: layers begin as the identity: what they add to the residual stream begins at zero.
+        logit_scale: factor of the logits, learnt per q head, at the start; None for none. With `qk_norm` alone no logit
+            exceeds `head_dim ** 0.5`, which over 16K keys leaves little weight for a single one.
+        rope_share: share of the pairs of dimensions that RoPE rotates, those of the highest frequencies.
     """
 
     vocabulary: int
@@ -40,6 +44,23 @@ class Sizes:
     rope_theta: float
     qk_norm: bool = False
     zero_residual: bool = False
+    logit_scale: float | None = None
+    rope_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.logit_scale is not None and not self.logit_scale > 0:
+            raise ValueError(f"logit_scale must be positive, got {self.logit_scale}")
+        if not 0 < self.rope_share <= 1:
+            raise ValueError(f"rope_share must be in (0, 1], got {self.rope_share}")
+
+    @property
+    def rotated(self) -> int:
+        """Pairs of dimensions that RoPE rotates."""
+        return round(self.rope_share * self.head_dim / 2)
+
+    def rope_period(self) -> float:
+        """Tokens of a full turn of the slowest pair that is rotated."""
+        return 2 * math.pi * self.rope_theta ** ((self.rotated - 1) / (self.head_dim // 2))
 
 
 class Layer(nn.Module):
@@ -52,6 +73,7 @@ class Layer(nn.Module):
         self.out = nn.Parameter(torch.empty(s.hidden, s.heads * s.head_dim))
         self.up = nn.Parameter(torch.empty(2 * s.mlp, s.hidden))
         self.down = nn.Parameter(torch.empty(s.hidden, s.mlp))
+        self.scale = None if s.logit_scale is None else nn.Parameter(torch.full((s.heads,), float(s.logit_scale)))
 
 
 class GPT(nn.Module):
@@ -117,12 +139,13 @@ class GPT(nn.Module):
         rank = dist.get_rank(group) if layout.cp_size > 1 else 0
         positions = (layout.local_indices(rank) % length).to(tokens.device, torch.float32)
         half = torch.arange(s.head_dim // 2, device=tokens.device, dtype=torch.float32) / (s.head_dim // 2)
-        angles = positions[:, None] * (theta or s.rope_theta) ** -half
+        frequencies = torch.where(half < s.rotated / (s.head_dim // 2), (theta or s.rope_theta) ** -half, 0.0)
+        angles = positions[:, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
         pre, post, _ = self.fast if compiled else (before, after, token_losses)
         x = F.embedding(tokens, self.embedding).to(self.dtype)
         for layer, spec in zip(self.layers, attention):
-            q, k, v = pre(x, layer.norm1, layer.qkv, cos, sin, s.heads, s.kv_heads, s.head_dim, s.qk_norm)
+            q, k, v = pre(x, layer.norm1, layer.qkv, cos, sin, s.heads, s.kv_heads, s.head_dim, s.qk_norm, layer.scale)
             attended = attend(spec, q, k, v, layout, length, group, reports)
             x = post(x, attended, layer.out, layer.norm2, layer.up, layer.down)
         return x
@@ -133,12 +156,25 @@ class GPT(nn.Module):
 
 
 def before(
-    x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, dim: int, qk_norm: bool
+    x: Tensor,
+    norm: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    qk_norm: bool,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[T, heads, dim]`, k and v `[T, kv_heads, dim]` of `x [T, hidden]`; q and k rotated, normalised before if asked for."""
+    """q `[T, heads, dim]`, k and v `[T, kv_heads, dim]` of `x [T, hidden]`.
+
+    q and k are rotated; before that both are normalised with `qk_norm`, and q is multiplied by `scale [heads]`, if any.
+    """
     projected = F.linear(rms_norm(x, norm), qkv.to(x.dtype)).unflatten(1, (-1, dim))
     q, k, v = projected.split([heads, kv_heads, kv_heads], 1)
     q, k = (unit_rms(y) if qk_norm else y.float() for y in (q, k))
+    q = q if scale is None else q * scale[:, None]
     return rotate(q, cos, sin).to(x.dtype), rotate(k, cos, sin).to(x.dtype), v.contiguous()
 
 

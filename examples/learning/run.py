@@ -25,8 +25,9 @@ import torch
 import typer
 import yaml
 
-from .corpus import Corpus
-from .train import Task, write_json
+from .attention import phases
+from .corpus import DETAILS, Corpus
+from .task import Task, common_start, write_json
 
 MARGIN_S = 20
 """Between the deadline that runs are told and the limit: time to write a checkpoint and to stop. A run is started if it should
@@ -55,7 +56,9 @@ class Started:
     task: Task
     gpus: list[int]
     began: float
+    expected: float
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    trained: bool = False
 
 
 class Plan:
@@ -91,6 +94,9 @@ class Plan:
         self.free = list(range(max(1, self.n_gpus)))
         self.running: list[Started] = []
         self.took: dict[str, float] = {}
+        self.slowdown = 1.0
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.devices = visible.split(",") if visible else [str(i) for i in range(self.n_gpus)]
         facts, copied = args.corpus / "corpus.json", args.work / "corpus.json"
         known = copied.exists() and copied.read_bytes() == facts.read_bytes()
         if not known or not (args.work / "corpus.npy").exists():
@@ -100,7 +106,7 @@ class Plan:
             "commit": args.commit or head_commit(),
             "plan": str(args.plan),
             "machine_gpus": self.n_gpus,
-            "corpus": {k: v for k, v in corpus.facts.items() if k not in ("documents", "needles")},
+            "corpus": {k: v for k, v in corpus.facts.items() if k not in DETAILS},
         }
 
     def go(self) -> None:
@@ -119,31 +125,27 @@ class Plan:
     def start_one(self) -> bool:
         """Start the first waiting run that the remaining time and the free GPUs hold."""
         for run in self.waiting:
-            spec = self.plan["arms"][run["arm"]]
+            name = f"{run['arm']}_s{run['seed']}"
+            spec, work, deadline = self.plan["arms"][run["arm"]], str(self.args.work), self.limit - MARGIN_S
+            task = Task(name, run["arm"], spec, run["seed"], self.config, work, work, deadline)
             cp = spec.get("cp", 1)
             wanted = cp if self.n_gpus else 1
             if wanted > max(1, self.n_gpus):
                 continue
-            usual = max(self.took.values(), default=self.plan["expected_s"])
-            if time.time() + self.took.get(run["arm"], usual) > self.limit - MARGIN_S:
+            if self.start_is_under_way(task) or time.time() + self.expected(task) > deadline:
                 continue
             if wanted > len(self.free):
                 return False  # it waits for GPUs; a later run does not overtake it
             self.waiting.remove(run)
             gpus, self.free = self.free[:wanted], self.free[wanted:]
-            name = f"{run['arm']}_s{run['seed']}"
-            deadline = self.limit - MARGIN_S
-            task = Task(
-                name, run["arm"], spec, run["seed"], self.config, str(self.args.work), str(self.args.work), deadline
-            )
             path = self.args.work / "tasks" / f"{name}.json"
             write_json(path, asdict(task))
             (self.args.work / "results" / f"{name}.json").unlink(missing_ok=True)
-            started = Started(task, gpus, time.time())
+            started = Started(task, gpus, time.time(), self.expected(task) / self.slowdown)
             port = free_port()
             for rank in range(cp):
                 env = os.environ | {
-                    "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)) if self.n_gpus else "",
+                    "CUDA_VISIBLE_DEVICES": ",".join(self.devices[i] for i in gpus) if self.n_gpus else "",
                     "RANK": str(rank),
                     "WORLD_SIZE": str(cp),
                     "MASTER_ADDR": "127.0.0.1",
@@ -161,11 +163,36 @@ class Plan:
             return True
         return False
 
+    def start_is_under_way(self, task: Task) -> bool:
+        """Whether a run that is under way trains what this one could begin with: waiting for it is cheaper."""
+        path = shared_start(task)
+        return path is not None and not path.exists() and any(shared_start(s.task) == path for s in self.running)
+
+    def expected(self, task: Task) -> float:
+        """Seconds that a run takes.
+
+        The plan says one number for all; then a run takes as long as the last of its arm, else as the longest of other arms.
+        Or it says one per arm, of a run that begins after the short windows, and one for these, `short_windows`; then the
+        largest ratio of a run's time to what was expected of it, if above 1, multiplies them all.
+        """
+        usual = self.plan["expected_s"]
+        if not isinstance(usual, dict):
+            return self.took.get(task.arm, max(self.took.values(), default=usual))
+        path = shared_start(task)
+        short = 0 if path is not None and path.exists() else usual["short_windows"]
+        return (usual[task.arm] + short) * self.slowdown
+
     def left(self) -> float:
         return self.limit - time.time()
 
     def watch(self, started: Started) -> None:
-        """Collect a run that ended; end one that is past the limit, or whose other rank died."""
+        """Collect a run that ended; end one that is past the limit, or whose other rank died.
+
+        A run that has trained and only measures lets go of its GPUs: the next one gets ready meanwhile.
+        """
+        path = self.args.work / "results" / f"{started.task.name}.json"
+        if not started.trained and path.exists():  # written when training is over
+            started.trained, self.free = True, sorted(self.free + started.gpus)
         codes = [p.poll() for p in started.processes]
         over = self.left() < 3 or any(c not in (None, 0) for c in codes)
         if over:
@@ -175,9 +202,9 @@ class Plan:
             return
         codes = [p.wait() for p in started.processes]
         self.running.remove(started)
-        self.free = sorted(self.free + started.gpus)
+        if not started.trained:
+            self.free = sorted(self.free + started.gpus)
         task = started.task
-        path = self.args.work / "results" / f"{task.name}.json"
         result = {"arm": task.arm, "seed": task.seed, "spec": task.spec, "config": self.config, "complete": False}
         if path.exists():
             result |= json.loads(path.read_text())
@@ -185,6 +212,7 @@ class Plan:
             result["error"] = f"ended with {codes}"
         if result["complete"]:
             self.took[task.arm] = time.time() - started.began
+            self.slowdown = max(self.slowdown, self.took[task.arm] / started.expected)
         self.results = [r for r in self.results if (r["arm"], r["seed"]) != (task.arm, task.seed)]
         self.results.append(result)
         selections = path.with_suffix(".npz")
@@ -196,6 +224,14 @@ class Plan:
 
     def write(self) -> None:
         write_json(self.args.out / "learning.json", self.about | {"runs": self.results})
+
+
+def shared_start(task: Task) -> Path | None:
+    """`common_start`; None for an arm that is no valid one, which its run will say."""
+    try:
+        return common_start(task, phases(task.spec, task.config["model"]["layers"]))
+    except ValueError:
+        return None
 
 
 def head_commit() -> str:

@@ -12,7 +12,6 @@ import math
 import os
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import typer
+from torch import Tensor
 
 from moba_cp import SequenceLayout
 
@@ -27,30 +27,13 @@ from . import measure
 from .attention import Phase, check, phases
 from .corpus import Corpus
 from .model import GPT, Sizes
-from .windows import Batches, data_order, lengths_of_steps
+from .needles import ASKED, TEXT
+from .optimizers import learning_rate_share, optimizers
+from .task import Task, common_start, phase_at, write_json
+from .windows import Batches, data_order, lengths_of_steps, pairs_of, weights_of
 
-
-@dataclass(frozen=True)
-class Task:
-    """What one run needs.
-
-    Attributes:
-        name: of its files.
-        arm: name of the arm; `spec` says what it is.
-        seed: of weights and of the order of the data.
-        config: the plan without its runs: `model`, `data`, `optimizer`, `measures`.
-        corpus, work: folders.
-        deadline: seconds since the epoch; an unfinished run then writes a checkpoint and stops.
-    """
-
-    name: str
-    arm: str
-    spec: dict[str, Any]
-    seed: int
-    config: dict[str, Any]
-    corpus: str
-    work: str
-    deadline: float
+ANSWERS_EVERY = 20
+"""Steps over which the loss of answers is averaged in the result."""
 
 
 class Run:
@@ -85,8 +68,8 @@ class Run:
         self.optimizers = optimizers(self.model, optimizer)
         self.tokens_per_step = self.batch * self.length
         self.batches = [self._batches(*each) for each in lengths_of_steps(data, self.steps)]
-        self.curve = torch.full((self.steps,), math.nan, device=self.device)
-        self.norms = torch.full((self.steps,), math.nan, device=self.device)
+        self.weights = torch.tensor(weights_of(data), device=self.device) if "pairs" in data else None
+        self.curve, self.norms, self.answers = torch.full((3, self.steps), math.nan, device=self.device)
         self.step, self.train_seconds, self.timed_steps = 0, 0.0, 0
         self.routing: list[dict[str, Any]] = []
         self.selections: dict[str, np.ndarray] = {}
@@ -99,15 +82,12 @@ class Run:
 
     @property
     def common_start(self) -> Path | None:
-        """The checkpoint after the short windows, which all arms of a seed share; None where this arm's attention already differs
-        from full attention there."""
-        layers = (spec for step in range(self.batches[-1].first) for spec in self.phase(step).layers)
-        if self.cp > 1 or len(self.batches) == 1 or not all(s.is_full(self.batches[0].length) for s in set(layers)):
-            return None
-        return Path(self.task.work) / "checkpoints" / f"short_windows_s{self.task.seed}.pt"
+        """`common_start` of the task; a run over several ranks begins from it and does not write it."""
+        path = common_start(self.task, self.phases)
+        return path if path is not None and (self.cp == 1 or path.exists()) else None
 
     def phase(self, step: int) -> Phase:
-        return [p for p in self.phases if step >= round(p.start * self.steps)][-1]
+        return phase_at(self.phases, self.steps, step)
 
     def _batches(self, first: int, steps: int, length: int) -> Batches:
         windows = self.tokens_per_step // length
@@ -115,7 +95,8 @@ class Run:
         cu_seqlens = [i * length for i in range(windows + 1)]
         make = SequenceLayout.contiguous if self.cp == 1 else SequenceLayout.zigzag
         layout = make(cu_seqlens, self.cp)
-        return Batches(first, length, starts, layout, layout.local_indices(self.rank).to(self.device))
+        pairs = pairs_of(self.config["data"], self.corpus, length, windows * steps, self.task.seed)
+        return Batches(first, length, starts, layout, layout.local_indices(self.rank).to(self.device), pairs)
 
     def train(self) -> bool:
         """Train to the last step; False where the deadline came first."""
@@ -134,6 +115,11 @@ class Run:
                 self._measure_routing()
                 self._wait()
                 clock, clock_step = None if clock is None else time.time(), self.step
+            if long and self.step == long:
+                print(
+                    f"{self.task.name}: {long} steps of short windows after {time.time() - self.began:.1f} s",
+                    flush=True,
+                )
             if self.step == long and self.common_start and not self.common_start.exists():
                 self._save(self.common_start)
             if self.step % 25 == 0:
@@ -168,17 +154,29 @@ class Run:
     def _train_step(self, step: int) -> None:
         optimizer = self.config["optimizer"]
         batches = [each for each in self.batches if step >= each.first][-1]
-        inputs, targets = measure.window_batch(self.tokens, batches.starts[step - batches.first], batches.length)
+        kinds = None
+        if batches.pairs is None:
+            inputs, targets = measure.window_batch(self.tokens, batches.starts[step - batches.first], batches.length)
+        else:
+            rows, kinds_of_rows = (self._sent(x) for x in batches.with_pairs(self.corpus, step))
+            inputs, targets, kinds = rows[:, :-1].flatten(), rows[:, 1:].flatten(), kinds_of_rows[:, 1:].flatten()
+            counts = torch.stack([(kinds == kind).sum() for kind in (TEXT, ASKED)])
+            kinds = kinds[batches.share]
         inputs, targets = inputs[batches.share], targets[batches.share]
         x = self.model.hidden(inputs, self.phase(step).layers, batches.layout, batches.length, group=self.group)
-        loss = self.model.losses(x, targets).sum() / self.tokens_per_step
+        losses = self.model.losses(x, targets)
+        weighted = losses if kinds is None else losses * self.weights[kinds]
+        loss = weighted.sum() / self.tokens_per_step
         loss.backward()
-        shown = loss.detach()
+        if kinds is None:
+            shown = loss.detach().view(1)
+        else:  # the mean loss of text, and of answers that the window tells
+            shown = torch.stack([(losses.detach() * (kinds == kind)).sum() for kind in (TEXT, ASKED)]) / counts
         if self.cp > 1:
             gradients = [w.grad for w in self.model.parameters()]
-            flat = torch.cat([shown.float().view(1), *[g.flatten() for g in gradients]])
+            flat = torch.cat([shown.float(), *[g.flatten() for g in gradients]])
             dist.all_reduce(flat)
-            shown, *parts = flat.split([1, *[g.numel() for g in gradients]])
+            shown, *parts = flat.split([shown.numel(), *[g.numel() for g in gradients]])
             for g, part in zip(gradients, parts):
                 g.copy_(part.view_as(g))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optimizer["clip"], foreach=True)
@@ -187,7 +185,15 @@ class Run:
                 group["lr"] = group["peak_lr"] * learning_rate_share(optimizer, step)
             each.step()
             each.zero_grad(set_to_none=True)
-        self.curve[step], self.norms[step] = shown.view(()), norm
+        self.curve[step], self.norms[step] = shown[0], norm
+        if kinds is not None:
+            self.answers[step] = shown[1]
+
+    def _sent(self, values: np.ndarray) -> Tensor:
+        """int64 on the device; the copy does not wait for what the GPU has to do."""
+        if self.device.type == "cuda":
+            return torch.from_numpy(values.astype(np.int32)).pin_memory().to(self.device, non_blocking=True).long()
+        return torch.from_numpy(values.astype(np.int64))
 
     def _measure_routing(self) -> None:
         layers = self.phase(self.step - 1).layers
@@ -209,6 +215,7 @@ class Run:
             "optimizers": [each.state_dict() for each in self.optimizers],
             "curve": self.curve,
             "norms": self.norms,
+            "answers": self.answers,
             "step": self.step,
             "seconds": self.train_seconds,
             "timed": self.timed_steps,
@@ -230,18 +237,14 @@ class Run:
         self.model.load_state_dict(state["model"])
         for each, saved in zip(self.optimizers, state["optimizers"], strict=True):
             each.load_state_dict(saved)
-        self.curve, self.norms, self.step, self.routing = (
-            state["curve"],
-            state["norms"],
-            state["step"],
-            state["routing"],
-        )
+        self.curve, self.norms, self.answers = state["curve"], state["norms"], state["answers"]
+        self.step, self.routing = state["step"], state["routing"]
         self.train_seconds, self.timed_steps = state["seconds"], state["timed"]
 
     def _hashes(self) -> dict[str, str]:
         return {
             "data": self.corpus.facts["fingerprint"],
-            "order": hashlib.sha256(b"".join(x.starts.astype("<i8").tobytes() for x in self.batches)).hexdigest(),
+            "order": hashlib.sha256(b"".join(x.digest(self.corpus) for x in self.batches)).hexdigest(),
             "init": self.init_hash,
             "config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
         }
@@ -279,6 +282,16 @@ class Run:
             ],
             "routing": self.routing,
         }
+        if self.weights is not None:
+            sentences, every = self.corpus.sentences, min(ANSWERS_EVERY, self.step or 1)
+            means = self.answers[: self.step // every * every].view(-1, every).double().nanmean(1).cpu().tolist()
+            result["pairs"] = {
+                "fingerprint": sentences.fingerprint,
+                "names": len(sentences.questions),
+                "weights": self.weights.tolist(),
+                "answer_curve_every": every,
+                "answer_curve": [round(x, 3) if math.isfinite(x) else None for x in means],
+            }
         return result
 
     def measures(self) -> dict[str, Any]:
@@ -291,6 +304,7 @@ class Run:
 
     def retrieval(self) -> list[dict[str, Any]]:
         settings = self.config["measures"]
+        trials = settings["retrieval_trials"]
         return measure.retrieval(
             self.model,
             self.phase(self.steps - 1).layers,
@@ -298,51 +312,10 @@ class Run:
             self.corpus,
             trained_length=self.length,
             lengths=settings["retrieval_lengths"],
-            trials=settings["retrieval_trials"],
+            trials=trials if isinstance(trials, list) else [trials] * len(settings["retrieval_lengths"]),
+            needles=tuple(settings.get("retrieval_needles", (0, 1, 4))),
             most_tokens=max(self.batch * self.length, max(settings["retrieval_lengths"])),
         )
-
-
-def optimizers(model: GPT, settings: dict[str, Any]) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers where `settings` has `muon_lr`, AdamW for all other weights.
-
-    Each group holds its peak learning rate as `peak_lr`. Muon's updates are scaled to the size of AdamW's.
-    """
-    weights = list(model.parameters())
-    of_muon = [w for w in model.layers.parameters() if w.dim() == 2] if "muon_lr" in settings else []
-    chosen = {id(w) for w in of_muon}
-    of_adam = [w for w in weights if id(w) not in chosen]
-    decay, lr = settings["weight_decay"], settings["lr"]
-    groups = [
-        {"params": [w for w in of_adam if w.dim() == 2], "weight_decay": decay, "peak_lr": lr},
-        {"params": [w for w in of_adam if w.dim() == 1], "weight_decay": 0.0, "peak_lr": lr},
-    ]
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, betas=(settings["beta1"], settings["beta2"]), lr=lr, fused=True)
-    ]
-    if of_muon:
-        group = {"params": of_muon, "peak_lr": settings["muon_lr"]}
-        made.append(
-            torch.optim.Muon([group], lr=settings["muon_lr"], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        )
-    return made
-
-
-def learning_rate_share(optimizer: dict[str, Any], step: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to `min_lr_share`."""
-    warmup, steps, low = optimizer["warmup"], optimizer["steps"], optimizer["min_lr_share"]
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace the file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value))
-    part.replace(path)
 
 
 def execute(task: Task) -> None:

@@ -97,6 +97,7 @@ class RunConfig:
     chunk_tokens: int = 0  # long layers: sequence positions that the MLP works on at a time; 0: all at once
     offload_inputs: bool = False  # with recompute=all_but_attention: inputs of layers in host memory until backward
     loss_chunk: int = 0  # sequence positions for which logits exist at a time; 0: all
+    cuda_graphs: bool = False  # one process on a GPU: passes over a micro-batch as one CUDA graph (see graphs.py)
     token_parts: int = 1  # more: weight gradients are rounded as with parallel.context of this (see parts.py)
     device: str = "auto"  # auto: GPUs if there are any; or cpu, cuda
     seed: int = 1234
@@ -177,6 +178,8 @@ def _check(config: TrainConfig) -> None:
         if getattr(run, name) < 0:
             raise ValueError(f"run.{name} must not be negative (0: all at once), got {getattr(run, name)}")
     _check_layers(config)
+    if run.cuda_graphs and (why := why_no_graph(config)):
+        raise ValueError(f"run.cuda_graphs=true does not go with {why}")
     for name in ("eval_interval", "routing_interval", "save_interval"):
         if getattr(run, name) < 0:
             raise ValueError(f"run.{name} must not be negative (0: never), got {getattr(run, name)}")
@@ -249,6 +252,23 @@ def why_not_long(config: TrainConfig) -> str:
     if model.num_query_groups % tensor:
         return f"model.num_query_groups={model.num_query_groups} and parallel.tensor={tensor}"
     return ""
+
+
+def why_no_graph(config: TrainConfig) -> str:
+    """The setting with which passes over micro-batches cannot be replayed; empty if there is none."""
+    run, parallel = config.run, config.parallel
+    if not uses_long_layers(config):
+        return "layers other than run.layers=long"
+    for name in ("tensor", "context", "pipeline"):
+        if (size := getattr(parallel, name)) > 1:
+            return f"parallel.{name}={size}: ranks agree on the host"
+    if config.data.separate_documents:
+        return "data.separate_documents=true: every micro-batch has lengths of its own"
+    if 0 < config.moba.fraction < 1:
+        return f"moba.fraction={config.moba.fraction}: attention changes during the run"
+    if run.offload_inputs:
+        return "run.offload_inputs=true"
+    return "run.device=cpu" if run.device == "cpu" else ""
 
 
 def _choose(name: str, value: Any, choices: tuple[str, ...]) -> None:

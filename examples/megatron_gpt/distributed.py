@@ -81,6 +81,8 @@ def start(config: TrainConfig) -> Ranks:
     timeout = timedelta(seconds=config.run.timeout_seconds)
     device = _choose_device(config.run.device, int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu":
+        if config.run.cuda_graphs:
+            raise ValueError("run.cuda_graphs=true needs a GPU, and there is none")
         use_cpu_as_cuda()
         dist.init_process_group("gloo", timeout=timeout)
     else:
@@ -99,9 +101,14 @@ def start(config: TrainConfig) -> Ranks:
         context_parallel_size=config.parallel.context,
         distributed_timeout_minutes=config.run.timeout_seconds / 60,  # Megatron's groups have their own
     )
-    torch.manual_seed(config.run.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
+    seed(config.run.seed)
     return Ranks(device, ProcessGroupCollection.use_mpu_process_groups())
+
+
+def seed(number: int) -> None:
+    """Seed torch and Megatron's generators, from which weights are drawn: models built after equal seeds start alike."""
+    torch.manual_seed(number)
+    tensor_parallel.model_parallel_cuda_manual_seed(number)
 
 
 def dist_size() -> int:
@@ -162,6 +169,8 @@ def _check_sizes(config: TrainConfig, world_size: int) -> None:
             f"{world_size} process(es) cannot be divided into groups of tensor={parallel.tensor} x "
             f"context={parallel.context} x pipeline={parallel.pipeline}"
         )
+    if run.cuda_graphs and world_size > 1:
+        raise ValueError(f"run.cuda_graphs=true is for one process, got {world_size}")
     per_step, what = run.micro_batch_size * (world_size // model_size), "micro_batch_size x data-parallel size"
     if parallel.virtual_pipeline > 1:  # the interleaved schedule runs micro-batches in groups of one a stage
         per_step, what = per_step * parallel.pipeline, f"{what} x parallel.pipeline (for virtual_pipeline > 1)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from moba_cp.megatron.spec import with_moba
 from .config import TrainConfig, uses_long_layers
 from .data import PADDED_VOCAB_SIZE
 from .distributed import Ranks
+from .graphs import MicroBatchGraph
 from .parts import split_tokens
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,12 +46,14 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything that a step changes. ``model`` holds this process's model chunks, one without virtual pipeline."""
+    """Everything that a step changes. ``model`` holds this process's model chunks, one without virtual pipeline; ``graph`` is
+    there with ``run.cuda_graphs``."""
 
     model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     transformer_config: TransformerConfig
+    graph: MicroBatchGraph | None = None
 
 
 def build(config: TrainConfig, ranks: Ranks) -> Trainer:
@@ -58,25 +62,23 @@ def build(config: TrainConfig, ranks: Ranks) -> Trainer:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        # gloo has no asynchronous reduce-scatter worth waiting for
-        overlap_grad_reduce=ranks.device.type == "cuda",
+        # gloo has no asynchronous reduce-scatter worth waiting for; with a graph nothing is left to wait beside
+        overlap_grad_reduce=ranks.device.type == "cuda" and not config.run.cuda_graphs,
     )
-    model = [
-        # The gradients of later chunks travel while earlier ones compute, so they need no buckets.
-        DistributedDataParallel(
-            transformer_config,
-            ddp_config,
-            _chunk(config, transformer_config, ranks, number),
-            disable_bucketing=number > 0,
-        )
-        for number in range(config.parallel.virtual_pipeline)
-    ]
+    chunks = [_chunk(config, transformer_config, ranks, number) for number in range(config.parallel.virtual_pipeline)]
+    graph = MicroBatchGraph() if config.run.cuda_graphs else None
+    with nullcontext() if graph is None else graph.building():
+        model = [
+            # The gradients of later chunks travel while earlier ones compute, so they need no buckets.
+            DistributedDataParallel(transformer_config, ddp_config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
     transformer_config.finalize_model_grads_func = finalize_model_grads
     transformer_config.no_sync_func = [ddp.no_sync for ddp in model] if len(model) > 1 else model[0].no_sync
     use_foreach_kernels()
     optimizer = get_megatron_optimizer(_optimizer_config(config), model)
     transformer_config.grad_scale_func = optimizer.scale_loss
-    return Trainer(model, optimizer, _scheduler(config, optimizer), transformer_config)
+    return Trainer(model, optimizer, _scheduler(config, optimizer), transformer_config, graph)
 
 
 def _chunk(config: TrainConfig, transformer_config: TransformerConfig, ranks: Ranks, number: int) -> torch.nn.Module:

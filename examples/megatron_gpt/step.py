@@ -120,21 +120,29 @@ def _run_batch(
     """Mean loss per token over every rank that saw a part of it; of a global batch, unless a number is given."""
     if num_microbatches is None:
         num_microbatches = config.run.global_batch_size // (config.run.micro_batch_size * ranks.dp_size)
-    forward_backward = get_forward_backward_func()
-    chunks = len(trainer.model)
-    sums = forward_backward(
-        forward_step_func=_forward_step,
-        # Every chunk goes through the micro-batches on its own; each of them is read once.
-        data_iterator=list(tee(batches, chunks)) if chunks > 1 else batches,
-        model=trainer.model,
-        num_microbatches=num_microbatches,
-        seq_length=config.data.seq_length,
-        micro_batch_size=config.run.micro_batch_size,
-        forward_only=forward_only,
-    )
+
+    def passes(batches: Iterator[MicroBatch], count: int) -> torch.Tensor:
+        chunks = len(trainer.model)
+        sums = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            # Every chunk goes through the micro-batches on its own; each of them is read once.
+            data_iterator=list(tee(batches, chunks)) if chunks > 1 else batches,
+            model=trainer.model,
+            num_microbatches=count,
+            seq_length=config.data.seq_length,
+            micro_batch_size=config.run.micro_batch_size,
+            forward_only=forward_only,
+        )
+        if not ranks.is_last_stage:
+            return torch.zeros(2, dtype=torch.float64, device=ranks.device)
+        return torch.stack([s["loss"] for s in sums]).sum(0)
+
+    if trainer.graph is None or forward_only:
+        total = passes(batches, num_microbatches)
+    else:
+        total = trainer.graph.run(passes, trainer.model[0], trainer.transformer_config, batches, num_microbatches)
     if not ranks.is_last_stage:
         return float("nan")
-    total = torch.stack([s["loss"] for s in sums]).sum(0)
     dist.all_reduce(total, group=ranks.groups.dp_cp)
     return (total[0] / total[1]).item()
 

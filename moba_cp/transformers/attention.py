@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -64,7 +65,7 @@ def moba_attention_forward(
     """
     _refuse(module, dropout, kwargs)
     settings, moba = settings_of(module)
-    config = MoBAConfig(settings.block_size, settings.topk, scaling)
+    config = _config(settings.block_size, settings.topk, scaling)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [samples, tokens, heads, head size]
     if moba_layout is not None:
         if attention_mask is not None or q.shape[0] != 1 or q.shape[1] != k.shape[1]:
@@ -98,6 +99,12 @@ def moba_attention_forward(
     out = moba_attention_cached(q, k, v, config, tokens=tokens, centroids=centroids)
     kept.keep(key, centroids)
     return out, None
+
+
+@lru_cache(maxsize=64)
+def _config(block_size: int, topk: int, scaling: float | None) -> MoBAConfig:
+    """The same object for the same values: decoding asks for one in every layer of every token."""
+    return MoBAConfig(block_size, topk, scaling)
 
 
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -51,11 +51,12 @@ def speed_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def gpus_table(content: dict[str, Any]) -> str:
+def gpus_table(content: dict[str, Any], others: dict[str, Any] | None = None) -> str:
     """Markdown of `training_speed` on one GPU and several: tokens/s per GPU against one GPU of the same run, and the peak against
     its estimate.
 
-    A run on several GPUs is compared with the one on one GPU that has its parameters, attention and tokens per GPU.
+    A run on several GPUs is compared with the one on one GPU that has its parameters, attention, settings and tokens per GPU; it
+    may be among the runs of `others`.
     """
     lines = [
         _measured_on(content),
@@ -65,7 +66,8 @@ def gpus_table(content: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     runs = [run for run in content["runs"] if "error" not in run]
-    alone = {_per_gpu(run): run["tokens_per_second"] for run in runs if run["gpus"] == 1}
+    known = [*runs, *(run for run in (others or {"runs": []})["runs"] if "error" not in run)]
+    alone = {_per_gpu(run): run["tokens_per_second"] for run in known if run["gpus"] == 1}
     for run in runs:
         one = alone.get(_per_gpu(run)) if run["gpus"] > 1 else None
         estimate = run["peak_memory_by_part"]["estimated_peak"]
@@ -90,29 +92,41 @@ def gpus_table(content: dict[str, Any]) -> str:
 def _measured_on(content: dict[str, Any]) -> str:
     """Device, versions, and the commits of the runs; a run without one is of the file's."""
     about = content["about"]
-    commits = dict.fromkeys(run.get("commit", about["commit"])[:10] for run in content["runs"])
+    commits = dict.fromkeys(run.get("commit", run.get("about", about)["commit"])[:10] for run in content["runs"])
     return (
         f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']} without Transformer Engine and apex, "
         f"commit {', later rows '.join(commits)}."
     )
 
 
-def _per_gpu(run: dict[str, Any]) -> tuple[int, str, float]:
-    return run["parameters"], attention_name(run["attention"]), run["tokens_per_step"] / run["gpus"]
+def _per_gpu(run: dict[str, Any]) -> tuple[object, ...]:
+    """What runs on one GPU and on several have in common. Lengths, ranks and exchanges are what differs."""
+    differ = (
+        "parallel.context=",
+        "data.seq_length=",
+        "moba.comm=",
+        "run.recompute=all_but_attention",
+    )  # the last is the default
+    settings = tuple(change for change in run.get("overrides", ()) if not change.startswith(differ))
+    return run["parameters"], attention_name(run["attention"]), settings, run["tokens_per_step"] / run["gpus"]
 
 
 def step_rows(content: dict[str, Any]) -> list[str]:
-    """Rows of the headline: MoBA against full attention with the same layers and sizes."""
-    first, rows = content["runs"][0], []
-    runs = [run for run in content["runs"] if "error" not in run and _sizes(run) == _sizes(first)]
-    dense = {run["label"]: run["step_seconds"] for run in runs if run["attention"].startswith("full")}
+    """Rows of the headline: MoBA against full attention with the same layers, sizes and GPUs."""
+    rows, dense = [], {}
+    runs = [run for run in content["runs"] if "error" not in run]
     for run in runs:
-        if run["attention"].startswith("moba"):
+        if run["attention"].startswith("full"):
+            dense[(run["label"], run["gpus"], _sizes(run))] = run["step_seconds"]
+    for run in runs:
+        full, seconds = dense.get((run["label"], run["gpus"], _sizes(run))), run["step_seconds"]
+        if full and run["attention"].startswith("moba"):
             what = f"training step, {run['parameters'] / 1e6:.0f}M, {attention_name(run['attention']).removeprefix('MoBA ')}"
-            full, seconds = dense.get(run["label"]), run["step_seconds"]
-            if full:
-                where = f"{run['label']}, 1 {content['about']['device'].removeprefix('NVIDIA ')}"
-                rows.append(f"| {what}, {where} | {full:.2f} s | **{seconds:.2f} s** | {full / seconds:.1f}x |")
+            where = f"{run['gpus']} {content['about']['device'].removeprefix('NVIDIA ')}"
+            rows.append(
+                f"| {what}, {thousands(run['tokens_per_step'])} tokens, {run['label']}, {where} | {full:.2f} s | "
+                f"**{seconds:.2f} s** | {full / seconds:.1f}x |"
+            )
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Training on one GPU and on two: the table and the plot of `bench_training`."""
+"""Training on one GPU and on two: the table and the plot of `bench_training`, and those of `long_run`."""
 
 from __future__ import annotations
 
@@ -77,5 +77,45 @@ def training_plot(content: dict[str, Any], path: Path) -> None:
     for axis in (losses, differences):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def long_run_text(content: dict[str, Any]) -> str:
+    """Markdown of `long_run`: what ran, and how the resumed run differs."""
+    about, setup, resumed = content["about"], content["setup"], content.get("resumed", {})
+    moba, loss, peak = setup["moba"], content["loss"], content["peak_memory_gib"]
+    lines = [
+        f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']}, commit {about['commit'][:10]}. "
+        f"{content['parameters'] / 1e6:.0f}M parameters, MoBA ({moba['block_size']}, {moba['topk']}), "
+        f"{setup['tokens_per_step']:,} tokens a step, {setup['precision']}, {' '.join(setup['overrides'])}.",
+        "",
+        f"- {content['steps']} steps: loss {loss[0]:.4f} to {loss[-1]:.4f}; every loss and gradient norm is "
+        f"{'finite' if content['finite'] else '**not** finite'}.",
+    ]
+    if peak:
+        early = peak[min(9, len(peak) - 1)]
+        lines.append(f"- Peak memory: {early:.2f} GiB after 10 steps, {peak[-1]:.2f} GiB after {len(peak)}.")
+    if resumed.get("loss"):
+        first, last = resumed["first_step"], resumed["first_step"] + len(resumed["loss"]) - 1
+        lines.append(
+            f"- Killed, and resumed from the checkpoint after step {setup['saved_after']} over {resumed['ranks']} GPUs: losses "
+            f"of steps {first} to {last} differ by at most {resumed['largest_difference']:.1e} from those of the killed run, "
+            f"the first by {resumed['difference'][0]:.1e}."
+        )
+    return "\n".join(lines)
+
+
+def long_run_plot(content: dict[str, Any], path: Path) -> None:
+    """Loss by step of the killed run, and of the resumed one."""
+    plt, resumed = pyplot(), content.get("resumed", {"loss": []})
+    figure, axis = plt.subplots(figsize=(7, 3), dpi=130, layout="constrained")
+    axis.plot(range(1, content["steps"] + 1), content["loss"], label="one GPU, killed", color="C0")
+    if resumed["loss"]:
+        steps = range(resumed["first_step"], resumed["first_step"] + len(resumed["loss"]))
+        axis.plot(steps, resumed["loss"], "o", markersize=3, label=f"resumed over {resumed['ranks']} GPUs", color="C1")
+    axis.set(xlabel="step", ylabel="loss, nats per byte", title=content["about"]["device"])
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     figure.savefig(path)
     plt.close(figure)

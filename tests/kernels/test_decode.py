@@ -11,7 +11,8 @@ import torch
 from tests.kernels import interpreter
 
 decode = pytest.importorskip("moba_cp.kernels.decode")
-from moba_cp.kernels import torch_backend  # noqa: E402
+from moba_cp import CachedTokens, CentroidCache, MoBAConfig, cached, decoding, moba_attention_cached  # noqa: E402
+from moba_cp.kernels import torch_backend, triton_backend  # noqa: E402
 from moba_cp.kernels.centroids import centroids  # noqa: E402
 from moba_cp.kernels.types import COUNT_TILE, QueryRows  # noqa: E402
 
@@ -23,16 +24,18 @@ def test_in_interpreter():
     interpreter.run_module(__file__)
 
 
-def cache(lengths, slots, heads, dim, dtype, seed=0):
+def cache(lengths, slots, heads, dim, dtype, seed=0, scattered=True):
     """Keys `[samples, slots, heads, dim]` as a transposed cache holds them, NaN where no content is, and the table of slots.
 
-    Content is spread over the slots in order, for all heads and head sizes alike.
+    Content is spread over the slots in order, for all heads and head sizes alike; or the last slots hold it.
     """
     generator, places = torch.Generator().manual_seed(seed + dim), torch.Generator().manual_seed(seed)
     keys = torch.full((len(lengths), heads, slots, dim), NAN)
     table = torch.zeros(len(lengths), slots, dtype=torch.int32)
     for sample, length in enumerate(lengths):
         slot = torch.randperm(slots, generator=places)[:length].sort().values
+        if not scattered:
+            slot = torch.arange(slots - length, slots)
         table[sample, :length] = slot.int()
         keys[sample, :, slot] = torch.randn(heads, length, dim, generator=generator)
     return keys.to(DEVICE, dtype).transpose(1, 2), table.to(DEVICE)
@@ -76,10 +79,10 @@ def check_centroids(lengths, heads, dim, block_size, dtype):
                 assert torch.equal(kept[sample, :complete], centroids(content, start=start, block_size=block_size))
 
 
-def check_selection(lengths, q_heads, kv_heads, dim, block_size, topk, dtype, missing):
+def check_selection(lengths, q_heads, kv_heads, dim, block_size, topk, dtype, missing, scattered=True):
     """Of the gate in fp64 but for near ties, whether centroids are known or `missing`; and padding has no effect."""
     most = 1 << (max(lengths) // block_size).bit_length()
-    k, table = cache(lengths, max(lengths) + 5, kv_heads, dim, dtype)
+    k, table = cache(lengths, max(lengths) + 5, kv_heads, dim, dtype, scattered=scattered)
     generator = torch.Generator().manual_seed(4)
     q = torch.randn(len(lengths), q_heads, dim, generator=generator).to(DEVICE, dtype)
     length = integers(*lengths)
@@ -92,22 +95,30 @@ def check_selection(lengths, q_heads, kv_heads, dim, block_size, topk, dtype, mi
     arguments = {"slots": table, "before": length - 1, "lengths": length, "count": count, "centroids": means}
     if not missing:
         decode.update_centroids(k, **arguments, block_size=block_size, at_most=most)
-    more = {"position": position, "rows": rows, "block_size": block_size, "topk": topk}
+    arrived = torch.zeros(len(lengths), kv_heads, dtype=torch.int32, device=DEVICE)
+    more = {"position": position, "arrived": arrived, "block_size": block_size, "topk": topk}
     selected = decode.select_for_decoding(q, k, **arguments, **more)
     assert count.sum(2)[:, 0].tolist() == [n // block_size for n in lengths]
+    for sample, tokens_here in enumerate(lengths):
+        complete = tokens_here // block_size
+        start = torch.arange(complete, dtype=torch.int32, device=DEVICE) * block_size
+        content = k[sample, table[sample, :tokens_here].long()]
+        assert torch.equal(means[sample, :complete], centroids(content, start=start, block_size=block_size))
     expected = torch_backend.select_blocks(q, centroids=means.flatten(0, 1).nan_to_num(), rows=rows, topk=topk)
     assert selected.dtype == expected.dtype
     # Scores are sums of `dim` products in fp32, in another order than the torch backend's.
     assert (selected != expected).float().mean() < (0.002 if max(lengths) > 1000 else 1e-9)
     again = decode.select_for_decoding(q, k, **arguments, **more)
     assert torch.equal(again, selected)
+    assert not arrived.any()
 
 
-def check_attend(lengths, q_heads, kv_heads, dim, dim_v, block_size, topk, dtype, tolerance):
+def attend_arguments(lengths, q_heads, kv_heads, dim, dim_v, block_size, topk, dtype, scattered=True):
+    """q, k, v and the other arguments of `attend_selected`, with random selections."""
     blocks = max(max(lengths) // block_size + 1, 1)
     slots = max(lengths) + 5
-    k, table = cache(lengths, slots, kv_heads, dim, dtype)
-    v, _ = cache(lengths, slots, kv_heads, dim_v, dtype)
+    k, table = cache(lengths, slots, kv_heads, dim, dtype, scattered=scattered)
+    v, _ = cache(lengths, slots, kv_heads, dim_v, dtype, scattered=scattered)
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(len(lengths), q_heads, dim + 3, generator=generator).to(DEVICE, dtype)[:, :, :dim]
     selected = torch.full((q_heads, len(lengths), topk), -1, dtype=torch.int16)
@@ -117,15 +128,95 @@ def check_attend(lengths, q_heads, kv_heads, dim, dim_v, block_size, topk, dtype
             chosen = torch.randperm(own, generator=generator)[: topk - 1].tolist()
             chosen = sorted([*chosen, own])
             selected[head, sample, topk - len(chosen) :] = torch.tensor(chosen, dtype=torch.int16) + sample * blocks
-    arguments = {
+    return (q, k, v), {
         "slots": table, "position": integers(*lengths) - 1, "selected": selected.to(DEVICE), "blocks": blocks,
         "block_size": block_size, "scale": 0.3,
+        "arrived": torch.zeros(len(lengths), kv_heads, dtype=torch.int32, device=DEVICE),
     }  # fmt: skip
+
+
+def check_attend(*sizes, tolerance):
+    """The torch backend's results in fp64."""
+    (q, k, v), arguments = attend_arguments(*sizes)
     actual = decode.attend_selected(q, k, v, **arguments)
     expected = torch_backend.attend_selected(q.double(), k.double(), v.double(), **arguments)
-    assert actual.dtype == dtype
+    assert actual.dtype == q.dtype
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
-    assert not actual[[i for i, length in enumerate(lengths) if length == 0]].any()
+    assert not actual[[i for i, length in enumerate(sizes[0]) if length == 0]].any()
+    assert not arguments["arrived"].any()
+
+
+def check_bits(*sizes):
+    """The same bits where slots are consecutive, and for each sample alone."""
+    (q, k, v), arguments = attend_arguments(*sizes)
+    actual = decode.attend_selected(q, k, v, **arguments)
+    same, others = attend_arguments(*sizes, scattered=False)
+    assert not others["slots"].equal(arguments["slots"])
+    assert torch.equal(decode.attend_selected(*same, **others), actual)
+    for sample in range(len(sizes[0])):
+        here = slice(sample, sample + 1)
+        alone = arguments | {name: arguments[name][here] for name in ("slots", "position", "arrived")}
+        chosen = arguments["selected"][:, here]
+        chosen = torch.where(chosen >= 0, chosen - sample * arguments["blocks"], -1).to(chosen.dtype)
+        alone = decode.attend_selected(q[here], k[here], v[here], **alone | {"selected": chosen.contiguous()})
+        assert torch.equal(alone, actual[here])
+
+
+def check_memory(monkeypatch, dtype, **sizes):
+    """New memory may hold anything: results have the same bits with NaN and with other numbers in it."""
+    found, empty = [], torch.empty
+    for poison in (NAN, 7.0):
+
+        def poisoned(*shape, dtype=torch.float32, poison=poison, **options):
+            new = empty(*shape, dtype=dtype, **options)
+            return new.fill_(poison if dtype.is_floating_point else 7 if poison == 7 else -9)
+
+        monkeypatch.setattr(torch, "empty", poisoned)
+        inputs, arguments = attend_arguments(**sizes, dtype=dtype)
+        found.append(decode.attend_selected(*inputs, **arguments))
+        check_selection(sizes["lengths"], 4, 2, 16, sizes["block_size"], sizes["topk"], dtype, missing=True)
+        monkeypatch.undo()
+    assert torch.equal(*found)
+    assert not found[0].isnan().any()
+
+
+def check_steps(monkeypatch, slots, dtype, lengths, topk, dim):
+    """Bound launches give the bits of the two primitives, step after step, also where blocks become complete and arguments
+    change; each step's output is new memory."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
+    config, used = MoBAConfig(16, topk), max(lengths)
+    samples = len(lengths)
+    k, v = draw(samples, 1, slots, dim).transpose(1, 2), draw(samples, 1, slots, dim).transpose(1, 2)
+    content = torch.arange(slots, device=DEVICE) >= used - torch.tensor(lengths, device=DEVICE)[:, None]
+    monkeypatch.setattr(cached, "backend_for", lambda device, dtype: triton_backend)
+    make_room = CentroidCache.make_room
+
+    def with_counters(self, k, block_size):  # as on a GPU
+        new = make_room(self, k, block_size)
+        self.arrived = self.count.new_zeros(samples, 1) if self.arrived is None else self.arrived
+        return new
+
+    monkeypatch.setattr(CentroidCache, "make_room", with_counters)
+    kept, bound, outputs = CentroidCache(), 0, []
+    for step in range(10):
+        wide = draw(samples, 1, 2, dim + 16 * (step == 5))[..., :dim]  # other strides once
+        tokens = CachedTokens.of(content, samples=samples, queries=1, slots=slots, offset=used, device=k.device)
+        used += 1
+        bound += kept._step.run is not None and step != 5
+        out = moba_attention_cached(wide, k, v, config, tokens=tokens, centroids=kept)
+        anew = CentroidCache()
+        anew.make_room(k, 16)
+        triton_backend.update_centroids(
+            k, slots=tokens.slots, before=tokens.before, lengths=tokens.lengths, count=anew.count, centroids=anew.values,
+            block_size=16, at_most=8,
+        )  # fmt: skip
+        expected, _ = decoding.decode(triton_backend, wide, k, v, config, tokens, anew, bind=False)
+        assert torch.equal(out, expected), step
+        outputs.append((out, out.clone()))
+    assert bound == 2 + 2
+    assert all(torch.equal(*pair) for pair in outputs)
+    assert kept.nbytes > kept.values.nbytes + kept.count.nbytes + kept.arrived.nbytes
 
 
 # Rounding of weights and of the output to bf16 (8 bits) and fp16 (11 bits); sums are fp32.
@@ -142,7 +233,7 @@ def test_centroids(dim, block_size, dtype):
 @pytest.mark.parametrize("missing", [True, False])
 @pytest.mark.parametrize("topk", [1, 3, 65])
 def test_selection(topk, missing):
-    check_selection([300, 0, 17, 32], 4, 2, 16, 16, topk, torch.float16, missing)
+    check_selection([300, 0, 17, 32], 4, 2, 16, 16, topk, torch.float16, missing, scattered=topk != 3)
 
 
 @interpreter.interpreted
@@ -152,14 +243,14 @@ def test_equal_scores_and_nan():
     k[0, :, 0] = 1.0
     count = torch.zeros(1, 1, 1, dtype=torch.int32)
     means, length = torch.empty(1, 8, 1, 16, dtype=torch.float16), integers(100)
-    rows = QueryRows(integers(6), integers(0), integers(3), torch.empty(0, 4, dtype=torch.int32))
+    arrived = torch.zeros(1, 1, dtype=torch.int32)
     for nan, expected in ((None, [4, 5, 6]), (1, [1, 5, 6])):
         if nan is not None:
             k[0, table[0, nan * 16 : nan * 16 + 16].long()] = NAN
             count.zero_()
         selected = decode.select_for_decoding(
             torch.ones(1, 2, 16, dtype=torch.float16), k, slots=table, before=length - 1, lengths=length,
-            position=length - 1, rows=rows, count=count, centroids=means, block_size=16, topk=3,
+            position=length - 1, count=count, arrived=arrived, centroids=means, block_size=16, topk=3,
         )  # fmt: skip
         assert selected.tolist() == [[expected]] * 2
 
@@ -169,13 +260,38 @@ def test_equal_scores_and_nan():
     ("lengths", "block_size", "topk", "dtype"),
     [
         ([70, 0, 17, 64], 16, 3, torch.bfloat16),
+        ([33, 16, 15], 16, 5, torch.float16),  # more slots than blocks; at edges of blocks
         ([1], 16, 2, torch.float16),
         ([700, 300], 300, 2, torch.float16),  # two splits, the second a short one
     ],
     ids=str,
 )
 def test_attend(lengths, block_size, topk, dtype):
-    check_attend(lengths, 4, 2, 16, 24, block_size, topk, dtype, TOLERANCE[dtype])
+    check_attend(lengths, 4, 2, 16, 24, block_size, topk, dtype, tolerance=TOLERANCE[dtype])
+
+
+@interpreter.interpreted
+def test_bits_do_not_depend_on_slots_and_batch():
+    check_bits([33, 0, 17], 4, 2, 16, 16, 16, 2, torch.float16)
+
+
+@interpreter.interpreted
+def test_memory(monkeypatch):
+    sizes = {"q_heads": 4, "kv_heads": 2, "dim": 16, "dim_v": 24}
+    check_memory(monkeypatch, torch.float16, lengths=[40, 0], block_size=16, topk=3, **sizes)
+
+
+@interpreter.interpreted
+def test_steps(monkeypatch):
+    check_steps(monkeypatch, 60, torch.float16, lengths=(42,), topk=2, dim=16)
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(3, 1), (20, 1)])
+def test_groups(q_heads, kv_heads):
+    """Groups that are no power of two, and larger than a tile of rows."""
+    check_attend([20], q_heads, kv_heads, 16, 16, 16, 2, torch.float16, tolerance=TOLERANCE[torch.float16])
+    check_selection([40], q_heads, kv_heads, 16, 16, 2, torch.float16, True)
 
 
 @interpreter.interpreted
@@ -188,7 +304,7 @@ def test_nan_stays_in_its_row_and_infinite_scores_have_weights():
     q = torch.full((2, 1, 16), 1e4, dtype=torch.float16)
     out = decode.attend_selected(
         q, k, v, slots=table, position=integers(39, 39), selected=torch.tensor([[[0, 2], [3, 5]]]).short(), blocks=3,
-        block_size=16, scale=1e30,
+        block_size=16, scale=1e30, arrived=torch.zeros(2, 1, dtype=torch.int32),
     )  # fmt: skip
     assert out[0].isnan().all()
     assert torch.equal(out[1], torch.ones_like(out[1]))
@@ -204,12 +320,37 @@ class TestGPU:
     @pytest.mark.parametrize("missing", [True, False])
     @pytest.mark.parametrize(("block_size", "topk"), [(512, 8), (128, 8), (16, 8), (128, 20), (128, 1), (16, 70)])
     def test_selection(self, block_size, topk, missing):
-        check_selection([20000, 0, 777, 1], 8, 2, 128, block_size, topk, torch.bfloat16, missing)
+        check_selection([20000, 0, 777, 1], 8, 2, 128, block_size, topk, torch.bfloat16, missing, scattered=topk != 8)
 
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
     @pytest.mark.parametrize(("block_size", "topk"), [(512, 8), (128, 8), (4096, 3), (100, 20)])
     def test_attend(self, block_size, topk, dtype):
-        check_attend([20000, 0, 777, 1], 8, 2, 128, 128, block_size, topk, dtype, TOLERANCE[dtype])
+        sizes = ([20000, 0, 777, 1], 8, 2, 128, 128, block_size, topk, dtype)
+        check_attend(*sizes, tolerance=TOLERANCE[dtype])
+        check_bits(*sizes)
+
+    @pytest.mark.parametrize(("q_heads", "kv_heads"), [(32, 8), (7, 1), (16, 16)])
+    def test_groups(self, q_heads, kv_heads):
+        sizes = ([5000, 130], q_heads, kv_heads, 64, 64, 128, 5, torch.bfloat16)
+        check_attend(*sizes, tolerance=TOLERANCE[torch.bfloat16])
+        check_bits(*sizes)
+        check_selection([5000, 130], q_heads, kv_heads, 64, 128, 5, torch.bfloat16, True)
+
+    def test_memory(self, monkeypatch):
+        sizes = {"q_heads": 8, "kv_heads": 2, "dim": 128, "dim_v": 128}
+        check_memory(monkeypatch, torch.bfloat16, lengths=[20000, 0, 777, 1], block_size=128, topk=8, **sizes)
+
+    def test_steps(self, monkeypatch):
+        check_steps(monkeypatch, 3000, torch.bfloat16, lengths=(2500, 333), topk=8, dim=128)
+
+    def test_many_steps_have_the_same_bits(self):
+        """Whichever program arrives last."""
+        sizes = ([60000, 777], 32, 8, 128, 128, 128, 8, torch.bfloat16)
+        inputs, arguments = attend_arguments(*sizes)
+        first = decode.attend_selected(*inputs, **arguments)
+        for _ in range(200):
+            assert torch.equal(decode.attend_selected(*inputs, **arguments), first)
+        assert not arguments["arrived"].any()
 
 
 def built(capability: int):
@@ -217,27 +358,25 @@ def built(capability: int):
     from triton.compiler import ASTSource
 
     from moba_cp.kernels import configs
-    from moba_cp.kernels.sizes import cdiv, next_power_of_2, padded
+    from moba_cp.kernels.sizes import next_power_of_2, padded
     from tests.kernels import compiling
 
-    integer_pointers = {"slots", "before", "lengths", "count", "position", "keys"}
+    integer_pointers = {"slots", "before", "lengths", "count", "position", "keys", "arrived"}
     for dim, block_size, topk in ((128, 512, 8), (64, 4096, 12), (256, 100, 3)):
-        split = min(configs.DECODE.split, padded(block_size))
-        splits = cdiv(block_size, split)
-        parts = {"TOPK": topk, "SPLITS": splits, "SPLIT": split, "BLOCK": block_size}
-        sizes, values = {"D": dim, "D_PADDED": padded(dim)}, {"DV": dim, "DV_PADDED": padded(dim)}
-        slots = {"SLOTS": next_power_of_2(topk)}
-        means = {"BLOCK": block_size, "KEYS": configs.centroids(dim, block_size, 2).keys, "TILE": COUNT_TILE, **sizes}
-        merged = {"PARTS_PADDED": next_power_of_2(topk * splits), "AT_ONCE": 16}
-        for kernel, constants in (
-            (decode.update_centroids_kernel, {**means, "LANES": 1}),
-            (decode.score_kernel, {**means, "ROWS": configs.GATE_ROWS}),
-            (decode.select_kernel, {"BLOCK": block_size, "TOPK": topk, "BLOCKS": 1024, **slots}),
-            (
-                decode.attend_selected_kernel,
-                {**sizes, **values, **parts, **slots, "KEYS": min(configs.DECODE.keys, split), "ROWS": 16},
-            ),
-            (decode.merge_splits_kernel, {**values, **parts, **merged}),
+        select = configs.decode_select(dim, block_size, 2, 4, 1024)
+        attend = configs.decode_attend(dim, dim, block_size, 4)
+        sizes = {"D": dim, "D_PADDED": padded(dim)}
+        means = {"BLOCK": block_size, "KEYS": select.keys, "TILE": COUNT_TILE, **sizes}
+        chosen = {"TOPK": topk, "SLOTS": next_power_of_2(topk), "OVERLAP": capability >= 90}
+        selects = {"ROWS": configs.GATE_ROWS, "BLOCKS": 1024, "HEADS": select.heads}
+        attends = {
+            "SPLITS": attend.splits, "SPLIT": attend.split, "BLOCK": block_size, "DV": dim, "DV_PADDED": padded(dim),
+            "KEYS": attend.keys, "ROWS": 16, "STAGES": attend.num_stages, "HEADS": attend.heads, "AT_ONCE": attend.at_once,
+        }  # fmt: skip
+        for kernel, constants, warps in (
+            (decode.update_centroids_kernel, {**means, "LANES": 1}, 4),
+            (decode.select_kernel, {**means, **chosen, **selects}, 4),
+            (decode.attend_selected_kernel, {**sizes, **chosen, **attends}, attend.num_warps),
         ):
             signature, attributes = {}, {}
             for index, parameter in enumerate(kernel.params):
@@ -260,7 +399,7 @@ def built(capability: int):
                     if name.startswith(("q_s", "q_head", "k_", "v_")) and name != "q_heads":
                         attributes[(index,)] = compiling.ALIGNED
             source = ASTSource(kernel, signature, constants, attributes)
-            yield f"{kernel.__name__} {constants}", compiling.build(source, divmod(capability, 10), num_warps=4)
+            yield f"{kernel.__name__} {constants}", compiling.build(source, divmod(capability, 10), num_warps=warps)
 
 
 @pytest.mark.skipif(interpreter.ACTIVE, reason="runs in the main process")
@@ -268,7 +407,7 @@ def built(capability: int):
 def test_no_spills(capability):
     lines = interpreter.run_without_interpreter(__file__, str(capability)).splitlines()
     results = [json.loads(line) for line in lines if line.startswith("{")]
-    assert len(results) == 15
+    assert len(results) == 9
     assert [r for r in results if r["spill"]] == []
 
 

@@ -9,8 +9,12 @@ import pytest
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("matplotlib")
+pytest.importorskip("typer")
+
+import typer
 
 from examples.megatron_gpt.profiling import Span, category, shares
+from scripts import training_speed
 from scripts.tables import speed
 
 
@@ -83,3 +87,24 @@ def test_table_of_one_gpu_and_several() -> None:
         ["1M", "2K", "MoBA (512, 8)", "2", "pull", "1.00 s", "190", "1.90x", "25.0%", "2.0 (1.9)", "6.0000, 5.0000"],
         ["1M", "1M", "MoBA (128, 8)", "2", "pull", "1.00 s", "190", "", "25.0%", "2.0 (1.9)", "6.0000, 5.0000"],
     ]
+
+    # Other lengths and ranks compare, other settings do not; the run on one GPU may be in another file.
+    alone = run | {"overrides": ["parallel.context=1"]}
+    hybrid = alone | {"overrides": ["parallel.context=1", "moba.full_last_layers=2"], "tokens_per_second": 50.0}
+    both = more | {"overrides": ["parallel.context=2", "data.seq_length=2048"]}
+    (line,) = speed.gpus_table({"about": about, "runs": [both]}, {"runs": [alone, hybrid]}).splitlines()[4:]
+    assert "| 1.90x |" in line
+    rows = speed.step_rows({"about": about, "runs": [both, both | {"attention": "full:1:0", "step_seconds": 9.0}]})
+    assert rows == ["| training step, 1M, (512, 8), 2K tokens, pull, 2 GPU | 9.00 s | **1.00 s** | 9.0x |"]
+
+
+def test_what_an_attention_asks_for() -> None:
+    plain = training_speed._asked_for("moba:512:8")
+    assert plain.changes == ("moba.block_size=512", "moba.topk=8")
+    assert (plain.own, plain.steps, plain.warmup, plain.label) == ((), None, None, "")
+    full = training_speed._asked_for("full:1:0 model.num_layers=2 label=last_two")
+    assert full.own == ("model.num_layers=2",)
+    assert (full.steps, full.warmup, full.label) == (1, 0, "last two")
+    for wrong in ("", "moba:512", "moba:512:8:1:1:1", "full:x", "half", "full:0", "full parallel.context=2"):
+        with pytest.raises(typer.BadParameter, match="--attention"):
+            training_speed._asked_for(wrong)

@@ -1,0 +1,113 @@
+"""Attention, and a block of a model around it, eager and compiled by `torch.compile` as one graph.
+
+    python -m scripts.bench_compile --out docs/results/compile.json
+
+Eager and compiled calls take turns. Times are milliseconds on the device, back to back, and on the host until the call returns.
+Outputs and gradients of the timed calls are compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from moba_cp import MoBAConfig, SequenceLayout, moba_attention, set_layout
+
+from .harness import options
+from .harness.inputs import draw_inputs
+from .harness.llama import Block, rotary
+from .harness.records import Results, about
+from .harness.timing import time_calls
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="JSON file, written after every case")],
+    tokens: Annotated[int, typer.Option(help="tokens of the sequence")] = 8192,
+    heads: Annotated[str, typer.Option(help="q/kv heads")] = "32/8",
+    configs: Annotated[str, typer.Option(help="block size:topk, comma-separated")] = "512:3,512:8,128:8",
+    hidden: Annotated[int, typer.Option(help="hidden size of the block; 0 leaves it out")] = 4096,
+    rounds: Annotated[int, typer.Option(help="rounds of eager and compiled in turns", min=1)] = 5,
+    iterations: Annotated[int, typer.Option(help="calls of each in a round", min=1)] = 10,
+    backend: Annotated[str, typer.Option(help="of torch.compile")] = "inductor",
+    device_name: Annotated[str, typer.Option("--device", help="cuda, or cpu to try the program")] = "cuda",
+    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+) -> None:
+    """Eager against compiled, forward alone and with backward, on one device."""
+    ((q_heads, kv_heads),) = options.heads(heads)
+    place = options.device(device_name)
+    results = Results(out, {"about": about(commit) | {"backend": backend}}, "results")
+    for sizes in options.configs(configs):
+        config, layout = MoBAConfig(*sizes), SequenceLayout.contiguous([0, tokens], 1)
+        case = {
+            "tokens": tokens, "q_heads": q_heads, "kv_heads": kv_heads, "block_size": sizes[0], "topk": sizes[1],
+        }  # fmt: skip
+        *inputs, dout = draw_inputs(tokens, q_heads, kv_heads, 0, place)
+        attend = lambda q, k, v, config=config, layout=layout: moba_attention(q, k, v, config, layout=layout)  # noqa: E731
+        calls: list[tuple[str, Callable[..., Tensor], list[Tensor], Tensor]] = [("attention", attend, inputs, dout)]
+        if hidden:
+            torch.manual_seed(0)
+            with place:
+                block = Block(hidden, (q_heads, kv_heads), config, None).to(torch.bfloat16)
+            set_layout(block, layout)
+            x = torch.randn(tokens, hidden, device=place, dtype=torch.bfloat16)
+            turns = rotary(torch.arange(tokens, device=place), block.head_dim, x.dtype)
+            calls.append(("block", lambda x, b=block, t=turns: b(x, *t), [x], torch.randn_like(x)))
+        for what, function, arguments, gradient in calls:
+            measure = lambda f=function, a=arguments, g=gradient: _in_turns(f, a, g, backend, rounds, iterations, place)  # noqa: E731
+            results.attempt("results", {"what": what} | case, measure)
+        torch.compiler.reset()
+    if results.failed:
+        raise typer.Exit(1)
+
+
+def _in_turns(
+    function: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, backend: str, rounds: int, iterations: int,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Milliseconds of `function` eager and compiled, by what runs; and the largest relative differences between them."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    variants = {"eager": function, "compiled": torch.compile(function, backend=backend, fullgraph=True)}
+    last: dict[str, list[Tensor]] = {}
+
+    def calls(name: str) -> dict[str, Callable[[], None]]:
+        @torch.no_grad()
+        def forward() -> None:
+            variants[name](*inputs)
+
+        def both() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            out = variants[name](*leaves)
+            out.backward(dout)
+            last[name] = [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+        return {"forward": forward, "forward_backward": both}
+
+    times: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name in variants:
+            for what, call in calls(name).items():
+                found = time_calls(call, device, iterations=iterations)
+                times.setdefault(f"{what}_{name}_ms", []).extend(found.all)
+                times.setdefault(f"{what}_{name}_host_ms", []).extend(found.host)
+    result: dict[str, Any] = {}
+    for name, values in times.items():
+        first, _, third = statistics.quantiles(values, n=4)
+        result[name] = {
+            "median": round(statistics.median(values), 4), "quartile_1": round(first, 4), "quartile_3": round(third, 4),
+            "count": len(values),
+        }  # fmt: skip
+    pairs = list(zip(last["compiled"], last["eager"], strict=True))
+    result["largest_difference"] = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+    result["bitwise_equal"] = all(torch.equal(a, b) for a, b in pairs)
+    return result
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,96 @@
+"""scripts/long_run.py: a run that is killed goes on from its checkpoint over two ranks, with the losses that it had."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+from scripts import long_run
+from scripts.tables.training import long_run_plot, long_run_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def step(number: int, loss: float) -> str:
+    entry = {"kind": "train", "step": number, "loss": loss, "grad_norm": 1.0, "tokens_per_second": 8.0}
+    return json.dumps(entry | {"peak_memory_gib": 2.0 + number})
+
+
+def test_steps_of_each_start_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert long_run.logged(path, 1) == []
+    assert long_run.parameters(path) is None
+    model = json.dumps({"kind": "model", "step": 0, "parameters": 7})
+    path.write_text("\n".join([model, step(1, 5.0), step(2, 4.0), model, step(3, 3.0), step(4, 2.0)[:20]]))
+    assert [entry["step"] for entry in long_run.logged(path, 1)] == [1, 2, 3]
+    assert [entry["step"] for entry in long_run.logged(path, 2)] == [3]
+    assert long_run.parameters(path) == 7
+
+
+def test_curves_and_differences() -> None:
+    entries = [json.loads(step(n, 10.0 - n)) for n in range(1, 9)]
+    found = long_run.summary(entries, steps=7, shared=False)
+    assert (found["steps"], found["loss"][-1], found["finite"]) == (7, 3.0, True)
+    assert found["tokens_per_second"] == 8.0
+    assert long_run.summary(entries, steps=7, shared=True)["tokens_per_second"] is None
+    assert not long_run.summary([entries[0] | {"loss": float("nan")}], steps=7, shared=True)["finite"]
+    resumed = long_run.compared(found["loss"], {6: 4.5, 7: 3.0, 8: 1.0}, save_at=5)
+    assert resumed == {"first_step": 6, "loss": [4.5, 3.0], "difference": [0.5, 0.0], "largest_difference": 0.5}
+    assert long_run.compared(found["loss"], {}, save_at=5)["largest_difference"] is None
+
+
+def test_text_and_plot(tmp_path: Path) -> None:
+    entries = [json.loads(step(n, 10.0 - n)) for n in range(1, 9)]
+    content = long_run.summary(entries, steps=7, shared=True) | {
+        "about": {"device": "GPU", "torch": "2", "megatron_core": "0", "commit": "c" * 40},
+        "setup": {
+            "moba": {"block_size": 512, "topk": 8}, "tokens_per_step": 1024, "precision": "bf16", "overrides": ["a=1"],
+            "saved_after": 5,
+        },
+        "parameters": 7_000_000,
+    }  # fmt: skip
+    assert "resumed" not in long_run_text(content)
+    content["resumed"] = long_run.compared(content["loss"], {6: 4.5, 7: 3.0}, save_at=5) | {"ranks": 2}
+    text = long_run_text(content)
+    assert "7 steps: loss 9.0000 to 3.0000" in text
+    assert "9.00 GiB after 10 steps, 9.00 GiB after 7" in text
+    assert "steps 6 to 7 differ by at most 5.0e-01" in text
+    long_run_plot(content, tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+@pytest.mark.heavy
+def test_a_killed_run_goes_on_over_two_ranks(tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    line = [sys.executable, "-m", "scripts.long_run", "--config", "configs/quickstart.yaml", "--device", "cpu"]
+    line += [
+        "--steps",
+        "5",
+        "--save-at",
+        "3",
+        "--resumed-steps",
+        "2",
+        "--output",
+        str(tmp_path / "run"),
+        "--out",
+        str(out),
+    ]
+    line += ["--", "data.seq_length=192", "optimizer.warmup_steps=2", "run.global_batch_size=2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(out.read_text())
+    assert (content["steps"], content["finite"]) == (5, True)
+    assert content["loss"][-1] < content["loss"][0]
+    assert (content["resumed"]["ranks"], len(content["resumed"]["loss"])) == (2, 2)
+    # fp32: two ranks add gradients in another order.
+    assert content["resumed"]["largest_difference"] < 1e-5
