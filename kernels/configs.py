@@ -60,14 +60,14 @@ class GluonConfig:
         keys: keys per tile.
         num_warps: warps per program.
         ahead: tiles whose copies are in flight ahead of the one being computed; 0 where the kernel fixes the number.
-        late: start copies after the tile's first products instead of before them.
+        last: start copies after the tile's last product instead of after its first ones.
     """
 
     rows: int
     keys: int
     num_warps: int
     ahead: int = 0
-    late: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,19 +266,19 @@ def decode_select(dim: int, block_size: int, itemsize: int, group: int, most: in
 
 @lru_cache(maxsize=64)
 def decode_attend(dim: int, dim_v: int, block_size: int, group: int) -> DecodeAttendConfig:
-    """Attention of one query per sample, at most eight programs per block.
+    """Attention of one query per sample, at most four programs per block of 1024 keys or more.
 
     At (512, 8) with 32 q heads a sample makes 512 programs. At D = 128 one uses 128 registers per thread and 40 KiB of shared
     memory, so that all of them run at once on 132 multiprocessors: most of a program's time is latency before its first key.
     """
-    split = max(min(256, padded(block_size)), padded(block_size) // 8)
+    split = max(min(256, padded(block_size)), padded(block_size) // 4)
     heads = min(next_power_of_2(group), max(4096 // padded(dim_v), 1))
     return DecodeAttendConfig(
         split=split,
         splits=cdiv(block_size, split),
         keys=min(32, split),
         heads=heads,
-        at_once=max(4096 // (heads * padded(dim_v)), 1),
+        at_once=max(min(4096 // (heads * padded(dim_v)), 8), 1),
         num_warps=4,
         num_stages=3,
     )
@@ -317,15 +317,15 @@ def backward(dim: int, dim_v: int, block_size: int, gpu: Gpu) -> BackwardConfig:
 def sm90_dkdv(dim: int, block_size: int) -> GluonConfig:
     """dK and dV on Hopper, and dq where one tile of keys holds a block.
 
-    Late copies, where a block has several tiles of keys: 4 % faster with blocks of 512 and 2 % slower with blocks of 4096.
+    Copies last: 4 % faster with blocks of 4096, 4 % slower with blocks of 512.
     """
     keys = 128 if block_size % 128 == 0 else 64
     # One warpgroup that holds 64 x 128 sums has registers for 32 rows at a time; two that share 128 keys, for 64.
     rows = 32 if keys == 64 and dim == 128 else 64
-    return GluonConfig(rows, keys, num_warps=keys // 16, ahead=2, late=keys < block_size <= 1024)
+    return GluonConfig(rows, keys, num_warps=keys // 16, ahead=2, last=block_size > 1024)
 
 
-SM90_DQ = GluonConfig(rows=128, keys=64, num_warps=8, ahead=1)
+SM90_DQ = GluonConfig(rows=128, keys=64, num_warps=8)
 """Partial dq on Hopper: rows stay on chip, keys stream."""
 DELTA = RowConfig(rows=32)
 

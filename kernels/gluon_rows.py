@@ -40,6 +40,21 @@ def warp_layout(rows: int, warps: int) -> gl.BlockedLayout:
     return gl.BlockedLayout([rows // 32], [32], [warps], [0])
 
 
+@gluon.constexpr_function
+def store_layout(rows: int, dim: int, warps: int) -> gl.DistributedLinearLayout:
+    """For stores of the product `[rows, dim]` of one or two warpgroups: its layout, with eight adjacent columns per thread.
+
+    The conversion exchanges columns inside a quad of lanes, without a barrier or other warps, and stores are 16 bytes wide.
+    """
+    columns = [[0, 1 << bit] for bit in range(dim.bit_length() - 1)]
+    more_rows = [[16 * warps << bit, 0] for bit in range((rows // (16 * warps)).bit_length() - 1)]
+    registers = [*columns[:3], [8, 0], *columns[5:], *more_rows]
+    lanes = [*columns[3:5], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[16 << bit, 0] for bit in range(warps.bit_length() - 1)], [], [rows, dim]
+    )
+
+
 @gluon.jit
 def decode(code, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
     """Token and head in the group of entries, 32 bits each, so that a product with a stride is one wide multiplication."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+ITEMS_PER_PROGRAM = 16
+"""Work items per program, about, of kernels that request an item's rows while they compute another."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -19,6 +21,16 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n`; 0 for 0, as in Triton."""
     return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def programs_for(n_items: int, resident: int) -> int:
+    """Programs that share `n_items` work items, each taking every n-th one, where `resident` programs run at the same time.
+
+    A program requests its next item's rows while it computes, so it should have several items. But multiprocessors that other
+    kernels hold for a while must find less to do: hence about `ITEMS_PER_PROGRAM` items each, in full waves of programs.
+    """
+    waves = max(1, n_items // (resident * ITEMS_PER_PROGRAM))
+    return min(n_items, waves * resident)
 
 
 def padded(size: int) -> int:

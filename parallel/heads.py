@@ -317,9 +317,8 @@ class HeadsBack:
 
     def start(self, parts: Sequence[Tensor], heads: Sequence[slice]) -> None:
         """Send `[tokens of the group, h, W]`, this member's `heads`, for each of the wholes."""
-        parts = [
-            part.contiguous() for part in parts
-        ]  # gradients of rows that moved home and back are halves of one tensor
+        # Gradients of rows that moved home and back are halves of one tensor.
+        parts = [part.contiguous() for part in parts]
         self._put()
         self._side.mark()
         with self._side.use():

@@ -64,10 +64,9 @@ def main(
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex, Transformer Engine: optional
     from examples.megatron_gpt.config import load_config
 
-    # It would go on: it is killed in the middle, not at its end.
-    changes = [*(overrides or []), *PLAIN, f"run.steps={10 * steps}", f"run.directory={output}"]
-    changes.append(f"run.save_interval={save_at}")
+    changes, again = starts(overrides or [], output, steps, save_at, ranks)
     settings = load_config(config, changes)
+    load_config(config, again)  # refused now, if at all
     content: dict[str, Any] = {
         "about": about(commit) | {"megatron_core": megatron_core_version()},
         "setup": {
@@ -85,15 +84,13 @@ def main(
     output.mkdir(parents=True)
     visible = _visible(device)
     start = partial(_train, config, device=device, output=output)
-    found = start([*changes, "parallel.context=1", "run.resume=false"], visible[:1], steps, seconds, number=1)
+    found = start(changes, visible[:1], steps, seconds, number=1)
     content |= summary(found, steps, shared) | {"parameters": parameters(output / "run" / "metrics.jsonl")}
     write_json(out, content)
     print(_described(content), flush=True)
     killed = content["loss"]
     if len(killed) > save_at and len(visible) >= ranks:
         _drop_checkpoints(output / "run" / "checkpoints", save_at)
-        again = [*changes, f"parallel.context={ranks}", "run.resume=true", "run.save_interval=0"]
-        again += ["run.cuda_graphs=false"] if ranks > 1 else []  # graphs are for one process
         found = start(again, visible[:ranks], save_at + resumed_steps, resume_seconds, number=2)
         content["resumed"] = compared(killed, {entry["step"]: entry["loss"] for entry in found}, save_at) | {
             "ranks": ranks
@@ -102,6 +99,17 @@ def main(
         print(json.dumps(content["resumed"]), flush=True)
     if len(killed) < steps or len(content.get("resumed", {}).get("loss", [])) < resumed_steps:
         sys.exit(f"steps are missing; logs are {output}/*.log")
+
+
+def starts(overrides: list[str], output: Path, steps: int, save_at: int, ranks: int) -> tuple[list[str], list[str]]:
+    """Changes of the configuration for the run that is killed, on one rank, and for the one that goes on over `ranks`."""
+    # The run would go on: it is killed in the middle, not at its end.
+    changes = [*overrides, *PLAIN, f"run.steps={10 * steps}", f"run.directory={output}"]
+    first = [*changes, f"run.save_interval={save_at}", "parallel.context=1", "run.resume=false"]
+    again = [*changes, "run.save_interval=0", f"parallel.context={ranks}", "run.resume=true"]
+    if ranks > 1:
+        again.append("run.cuda_graphs=false")  # graphs are for one process
+    return first, again
 
 
 def _visible(device: str) -> list[str]:

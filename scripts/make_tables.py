@@ -9,6 +9,8 @@ Tables go between the comments `<!-- results:NAME -->` and `<!-- /results:NAME -
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +19,7 @@ from moba_cp.planning.calibration import Calibration
 
 from .harness.records import REPOSITORY
 from .tables.equality import equality_table, pretrain_table
-from .tables.huggingface import huggingface_table
+from .tables.huggingface import decode_table, huggingface_table
 from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.planning import balance_table, clusters_table, predictions_table
@@ -26,9 +28,10 @@ from .tables.soak import soak_table
 from .tables.speed import gpus_table, profile_plot, speed_table
 from .tables.text import fill
 from .tables.torch_parts import compile_table, fsdp_table
-from .tables.training import training_plot, training_table
+from .tables.training import long_run_plot, long_run_text, training_plot, training_table
 
 RESULTS = REPOSITORY / "docs" / "results"
+KERNELS_H200 = RESULTS / "kernels_h200.json"
 NOT_MEASURED = "Not measured yet: no docs/results/scaling*.json."
 NO_LONGEST = "No context of 4M tokens or more was measured yet; `configs/scaling/longest.yaml` does it."
 
@@ -41,8 +44,10 @@ def main(
         print(*blocks().values(), sep="\n\n")
         return
     fill(blocks(), [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))])
-    kernels_plot(*load(sorted(RESULTS.glob("kernels*.json"))), RESULTS / "kernels.png")
+    kernels_plot(*load(kernel_files()), RESULTS / "kernels.png")
     training_plot(content("training"), RESULTS / "training.png")
+    for file in sorted(RESULTS.glob("training_run*.json")):
+        long_run_plot(json.loads(file.read_text()), file.with_suffix(".png"))
     if scaling := scaling_contents():
         scaling_plot(scaling, RESULTS / "scaling.png")
     profile_plot(content("training_speed"), RESULTS / "training_profile.png")
@@ -50,20 +55,25 @@ def main(
 
 def blocks() -> dict[str, str]:
     """Markdown of every table, by the name of the block that it goes into."""
-    about, results, dense = load(sorted(RESULTS.glob("kernels*.json")))
+    about, results, dense = load(kernel_files())
     return {
         "results:headline": headline(results, dense, content("training_scaling")),
         "results:kernels": kernels_table(about, results, dense),
+        "results:kernels_h200": kernels_table(*load([KERNELS_H200])),
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
         "results:training": training_table(content("training")),
+        "results:training_run": long_run_text(
+            [json.loads(file.read_text()) for file in sorted(RESULTS.glob("training_run*.json"))]
+        ),
         "results:speed": speed_table(content("training_speed")),
         "results:training_scaling": gpus_table(content("training_scaling"), content("training_speed")),
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
         "results:soak": soak_table([json.loads(file.read_text()) for file in sorted(RESULTS.glob("soak*.json"))]),
-        "results:fsdp": fsdp_table(content("fsdp")),
-        "results:compile": compile_table(content("compile")),
+        "results:decode": decode_table(content("decode")),
+        "results:fsdp": if_measured("fsdp", fsdp_table),
+        "results:compile": if_measured("compile", compile_table),
         "results:scaling": scaling_tables(scaling_contents()) or NOT_MEASURED,
         "results:longest": longest_table(scaling_contents()) or NO_LONGEST,
         "results:predictions": predictions_table(RESULTS),
@@ -71,6 +81,11 @@ def blocks() -> dict[str, str]:
         "results:balance": balance_table(),
         "results:scaling_headline": scaling_headline(),
     }
+
+
+def kernel_files() -> list[Path]:
+    """Every kernels*.json of an H100."""
+    return [file for file in sorted(RESULTS.glob("kernels*.json")) if file != KERNELS_H200]
 
 
 def scaling_headline() -> str:
@@ -84,6 +99,15 @@ def scaling_headline() -> str:
 def scaling_contents() -> list[dict[str, Any]]:
     """Of every scaling*.json; none where nothing was measured yet."""
     return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("scaling*.json"))]
+
+
+def if_measured(name: str, table: Callable[[dict[str, Any]], str]) -> str:
+    """A table of the file `name`.json, or that there is none yet."""
+    return (
+        table(content(name))
+        if (RESULTS / f"{name}.json").exists()
+        else f"Not measured yet: no docs/results/{name}.json."
+    )
 
 
 def content(name: str) -> dict[str, Any]:

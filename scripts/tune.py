@@ -257,8 +257,7 @@ def backward_changes(block_size: int) -> list[tuple[str, dict[str, Any]]]:
     """(kernel, fields of its Hopper configuration that differ from the shipped ones)."""
     if block_size <= 128:
         return [("dkdv_dq", {"ahead": ahead}) for ahead in (1, 2)]
-    late = [(False, 2), (True, 2), (True, 1)]
-    return [("dkdv", {"late": x, "ahead": n}) for x, n in late] + [("dq", {"ahead": ahead}) for ahead in (1, 2)]
+    return [("dkdv", {"last": x, "ahead": ahead}) for x, ahead in ((False, 2), (True, 2), (False, 1))] + [("dq", {})]
 
 
 def backward(chunk: Chunk) -> Subject:

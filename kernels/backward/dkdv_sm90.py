@@ -19,31 +19,6 @@ from .rows_sm90 import copy_rows, load_scalars, store_dkdv, unit_bounds, work_un
 
 
 @gluon.jit
-def _copy_ahead(
-    q, dout, lse, delta, position, entry, i, count, held, line, cols, q_s, do_s, code_s,
-    q_token, q_head, dout_token, dout_head, lse_head, lse_token, delta_head, delta_token,
-    HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, ROWS: gl.constexpr, AHEAD: gl.constexpr,
-    GATHER: gl.constexpr, LINE: gl.constexpr,
-):  # fmt: skip
-    """At tile i: start copying the rows of tile i + AHEAD; load the scalars of tile i + 1 and the entries of i + AHEAD + 1.
-
-    Overwrites the stage of tile i - 2. All warps must have waited for that tile's products, and passed a barrier since.
-    """
-    STAGES: gl.constexpr = AHEAD + 2
-    stage = (i + AHEAD) % STAGES
-    copy_rows(
-        q, dout, code_s.index(stage).load(gl.SliceLayout(1, GATHER)), q_s.index(stage), do_s.index(stage), cols,
-        q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
-    )  # fmt: skip
-    row_lse, row_delta, limit = load_scalars(
-        lse, delta, position, code_s.index((i + 1) % STAGES).load(LINE), (i + 1) * ROWS + line < count, held,
-        lse_head, lse_token, delta_head, delta_token, HEAD_BITS, SLOT_BITS, TOPK,
-    )  # fmt: skip
-    line_code = gl.load(entry + gl.minimum((i + 1 + AHEAD) * ROWS + line, gl.maximum(count - 1, 0)))
-    return row_lse, row_delta, limit, line_code
-
-
-@gluon.jit
 def _unseen_rows(
     entry, position, count, first_key, ROWS: gl.constexpr, WARPS: gl.constexpr, HEAD_BITS: gl.constexpr,
     SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
@@ -73,7 +48,7 @@ def dkdv_kernel(
     lse_head, lse_token, delta_head, delta_token, dq_head, dq_token, dq_slot, start_head, n_bins, n_blocks, group, scale,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, KEYS: gl.constexpr,
     ROWS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
-    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, LATE: gl.constexpr,
+    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of KEYS keys of one block, over the rows of its bin or of one segment of it.
 
@@ -169,24 +144,24 @@ def dkdv_kernel(
         code_s.index(nxt).store(line_code)
         fence_async_shared()
         barrier()
-        if not LATE:
-            row_lse, row_delta, limit, line_code = _copy_ahead(
-                q, dout, lse, delta, position, entry, i, count, held, line, cols, q_s, do_s, code_s,
-                q_token, q_head, dout_token, dout_head, lse_head, lse_token, delta_head, delta_token,
-                HEAD_BITS, SLOT_BITS, TOPK, ROWS, AHEAD, GATHER, LINE,
-            )  # fmt: skip
         q_i = q_s.index(stage)
         do_i = do_s.index(stage)
         s_run = warpgroup_mma(k_s, q_i.permute((1, 0)), zero, use_acc=False, is_async=True)
         # Wait for the previous tile's dV and dK before issuing dP^T: all at once they would need too many registers.
         p_left, ds_left = warpgroup_mma_wait(1, deps=(p_left, ds_left))
         dp_run = warpgroup_mma(v_s, do_i.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if LATE:
-            row_lse, row_delta, limit, line_code = _copy_ahead(
-                q, dout, lse, delta, position, entry, i, count, held, line, cols, q_s, do_s, code_s,
-                q_token, q_head, dout_token, dout_head, lse_head, lse_token, delta_head, delta_token,
-                HEAD_BITS, SLOT_BITS, TOPK, ROWS, AHEAD, GATHER, LINE,
+        # Rows of tile i + AHEAD, in the stage of tile i - 2: all warps have waited for that tile's products, and passed a barrier
+        # since. The compiler puts a barrier between these copies and the next product that reads rows.
+        if not LAST:
+            copy_rows(
+                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols,
+                q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
             )  # fmt: skip
+        row_lse, row_delta, limit = load_scalars(
+            lse, delta, position, code_s.index((i + 1) % STAGES).load(LINE), (i + 1) * ROWS + line < count, held,
+            lse_head, lse_token, delta_head, delta_token, HEAD_BITS, SLOT_BITS, TOPK,
+        )  # fmt: skip
+        line_code = gl.load(entry + gl.minimum((i + 1 + AHEAD) * ROWS + line, gl.maximum(count - 1, 0)))
         masked = gl.min(limit_s.index(i % 2).load(WARP), 0) < last_key
         s = warpgroup_mma_wait(1, deps=(s_run,))
         p = gl.exp2(s * factor - lse_s.index(i % 2).load(BY_ROW)[None, :])
@@ -199,6 +174,11 @@ def dkdv_kernel(
         ds = p * (dp - delta_s.index(i % 2).load(BY_ROW)[None, :])
         ds_left = gl.convert_layout(ds.to(DTYPE), LEFT)
         dk_sum = warpgroup_mma(ds_left, q_i, dk_sum, is_async=True)
+        if LAST:
+            copy_rows(
+                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols,
+                q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
+            )  # fmt: skip
     dv_sum, p_left, dk_sum, ds_left = warpgroup_mma_wait(0, deps=(dv_sum, p_left, dk_sum, ds_left))
     async_copy.wait_group(0)
     tile = gl.program_id(0) % TILES

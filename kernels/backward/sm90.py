@@ -11,7 +11,9 @@ from __future__ import annotations
 from .. import configs
 from ..configs import GluonConfig
 from ..descriptors import gluon_dtype
+from ..gpu import gpu_of
 from ..launch import launch_kernel
+from ..sizes import programs_for
 from .call import Call
 from .dkdv_dq_sm90 import dkdv_dq_kernel
 from .dkdv_sm90 import dkdv_kernel
@@ -33,9 +35,9 @@ def launch_dkdv(call: Call, config: GluonConfig) -> None:
     shape = call.lists.shape
     tiles = shape.block_size // config.keys
     sums = call.segment_sums(shape.block_size)
-    kernel, late = (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LATE": config.late})
+    kernel, last = (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LAST": config.last})
     launch_kernel(kernel, ((shape.n_bins + call.n_segments) * tiles,),
-        *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), TILES=tiles, **late,
+        *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), AHEAD=config.ahead, TILES=tiles, **last,
         SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate, num_warps=config.num_warps,
     )  # fmt: skip
     sum_segments(call, sums, config.keys, tiles)
@@ -46,14 +48,15 @@ def launch_dq(call: Call, config: GluonConfig) -> None:
     shape, n_items = call.lists.shape, call.lists.item_bin.numel()
     if shape.rows_per_item > config.rows:
         raise ValueError(f"work items must have at most {config.rows} rows, got {shape.rows_per_item}")
-    if n_items:
-        launch_kernel(dq_kernel, (n_items,),
-            *call.dq_arguments(), **call.bits(), **_constants(call, config), num_warps=config.num_warps
+    if n_items and call.q.shape[0]:
+        programs = programs_for(n_items, gpu_of(call.q.device).multiprocessors)
+        launch_kernel(dq_kernel, (programs,),
+            *call.dq_arguments(), n_items, **call.bits(), **_constants(call, config), num_warps=config.num_warps
         )  # fmt: skip
 
 
 def _constants(call: Call, config: GluonConfig) -> dict:
     return {
-        "D": call.q.shape[2], "ROWS": config.rows, "KEYS": config.keys, "AHEAD": config.ahead,
-        "WARPS": config.num_warps, "DTYPE": gluon_dtype(call.q.dtype),
+        "D": call.q.shape[2], "ROWS": config.rows, "KEYS": config.keys, "WARPS": config.num_warps,
+        "DTYPE": gluon_dtype(call.q.dtype),
     }  # fmt: skip

@@ -18,8 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..gluon_rows import barrier, decode, gather_layout, line_layout, offset_of, product_layout, warp_layout
-from .store_sm90 import store_layout
+from ..gluon_rows import (
+    barrier,
+    decode,
+    gather_layout,
+    line_layout,
+    offset_of,
+    product_layout,
+    store_layout,
+    warp_layout,
+)
 
 
 @gluon.jit
@@ -88,7 +96,7 @@ def _store_rows(
     out, at, stored, total, norm, ROWS: gl.constexpr, D: gl.constexpr, DTYPE: gl.constexpr, SUM: gl.constexpr
 ):
     """Store normalised rows at rows `at` of `out` where `stored`; both in the rows' slice of `store_layout`."""
-    STORE: gl.constexpr = store_layout(ROWS, D)
+    STORE: gl.constexpr = store_layout(ROWS, D, 4)
     o = total * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, SUM))[:, None]
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
     gl.store(out + (at * D)[:, None] + cols[None, :], gl.convert_layout(o.to(DTYPE), STORE), mask=stored[:, None])
@@ -179,7 +187,7 @@ def hold_rows_kernel(
     stored = (row < end) & (slot != TOPK - 1)
     gl.store(lse + at, m + gl.log2(norm), mask=stored)
     total, p_left = warpgroup_mma_wait(0, deps=(acc, p_left))
-    STORED: gl.constexpr = gl.SliceLayout(1, store_layout(ROWS, D))
+    STORED: gl.constexpr = gl.SliceLayout(1, store_layout(ROWS, D, 4))
     _store_rows(out, gl.convert_layout(at, STORED), gl.convert_layout(stored, STORED), total, norm, ROWS, D, DTYPE, SUM)
     for j in gl.static_range(2):
         mbarrier.invalidate(k_full.index(j))
@@ -289,7 +297,7 @@ def own_blocks_kernel(
     at = at_s.load(BY_ROW)
     gl.store(lse + at, m + gl.log2(norm), mask=at >= 0)
     total, p_left = warpgroup_mma_wait(0, deps=(acc, p_left))
-    at = at_s.load(gl.SliceLayout(1, store_layout(ROWS, D)))
+    at = at_s.load(gl.SliceLayout(1, store_layout(ROWS, D, 4)))
     _store_rows(out, at, at >= 0, total, norm, ROWS, D, DTYPE, SUM)
     for j in gl.static_range(2):
         mbarrier.invalidate(k_full.index(j))

@@ -20,9 +20,9 @@ from ..gluon_rows import (
     line_layout,
     offset_of,
     product_layout,
+    store_layout,
     warp_layout,
 )
-from .store_sm90 import store_layout
 
 
 @gluon.jit
@@ -66,7 +66,7 @@ def stream_rows_kernel(
     SCORE: gl.constexpr = product_layout(KEYS, WARPS)
     SUM: gl.constexpr = product_layout(D, WARPS)
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
-    STORE: gl.constexpr = store_layout(ROWS, D)
+    STORE: gl.constexpr = store_layout(ROWS, D, WARPS)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
     LINE: gl.constexpr = line_layout(WARPS)
     WARP: gl.constexpr = warp_layout(ROWS, WARPS)

@@ -81,8 +81,15 @@ def training_plot(content: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def long_run_text(content: dict[str, Any]) -> str:
-    """Markdown of `long_run`: what ran, and how the resumed run differs."""
+NOT_RUN = "Not run on GPUs yet. On CPU, tests kill a small run and resume it over two ranks."
+
+
+def long_run_text(contents: list[dict[str, Any]]) -> str:
+    """Markdown of every result of `long_run`: what ran, and how the resumed run differs."""
+    return "\n\n".join(map(_long_run_text, contents)) or NOT_RUN
+
+
+def _long_run_text(content: dict[str, Any]) -> str:
     about, setup, resumed = content["about"], content["setup"], content.get("resumed", {})
     moba, loss, peak = setup["moba"], content["loss"], content["peak_memory_gib"]
     lines = [

@@ -99,7 +99,7 @@ def tile_constants(config) -> dict:
     constants = {"ROWS": config.rows, "KEYS": config.keys}
     if isinstance(config, configs.TileConfig):
         return constants | {"STAGES": config.num_stages}
-    return constants | {"AHEAD": config.ahead, "LATE": config.late, "WARPS": config.num_warps}
+    return constants | {"AHEAD": config.ahead, "LAST": config.last, "WARPS": config.num_warps}
 
 
 def build_small(dim, dtype, capability) -> dict[str, dict]:

@@ -14,7 +14,7 @@ from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moba_cp.kernels import launch
-from moba_cp.kernels.launch import launch_kernel
+from moba_cp.kernels.launch import BoundLaunch, launch_kernel
 
 LAUNCHED: list[tuple] = []
 
@@ -116,7 +116,18 @@ def main() -> None:
             for case in cases:
                 launcher(*case)
             rounds.append({"launched": list(LAUNCHED), "left": left, "kept": len(launch._kept)})
-    print(json.dumps({"cases": len(cases), "rounds": rounds}))
+    launch.MOST_KEPT = 4096
+    bound = []
+    of_tensors = [case for case in cases if case[0] is add_kernel]
+    launches = [BoundLaunch(k, g, a[2:], c) for k, g, a, c in of_tensors]
+    for device in (0, 0, 1, 0):  # bound on device 0
+        Driver.device = device
+        LAUNCHED.clear()
+        left = 0
+        for again, (_, _, arguments, _) in zip(launches, of_tensors, strict=True):
+            again(*arguments[:2])
+        bound.append({"launched": list(LAUNCHED), "left": left})
+    print(json.dumps({"cases": len(cases), "rounds": rounds, "bound": bound}))
 
 
 if __name__ == "__main__":

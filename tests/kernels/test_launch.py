@@ -42,3 +42,13 @@ def test_repeated_launches_are_not_left_to_triton(found):
 def test_kept_launches_are_bounded(found):
     assert found["rounds"][5]["kept"] > 4
     assert found["rounds"][8]["kept"] <= 4
+
+
+def test_bound_launches_are_the_same(found):
+    """Those of unaligned tensors are left to Triton. On another device, `launch_kernel` does it."""
+    triton = found["rounds"][0]["launched"]
+    others = found["rounds"][3]["launched"]
+    for index, expected in ((0, triton), (1, triton), (2, others), (3, triton)):
+        assert found["bound"][index]["launched"] == expected[: len(found["bound"][0]["launched"])]
+    assert len(found["bound"][0]["launched"]) == found["cases"] - 3
+    assert [found["bound"][index]["left"] for index in (1, 3)] == [3, 3]

@@ -13,3 +13,15 @@ def test_equal_to_triton():
     for n in [*range(300), 2**31 - 1, 2**31, 2**31 + 1, 2**40 + 1]:
         assert sizes.next_power_of_2(n) == triton.next_power_of_2(n), n
         assert [sizes.cdiv(n, d) for d in (1, 7, 64)] == [triton.cdiv(n, d) for d in (1, 7, 64)], n
+
+
+def test_programs_for():
+    """Full waves of programs with about `ITEMS_PER_PROGRAM` items each; no more programs than items, and one wave at least."""
+    for resident in (1, 132, 264):
+        for n_items in (1, 100, 264, 7168, 131000, 2**22):
+            programs = sizes.programs_for(n_items, resident)
+            assert 1 <= programs <= n_items
+            if n_items >= resident:
+                assert programs % resident == 0
+            if programs > resident:
+                assert sizes.ITEMS_PER_PROGRAM <= n_items / programs < 2 * sizes.ITEMS_PER_PROGRAM

@@ -14,8 +14,9 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
+from examples.megatron_gpt.config import load_config
 from scripts import long_run
-from scripts.tables.training import long_run_plot, long_run_text
+from scripts.tables.training import NOT_RUN, long_run_plot, long_run_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,14 +59,26 @@ def test_text_and_plot(tmp_path: Path) -> None:
         },
         "parameters": 7_000_000,
     }  # fmt: skip
-    assert "resumed" not in long_run_text(content)
+    assert long_run_text([]) == NOT_RUN
+    assert "resumed" not in long_run_text([content])
     content["resumed"] = long_run.compared(content["loss"], {6: 4.5, 7: 3.0}, save_at=5) | {"ranks": 2}
-    text = long_run_text(content)
+    text = long_run_text([content])
     assert "7 steps: loss 9.0000 to 3.0000" in text
     assert "9.00 GiB after 10 steps, 9.00 GiB after 7" in text
     assert "steps 6 to 7 differ by at most 5.0e-01" in text
     long_run_plot(content, tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+def test_both_starts_have_a_configuration_that_works(tmp_path: Path) -> None:
+    """The file's own ranks do not matter, and a graph of one process is left out over two."""
+    path = ROOT / "configs" / "gpt_300m_128k.yaml"
+    assert load_config(path, []).parallel.context == 2
+    first, again = long_run.starts(["run.cuda_graphs=true"], tmp_path, steps=200, save_at=150, ranks=2)
+    one, two = load_config(path, first), load_config(path, again)
+    assert (one.parallel.context, one.run.cuda_graphs, one.run.save_interval) == (1, True, 150)
+    assert (two.parallel.context, two.run.cuda_graphs, two.run.resume) == (2, False, True)
+    assert one.run.steps == two.run.steps > 200  # one schedule of learning rates
 
 
 @pytest.mark.heavy
@@ -84,7 +97,8 @@ def test_a_killed_run_goes_on_over_two_ranks(tmp_path: Path) -> None:
         "--out",
         str(out),
     ]
-    line += ["--", "data.seq_length=192", "optimizer.warmup_steps=2", "run.global_batch_size=2"]
+    # The killed run is on one rank whatever the configuration says.
+    line += ["--", "data.seq_length=192", "optimizer.warmup_steps=2", "run.global_batch_size=2", "parallel.context=2"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
