@@ -32,7 +32,7 @@ from .parallel.exchanges import (
     open_backward,
     open_forward,
 )
-from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, moves, send_back
+from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, send_back
 from .parallel.rows import add_rows
 from .selection import Routing, over_heads
 from .stages import Stages
@@ -101,28 +101,14 @@ class Saved:
     route: Route
 
 
-def forward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing, wait_for_values: Callable[[], object] | None = None
-) -> Saved:
-    """Output, log-sum-exp and selected blocks of the local rows, which `routing` decides.
-
-    Args:
-        call: the call.
-        q, k, v: local queries, keys and values.
-        routing: what decides.
-        wait_for_values: where `v` is still on its way: called once, before `v` is read.
-    """
-    if wait_for_values is not None and (call.comm.size > 1 or moves(call.plan, v.device)):
-        wait_for_values()
-        wait_for_values = None
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Saved:
+    """Output, log-sum-exp and selected blocks of the local rows, which `routing` decides."""
     q, k, v = (readable(x) for x in (q, k, v))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)
     opening = open_forward(call.requested, home, call.comm, work_of(call, ranges, k))
     selected = select_blocks(call, q, home, rows, routing)
-    if wait_for_values is not None:
-        wait_for_values()
     exchange, route = opening.route(
         partial(call.backend.wanted_pairs, selected, n_blocks=call.n_blocks, kv_heads=k.shape[1])
     )

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from .parallel.comm import CommGroup
 from .parallel.cost import CallSizes
 from .parallel.exchanges import Route
 from .parallel.heads import (
-    Coming,
     HeadsBack,
     HeadSplit,
     HeadTransfer,
@@ -208,27 +205,20 @@ def number_of(call: pipeline.Call | WideCall) -> int:
 def slabs_of(split: HeadSplit, head_bytes: int) -> tuple[Slab, ...]:
     """Slabs of a call whose longest wide rank has `head_bytes` bytes of queries per q head.
 
-    Nothing hides how the first slab comes in and how the last one goes out: they have an eighth of the heads each. A slab comes
-    in while the one before is computed, which takes two to three times as long per head: the second slab has twice the heads of
-    the first, and the third has what is left. Each slab costs the host another pass through the pipeline.
+    A quarter of the heads, half of them, and a quarter: nothing hides how the first slab comes in and how the last one goes out,
+    and each slab more costs the host another pass through the pipeline.
     """
     heads, group = split.kv_heads, split.q_heads // split.kv_heads
     least = max(1, -(-SLAB_BYTES // max(1, group * head_bytes)))
-    edge = max(least, heads // 8)
-    rest = heads - 2 * edge
-    if rest >= 4 * edge:
-        sizes = [edge, 2 * edge, rest - 2 * edge, edge]
-    elif rest >= least:
-        sizes = [edge, rest, edge]
-    elif heads >= 2 * least:
-        sizes = [heads // 2, heads - heads // 2]
+    quarter = max(least, -(-heads // 4))
+    if heads < 2 * least or heads < 2:
+        ends = [heads]
+    elif heads - 2 * quarter < 1:
+        ends = [heads - heads // 2, heads]
     else:
-        sizes = [heads]
-    ends = list(accumulate(sizes))
-    return tuple(
-        Slab(slice(end - size, end), slice((end - size) * group, end * group))
-        for size, end in zip(sizes, ends, strict=True)
-    )
+        ends = [quarter, heads - quarter, heads]
+    starts = [0, *ends[:-1]]
+    return tuple(Slab(slice(a, b), slice(a * group, b * group)) for a, b in zip(starts, ends, strict=True))
 
 
 def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Done:
@@ -239,20 +229,20 @@ def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -
     out = HeadsBack(transfer, [whole])
     kept, weights = [], []
 
-    def shares(slab: Slab) -> list[list[Share]]:
-        """What the gate needs, and what attention needs then: values come while blocks are selected."""
-        selected = [] if routing.selected is None else [Share(routing.selected.transpose(0, 1), slab.q, split.q_heads)]
-        of_k, of_v = (Share(x, slab.kv, split.kv_heads, split.copies) for x in (k, v))
-        return [[of_k, Share(q, slab.q, split.q_heads), *selected], [of_v]]
+    def shares(slab: Slab) -> list[Share]:
+        return [
+            Share(q, slab.q, split.q_heads),
+            *(Share(x, slab.kv, split.kv_heads, split.copies) for x in (k, v)),
+            *([] if routing.selected is None else [Share(routing.selected.transpose(0, 1), slab.q, split.q_heads)]),
+        ]
 
-    for slab, (first, values) in zip(call.slabs, _one_ahead(call, shares), strict=True):
-        of_k, of_q, *of_selected = _waited(call, first)
-        (of_v,) = values.tensors
+    for slab, inputs in zip(call.slabs, _one_ahead(call, shares), strict=True):
+        of_q, of_k, of_v, *of_selected = inputs
         here = _routing_of_slab(call, of_q, of_selected, routing)
-        saved = pipeline.forward(call.inner, of_q, of_k, of_v, here, partial(_waited, call, values))
+        saved = pipeline.forward(call.inner, of_q, of_k, of_v, here)
         if here.weights is not None:
             weights.append(here.weights)
-        out.start([saved.out], [slab.q], idle=slab is call.slabs[-1])
+        out.start([saved.out], [slab.q])
         kept.append(SavedSlab(of_q, of_k, of_v, saved))
     with call.inner.stage("wait for heads out"):
         out.finish()
@@ -275,11 +265,10 @@ def backward(call: WideCall, slabs: Sequence[SavedSlab], dout: Tensor) -> tuple[
     dq = dout.new_empty(tokens, dout.shape[1], first.q.shape[2])
     dk, dv = (dout.new_empty(tokens, kv_heads, x.shape[2], dtype=travels) for x in (first.k, first.v))
     back = HeadsBack(transfer, [dq, dk, dv])
-    come_in = _one_ahead(call, lambda slab: [[Share(dout, slab.q, split.q_heads)]])
-    for slab, kept, (come,) in zip(call.slabs, slabs, come_in, strict=True):
-        (of_dout,) = _waited(call, come)
-        gradients = pipeline.backward(call.inner, kept.q, kept.k, kept.v, kept.saved, of_dout)
-        back.start(gradients, [slab.q, slab.kv, slab.kv], idle=slab is call.slabs[-1])
+    come_in = _one_ahead(call, lambda slab: [Share(dout, slab.q, split.q_heads)])
+    for slab, kept, inputs in zip(call.slabs, slabs, come_in, strict=True):
+        gradients = pipeline.backward(call.inner, kept.q, kept.k, kept.v, kept.saved, inputs[0])
+        back.start(gradients, [slab.q, slab.kv, slab.kv])
     with call.inner.stage("wait for heads out"):
         back.finish()
     return dq, add_copies(dk, split.copies, dtype), add_copies(dv, split.copies, dtype)
@@ -291,23 +280,19 @@ def gradient_dtype(split: HeadSplit, dtype: torch.dtype) -> torch.dtype:
     return dtype if split.copies == 1 else accumulate_dtype(dtype)
 
 
-def _one_ahead(call: WideCall, shares: Callable[[Slab], list[list[Share]]]) -> Iterator[list[Coming]]:
-    """What brings each slab's shares, group by group, in turn; the next slab is under way before one is given."""
-    ahead: deque[list[Coming]] = deque()
+def _one_ahead(call: WideCall, shares: Callable[[Slab], list[Share]]) -> Iterator[list[Tensor]]:
+    """What each slab's shares bring, in turn; the next slab is under way before one is waited for."""
+    coming: deque[Callable[[], list[Tensor]]] = deque()
     for slab in call.slabs:
-        groups = shares(slab)
-        # Until the first group of the first slab is there, the caller's stream has nothing to do.
-        ahead.append(
-            [call.transfer.start_in(group, idle=slab is call.slabs[0] and group is groups[0]) for group in groups]
-        )
-        if len(ahead) > 1:
-            yield ahead.popleft()
-    yield ahead.popleft()
+        coming.append(call.transfer.start_in(shares(slab)))
+        if len(coming) > 1:
+            yield _waited(call, coming.popleft())
+    yield _waited(call, coming.popleft())
 
 
-def _waited(call: WideCall, coming: Coming) -> list[Tensor]:
+def _waited(call: WideCall, coming: Callable[[], list[Tensor]]) -> list[Tensor]:
     with call.inner.stage("wait for heads in"):
-        return coming.arrived()
+        return coming()
 
 
 def _routing_of_slab(call: WideCall, q: Tensor, selected: list[Tensor], routing: Routing) -> Routing:

@@ -167,11 +167,11 @@ def forward(call: WideDense, attend: Attend, q: Tensor, k: Tensor, v: Tensor) ->
             (v, split.kv_heads, split.copies),
         )
     ]
-    wide = [_ordered(x, call.order) for x in call.transfer.start_in(shares, idle=True).arrived()]
+    wide = [_ordered(x, call.order) for x in call.transfer.start_in(shares)()]
     out, lse = attend(*wide)
     whole = q.new_empty(*q.shape[:2], v.shape[2])
     back = HeadsBack(call.transfer, [whole])
-    back.start([_ordered(out, call.back)], [slice(0, split.q_heads)], idle=True)
+    back.start([_ordered(out, call.back)], [slice(0, split.q_heads)])
     back.finish()
     return whole, (*wide, out, lse)
 
@@ -183,7 +183,7 @@ def backward(
     split = call.heads
     q, k, v, out, lse = saved
     share = Share(unit_stride(dout), slice(0, split.q_heads), split.q_heads)
-    (come,) = call.transfer.start_in([share], idle=True).arrived()
+    (come,) = call.transfer.start_in([share])()
     gradients = attend_backward(q, k, v, out, lse, _ordered(come, call.order))
     travels = gradient_dtype(split, q.dtype)
     parts = [_ordered(x, call.back).to(dtype) for x, dtype in zip(gradients, (q.dtype, travels, travels))]
@@ -193,7 +193,7 @@ def backward(
         for part, of in zip(parts, ranges)
     ]
     back = HeadsBack(call.transfer, wholes)
-    back.start(parts, ranges, idle=True)
+    back.start(parts, ranges)
     back.finish()
     dq, dk, dv = wholes
     return dq, add_copies(dk, split.copies, q.dtype), add_copies(dv, split.copies, q.dtype)

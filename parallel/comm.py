@@ -86,11 +86,6 @@ class Pending:
     def __init__(self, works: Sequence[dist.Work], result: Tensor, keep: object, describe: str) -> None:
         self._works, self._result, self._keep, self._describe = works, result, keep, describe
 
-    @property
-    def result(self) -> Tensor:
-        """The tensor that holds the result once `wait` has returned."""
-        return self._result
-
     def wait(self) -> Tensor:
         """The result, ready for work enqueued on the current stream from here on.
 

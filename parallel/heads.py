@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -129,30 +128,6 @@ class Share:
         return self.heads.stop - self.heads.start
 
 
-Leaving: TypeAlias = Sequence[tuple[Tensor, Tensor, slice]]
-"""Heads on their way out: `[tokens of the group, h, W]`, contiguous; their destination `[T, H, W]`, all heads of this rank's
-tokens; and the range of each member's heads that these are."""
-
-
-@dataclass(frozen=True)
-class Coming:
-    """Heads on their way in.
-
-    Attributes:
-        tensors: `[tokens of the group, h, W]` of each share, contiguous; filled, for the current stream, once `wait` has
-            returned.
-        wait: called once.
-    """
-
-    tensors: list[Tensor]
-    wait: Callable[[], None]
-
-    def arrived(self) -> list[Tensor]:
-        """Wait, and give the tensors."""
-        self.wait()
-        return self.tensors
-
-
 class HeadTransfer:
     """Heads in and heads out over one head group by all-to-all, beside the caller's stream on CUDA; see the module.
 
@@ -180,12 +155,12 @@ class HeadTransfer:
         """The same, for what is not traffic of the call."""
         return type(self)(CommGroup(self.comm.group, self.comm.size), self.tokens)
 
-    def start_in(self, shares: Sequence[Share], idle: bool = False) -> Coming:
+    def start_in(self, shares: Sequence[Share]) -> Callable[[], list[Tensor]]:
         """Start to bring heads of all tokens of the group.
 
-        Args:
-            shares: what travels.
-            idle: on CUDA, the caller's stream has nothing to do until these heads are there, and may take part in the work.
+        Returns:
+            A function, called once, that waits and gives `[tokens of the group, h, W]` of each share, contiguous, to the
+            current stream.
         """
         size, device = self.comm.size, shares[0].x.device
         side = SideStream(device, IN)
@@ -196,36 +171,31 @@ class HeadTransfer:
                 packed = take_heads(share.x, size, share.heads.start, share.count, share.per_member, share.copies)
                 pending.append(self.comm.all_to_all(packed.flatten(0, 1), [self.mine] * size, self.tokens, IN))
         side.uses(*(share.x for share in shares))
+        return lambda: [x.wait() for x in pending]
 
-        def wait() -> None:
-            for x in pending:
-                x.wait()
-
-        return Coming([x.result for x in pending], wait)
-
-    def start_out(self, leaving: Leaving, with_own: bool) -> Callable[[], None]:
+    def start_out(
+        self, parts: Sequence[Tensor], wholes: Sequence[Tensor], heads: Sequence[slice]
+    ) -> Callable[[], None]:
         """Start to send heads of this member to the ranks that hold the tokens; on CUDA from the current stream.
 
         Args:
-            leaving: what travels, and where to.
-            with_own: also put what stays on this rank in place; if not, the caller calls `put_own`.
+            parts: `[tokens of the group, h, W]` each, contiguous.
+            wholes: destinations `[T, H, W]` of all heads of this rank's tokens.
+            heads: range of each member's heads that each part holds.
 
         Returns:
-            A function, called once and before the next `start_out`, that waits and puts the heads of the other members in place,
-            on the current stream.
+            A function, called once and before the next `start_out`, that waits and puts the heads of all members in place, on the
+            current stream.
         """
         size = self.comm.size
-        pending = [self.comm.all_to_all(part, self.tokens, [self.mine] * size, OUT) for part, _, _ in leaving]
+        pending = [self.comm.all_to_all(x, self.tokens, [self.mine] * size, OUT) for x in parts]
 
         def put() -> None:
-            for x, (_, whole, heads) in zip(pending, leaving, strict=True):
+            for x, whole, of in zip(pending, wholes, heads, strict=True):
                 packed = x.wait().unflatten(0, (size, self.mine))
-                put_heads(packed, whole, heads.start, whole.shape[1] // size)
+                put_heads(packed, whole, of.start, whole.shape[1] // size)
 
         return put
-
-    def put_own(self, leaving: Leaving) -> None:
-        """Put what stays on this rank in place, on the current stream. An all-to-all has brought it along."""
 
 
 class PeerHeadTransfer(HeadTransfer):
@@ -237,7 +207,7 @@ class PeerHeadTransfer(HeadTransfer):
     is needed, while others come to their barrier. Buffers are used in halves; see `PeerMemory.next_half`.
     """
 
-    def start_in(self, shares: Sequence[Share], idle: bool = False) -> Coming:
+    def start_in(self, shares: Sequence[Share]) -> Callable[[], list[Tensor]]:
         device, rank = shares[0].x.device, self.comm.rank
         memory, at = self._memory(IN, device, [(share.x, share.count) for share in shares])
         wholes = [share.x.new_empty(self.wide_tokens, share.count, share.x.shape[2]) for share in shares]
@@ -247,45 +217,46 @@ class PeerHeadTransfer(HeadTransfer):
             for share, offset in zip(shares, at, strict=True):
                 packed = self._view(memory, rank, offset, share.x, share.count)
                 self._take(share, self.comm.size, share.heads.start, packed, skip=rank)
-            if not idle:
-                self._take_own(shares, wholes)
+            for share, whole in zip(shares, wholes, strict=True):
+                own = whole[None, self._rows(rank)]
+                self._take(share, 1, rank * share.per_member + share.heads.start, own)
             memory.barrier(self.comm, BARRIERS)
             for whole, offset in zip(wholes, at, strict=True):
                 for source in self._others():
                     packed = self._view(memory, source, offset, whole, whole.shape[1])
                     whole[self._rows(source)].copy_(packed[_slot(source, rank)])
             done = side.done()
-        if idle:  # beside what crosses
-            self._take_own(shares, wholes)
         for whole in wholes:
             self._count(IN, whole, self.wide_tokens - self.mine)
         side.uses(*(share.x for share in shares), *wholes)
-        return Coming(wholes, lambda: side.join(done))
 
-    def start_out(self, leaving: Leaving, with_own: bool) -> Callable[[], None]:
+        def wait() -> list[Tensor]:
+            side.join(done)
+            return wholes
+
+        return wait
+
+    def start_out(
+        self, parts: Sequence[Tensor], wholes: Sequence[Tensor], heads: Sequence[slice]
+    ) -> Callable[[], None]:
         rank = self.comm.rank
-        memory, at = self._memory(OUT, leaving[0][0].device, [(part, part.shape[1]) for part, _, _ in leaving])
-        for (part, _, _), offset in zip(leaving, at, strict=True):
+        memory, at = self._memory(OUT, parts[0].device, [(x, x.shape[1]) for x in parts])
+        for x, offset in zip(parts, at, strict=True):
             for target in self._others():
-                slots = self._view(memory, target, offset, part, part.shape[1])
-                slots[_slot(target, rank)].copy_(part[self._rows(target)])
-            self._count(OUT, part, (self.comm.size - 1) * self.mine)
-        if with_own:
-            self.put_own(leaving)
+                slots = self._view(memory, target, offset, x, x.shape[1])
+                slots[_slot(target, rank)].copy_(x[self._rows(target)])
+            self._count(OUT, x, (self.comm.size - 1) * self.mine)
+        for x, whole, of in zip(parts, wholes, heads, strict=True):
+            first = rank * (whole.shape[1] // self.comm.size) + of.start
+            put_heads(x[None, self._rows(rank)], whole, first, whole.shape[1])
         memory.barrier(self.comm, BARRIERS)
 
         def put() -> None:
-            for (part, whole, heads), offset in zip(leaving, at, strict=True):
-                packed = self._view(memory, rank, offset, part, part.shape[1])
-                put_heads(packed, whole, heads.start, whole.shape[1] // self.comm.size, skip=rank)
+            for x, offset, whole, of in zip(parts, at, wholes, heads, strict=True):
+                packed = self._view(memory, rank, offset, x, x.shape[1])
+                put_heads(packed, whole, of.start, whole.shape[1] // self.comm.size, skip=rank)
 
         return put
-
-    def put_own(self, leaving: Leaving) -> None:
-        rank = self.comm.rank
-        for part, whole, heads in leaving:
-            first = rank * (whole.shape[1] // self.comm.size) + heads.start
-            put_heads(part[None, self._rows(rank)], whole, first, whole.shape[1])
 
     def _memory(
         self, purpose: str, device: torch.device, shapes: Sequence[tuple[Tensor, int]]
@@ -302,11 +273,6 @@ class PeerHeadTransfer(HeadTransfer):
         """`[U - 1, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`: a slot for each other
         member, see `_slot`."""
         return memory.view(rank, offset, (self.comm.size - 1, self.tokens[rank], count, x.shape[2]), x.dtype)
-
-    def _take_own(self, shares: Sequence[Share], wholes: Sequence[Tensor]) -> None:
-        rank = self.comm.rank
-        for share, whole in zip(shares, wholes, strict=True):
-            self._take(share, 1, rank * share.per_member + share.heads.start, whole[None, self._rows(rank)])
 
     def _take(self, share: Share, size: int, first: int, packed: Tensor, skip: int | None = None) -> None:
         take_heads(share.x, size, first, share.count, share.per_member, share.copies, packed, skip)
@@ -349,25 +315,16 @@ class HeadsBack:
         self._side = SideStream(wholes[0].device, OUT)
         self._coming: Callable[[], None] = _nothing
 
-    def start(self, parts: Sequence[Tensor], heads: Sequence[slice], idle: bool = False) -> None:
-        """Send `[tokens of the group, h, W]`, this member's `heads`, for each of the wholes.
-
-        Args:
-            parts, heads: what travels.
-            idle: on CUDA, the caller's stream has nothing to do until these heads are there, and may take part in the work.
-        """
-        parts = [
-            part.contiguous() for part in parts
-        ]  # gradients of rows that moved home and back are halves of one tensor
-        leaving = list(zip(parts, self._wholes, heads, strict=True))
+    def start(self, parts: Sequence[Tensor], heads: Sequence[slice]) -> None:
+        """Send `[tokens of the group, h, W]`, this member's `heads`, for each of the wholes."""
+        # Gradients of rows that moved home and back are halves of one tensor.
+        parts = [part.contiguous() for part in parts]
         self._put()
         self._side.mark()
         with self._side.use():
-            self._coming = self._transfer.start_out(leaving, with_own=not idle)
+            self._coming = self._transfer.start_out(parts, self._wholes, heads)
             if self._cuda:  # the stream waits, not the host
                 self._put()
-        if idle:  # beside what crosses
-            self._transfer.put_own(leaving)
         self._side.uses(*parts)
 
     def finish(self) -> None:

@@ -30,11 +30,6 @@ class HomeBlocks:
         self.start = home_start(plan.plan, plan.rank, device)
 
 
-def moves(plan: RankPlan, device: torch.device) -> bool:
-    """Whether `bring_home` reads keys and values, because some row moves."""
-    return not _stays(plan, "home_from", device)
-
-
 def bring_home(plan: RankPlan, k: Tensor, v: Tensor, comm: CommGroup) -> HomeBlocks:
     """Exchange the fragments of blocks that straddle ranks: one all-to-all, none where there are no fragments.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +44,6 @@ class PeerMemory:
         own: what it is the handle of.
         timeout_ms: of the group.
         uses: how often `next_half` was called.
-        typed: by rank and dtype, its whole buffer.
     """
 
     buffers: list[Tensor]
@@ -53,7 +53,6 @@ class PeerMemory:
     own: Tensor | None = None
     timeout_ms: int = 0
     uses: int = 0
-    typed: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     def next_half(self) -> int:
         """Offset of the half of the buffer that is used next, for buffers whose halves are written alternately.
@@ -76,16 +75,9 @@ class PeerMemory:
             comm.all_gather(torch.zeros(1, dtype=torch.uint8), stage).wait()
 
     def view(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor of `shape` in the buffer of `rank` from byte `offset` on, a multiple of the item size."""
-        whole = self.typed.get((rank, dtype))
-        if whole is None:
-            with torch.inference_mode(False):  # calls outside of it will write to what is kept
-                whole = self.typed[rank, dtype] = self.buffers[rank].view(dtype)
-        strides = [1] * len(shape)
-        for at in range(len(shape) - 1, 0, -1):
-            strides[at - 1] = strides[at] * shape[at]
-        # One operation of the host, not three: a call makes tens of these.
-        return whole.as_strided(shape, strides, whole.storage_offset() + offset // dtype.itemsize)
+        """A tensor of `shape` in the buffer of `rank` from byte `offset` on."""
+        size = prod(shape) * dtype.itemsize
+        return self.buffers[rank][offset : offset + size].view(dtype).view(shape)
 
 
 _memories: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[torch.device, str], PeerMemory]] = (

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import moba_cp
 from moba_cp import SequenceLayout, wide
 from moba_cp.parallel.comm import StageTraffic
-from moba_cp.parallel.heads import Coming, HeadSplit, HeadTransfer, PeerHeadTransfer
+from moba_cp.parallel.heads import HeadTransfer, PeerHeadTransfer
 from tests.cases import (
     FP64,
     MIXED,
@@ -162,68 +162,6 @@ def test_shared_kv_heads_are_rounded_once(dtype: torch.dtype) -> None:
         assert relative_error(got, expected) < (2e-6 if dtype == torch.float32 else 4e-3), name
     for first, second in per_rank:
         assert all(map(torch.equal, first, second))
-
-
-@pytest.mark.parametrize(
-    ("kv_heads", "head_bytes", "sizes"),
-    [
-        (8, 32 << 20, [1, 2, 4, 1]),  # in a slab's queries at least 32 MiB
-        (8, 16 << 20, [2, 4, 2]),
-        (8, 8 << 20, [4, 4]),
-        (8, 4 << 20, [8]),
-        (4, 32 << 20, [1, 2, 1]),
-        (3, 32 << 20, [1, 1, 1]),
-        (2, 32 << 20, [1, 1]),
-        (1, 32 << 20, [1]),
-        (32, 32 << 20, [4, 8, 16, 4]),
-    ],
-)
-def test_the_first_and_the_last_slab_are_small(kv_heads: int, head_bytes: int, sizes: list[int]) -> None:
-    """Three q heads per kv head; slabs follow one another."""
-    slabs = wide.slabs_of(HeadSplit(2, 3 * kv_heads, kv_heads, 1), head_bytes // 3 + 1)
-    assert [slab.kv.stop - slab.kv.start for slab in slabs] == sizes
-    assert [slab.kv.start for slab in slabs] == [0, *(slab.kv.stop for slab in slabs[:-1])]
-    assert all((slab.q.start, slab.q.stop) == (3 * slab.kv.start, 3 * slab.kv.stop) for slab in slabs)
-
-
-@pytest.mark.parametrize("comm", ["a2a", "a2a+ring"])
-def test_values_may_come_after_the_blocks_are_selected(comm: str) -> None:
-    """What waits for them is called once, before any of them is read: until then they are NaN."""
-    u = 2
-    size = 2 if comm == "a2a" else 4
-    case = replace(TWELVE, lengths=(64,), block_size=16)
-    layout = SequenceLayout.zigzag(case.cu_seqlens, size)
-    for late, early in run_ranks(size, late_values_on_rank, case, layout, comm, u):
-        assert all(map(torch.equal, late, early))
-
-
-def late_values_on_rank(
-    rank: int, size: int, case: Case, layout: SequenceLayout, comm: str, u: int
-) -> list[tuple[torch.Tensor, ...]]:
-    """Results where values arrive as late as they may, and as usual."""
-    start_in, found = PeerHeadTransfer.start_in, []
-
-    def late(transfer: PeerHeadTransfer, shares: list, idle: bool = False) -> Coming:
-        coming = start_in(transfer, shares, idle)
-        kept = [x.clone() for x in coming.tensors]
-
-        def wait() -> None:
-            coming.wait()
-            for x, values in zip(coming.tensors, kept, strict=True):
-                x.copy_(values)
-
-        for x in coming.tensors:
-            x.fill_(float("nan"))
-        return Coming(coming.tensors, wait)
-
-    for how in (late, start_in):
-        with (
-            mock.patch.object(wide, "SLAB_BYTES", 1),
-            mock.patch.object(wide, "head_transfer", lambda *a: PeerHeadTransfer(*a[:2])),
-            mock.patch.object(PeerHeadTransfer, "start_in", how),
-        ):
-            found += on_rank(rank, size, case, layout, comm, head_parallel=u)[:1]
-    return found
 
 
 # Two ranks, 16 tokens each of 4 q heads and 2 kv heads, D = 8, Dv = 4, fp64.

@@ -167,7 +167,11 @@ def saved_by_budgets(best: Option, layer: Layer, cluster: Cluster, calibration: 
         for backward in (False, True)
     )
     sizes = ", ".join(f"{name} {value / 2**30:g} GiB" for name, value in changed.items())
-    return [f"{sizes}: keys and values travel {walked} times forward / backward; {times:.1f} ms with the defaults"]
+    untried = ["a workspace above the default has not run on a GPU yet"] * ("workspace_bytes" in changed)
+    return [
+        f"{sizes}: keys and values travel {walked} times forward / backward; {times:.1f} ms with the defaults",
+        *untried,
+    ]
 
 
 def parts(option: Option) -> list[str]:
