@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import gcd
 
 import numpy as np
@@ -173,29 +174,19 @@ class HeadTransfer:
         side.uses(*(share.x for share in shares))
         return lambda: [x.wait() for x in pending]
 
-    def start_out(
-        self, parts: Sequence[Tensor], wholes: Sequence[Tensor], heads: Sequence[slice]
-    ) -> Callable[[], None]:
+    def start_out(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Start to send heads of this member to the ranks that hold the tokens; on CUDA from the current stream.
 
         Args:
-            parts: `[tokens of the group, h, W]` each, contiguous.
-            wholes: destinations `[T, H, W]` of all heads of this rank's tokens.
-            heads: range of each member's heads that each part holds.
+            parts: `[tokens of the group, h, W]` each.
 
         Returns:
-            A function, called once and before the next `start_out`, that waits and puts the heads of all members in place, on the
-            current stream.
+            A function that waits and gives `[U, T, h, W]` of each to the current stream: the same heads of each member, of this
+            rank's tokens. They are to be read before the next `start_out`.
         """
         size = self.comm.size
         pending = [self.comm.all_to_all(x, self.tokens, [self.mine] * size, OUT) for x in parts]
-
-        def put() -> None:
-            for x, whole, of in zip(pending, wholes, heads, strict=True):
-                packed = x.wait().unflatten(0, (size, self.mine))
-                put_heads(packed, whole, of.start, whole.shape[1] // size)
-
-        return put
+        return lambda: [x.wait().unflatten(0, (size, self.mine)) for x in pending]
 
 
 class PeerHeadTransfer(HeadTransfer):
@@ -203,8 +194,8 @@ class PeerHeadTransfer(HeadTransfer):
 
     In: each member packs its shares into its own shared memory; after a barrier each reads its part of everybody's. Out: each
     writes what it has into the memory of the ranks that hold the tokens; after a barrier they put it in place. What crosses is
-    contiguous, so copy engines move it and leave the multiprocessors to attention. A member's own part goes straight to where it
-    is needed, while others come to their barrier. Buffers are used in halves; see `PeerMemory.next_half`.
+    contiguous, so copy engines move it and leave the multiprocessors to attention. A member's own part needs no barrier: it moves
+    while others come to theirs. Buffers are used in halves; see `PeerMemory.next_half`.
     """
 
     def start_in(self, shares: Sequence[Share]) -> Callable[[], list[Tensor]]:
@@ -216,15 +207,12 @@ class PeerHeadTransfer(HeadTransfer):
         with side.use():
             for share, offset in zip(shares, at, strict=True):
                 packed = self._view(memory, rank, offset, share.x, share.count)
-                self._take(share, self.comm.size, share.heads.start, packed, skip=rank)
-            for share, whole in zip(shares, wholes, strict=True):
-                own = whole[None, self._rows(rank)]
-                self._take(share, 1, rank * share.per_member + share.heads.start, own)
+                take_heads(
+                    share.x, self.comm.size, share.heads.start, share.count, share.per_member, share.copies, packed
+                )
+            self._read(memory, at, wholes, [rank])
             memory.barrier(self.comm, BARRIERS)
-            for whole, offset in zip(wholes, at, strict=True):
-                for source in self._others():
-                    packed = self._view(memory, source, offset, whole, whole.shape[1])
-                    whole[self._rows(source)].copy_(packed[_slot(source, rank)])
+            self._read(memory, at, wholes, self._others())
             done = side.done()
         for whole in wholes:
             self._count(IN, whole, self.wide_tokens - self.mine)
@@ -236,46 +224,43 @@ class PeerHeadTransfer(HeadTransfer):
 
         return wait
 
-    def start_out(
-        self, parts: Sequence[Tensor], wholes: Sequence[Tensor], heads: Sequence[slice]
-    ) -> Callable[[], None]:
+    def start_out(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         rank = self.comm.rank
         memory, at = self._memory(OUT, parts[0].device, [(x, x.shape[1]) for x in parts])
-        for x, offset in zip(parts, at, strict=True):
-            for target in self._others():
-                slots = self._view(memory, target, offset, x, x.shape[1])
-                slots[_slot(target, rank)].copy_(x[self._rows(target)])
-            self._count(OUT, x, (self.comm.size - 1) * self.mine)
-        for x, whole, of in zip(parts, wholes, heads, strict=True):
-            first = rank * (whole.shape[1] // self.comm.size) + of.start
-            put_heads(x[None, self._rows(rank)], whole, first, whole.shape[1])
+        self._write(memory, at, parts, self._others())
         memory.barrier(self.comm, BARRIERS)
-
-        def put() -> None:
-            for x, offset, whole, of in zip(parts, at, wholes, heads, strict=True):
-                packed = self._view(memory, rank, offset, x, x.shape[1])
-                put_heads(packed, whole, of.start, whole.shape[1] // self.comm.size, skip=rank)
-
-        return put
+        self._write(memory, at, parts, [rank])
+        for x in parts:
+            self._count(OUT, x, (self.comm.size - 1) * self.mine)
+        return lambda: [self._view(memory, rank, offset, x, x.shape[1]) for x, offset in zip(parts, at, strict=True)]
 
     def _memory(
         self, purpose: str, device: torch.device, shapes: Sequence[tuple[Tensor, int]]
     ) -> tuple[PeerMemory, list[int]]:
         """The buffer, and where what each of some tensors sends begins in the half that is used next: tensors like `x` with so
-        many heads of each other member."""
-        most = (self.comm.size - 1) * max(self.tokens)
+        many heads of each member."""
+        most = self.comm.size * max(self.tokens)
         sizes = [aligned(most * count * x.shape[2] * x.itemsize) for x, count in shapes]
         memory = peer_memory(self.comm, device, purpose, 2 * sum(sizes))
         begin = memory.next_half()
         return memory, [begin + sum(sizes[:i]) for i in range(len(sizes))]
 
     def _view(self, memory: PeerMemory, rank: int, offset: int, x: Tensor, count: int) -> Tensor:
-        """`[U - 1, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`: a slot for each other
-        member, see `_slot`."""
-        return memory.view(rank, offset, (self.comm.size - 1, self.tokens[rank], count, x.shape[2]), x.dtype)
+        """`[U, tokens of rank, count, W]` in the memory of `rank`, of the width and dtype of `x`."""
+        return memory.view(rank, offset, (self.comm.size, self.tokens[rank], count, x.shape[2]), x.dtype)
 
-    def _take(self, share: Share, size: int, first: int, packed: Tensor, skip: int | None = None) -> None:
-        take_heads(share.x, size, first, share.count, share.per_member, share.copies, packed, skip)
+    def _read(self, memory: PeerMemory, at: Sequence[int], wholes: Sequence[Tensor], members: Sequence[int]) -> None:
+        """Fill the rows of `members` in `wholes` with what they packed for this rank."""
+        for whole, offset in zip(wholes, at, strict=True):
+            for source in members:
+                packed = self._view(memory, source, offset, whole, whole.shape[1])
+                whole[self._rows(source)].copy_(packed[self.comm.rank])
+
+    def _write(self, memory: PeerMemory, at: Sequence[int], parts: Sequence[Tensor], members: Sequence[int]) -> None:
+        """Give `members` their rows of `parts`."""
+        for x, offset in zip(parts, at, strict=True):
+            for target in members:
+                self._view(memory, target, offset, x, x.shape[1])[self.comm.rank].copy_(x[self._rows(target)])
 
     def _others(self) -> list[int]:
         """The other members, on each of them in another order."""
@@ -288,11 +273,6 @@ class PeerHeadTransfer(HeadTransfer):
     def _count(self, stage: str, x: Tensor, tokens: int) -> None:
         size = tokens * x.shape[1] * x.shape[2] * x.itemsize
         self.comm.traffic.add_read(stage, lambda: size)
-
-
-def _slot(owner: int, member: int) -> int:
-    """The slot of another member in the memory of `owner`, which keeps none for itself."""
-    return member - (member > owner)
 
 
 def head_transfer(comm: CommGroup, tokens: tuple[int, ...], device: torch.device) -> HeadTransfer:
@@ -317,26 +297,26 @@ class HeadsBack:
 
     def start(self, parts: Sequence[Tensor], heads: Sequence[slice]) -> None:
         """Send `[tokens of the group, h, W]`, this member's `heads`, for each of the wholes."""
-        # Gradients of rows that moved home and back are halves of one tensor.
-        parts = [part.contiguous() for part in parts]
-        self._put()
+        self._coming()
         self._side.mark()
         with self._side.use():
-            self._coming = self._transfer.start_out(parts, self._wholes, heads)
+            arrived = self._transfer.start_out(parts)
+            self._coming = partial(self._put, arrived, heads)
             if self._cuda:  # the stream waits, not the host
-                self._put()
+                self._coming()
         self._side.uses(*parts)
 
     def finish(self) -> None:
         """The wholes are complete for the current stream."""
         with self._side.use():
-            self._put()
+            self._coming()
         self._side.join(self._side.done())
         self._side.uses(*self._wholes)
 
-    def _put(self) -> None:
-        put, self._coming = self._coming, _nothing
-        put()
+    def _put(self, arrived: Callable[[], list[Tensor]], heads: Sequence[slice]) -> None:
+        self._coming = _nothing
+        for packed, whole, of in zip(arrived(), self._wholes, heads, strict=True):
+            put_heads(packed, whole, of.start, whole.shape[1] // self._transfer.comm.size)
 
 
 def _nothing() -> None:

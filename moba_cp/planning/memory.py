@@ -77,12 +77,11 @@ def memory(layer: Layer, split: Split) -> Memory:
 
 
 def _shared_for_heads(layer: Layer, split: Split, wide_tokens: int) -> float:
-    """Bytes of the buffers through which heads move inside a node: for two of the largest slabs each, what q, k, v and dq, dk, dv
-    bring from the other members."""
+    """Bytes of the buffers through which heads move inside a node: for two of the largest slabs each, q, k, v and dq, dk,
+    dv."""
     of = head_split(layer.q_heads, layer.kv_heads, split.head_parallel)
     row = layer.head_dim * layer.itemsize
     slab = max(slabs_of(of, wide_tokens * row), key=lambda slab: slab.kv.stop - slab.kv.start)
     q, kv = (wide_tokens * (x.stop - x.start) * row for x in (slab.q, slab.kv))
     of_gradients = 1 if of.copies == 1 else 4 / layer.itemsize
-    others = (split.head_parallel - 1) / split.head_parallel
-    return 2 * others * ((q + 2 * kv) + (q + 2 * kv * of_gradients))
+    return 2 * (q + 2 * kv) + 2 * (q + 2 * kv * of_gradients)

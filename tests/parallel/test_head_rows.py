@@ -22,23 +22,22 @@ CASES = [
 DTYPES = [torch.float32, torch.int32, torch.float16]
 
 
-def take(x: Tensor, packed: Tensor, first: int, per_member: int, copies: int, skip: int | None, kernel: bool) -> None:
+def take(x: Tensor, packed: Tensor, first: int, per_member: int, copies: int, kernel: bool) -> None:
     if kernel:
         from moba_cp.parallel import head_rows_kernel
 
-        head_rows_kernel.launch(x, packed, first, per_member, copies, skip, puts=False)
+        head_rows_kernel.launch(x, packed, first, per_member, copies, puts=False)
     else:
-        size = packed.shape[0] + (skip is not None)
-        take_heads(x, size, first, packed.shape[2], per_member, copies, packed, skip)
+        take_heads(x, packed.shape[0], first, packed.shape[2], per_member, copies, packed)
 
 
-def put(packed: Tensor, x: Tensor, first: int, per_member: int, skip: int | None, kernel: bool) -> None:
+def put(packed: Tensor, x: Tensor, first: int, per_member: int, kernel: bool) -> None:
     if kernel:
         from moba_cp.parallel import head_rows_kernel
 
-        head_rows_kernel.launch(x, packed, first, per_member, 1, skip, puts=True)
+        head_rows_kernel.launch(x, packed, first, per_member, 1, puts=True)
     else:
-        put_heads(packed, x, first, per_member, skip)
+        put_heads(packed, x, first, per_member)
 
 
 def check(case: tuple[int, ...], dtype: torch.dtype, device: str, kernel: bool) -> None:
@@ -46,19 +45,16 @@ def check(case: tuple[int, ...], dtype: torch.dtype, device: str, kernel: bool) 
     heads = size * per_member // copies
     values = torch.randint(-1000, 1000, (tokens, heads + 2, width), generator=torch.Generator().manual_seed(tokens))
     x = values.to(dtype).to(device)[:, 1 : heads + 1]  # heads cut out of a wider tensor
-    for skip in (None, 0, size - 1):
-        members = [member for member in range(size) if member != skip]
-        packed = torch.full((len(members), tokens, count, width), 7777, dtype=dtype, device=device)
-        take(x, packed, first, per_member, copies, skip, kernel)
-        for slot, member in enumerate(members):
-            for j in range(count):
-                assert torch.equal(packed[slot, :, j], x[:, (member * per_member + first + j) // copies])
-        if copies > 1:
-            continue
+    packed = torch.full((size, tokens, count, width), 7777, dtype=dtype, device=device)
+    take(x, packed, first, per_member, copies, kernel)
+    for member in range(size):
+        for j in range(count):
+            assert torch.equal(packed[member, :, j], x[:, (member * per_member + first + j) // copies])
+    if copies == 1:
         target = torch.full((tokens, heads, width), 7777, dtype=dtype, device=device)
-        put(packed, target, first, per_member, skip, kernel)
+        put(packed, target, first, per_member, kernel)
         for head in range(heads):
-            travelled = head // per_member in members and first <= head % per_member < first + count
+            travelled = first <= head % per_member < first + count
             expected = x[:, head] if travelled else torch.full_like(x[:, head], 7777)
             assert torch.equal(target[:, head], expected)
 
@@ -87,3 +83,11 @@ class TestOnGPU:
     @pytest.mark.parametrize("case", [*CASES, (4000, 2, 8, 2, 4, 1, 128)], ids=str)
     def test_kernel(self, case: tuple[int, ...], dtype: torch.dtype) -> None:
         check(case, dtype, "cuda", kernel=True)
+
+
+def test_rows_that_do_not_stand_one_behind_another_are_refused() -> None:
+    x, packed = torch.zeros(3, 4, 8), torch.zeros(2, 3, 2, 16)[..., :8]
+    with pytest.raises(ValueError, match=r"packed must be contiguous, got shape \(2, 3, 2, 8\)"):
+        put_heads(packed, x, 0, 2)
+    with pytest.raises(ValueError, match="packed must be contiguous"):
+        take_heads(x, 2, 0, 2, 2, packed=packed)
