@@ -22,6 +22,7 @@ from .tables.equality import equality_table, pretrain_table
 from .tables.huggingface import decode_table, huggingface_table
 from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
+from .tables.learning import learning_headline
 from .tables.planning import balance_table, clusters_table, predictions_table
 from .tables.scaling import longest_table, scaling_plot, scaling_tables
 from .tables.soak import soak_table
@@ -80,6 +81,7 @@ def blocks() -> dict[str, str]:
         "results:clusters": clusters_table(Calibration.default()),
         "results:balance": balance_table(),
         "results:scaling_headline": scaling_headline(),
+        "results:learning_headline": learning_headline(content("learning")),
     }
 
 
