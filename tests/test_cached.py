@@ -99,6 +99,21 @@ def test_a_small_workspace_gives_the_same() -> None:
     check(torch.cat([cache.attend(n, CentroidCache(), workspace_bytes=1) for n in (13, 27)], 1), content, given)
 
 
+def test_calls_in_inference_mode_and_outside_share_a_cache() -> None:
+    """A prompt read in inference mode, then steps without; centroids are allocated, and grow, in either."""
+    given, content = documents(), content_of("left")
+    cache, centroids = Cache(content, given, slots=10), CentroidCache()
+    with torch.inference_mode():
+        outputs = [cache.attend(9, centroids).clone()]
+    outputs.append(cache.attend(1, centroids))
+    whole = Cache(content, given)
+    whole.k[:, :, :10], whole.v[:, :, :10], whole.used = cache.k, cache.v, 10
+    with torch.inference_mode():
+        outputs.append(whole.attend(1, centroids).clone())
+    outputs += [whole.attend(n, centroids) for n in (1, 28)]
+    check(torch.cat(outputs, 1), content, given)
+
+
 def test_each_centroid_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the cache grows by one token and has other tensors each time."""
     computed = []
