@@ -316,6 +316,8 @@ def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens, centroid
             f"tokens are of [samples, queries] {tuple(found[0])} and [samples, slots] {tuple(found[1])}, but q is "
             f"{tuple(q.shape)} and k {tuple(k.shape)}"
         )
+    if tokens.slots.stride(1) != 1:
+        raise ValueError(f"the last dimension of tokens.slots must be dense, got strides {tokens.slots.stride()}")
     if tokens.slots.device != q.device:
         raise ValueError(f"tokens must be where q is, got tokens on {tokens.slots.device}, q on {q.device}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -240,6 +242,9 @@ def test_steps_after_the_first_refuse_the_same() -> None:
     moba_attention_cached(q, k, v, CONFIG, **more)
     with pytest.raises(ValueError, match="no gradient"):
         moba_attention_cached(q.clone().requires_grad_(), k, v, CONFIG, **more)
+    apart = dataclasses.replace(tokens, slots=tokens.slots.repeat_interleave(2, 1)[:, ::2])
+    with pytest.raises(ValueError, match=r"last dimension of tokens.slots must be dense, got strides \(104, 2\)"):
+        moba_attention_cached(q, k, v, CONFIG, **more | {"tokens": apart})
     with pytest.raises(ValueError, match="same slots"):
         moba_attention_cached(q, k, v[:, 1:], CONFIG, **more)
     with pytest.raises(ValueError, match=r"\[samples, slots\]"):
