@@ -168,6 +168,9 @@ class CentroidCache:
     A call adds the centroids of blocks that became complete, and forgets those beyond the content before its queries, so content
     may have been cropped in between. Any other change of the content (samples reordered, keys overwritten) needs a new object.
 
+    A CUDA graph reads and writes these tensors at their addresses: capture again after `values` has grown. Make one call before
+    the capture. A captured first call computes all centroids at every replay, and leaves the object undefined until the first.
+
     Attributes:
         values: `[samples, n, Hkv, D]`, allocated for `n` blocks per sample; None before the first call.
         count: int32 `[samples, Hkv, tiles]`, known centroids of each tile of `COUNT_TILE` blocks.
