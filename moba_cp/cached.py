@@ -192,6 +192,10 @@ class CentroidCache:
         Raises:
             ValueError: the object was used with other shapes, dtype or block size.
         """
+        with torch.inference_mode(False):  # calls outside of it will write to what is kept
+            return self._make_room(k, block_size)
+
+    def _make_room(self, k: Tensor, block_size: int) -> bool:
         samples, slots, heads, dim = k.shape
         blocks = blocks_per_sample(slots, block_size)
         tiles = -(-blocks // COUNT_TILE)
