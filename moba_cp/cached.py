@@ -200,9 +200,10 @@ class CentroidCache:
         blocks = blocks_per_sample(slots, block_size)
         tiles = -(-blocks // COUNT_TILE)
         if self.values is None or self.count is None:
-            self.values = k.new_empty(samples, blocks, heads, dim)
-            self.count = torch.zeros(samples, heads, tiles, dtype=torch.int32, device=k.device)
-            self.arrived = self.count.new_zeros(samples, heads) if k.is_cuda else None
+            with torch.inference_mode(False):  # calls outside of inference mode will write to these
+                self.values = k.new_empty(samples, blocks, heads, dim)
+                self.count = torch.zeros(samples, heads, tiles, dtype=torch.int32, device=k.device)
+                self.arrived = self.count.new_zeros(samples, heads) if k.is_cuda else None
             self._block_size = block_size
             return True
         known = self.values.shape
@@ -212,7 +213,8 @@ class CentroidCache:
                 f"{self.values.dtype}, got blocks of {block_size} keys, {tuple(k[:, 0].shape)} {k.dtype}"
             )
         if known[1] < blocks:
-            values, count = k.new_empty(samples, blocks, heads, dim), self.count.new_zeros(samples, heads, tiles)
+            with torch.inference_mode(False):
+                values, count = k.new_empty(samples, blocks, heads, dim), self.count.new_zeros(samples, heads, tiles)
             values[:, : known[1]] = self.values
             count[:, :, : self.count.shape[2]] = self.count
             self.values, self.count = values, count
@@ -318,6 +320,8 @@ def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens, centroid
             f"tokens are of [samples, queries] {tuple(found[0])} and [samples, slots] {tuple(found[1])}, but q is "
             f"{tuple(q.shape)} and k {tuple(k.shape)}"
         )
+    if tokens.slots.stride(1) != 1:
+        raise ValueError(f"the last dimension of tokens.slots must be dense, got strides {tokens.slots.stride()}")
     if tokens.slots.device != q.device:
         raise ValueError(f"tokens must be where q is, got tokens on {tokens.slots.device}, q on {q.device}")
 

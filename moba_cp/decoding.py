@@ -72,7 +72,7 @@ def step_facts(
     of_q, of_k, of_v, table = q.shape, k.shape, v.shape, tokens.slots
     if len(of_q) != 4 or len(of_k) != 4 or len(of_v) != 4 or of_q[1] != 1 or torch._is_functional_tensor(q):
         return None
-    if of_k[1] != of_v[1] or table.shape != of_k[:2] or tokens.query_position.shape != of_q[:2]:
+    if of_k[1] != of_v[1] or table.shape != of_k[:2] or tokens.query_position.shape != of_q[:2] or table.stride(1) != 1:
         return None
     kinds = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, table.device, q.layout, k.layout, v.layout)
     return (of_q, of_k[0], of_k[2:], of_v[0], of_v[2:], config, *kinds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +99,21 @@ def test_a_small_workspace_gives_the_same() -> None:
     given, content = documents(), content_of("scattered")
     cache = Cache(content, given)
     check(torch.cat([cache.attend(n, CentroidCache(), workspace_bytes=1) for n in (13, 27)], 1), content, given)
+
+
+def test_calls_in_inference_mode_and_outside_share_a_cache() -> None:
+    """A prompt read in inference mode, then steps without; centroids are allocated, and grow, in either."""
+    given, content = documents(), content_of("left")
+    cache, centroids = Cache(content, given, slots=10), CentroidCache()
+    with torch.inference_mode():
+        outputs = [cache.attend(9, centroids).clone()]
+    outputs.append(cache.attend(1, centroids))
+    whole = Cache(content, given)
+    whole.k[:, :, :10], whole.v[:, :, :10], whole.used = cache.k, cache.v, 10
+    with torch.inference_mode():
+        outputs.append(whole.attend(1, centroids).clone())
+    outputs += [whole.attend(n, centroids) for n in (1, 28)]
+    check(torch.cat(outputs, 1), content, given)
 
 
 def test_each_centroid_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +242,9 @@ def test_steps_after_the_first_refuse_the_same() -> None:
     moba_attention_cached(q, k, v, CONFIG, **more)
     with pytest.raises(ValueError, match="no gradient"):
         moba_attention_cached(q.clone().requires_grad_(), k, v, CONFIG, **more)
+    apart = dataclasses.replace(tokens, slots=tokens.slots.repeat_interleave(2, 1)[:, ::2])
+    with pytest.raises(ValueError, match=r"last dimension of tokens.slots must be dense, got strides \(104, 2\)"):
+        moba_attention_cached(q, k, v, CONFIG, **more | {"tokens": apart})
     with pytest.raises(ValueError, match="same slots"):
         moba_attention_cached(q, k, v[:, 1:], CONFIG, **more)
     with pytest.raises(ValueError, match=r"\[samples, slots\]"):

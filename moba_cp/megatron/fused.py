@@ -153,7 +153,11 @@ def norm_backward(
         weight, eps: of the norm.
         dnormed: gradient of the norm's result.
         dtotal: another gradient of ``total``, which is added; or None.
+
+    Raises:
+        ValueError: ``total`` is not contiguous.
     """
+    _check_contiguous(total=total)
     width = total.size(-1)
     if not runs_kernels(total):
         wide = torch.promote_types(total.dtype, torch.float32)
@@ -178,7 +182,12 @@ def norm_backward(
 
 
 def swiglu_pass(x: Tensor) -> Tensor:
-    """`swiglu` without a graph; ``x`` contiguous."""
+    """`swiglu` without a graph.
+
+    Raises:
+        ValueError: ``x`` is not contiguous.
+    """
+    _check_contiguous(x=x)
     if not runs_kernels(x):
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
@@ -190,7 +199,12 @@ def swiglu_pass(x: Tensor) -> Tensor:
 
 
 def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
-    """Gradient of `swiglu`'s input; ``x`` contiguous."""
+    """Gradient of `swiglu`'s input.
+
+    Raises:
+        ValueError: ``x`` is not contiguous.
+    """
+    _check_contiguous(x=x)
     if not runs_kernels(x):
         gate, up = x.chunk(2, -1)
         sigmoid = gate.sigmoid()
@@ -205,11 +219,13 @@ def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
 def split_rotate_pass(
     mixed: Tensor, groups: int, dim: int, table: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_rotate` without a graph; ``mixed`` contiguous.
+    """`split_rotate` without a graph.
 
     Raises:
-        ValueError: the table has another number of rows than `mixed` has tokens, or rotates more dimensions than a head has.
+        ValueError: the table has another number of rows than `mixed` has tokens, or rotates more dimensions than a head has; or
+            ``mixed`` or the table is not contiguous.
     """
+    _check_contiguous(mixed=mixed, **_named(table))
     if table is None or not runs_kernels(mixed):
         return _split_rotate(mixed, groups, dim, table)
     cos, sin = table
@@ -227,7 +243,12 @@ def split_rotate_pass(
 
 
 def split_rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Gradient of `split_rotate`'s input, from those of its outputs."""
+    """Gradient of `split_rotate`'s input, from those of its outputs.
+
+    Raises:
+        ValueError: the table is not contiguous.
+    """
+    _check_contiguous(**_named(table))
     length, batch, groups, dim = dk.shape
     group = dq.size(2) // groups
     if table is None or not runs_kernels(dq):
@@ -333,6 +354,17 @@ class _SplitRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None]:
         return split_rotate_backward(dq, dk, dv, ctx.saved_tensors), None, None, None, None
+
+
+def _named(table: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    return {} if table is None else {"cos": table[0], "sin": table[1]}
+
+
+def _check_contiguous(**tensors: Tensor) -> None:
+    """On the CPU too, where nothing depends on it: the kernels read rows one behind another."""
+    for name, x in tensors.items():
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got shape {tuple(x.shape)} with strides {x.stride()}")
 
 
 def _rows_of_heads(x: Tensor) -> Tensor:

@@ -112,5 +112,24 @@ def test_bad_shapes() -> None:
         fused.split_rotate(torch.zeros(4, 1, 24), 1, 8, table)
 
 
+def test_passes_refuse_what_is_not_contiguous() -> None:
+    """Kernels read rows one behind another. Refused on the CPU too, where any strides would do."""
+    x, weight = torch.zeros(16, 4).t(), torch.ones(16)
+    wide, table = torch.zeros(24, 1, 4).transpose(0, 2), (torch.zeros(4, 4), torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=r"total must be contiguous, got shape \(4, 16\) with strides \(1, 4\)"):
+        fused.norm_backward(x, weight, x, None, EPS)
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        fused.swiglu_pass(x)
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        fused.swiglu_backward(x, torch.zeros(4, 8))
+    with pytest.raises(ValueError, match="mixed must be contiguous"):
+        fused.split_rotate_pass(wide, 1, 8, table)
+    of_heads = [torch.zeros(4, 1, 1, 8) for _ in range(3)]
+    with pytest.raises(ValueError, match="sin must be contiguous"):
+        fused.split_rotate_pass(wide.contiguous(), 1, 8, (table[0], torch.zeros(4, 4).t()))
+    with pytest.raises(ValueError, match="cos must be contiguous"):
+        fused.split_rotate_backward(*of_heads, (torch.zeros(4, 4).t(), table[1]))
+
+
 def test_in_interpreter() -> None:
     interpreter.run_module(__file__)
