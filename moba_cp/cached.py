@@ -200,10 +200,9 @@ class CentroidCache:
         blocks = blocks_per_sample(slots, block_size)
         tiles = -(-blocks // COUNT_TILE)
         if self.values is None or self.count is None:
-            with torch.inference_mode(False):  # calls outside of inference mode will write to these
-                self.values = k.new_empty(samples, blocks, heads, dim)
-                self.count = torch.zeros(samples, heads, tiles, dtype=torch.int32, device=k.device)
-                self.arrived = self.count.new_zeros(samples, heads) if k.is_cuda else None
+            self.values = k.new_empty(samples, blocks, heads, dim)
+            self.count = torch.zeros(samples, heads, tiles, dtype=torch.int32, device=k.device)
+            self.arrived = self.count.new_zeros(samples, heads) if k.is_cuda else None
             self._block_size = block_size
             return True
         known = self.values.shape
@@ -213,8 +212,7 @@ class CentroidCache:
                 f"{self.values.dtype}, got blocks of {block_size} keys, {tuple(k[:, 0].shape)} {k.dtype}"
             )
         if known[1] < blocks:
-            with torch.inference_mode(False):
-                values, count = k.new_empty(samples, blocks, heads, dim), self.count.new_zeros(samples, heads, tiles)
+            values, count = k.new_empty(samples, blocks, heads, dim), self.count.new_zeros(samples, heads, tiles)
             values[:, : known[1]] = self.values
             count[:, :, : self.count.shape[2]] = self.count
             self.values, self.count = values, count
