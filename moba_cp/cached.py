@@ -195,14 +195,17 @@ class CentroidCache:
         Raises:
             ValueError: the object was used with other shapes, dtype or block size.
         """
+        with torch.inference_mode(False):  # calls outside of it will write to what is kept
+            return self._make_room(k, block_size)
+
+    def _make_room(self, k: Tensor, block_size: int) -> bool:
         samples, slots, heads, dim = k.shape
         blocks = blocks_per_sample(slots, block_size)
         tiles = -(-blocks // COUNT_TILE)
         if self.values is None or self.count is None:
-            with torch.inference_mode(False):  # calls outside of inference mode will write to these
-                self.values = k.new_empty(samples, blocks, heads, dim)
-                self.count = torch.zeros(samples, heads, tiles, dtype=torch.int32, device=k.device)
-                self.arrived = self.count.new_zeros(samples, heads) if k.is_cuda else None
+            self.values = k.new_empty(samples, blocks, heads, dim)
+            self.count = torch.zeros(samples, heads, tiles, dtype=torch.int32, device=k.device)
+            self.arrived = self.count.new_zeros(samples, heads) if k.is_cuda else None
             self._block_size = block_size
             return True
         known = self.values.shape
@@ -212,8 +215,7 @@ class CentroidCache:
                 f"{self.values.dtype}, got blocks of {block_size} keys, {tuple(k[:, 0].shape)} {k.dtype}"
             )
         if known[1] < blocks:
-            with torch.inference_mode(False):
-                values, count = k.new_empty(samples, blocks, heads, dim), self.count.new_zeros(samples, heads, tiles)
+            values, count = k.new_empty(samples, blocks, heads, dim), self.count.new_zeros(samples, heads, tiles)
             values[:, : known[1]] = self.values
             count[:, :, : self.count.shape[2]] = self.count
             self.values, self.count = values, count

@@ -5,7 +5,7 @@
 
 Every call draws documents, layout (also ranks without tokens), heads, block size, topk, exchange, ranks that share heads, one
 to three layers and how they are recomputed. Some are compared with the definition, in fp64. Now and then one rank passes bad
-input, so that all ranks have to refuse. What each rank holds is noted `SAMPLES` times: memory of the process, file descriptors,
+input, so that all ranks have to refuse. What each rank holds is noted now and then: memory of the process, file descriptors,
 threads, keys in the store, what the library keeps, and device memory.
 """
 
@@ -35,7 +35,6 @@ from .harness import options
 from .harness.records import about, write_json
 from .harness.teams import join
 
-SAMPLES = 24
 BETWEEN_CHECKS, BETWEEN_REFUSALS = 10, 40
 """Calls from one comparison with the definition to the next, and from one bad input to the next."""
 MAY_GROW = 16 << 20
@@ -73,6 +72,9 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/soak.json"),
     tokens: Annotated[int, typer.Option(help="of the longest sequence")] = 1024,
     seed: Annotated[int, typer.Option(help="of the calls")] = 0,
+    count: Annotated[
+        int, typer.Option("--samples", help="how often what ranks hold is noted, at most once a call")
+    ] = 24,
     device: Annotated[str, typer.Option(help="cuda, or cpu over gloo")] = "cuda",
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
@@ -81,8 +83,8 @@ def main(
     soak = Soak(place, tokens, seed)
     samples: list[dict[str, int]] = []
     began = time.perf_counter()
-    while len(samples) < SAMPLES:
-        due = over_ranks([time.perf_counter() - began], place)[0] >= minutes * 60 * (len(samples) + 1) / SAMPLES
+    while len(samples) < count:
+        due = over_ranks([time.perf_counter() - began], place)[0] >= minutes * 60 * (len(samples) + 1) / count
         if due or not soak.calls:
             samples.append(soak.sample())
         soak.call()

@@ -294,3 +294,17 @@ def test_chunks_have_the_bits_of_a_forward_pass(block_size: int, topk: int) -> N
             # The rounding of partial results to bf16, 2^-8, which only the forward pass makes.
             torch.testing.assert_close(out, whole[new], rtol=2**-7, atol=2**-7)
         used += queries
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_inference_mode_may_begin_and_end_between_calls(
+    first: type[torch.inference_mode] | type[torch.no_grad],
+) -> None:
+    """Centroids are written to in calls outside of inference mode, whichever made them."""
+    second = torch.no_grad if first is torch.inference_mode else torch.inference_mode
+    given, content = documents(), content_of("left")
+    cache, centroids, outputs = Cache(content, given), CentroidCache(), []
+    for number, queries in enumerate((9, *[1] * 15, 7, *[1] * 9)):
+        with (first, second)[number % 2]():
+            outputs.append(cache.attend(queries, centroids))
+    check(torch.cat(outputs, 1), content, given)
