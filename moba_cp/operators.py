@@ -192,7 +192,8 @@ def attention_backward(
     with torch.cuda.device_of(q), as_given(dout):
         chosen = selected[:, :, topk - call.topk :].to(selection_dtype(call.n_blocks))
         known = _route_of(_EXCHANGES[name], (forward_walks, backward_walks), call, chosen, k.shape[1])
-        saved = pipeline.Saved(out, lse, chosen, (), known)
+        # What a graph saved may come back in other strides.
+        saved = pipeline.Saved(pipeline.unit_stride(out), lse, chosen, (), known)
         dq, dk, dv = pipeline.backward(call, q, k, v, saved, dout)
     return dq, dk.contiguous(), dv.contiguous()  # both may be views of one tensor
 

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.dense import causal_attention
+from moba_cp.kernels import torch_backend
 from tests.ranks import run_ranks
 
 CONFIG = MoBAConfig(8, 2)
@@ -181,6 +182,29 @@ def test_an_exported_graph_serves_other_lengths() -> None:
         for cu in ([0, 20, 40], [0, 7, 7, 51]):
             qkv = inputs(cu[-1])
             assert torch.equal(exported.module()(*qkv, torch.tensor(cu)), Layer()(*qkv, torch.tensor(cu)))
+
+
+def test_an_output_may_come_back_in_other_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels want unit stride in the last dimension, whatever a graph made of what it saved."""
+    strides, delta = [], torch_backend.delta
+    monkeypatch.setattr(
+        torch_backend, "delta", lambda **given: (strides.append(given["out"].stride(2)), delta(**given))[1]
+    )
+    layout, qkv = SequenceLayout.contiguous([0, 30], 1), [x.detach() for x in inputs(30)]
+    description, rest = torch.from_numpy(layout.description), (1 << 20, 1 << 20, None)
+    arguments = (*qkv, description, None, None, None, 8, 2, None, "", "auto", True, False, True, *rest)
+    out, lse, selected, _, _, route = torch.ops.moba_cp.attention(*arguments)
+    apart = out.transpose(1, 2).contiguous().transpose(1, 2)
+    assert apart.stride(2) != 1
+    found = [
+        torch.ops.moba_cp.attention_backward(
+            torch.ones_like(out), *qkv, given, lse, selected, description, route, 8, 2, None, "", "auto", *rest
+        )
+        for given in (out, apart)
+    ]
+    assert strides == [1, 1]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("gradients", [True, False])

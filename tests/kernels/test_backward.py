@@ -174,6 +174,14 @@ def test_delta():
     assert backward.delta(out=out[:0], dout=dout[:0]).shape == (3, 0)
 
 
+def test_delta_refuses_other_strides():
+    """Before a launch, so that this needs no GPU."""
+    out, apart = torch.zeros(5, 2, 16), torch.zeros(5, 16, 2).transpose(1, 2)
+    for given in ({"out": apart, "dout": out}, {"out": out, "dout": apart}):
+        with pytest.raises(ValueError, match=r"unit stride in the last dimension, got .*\(32, 1, 2\)"):
+            backward.delta(**given)
+
+
 def test_tiles_never_depend_on_rows_and_cover_blocks():
     for block_size in (16, 48, 64, 100, 128, 512, 4096):
         for dim, value_dim in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)):
