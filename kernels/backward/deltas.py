@@ -37,7 +37,9 @@ def delta(*, out: Tensor, dout: Tensor) -> Tensor:
         ValueError: the last dimension of `out` or `dout` has another stride than 1.
     """
     if out.shape[2] > 1 and (out.stride(2) != 1 or dout.stride(2) != 1):
-        raise ValueError(f"out and dout must have unit stride in the last dimension, got {out.stride()} and {dout.stride()}")
+        raise ValueError(
+            f"out and dout must have unit stride in the last dimension, got {out.stride()} and {dout.stride()}"
+        )
     tokens, heads, dim_v = out.shape
     result = torch.empty(heads, tokens, dtype=torch.float32, device=out.device)
     if result.numel():
