@@ -49,9 +49,7 @@ def ranges_of(tokens: int, most: int, q_heads: int, kv_heads: int, head_bytes: i
         head_bytes: workspace per row and q head.
     """
     group = q_heads // kv_heads
-    row_bytes = max(1, group * head_bytes)  # of one kv head
-    per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes)))
-    per_chunk = max(ROW_MULTIPLE, workspace_bytes // (per_range * row_bytes) // ROW_MULTIPLE * ROW_MULTIPLE)
+    per_range, per_chunk = most_at_once(most, q_heads, kv_heads, head_bytes, workspace_bytes)
     begins = range(0, max(most, 1), per_chunk)
     whole = per_range == kv_heads and len(begins) == 1
     ranges = []
@@ -61,3 +59,10 @@ def ranges_of(tokens: int, most: int, q_heads: int, kv_heads: int, head_bytes: i
         rows = [slice(min(b, tokens), min(b + per_chunk, tokens)) for b in begins]
         ranges.append((heads, tuple(Chunk(heads, q_heads_here, r, whole) for r in rows)))
     return tuple(ranges)
+
+
+def most_at_once(most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> tuple[int, int]:
+    """kv heads per range and rows per chunk, for the arguments of `ranges_of`."""
+    row_bytes = max(1, q_heads // kv_heads * head_bytes)  # of one kv head
+    per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes)))
+    return per_range, max(ROW_MULTIPLE, workspace_bytes // (per_range * row_bytes) // ROW_MULTIPLE * ROW_MULTIPLE)

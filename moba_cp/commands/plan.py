@@ -162,16 +162,14 @@ def saved_by_budgets(best: Option, layer: Layer, cluster: Cluster, calibration: 
         return []
     default = with_default_budgets(best.split)
     times = predict(layer, default, cluster, calibration).forward_backward_ms
-    walked = " / ".join(
-        f"{walks(layer, best.split, backward)} instead of {walks(layer, default, backward)}"
-        for backward in (False, True)
-    )
+    walked = [(walks(layer, best.split, backward), walks(layer, default, backward)) for backward in (False, True)]
+    travel = ""
+    if any(now != before for now, before in walked):
+        counts = " / ".join(f"{now} instead of {before}" for now, before in walked)
+        travel = f"keys and values travel {counts} times forward / backward; "
     sizes = ", ".join(f"{name} {value / 2**30:g} GiB" for name, value in changed.items())
     untried = ["a workspace above the default has not run on a GPU yet"] * ("workspace_bytes" in changed)
-    return [
-        f"{sizes}: keys and values travel {walked} times forward / backward; {times:.1f} ms with the defaults",
-        *untried,
-    ]
+    return [f"{sizes}: {travel}{times:.1f} ms with the defaults", *untried]
 
 
 def parts(option: Option) -> list[str]:

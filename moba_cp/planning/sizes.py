@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..chunks import ranges_of
+from ..chunks import most_at_once
 from ..config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
 from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, candidates_before, keys_before, pairs_before
 from ..parallel.cost import BETWEEN_BYTES_PER_MS, INSIDE_BYTES_PER_MS
 from ..parallel.exchanges.registry import EXCHANGES
 from ..parallel.layout import SequenceLayout
 
+MOST_TOKENS = 1 << 32
+"""Below, the (query, key) pairs of a sequence fit 64 bits."""
 LAYOUTS = ("zigzag", "balanced", "contiguous")
 
 
@@ -29,7 +32,7 @@ class Layer:
         itemsize: bytes of a number; 2 for bf16.
 
     Raises:
-        ValueError: a size is not positive, or kv heads do not divide q heads.
+        ValueError: a size is not positive, there are `MOST_TOKENS` tokens or more, or kv heads do not divide q heads.
     """
 
     tokens: int
@@ -46,6 +49,8 @@ class Layer:
         for name in ("tokens", "q_heads", "kv_heads", "block_size", "topk", "head_dim", "itemsize"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tokens >= MOST_TOKENS:
+            raise ValueError(f"tokens must be below {MOST_TOKENS}, got {self.tokens}")
         if self.q_heads % self.kv_heads:
             raise ValueError(f"kv heads must divide q heads, got {self.kv_heads} and {self.q_heads}")
         if not 0 <= self.wanted_share <= 1:
@@ -78,7 +83,7 @@ class Cluster:
         memory: GiB of a GPU.
 
     Raises:
-        ValueError: a number is not positive, or nodes are not full.
+        ValueError: a number is not positive and finite, or nodes are not full.
     """
 
     gpus: int
@@ -89,8 +94,10 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpus_per_node", "link", "fabric", "memory"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise ValueError(f"{self.gpus} GPUs do not fill nodes of {self.gpus_per_node}")
 
@@ -244,5 +251,5 @@ def ranges(layer: Layer, split: Split) -> Divided:
     """Ranges of kv heads and chunks of rows of a sequence rank."""
     tokens = layer.tokens // split.sequence_ranks
     heads, kv_heads = layer.q_heads_of(split.head_parallel), layer.kv_heads_of(split.head_parallel)
-    found = ranges_of(tokens, tokens, heads, kv_heads, partial_bytes(layer), split.workspace_bytes)
-    return Divided(len(found), max(heads.stop - heads.start for heads, _ in found), len(found[0][1]))
+    per_range, per_chunk = most_at_once(tokens, heads, kv_heads, partial_bytes(layer), split.workspace_bytes)
+    return Divided(-(-kv_heads // per_range), per_range, -(-max(tokens, 1) // per_chunk))
