@@ -1,7 +1,7 @@
 """A long training run that is killed, and resumed from its checkpoint over another number of GPUs.
 
     python -m scripts.long_run --out docs/results/training_run.json
-    python -m scripts.long_run --config configs/quickstart.yaml --device cpu --steps 6 --save-at 4 --resumed-steps 3 \\
+    python -m scripts.long_run --config configs/quickstart.yaml --device cpu --steps 6 --save-at 4 --resumed-steps 2 \\
         --out t.json -- data.seq_length=192 optimizer.warmup_steps=2
 
 The run is `examples/megatron_gpt/train.py` on one GPU, without evaluation. SIGKILL ends it when step `--steps` is logged. Then it
