@@ -82,12 +82,12 @@ def balanced_runs(cu_seqlens: np.ndarray, size: int, block_size: int, topk: int)
         runs = np.stack([begin + low, begin + low + front, begin + high - (count - front), begin + high], 1).reshape(
             -1, 2, 2
         )
-        for r in range(size):
+        for r in np.unique(rank):
             taken[r].append(runs[rank == r].reshape(-1, 2))
         low, high = low + front, high - (count - front)
     found = []
     for parts in taken:
-        whole = np.concatenate(parts)
+        whole = np.concatenate([np.empty((0, 2), dtype=np.int64), *parts])
         whole = whole[whole[:, 0] < whole[:, 1]]
         found.append(whole[np.argsort(whole[:, 0], kind="stable")])
     return found

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from ..chunks import most_at_once
 from ..config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
 from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, candidates_before, keys_before, pairs_before
@@ -218,14 +220,22 @@ def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) ->
     else:
         cuts = (SequenceLayout.zigzag if layout == "zigzag" else SequenceLayout.contiguous)([0, length], size)
 
-    def counted(rank: int) -> tuple[int, int, int]:
-        start, end = cuts.runs_of(rank).T
-        keys, pairs = (
-            int((f(end, block_size, topk) - f(start, block_size, topk)).sum()) for f in (keys_before, pairs_before)
-        )
-        return keys, pairs, int((candidates_before(end, block_size) - candidates_before(start, block_size)).sum())
-
-    return max(map(counted, range(size)), key=lambda work: KEY_WORK * work[0] + CANDIDATE_WORK * work[2])
+    held = cuts.partition.fragments(np.array([0]), np.array([length]))
+    start, end = held.start, held.start + held.length
+    work = np.zeros((3, size), dtype=np.int64)
+    for rank_work, run_work in zip(
+        work,
+        (
+            keys_before(end, block_size, topk) - keys_before(start, block_size, topk),
+            pairs_before(end, block_size, topk) - pairs_before(start, block_size, topk),
+            candidates_before(end, block_size) - candidates_before(start, block_size),
+        ),
+        strict=True,
+    ):
+        np.add.at(rank_work, held.rank, run_work)
+    keys, pairs, scored = work
+    most = int(np.argmax(KEY_WORK * keys.astype(float) + CANDIDATE_WORK * scored))  # 64-bit integers could overflow
+    return int(keys[most]), int(pairs[most]), int(scored[most])
 
 
 class Divided(NamedTuple):
