@@ -108,6 +108,7 @@ def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
     assert max(r["output_error"] for r in results[3:]) < 3e-3  # as above
 
 
+@pytest.mark.heavy
 def test_tune_decode_checks_steps_and_times_sdpa_beside(tmp_path: Path) -> None:
     found = run(
         tmp_path, sys.executable, "-m", "scripts.tune_decode", "--device", "cpu", "--tokens", "300", "--heads", "4/2",
@@ -151,6 +152,7 @@ def test_soak_sees_what_grows() -> None:
     assert soak.grown([flat, later | {"process_bytes": more}]) == {"process_bytes": soak.MAY_GROW + 1}
 
 
+@pytest.mark.heavy
 def test_bench_compile_compares_bits(tmp_path: Path) -> None:
     found = run(
         tmp_path, sys.executable, "-m", "scripts.bench_compile", "--device", "cpu", "--tokens", "128", "--heads", "2/1",
