@@ -18,13 +18,13 @@ from torch import Tensor
 
 from .chunks import ranges_of
 from .config import DEFAULT_WORKSPACE_BYTES, MoBAConfig
-from .decoding import Step, decode, is_captured, made, most_slots, step_facts, strides_of
+from .decoding import Step, decode, made, most_slots, step_facts, strides_of
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
 from .kernels.types import COUNT_TILE
 from .pipeline import readable, unit_stride
 from .precision import as_given
 from .prepare import needs_gradients
-from .tracing import without_numbers
+from .tracing import is_captured, without_numbers
 from .validation import INTEGERS, check_config, check_integer, check_tensor, check_tensors
 
 
@@ -275,6 +275,7 @@ def moba_attention_cached(
             return q.new_zeros(*q.shape[:3], v.shape[3])
     else:
         strides = strides_of(q, k, v, tokens)
+        # A graph must take memory of its own, which outlives what a cache keeps for steps.
         if before.run is not None and strides == before.strides and not is_captured(q):
             with torch.cuda.device_of(q):
                 return before.run(q, k, v, tokens.slots, tokens.before, tokens.lengths, tokens.position)

@@ -36,11 +36,6 @@ class Step:
     run: DecodeStep | None = None
 
 
-def is_captured(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured. It must take memory of its own, which outlives what a cache keeps for steps."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def strides_of(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens) -> tuple[Hashable, ...] | None:
     """All that a step's launches depend on beside `step_facts`; None where they would need copies.
 

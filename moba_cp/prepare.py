@@ -22,7 +22,7 @@ from .parallel.topology import host
 from .precision import as_given
 from .selection import BY_Q_AND_K, Routing, check_routing, make_routing, place, routing_fact
 from .stages import Stages
-from .tracing import without_numbers
+from .tracing import is_captured, without_numbers
 from .validation import RefusedTogether, call_facts, check_call, check_flags
 
 _captured: dict[int, HomePlan] = {}
@@ -32,11 +32,6 @@ _captured: dict[int, HomePlan] = {}
 def needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether there will be a backward pass."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
-
-
-def _is_captured(q: Tensor) -> bool:
-    """Whether a CUDA graph is capturing the call."""
-    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ def prepare(
                     "on meta"
                 )
             return None
-        capturing = _is_captured(q)
+        capturing = is_captured(q)
         if layout.cp_size > 1:
             if capturing:
                 raise ValueError(

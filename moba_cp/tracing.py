@@ -1,7 +1,8 @@
 """Calls with tensors that hold no numbers: under `FakeTensorMode`, on the meta device, and in graphs that `make_fx` records.
 
 Such a call checks its arguments and infers the output's shape. It makes no plan, starts no collective and fills no cache. A
-graph that records it holds the operators below, which refuse to run: attention itself is not in the graph.
+graph that records it holds the operators below, which refuse to run: attention itself is not in the graph. A CUDA graph is
+another thing: it captures calls that run.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ def sends_nothing(*tensors: object) -> bool:
     """Whether a call with these arguments may not even tell other ranks of an error: it is part of a recording. A call with
     tensors on the meta device outside of one may."""
     return any(_is_traced(x) for x in tensors if isinstance(x, Tensor)) or _tracing()
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is capturing the current stream, on which calls with `x` run."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _is_traced(x: Tensor) -> bool:

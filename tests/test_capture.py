@@ -12,11 +12,11 @@ from tests.ranks import run_ranks
 
 
 def captured_on_two_ranks(rank: int, size: int) -> tuple[str, int, tuple[torch.Tensor, ...]]:
-    original, prepare._is_captured = prepare._is_captured, lambda q: True
+    original, prepare.is_captured = prepare.is_captured, lambda q: True
     try:
         error, collectives, _ = outcome(good_call(rank))
     finally:
-        prepare._is_captured = original
+        prepare.is_captured = original
     return str(error), collectives, full_result(rank)
 
 
@@ -34,7 +34,7 @@ def test_the_plan_of_a_captured_call_outlives_its_cache(monkeypatch: pytest.Monk
     call = {"config": MoBAConfig(4, 2), "layout": SequenceLayout.contiguous([0, 12], 1)}
     moba_attention(q, k, v, **call)
     assert not prepare._captured
-    monkeypatch.setattr(prepare, "_is_captured", lambda q: True)
+    monkeypatch.setattr(prepare, "is_captured", lambda q: True)
     moba_attention(q, k, v, **call)
     PLANS.clear()
     (plan,) = prepare._captured.values()
