@@ -8,7 +8,6 @@ Outputs and gradients of the timed calls are compared.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ from .harness import options
 from .harness.inputs import draw_inputs
 from .harness.llama import Block, rotary
 from .harness.records import Results, about
-from .harness.timing import time_calls
+from .harness.timing import Times, time_calls
 
 
 def main(
@@ -96,13 +95,7 @@ def _in_turns(
                 found = time_calls(call, device, iterations=iterations)
                 times.setdefault(f"{what}_{name}_ms", []).extend(found.all)
                 times.setdefault(f"{what}_{name}_host_ms", []).extend(found.host)
-    result: dict[str, Any] = {}
-    for name, values in times.items():
-        first, _, third = statistics.quantiles(values, n=4)
-        result[name] = {
-            "median": round(statistics.median(values), 4), "quartile_1": round(first, 4), "quartile_3": round(third, 4),
-            "count": len(values),
-        }  # fmt: skip
+    result: dict[str, Any] = {name: Times(tuple(values)).record() for name, values in times.items()}
     pairs = list(zip(last["compiled"], last["eager"], strict=True))
     result["largest_difference"] = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
     result["bitwise_equal"] = all(torch.equal(a, b) for a, b in pairs)

@@ -208,34 +208,11 @@ class Bench:
                 del keys._moba_kept
 
     def _selected(self, q: Tensor, position: int, layer: int, config: MoBAConfig) -> Tensor:
-        """bool `[Hq, blocks]`: what the query `[Hq, D]` at `position` selects, by the definition in fp32."""
-        keys, own = self.keys[layer][0], position // config.block_size
-        group = self.q_heads // keys.shape[0]
-        chosen = torch.zeros(self.q_heads, own + 1, dtype=torch.bool, device=q.device)
-        chosen[:, own] = True
-        if own and config.topk > 1:
-            whole = keys[:, : own * config.block_size].unflatten(1, (own, config.block_size))
-            means = whole.float().mean(2).to(keys.dtype).float().repeat_interleave(group, 0)  # [Hq, own, D]
-            scores = torch.einsum("hd,hbd->hb", q.float(), means)
-            chosen.scatter_(1, scores.topk(min(config.topk - 1, own), 1).indices, True)
-        return chosen
+        return checks.blocks_of_query(q, self.keys[layer][0], position, config)
 
     def _error(self, out: Tensor, q: Tensor, position: int, layer: int, config: MoBAConfig) -> float:
         """Norm of the difference of `out` `[Hq, Dv]` from the definition in fp32, relative to the norm of that."""
-        keys, values = self.keys[layer][0], self.values[layer][0]
-        group = self.q_heads // keys.shape[0]
-        expected = torch.empty_like(out, dtype=torch.float32)
-        for head, chosen in enumerate(self._selected(q, position, layer, config)):
-            weight, _, attended = checks.attend_row(
-                q[head],
-                keys[head // group],
-                values[head // group],
-                chosen.nonzero()[:, 0],
-                position,
-                config.block_size,
-                SCALE,
-            )
-            expected[head] = weight @ attended
+        expected = checks.attend_query(q, self.keys[layer][0], self.values[layer][0], position, config, SCALE)
         return float((out.float() - expected).norm() / expected.norm())
 
     def timed(self, step: Callable[[], Any]) -> tuple[Times, Any]:

@@ -74,7 +74,12 @@ class Caches:
     @torch.no_grad()
     def measure(self, config: MoBAConfig) -> list[dict[str, Any]]:
         """An entry for SDPA and one per variant."""
-        expected = [self._definition(layer, config) for layer in range(len(self.keys))]
+        expected = [
+            checks.attend_query(
+                self.q[0, 0], k[0].transpose(0, 1), v[0].transpose(0, 1), self.last, config, HEAD_DIM**-0.5
+            )
+            for k, v in zip(self.keys, self.values, strict=True)
+        ]
         replays: list[Callable[[], Any]] = [self._captured(self._sdpa)[0]]
         entries: list[dict[str, Any]] = [{"what": "sdpa"}]
         seen: list[Any] = []
@@ -132,21 +137,6 @@ class Caches:
             scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True)
             for k, v in zip(self.keys, self.values, strict=True)
         ]
-
-    def _definition(self, layer: int, config: MoBAConfig) -> Tensor:
-        """`[Hq, D]`, in fp32."""
-        keys, values, q = self.keys[layer][0], self.values[layer][0], self.q[0, 0].float()
-        own, group = self.last // config.block_size, len(q) // keys.shape[1]
-        whole = keys[: own * config.block_size].unflatten(0, (own, config.block_size))
-        means = whole.float().mean(1).to(keys.dtype).float()  # [own, Hkv, D]
-        rows = []
-        for head, query in enumerate(q):
-            k, v = keys[:, head // group], values[:, head // group]
-            chosen = (means[:, head // group] @ query).topk(min(config.topk - 1, own)).indices
-            blocks = torch.cat([chosen, chosen.new_tensor([own])])
-            weights, _, attended = checks.attend_row(query, k, v, blocks, self.last, config.block_size, HEAD_DIM**-0.5)
-            rows.append(weights @ attended)
-        return torch.stack(rows)
 
 
 @contextmanager

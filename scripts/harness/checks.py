@@ -148,6 +148,31 @@ def attend_row(
     return torch.softmax(keys @ query.float() * scale, 0), keys, values
 
 
+def blocks_of_query(q: Tensor, keys: Tensor, position: int, config: MoBAConfig) -> Tensor:
+    """bool `[Hq, blocks]`: what a query `[Hq, D]` at `position` of one document selects of its `keys` `[Hkv, tokens, D]`, by the
+    definition in fp32."""
+    own, group = position // config.block_size, len(q) // len(keys)
+    chosen = torch.zeros(len(q), own + 1, dtype=torch.bool, device=q.device)
+    chosen[:, own] = True
+    if own and config.topk > 1:
+        whole = keys[:, : own * config.block_size].unflatten(1, (own, config.block_size))
+        means = whole.float().mean(2).to(keys.dtype).float().repeat_interleave(group, 0)  # [Hq, own, D]
+        scores = torch.einsum("hd,hbd->hb", q.float(), means)
+        chosen.scatter_(1, scores.topk(min(config.topk - 1, own), 1).indices, True)
+    return chosen
+
+
+def attend_query(q: Tensor, keys: Tensor, values: Tensor, position: int, config: MoBAConfig, scale: float) -> Tensor:
+    """fp32 `[Hq, Dv]`: the output of that query, by the definition; `values` `[Hkv, tokens, Dv]`."""
+    group = len(q) // len(keys)
+    rows = []
+    for head, chosen in enumerate(blocks_of_query(q, keys, position, config)):
+        k, v = keys[head // group], values[head // group]
+        weight, _, attended = attend_row(q[head], k, v, chosen.nonzero()[:, 0], position, config.block_size, scale)
+        rows.append(weight @ attended)
+    return torch.stack(rows)
+
+
 def check_blocks(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, dkv: tuple[Tensor, ...], selected: Tensor,
     config: MoBAConfig,
