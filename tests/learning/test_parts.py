@@ -12,21 +12,12 @@ import torch
 
 from examples.learning import measure, report
 from examples.learning.attention import Attention, check, phases, sliding_window
-from examples.learning.corpus import Corpus, build, counting_losses, is_prose_or_code, join_files
+from examples.learning.corpus import Corpus, counting_losses, is_prose_or_code, join_files
 from examples.learning.train import Run, Task, learning_rate_share
 from examples.learning.windows import data_order, lengths_of_steps
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        build(yaml.safe_load((ROOT / "configs/learning/corpus_tiny.yaml").read_text()), folder)
-    return folder
 
 
 @pytest.mark.parametrize(("length", "window", "chunk"), [(24, 8, 4), (24, 24, 8), (16, 4, 4), (12, 16, 4)])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from examples.learning import measure, needles
-from examples.learning.corpus import Corpus, build
+from examples.learning.corpus import Corpus
 from examples.learning.model import Sizes, before
 from examples.learning.needles import ASKED, SENTENCE, TEXT, TOLD, Pairs, Sentences
 from examples.learning.train import Run, Task
@@ -28,15 +28,6 @@ TINY = yaml.safe_load((ROOT / "configs/learning/tiny.yaml").read_text())
 
 def encode(text: str) -> list[int]:
     return list(text.encode())
-
-
-@pytest.fixture(scope="module")
-def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        build(yaml.safe_load((ROOT / "configs/learning/corpus_tiny.yaml").read_text()), folder)
-    return folder
 
 
 def make_run(folder: Path, work: Path, arm: str = "full", seed: int = 0, **data: Any) -> Run:
