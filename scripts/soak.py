@@ -73,7 +73,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="of the longest sequence")] = 1024,
     seed: Annotated[int, typer.Option(help="of the calls")] = 0,
     count: Annotated[
-        int, typer.Option("--samples", help="how often what ranks hold is noted, at most once a call")
+        int, typer.Option("--samples", help="how often what ranks hold is noted, at most once a call", min=2)
     ] = 24,
     device: Annotated[str, typer.Option(help="cuda, or cpu over gloo")] = "cuda",
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
