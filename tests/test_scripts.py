@@ -135,6 +135,7 @@ def test_soak_compares_refuses_and_samples(tmp_path: Path) -> None:
         "96",
         "--samples",
         "4",
+        "--may-grow",
     )
     assert found["calls"] >= 2
     assert (found["compared"], found["refused"]) >= (1, 1)
