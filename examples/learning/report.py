@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from .pictures import answered, pictures
-from .summary import Run, finished, first_long_step, gaps, mean_and_error, table
+from .summary import Run, every_run, finished, first_long_step, gaps, mean_and_error, table
 from .tables import against_window, answer, context_parallel, loss_table, retrieval_table, routing_table, switch_table
 
 __all__ = ["gaps", "main", "mean_and_error", "page"]
@@ -89,7 +89,7 @@ def setup(results: dict[str, Any], runs: list[Run]) -> str:
         f"- Machine: {', '.join(sorted({r['device'] for r in runs}))}; "
         f"torch {one['versions']['torch']}; commit `{results['commit'][:12]}`.",
     ]
-    failed = [r for r in results["runs"] if r not in runs]
+    failed = [r for r in every_run(results) if r not in runs]
     for r in failed:
         why = "diverged" if r.get("diverged") else r.get("error", "stopped by the time limit")
         facts.append(f"- Not finished: `{r['arm']}` seed {r['seed']}: {why}")
@@ -184,7 +184,7 @@ def sources_table(results: dict[str, Any], runs: list[Run]) -> str:
 
 
 def commands(results: dict[str, Any], runs: list[Run]) -> str:
-    every = sorted({r["arm"] for r in results["runs"]})
+    every = sorted({r["arm"] for r in every_run(results)})
     return "\n".join(f"python -m examples.learning.run --plan {results['plan']} --only {arm}" for arm in every)
 
 

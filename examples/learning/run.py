@@ -27,6 +27,7 @@ import yaml
 
 from .attention import phases
 from .corpus import DETAILS, Corpus
+from .summary import every_run, finished
 from .task import Task, common_start, write_json
 
 MARGIN_S = 20
@@ -81,7 +82,7 @@ class Plan:
         args.work.mkdir(parents=True, exist_ok=True)
         self.results: list[dict[str, Any]] = []
         if args.previous and args.previous.exists():
-            self.results = json.loads(args.previous.read_text())["runs"]
+            self.results = every_run(json.loads(args.previous.read_text()))
         done = {
             (r["arm"], r["seed"])
             for r in self.results
@@ -223,7 +224,10 @@ class Plan:
         print(f"{self.left():4.0f} s left: {task.name} {shown}", flush=True)
 
     def write(self) -> None:
-        write_json(self.args.out / "learning.json", self.about | {"runs": self.results})
+        """`runs` came to their end and were measured; `unfinished` are all others."""
+        runs = finished({"runs": self.results})
+        unfinished = [r for r in self.results if r not in runs]
+        write_json(self.args.out / "learning.json", self.about | {"runs": runs, "unfinished": unfinished})
 
 
 def shared_start(task: Task) -> Path | None:

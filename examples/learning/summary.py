@@ -20,6 +20,11 @@ def finished(results: dict[str, Any]) -> list[Run]:
     return [r for r in results["runs"] if r.get("complete") and "eval_loss" in r]
 
 
+def every_run(results: dict[str, Any]) -> list[Run]:
+    """Also runs that diverged, failed or were stopped: `unfinished` of a results file."""
+    return [*results["runs"], *results.get("unfinished", [])]
+
+
 def arms(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
     """Runs by arm and seed, arms in order of appearance."""
     found: dict[str, dict[int, Run]] = {}

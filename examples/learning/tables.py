@@ -12,6 +12,7 @@ from .summary import (
     STUDENT_T,
     Run,
     arms,
+    every_run,
     first_long_step,
     gaps,
     mean_and_error,
@@ -172,7 +173,7 @@ def against_window(results: dict[str, Any], runs: list[Run]) -> str:
 
 def context_parallel(results: dict[str, Any], runs: list[Run]) -> str:
     """Training loss over several ranks against one rank, same seed and batches, of runs that were stopped as well."""
-    found, lines = arms([r for r in results["runs"] if r.get("loss_curve")]), []
+    found, lines = arms([r for r in every_run(results) if r.get("loss_curve")]), []
     for arm, seeds in found.items():
         for seed, run in sorted(seeds.items()):
             ranks = run["spec"].get("cp", 1)
