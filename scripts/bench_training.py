@@ -1,6 +1,6 @@
 """The same training run with CP = 2 on two GPUs and CP = 1 on one: loss curves, tokens/s, MFU, peak memory.
 
-    python -m scripts.bench_training --out docs/results/training.json
+    python -m scripts.bench_training --out docs/results/context_parallel_training.json
     python -m scripts.bench_training --config configs/quickstart.yaml --device cpu --steps 8 --out t.json \\
         -- data.seq_length=192 optimizer.warmup_steps=2
 
@@ -91,7 +91,7 @@ class Started:
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="keys of the configuration to change")] = None,
     config: Annotated[Path, typer.Option(help="YAML file")] = REPOSITORY / "configs" / "gpt_300m_128k.yaml",
-    out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/bench_training/training.json"),
+    out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/bench_training/context_parallel_training.json"),
     output: Annotated[Path, typer.Option(help="folder for the runs (replaced if there)")] = Path("runs/bench_training"),
     steps: Annotated[int, typer.Option(help="optimizer steps of each run")] = 60,
     comm: Annotated[str, typer.Option(help="values of comm= for CP = 2, comma-separated")] = "auto",

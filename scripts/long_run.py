@@ -1,6 +1,6 @@
 """A long training run that is killed, and resumed from its checkpoint over another number of GPUs.
 
-    python -m scripts.long_run --out docs/results/training_run.json
+    python -m scripts.long_run --out docs/results/long_run.json
     python -m scripts.long_run --config configs/quickstart.yaml --device cpu --steps 6 --save-at 4 --resumed-steps 2 \\
         --out t.json -- data.seq_length=192 optimizer.warmup_steps=2
 
@@ -43,7 +43,7 @@ WARMUP_STEPS = 5
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="keys of the configuration to change")] = None,
     config: Annotated[Path, typer.Option(help="YAML file")] = REPOSITORY / "configs" / "gpt_300m_128k.yaml",
-    out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/long_run/training_run.json"),
+    out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/long_run/long_run.json"),
     output: Annotated[Path, typer.Option(help="folder for the run (replaced if there)")] = Path("runs/long_run"),
     steps: Annotated[int, typer.Option(help="steps before the run is killed")] = 200,
     save_at: Annotated[int, typer.Option(help="step after which the checkpoint is written")] = 150,

@@ -46,8 +46,8 @@ def main(
         return
     fill(blocks(), [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))])
     kernels_plot(*load(kernel_files()), RESULTS / "kernels.png")
-    training_plot(content("training"), RESULTS / "training.png")
-    for file in sorted(RESULTS.glob("training_run*.json")):
+    training_plot(content("context_parallel_training"), RESULTS / "context_parallel_training.png")
+    for file in sorted(RESULTS.glob("long_run*.json")):
         long_run_plot(json.loads(file.read_text()), file.with_suffix(".png"))
     if scaling := scaling_contents():
         scaling_plot(scaling, RESULTS / "scaling.png")
@@ -62,9 +62,9 @@ def blocks() -> dict[str, str]:
         "results:kernels": kernels_table(about, results, dense),
         "results:kernels_h200": kernels_table(*load([KERNELS_H200])),
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
-        "results:training": training_table(content("training")),
-        "results:training_run": long_run_text(
-            [json.loads(file.read_text()) for file in sorted(RESULTS.glob("training_run*.json"))]
+        "results:training": training_table(content("context_parallel_training")),
+        "results:long_run": long_run_text(
+            [json.loads(file.read_text()) for file in sorted(RESULTS.glob("long_run*.json"))]
         ),
         "results:speed": speed_table(content("training_speed")),
         "results:training_scaling": gpus_table(content("training_scaling"), content("training_speed")),

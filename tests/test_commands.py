@@ -74,7 +74,10 @@ def test_plan_calibrates_from_result_files(tmp_path: Path) -> None:
         ({"--block-size": "0"}, "'--block-size'"),
         ({"--layers": "0"}, "'--layers'"),
         ({"--save": str(ROOT / "nowhere" / "x.json")}, "nowhere/x.json"),
-        ({"--results": str(ROOT / "docs" / "results" / "training.json")}, "training.json is no result file"),
+        (
+            {"--results": str(ROOT / "docs" / "results" / "context_parallel_training.json")},
+            "training.json is no result file",
+        ),
         ({"--results": str(ROOT / "README.md")}, "README.md is no result file"),
     ],
 )
