@@ -103,7 +103,7 @@ def causal_attention(
     if without_numbers(q, k, v):
         return infer_output(q, k, v)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    comm_group, wide = CommGroup(group, layout.cp_size, traffic), None
+    comm_group, wide, number = CommGroup(group, layout.cp_size, traffic), None, 0
     if comm_group.size > 1:
         gradients = needs_gradients(q, k, v)
         facts = call_facts(q, k, v, layout, comm, gradients) | {
@@ -112,9 +112,9 @@ def causal_attention(
             "head_parallel": str(head_parallel),
         }
         agreement.check(group, facts, q.device)
+        number = backward_order.take_number(group)
         sizes = call_sizes(q, k, v, layout, gradients)
         wide = wide_dense(comm, head_parallel, comm_group, sizes, layout, q.device)
-    number = backward_order.take_number(group) if comm_group.size > 1 else 0
     passes_on = comm_group
     if wide is not None:
         layout, passes_on, comm = wide.layout, wide.sequence, wide.exchange

@@ -1,7 +1,8 @@
 """Ranks find out that they disagree, or that one of them refused its input, before anything else moves.
 
 Every call of a group begins with one small all-gather of what the ranks must have in common. It is read before the call goes
-on; on CUDA, where that read would stall the host, a rank whose call looks like one agreed on before reads it later.
+on; on CUDA, where that read would stall the host, a rank whose call looks like one agreed on before reads it later. Beside the
+facts, the message carries one word that says which backward passes a rank has begun (`parallel.backward_order`).
 
 A rank that refuses its input leaves a note in the group's store (`parallel.notes`). Where all ranks refuse theirs, they see it
 there and raise, and no collective is started. Otherwise the others wait in the all-gather and soon say so in the store; then
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,10 +31,28 @@ from torch import Tensor
 from .comm import HostCopy, SideStream, backends_of, process_group, start_all_gather
 from .notes import GRACE_S, PATIENCE_S, NoteReader, Refusal, rendezvous_of, sweep
 
+READ_LATE = ("cuda",)
+"""Types of devices where headers with facts agreed on before are read later."""
 _HEADER_BYTES = 1024
 _FACTS_BYTES = 1008
-"""Of a header; its other bytes hold the life of the group as the rank counts it."""
+"""Of a header: facts in JSON. Then come the life of the group as the rank counts it, in digits, and the rank's word."""
+_WORD_AT = 1016
 _FIRST_PAUSE_S, _LONG_PAUSE_S = 2e-5, 0.02
+
+
+class _Header:
+    """What this rank sends for some facts: uint8 `[_HEADER_BYTES]` on the group's device. Its word is replaced in place."""
+
+    def __init__(self, facts: dict[str, str], device: torch.device, life: int) -> None:
+        with torch.inference_mode(False):  # calls inside and outside of inference mode share it
+            self.bytes = _encode(facts, device, life)
+            self._word, self._as_int64 = 0, self.bytes[_WORD_AT:].view(torch.int64)
+
+    def carry(self, word: int) -> None:
+        """Send `word` from now on; on CUDA from the current stream's next operation on."""
+        if word != self._word:
+            self._as_int64.fill_(word)
+            self._word = word
 
 
 @dataclass
@@ -49,7 +69,9 @@ class _GroupState:
         refusals: the threads that look after these.
         agreed: facts that the ranks had in common before.
         headers: by facts and device.
-        unread: headers of earlier calls on their way to the host.
+        word: what this rank's headers carry.
+        latest: all ranks' headers of the latest call.
+        unread: those of calls whose facts are to be compared later.
         keep: what all-gathers in flight use.
         litter: prefixes of notes that nobody needs once an all-gather is complete.
         lock: orders this rank's all-gathers.
@@ -62,7 +84,9 @@ class _GroupState:
     owed: list[tuple[int, str]] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     agreed: set[bytes] = field(default_factory=set)
-    headers: dict[tuple[bytes, torch.device], Tensor] = field(default_factory=dict)
+    headers: dict[tuple[bytes, torch.device], _Header] = field(default_factory=dict)
+    word: int = 0
+    latest: HostCopy | None = None
     unread: list[HostCopy] = field(default_factory=list)
     keep: list[object] = field(default_factory=list)
     litter: list[str] = field(default_factory=list)
@@ -79,7 +103,7 @@ class _GroupState:
 
     def learn_life(self, gathered: Tensor) -> None:
         """The ranks' largest number, so that a rank that did not use an earlier life counts like the others."""
-        life = max(int(bytes(row).decode()) for row in gathered[:, _FACTS_BYTES:].tolist())
+        life = max(int(bytes(row).decode()) for row in gathered[:, _FACTS_BYTES:_WORD_AT].tolist())
         if life != self.life:
             self.life = _lives[self.name] = life
             self.headers.clear()
@@ -189,13 +213,15 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
         if header is None:
             if len(state.headers) > 64:
                 state.headers.clear()
-            header = state.headers.setdefault((payload, device), _encode(facts, device, state.life))
-        if device.type == "cuda":
-            gathered = _gather_on_cuda(group, state, header, payload)
+            header = state.headers.setdefault((payload, device), _Header(facts, device, state.life))
+        if device.type in READ_LATE:
+            gathered = _gather_to_read_late(group, state, header, device, payload)
         else:
-            work, gathered = _gather(group, header)
+            header.carry(state.word)
+            work, gathered = _gather(group, header.bytes)
             _wait(group, state, work.is_completed)
             work.wait()
+            state.latest = HostCopy(gathered)
     except RuntimeError as error:
         reader = NoteReader(group, state.prefix(), waits=False)
         reader.start()
@@ -215,15 +241,18 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
     state.keep.clear()
 
 
-def _gather_on_cuda(group: dist.ProcessGroup, state: _GroupState, header: Tensor, payload: bytes) -> Tensor | None:
+def _gather_to_read_late(
+    group: dist.ProcessGroup, state: _GroupState, header: _Header, device: torch.device, payload: bytes
+) -> Tensor | None:
     """Headers `[P, bytes]` on the host, gathered beside the caller's stream; None where these facts were agreed on before,
     and the headers are read later."""
-    side = SideStream(header.device, "agreement")
+    side = SideStream(device, "agreement")
     side.mark()
     with side.use():
-        work, gathered = _gather(group, header)
+        header.carry(state.word)  # after the gather before, which this stream has waited for
+        work, gathered = _gather(group, header.bytes)
         work.wait()
-        copy = HostCopy(gathered)
+        state.latest = copy = HostCopy(gathered)
     if payload in state.agreed:
         state.unread.append(copy)
         return None
@@ -235,6 +264,25 @@ def _read_late(state: _GroupState) -> None:
     """Compare the headers of earlier calls that have arrived by now."""
     while state.unread and state.unread[0].arrived():
         _compare(state.unread.pop(0).wait())
+
+
+def tell(group: dist.ProcessGroup, word: int) -> None:
+    """Let this rank's next headers carry `word`, an int64. `check` does not compare words: see `words`."""
+    _state(group).word = word
+
+
+def latest_headers(group: dist.ProcessGroup) -> HostCopy:
+    """All ranks' headers `[P, bytes]` of the group's latest call that agreed."""
+    latest = _state(group).latest
+    assert latest is not None, "no call has agreed yet"
+    return latest
+
+
+def words(headers: Tensor) -> list[int] | None:
+    """Each rank's word, from headers `[P, bytes]`; None where the ranks' facts differ, or a rank refused its input."""
+    if _facts_differ(headers):
+        return None
+    return headers.numpy()[:, _WORD_AT:].copy().view(np.int64)[:, 0].tolist()
 
 
 def _gather(group: dist.ProcessGroup, header: Tensor) -> tuple[dist.Work, Tensor]:
@@ -272,7 +320,8 @@ def _encode(facts: dict[str, str], device: torch.device, life: int) -> Tensor:
     most = 96 if len(facts) > 1 else 440  # a refusal may hold quotation marks, which take two bytes each
     text = json.dumps({name: _short(value, most) for name, value in facts.items()}).encode()
     assert len(text) <= _FACTS_BYTES, text
-    header = text.ljust(_FACTS_BYTES) + str(life).zfill(_HEADER_BYTES - _FACTS_BYTES).encode()
+    header = text.ljust(_FACTS_BYTES) + str(life).zfill(_WORD_AT - _FACTS_BYTES).encode()
+    header += bytes(_HEADER_BYTES - _WORD_AT)
     return torch.tensor(list(header), dtype=torch.uint8).to(device)
 
 
@@ -286,8 +335,13 @@ def _short(value: str, most: int) -> str:
 
 def _compare(gathered: Tensor) -> None:
     """Raise where two ranks' headers `[P, bytes]` differ."""
-    if (gathered[:, :_FACTS_BYTES] != gathered[:1, :_FACTS_BYTES]).any():
+    if _facts_differ(gathered):
         compare(_decode(gathered))
+
+
+def _facts_differ(gathered: Tensor) -> bool:
+    facts = gathered.numpy()[:, :_FACTS_BYTES]  # numpy: half the host time
+    return bool((facts != facts[0]).any())
 
 
 def _decode(gathered: Tensor) -> list[dict[str, str]]:
@@ -318,10 +372,13 @@ def compare(facts: list[dict[str, str]]) -> None:
 
 
 def all_facts(group: dist.ProcessGroup, facts: dict[str, str], device: torch.device) -> list[dict[str, str]]:
-    """Every rank's facts, for ranks that need not have the same: one all-gather like that of `check`."""
-    work, gathered = _gather(group, _encode(facts, device, _state(group).life))
-    work.wait()
-    return _decode(gathered.cpu())
+    """Every rank's facts, for ranks that need not have the same: one all-gather like that of `check`, read at once. On CUDA it
+    waits for the communication enqueued before, not for the caller's stream."""
+    with SideStream(device, "agreement").alone():
+        work, gathered = _gather(group, _encode(facts, device, _state(group).life))
+        work.wait()
+        copy = HostCopy(gathered)
+    return _decode(copy.wait())
 
 
 def _waiting(group: dist.ProcessGroup, why: str) -> str:

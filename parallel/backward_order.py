@@ -1,20 +1,31 @@
 """Ranks find out when they run the backward passes of a group's calls in different orders.
 
-What backward sends carries no name, so the gradients of one call would be added to another's. Every call of a group that will
-have a backward pass takes the next number, equal on all ranks because their forward passes agree. Ranks compare the numbers:
+What backward sends carries no name, so the gradients of one call would be added to another's. Every call of a group takes the
+next number, equal on all ranks because their forward passes agree. Ranks compare the numbers:
 
-- on the CPU at the beginning of each call's backward, before anything moves, in a message of the size and form of those that
-  begin a call, so that ranks of which one goes on to another call tell each other so;
-- on CUDA, where this would cost each layer tenths of a millisecond, once at the end of a backward pass: one all-gather of the
-  numbers in their order. The group's first passes read it at once, later ones at the end of the next pass, when the GPU has
-  long been there: a steady training step never waits, and all ranks raise at the same point, so that none is left in an
-  exchange with a rank that has raised.
+- at the beginning of each call's backward, before anything moves: on the CPU always, elsewhere in a group's first rounds (a
+  round is calls, then backward passes). The message has the size and form of those that begin a call, so ranks of which one
+  goes on to another call tell each other so;
+- later, on CUDA, where that would cost each layer tenths of a millisecond, by a digest of all numbers so far. The message that
+  begins every call carries it, so no collective is added. Ranks read the first digest after new backward passes, at a
+  backward that begins at least `_CALLS_BETWEEN` calls later: the GPU has then been at that message as a rule, and no host
+  waits. A group with two calls or more per round so finds a disorder in the next round's backward, with one call in the
+  round after. The backward passes of a program's last round are not compared.
+
+All ranks raise at the same point, in a backward before it sends anything, so none is left in an exchange.
+
+A number joins the digest when its backward begins, on the thread that then starts the exchange. So digests follow the order of
+the group's collectives, which a valid program runs alike on all ranks. Ends of passes, threads, nested passes (checkpointing)
+and passes that fail do not count: they cannot raise a false alarm. A call that reentrant checkpointing or a compiled graph
+recomputes takes a new number, so swapped passes over such calls are not told apart.
+
+Numbers in what backward exchanges would reach the host no earlier, and every exchange (ring, all-to-all, reads of other ranks'
+memory, full attention, heads) would have to carry them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import weakref
 from dataclasses import dataclass, field
 
@@ -26,11 +37,30 @@ from . import agreement
 from .comm import HostCopy, SideStream, named_error, process_group, start_all_gather
 
 AT_ONCE = ("cpu",)
-"""Types of devices where numbers are compared at the beginning of each call's backward."""
-_SHOWN = 14
-"""Numbers of a pass that travel as they are, to name the first difference; a digest stands for all."""
-_READ_AT_ONCE = 4
-"""Backward passes of a group whose numbers are read when they end; each later pass reads those of the pass before."""
+"""Types of devices where numbers are always compared at the beginning of each call's backward."""
+_ROUNDS_AT_ONCE = 4
+"""A group's first rounds, and those after an error, in which numbers are compared so on every device."""
+_CALLS_BETWEEN = 2
+"""Calls and backward passes between a message with a digest and the backward that reads it, the latter included."""
+_SHOWN = 256
+"""Numbers since the last comparison that a rank remembers, to name the first difference."""
+_PRIME, _BASE = 2**61 - 1, 0x123456789ABCDEF
+"""Of the digest: a polynomial in `_BASE` whose coefficients are the numbers, modulo `_PRIME`."""
+
+
+@dataclass
+class _Told:
+    """A message whose digests have not been read.
+
+    Attributes:
+        headers: of all ranks.
+        at: `_Order.events` at its call.
+        numbers: how many of `_Order.numbers` the digest covers.
+    """
+
+    headers: HostCopy
+    at: int
+    numbers: int
 
 
 @dataclass
@@ -39,30 +69,49 @@ class _Order:
 
     Attributes:
         calls: numbers taken.
-        passes: by autograd's number of the backward pass under way, the calls whose backward has begun in it, in order.
-        ended: backward passes that were compared or will be.
-        unread: gathered numbers of the latest pass on their way to the host.
+        events: calls and backward passes of calls so far.
+        rounds: complete ones.
+        in_backward: whether the latest event was a backward.
+        digest: of the numbers compared late, in order.
+        numbers: the first `_SHOWN` of them that no digest read so far covers.
+        untold: whether some of them are in no message.
+        told: the message to read next.
     """
 
     calls: int = 0
-    passes: dict[int, list[int]] = field(default_factory=dict)
-    ended: int = 0
-    unread: HostCopy | None = None
+    events: int = 0
+    rounds: int = 0
+    in_backward: bool = False
+    digest: int = 0
+    numbers: list[int] = field(default_factory=list)
+    untold: bool = False
+    told: _Told | None = None
 
 
 _orders: weakref.WeakKeyDictionary[dist.ProcessGroup, _Order] = weakref.WeakKeyDictionary()
 
 
+def _order(group: dist.ProcessGroup) -> _Order:
+    return _orders.get(group) or _orders.setdefault(group, _Order())
+
+
 def take_number(group: dist.ProcessGroup | None) -> int:
     """The number of a call whose forward pass all ranks of `group` (None: the default one) have just agreed on."""
-    order = _orders.setdefault(process_group(group), _Order())
+    group = process_group(group)
+    order = _order(group)
     order.calls += 1
+    order.events += 1
+    order.rounds += order.in_backward
+    order.in_backward = False
+    if order.untold and order.told is None:
+        order.told = _Told(agreement.latest_headers(group), order.events, len(order.numbers))
+        order.untold = False
     return order.calls
 
 
 def check(group: dist.ProcessGroup | None, number: int, device: torch.device) -> None:
-    """All ranks of `group` (None: the default one) are at the backward of the same call. Called inside a backward pass, by all
-    ranks alike.
+    """All ranks of `group` (None: the default one) are at the backward of the same call. Called by all ranks alike, right before
+    the first collective of that backward.
 
     Args:
         group: the context-parallel group.
@@ -70,46 +119,50 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
         device: where the group's backend communicates.
 
     Raises:
-        ValueError: on every rank, they are not; on CUDA when the pass ends, or the next one.
+        ValueError: on every rank: they are not; or, on CUDA, were not in an earlier backward (see above).
         RuntimeError: a rank did not come within the group's timeout.
     """
     group = process_group(group)
-    order = _orders.setdefault(group, _Order())
-    if device.type in AT_ONCE:
+    order = _order(group)
+    order.events += 1
+    order.in_backward = True
+    if device.type in AT_ONCE or order.rounds < _ROUNDS_AT_ONCE:
         with _named(group, f"begin the backward of call {number}"):
             facts = agreement.all_facts(group, {"step": "backward", "number": str(number)}, device)
         if any(of_rank.get("step") != "backward" for of_rank in facts):
             agreement.compare(facts)  # a rank went on to another call
         _compare(torch.tensor([[int(of_rank["number"])] for of_rank in facts]))
         return
-    task = torch._C._current_graph_task_id()
-    if task not in order.passes:
-        if len(order.passes) > 8:  # of passes that ended with an error
-            order.passes.clear()
-        order.passes[task] = []
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _end_of_pass(group, order, task, device))
-    order.passes[task].append(number)
+    if order.told is not None and order.events - order.told.at >= _CALLS_BETWEEN:
+        _read(group, order, order.told, device)
+    order.digest = (order.digest * _BASE + number) % _PRIME
+    agreement.tell(group, order.digest)
+    order.untold = True
+    if len(order.numbers) < _SHOWN:
+        order.numbers.append(number)
 
 
-def _end_of_pass(group: dist.ProcessGroup, order: _Order, task: int, device: torch.device) -> None:
-    numbers = order.passes.pop(task)
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest()
-    text = [*numbers[:_SHOWN], *[0] * (_SHOWN - len(numbers)), len(numbers), int.from_bytes(digest, "big")]
-    side = SideStream(device, "backward order")
-    with side.alone(), _named(group, f"end the backward pass of call {numbers[0]}"):
-        gathered, work = _gather(group, torch.tensor([text]).to(device))
-        work.wait()
+def _read(group: dist.ProcessGroup, order: _Order, told: _Told, device: torch.device) -> None:
+    """Compare the digests of a message; where they differ, forget what was not compared and name the first difference."""
+    with _named(group, f"begin the call before call {order.calls + 1}"):
+        digests = agreement.words(told.headers.wait())
+    order.told = None
+    if digests is None:  # the ranks disagreed on that call, which is reported as such; the next message tells the same
+        order.untold = True
+        return
+    if digests == digests[:1] * len(digests):
+        del order.numbers[: told.numbers]
+        return
+    mine = order.numbers[: told.numbers]
+    _orders[group] = _Order(calls=order.calls)
+    agreement.tell(group, 0)
+    with SideStream(device, "agreement").alone(), _named(group, "name the calls whose backward they ran"):
+        numbers = torch.tensor([*mine, *[0] * (_SHOWN - len(mine))]).to(device)
+        gathered = numbers.new_empty(dist.get_world_size(group), _SHOWN)
+        start_all_gather(gathered.view(-1), numbers, group).wait()
         copy = HostCopy(gathered)
-    order.ended += 1
-    late, order.unread = order.unread, copy
-    if order.ended <= _READ_AT_ONCE:
-        late, order.unread = order.unread, None
-    if late is not None:
-        try:
-            _compare(late.wait())
-        except ValueError:
-            order.unread = None  # the pass that ends now is of the same disorder: one error stands for both
-            raise
+    _compare(copy.wait())
+    raise ValueError(_DIFFERENT.format(f"their first {_SHOWN} are alike since the last comparison, later ones differ"))
 
 
 def _named(group: dist.ProcessGroup, what: str) -> contextlib.AbstractContextManager[None]:
@@ -117,21 +170,15 @@ def _named(group: dist.ProcessGroup, what: str) -> contextlib.AbstractContextMan
     return named_error(f"rank {rank} of {size} waited for the other ranks to {what}")
 
 
-def _gather(group: dist.ProcessGroup, numbers: Tensor) -> tuple[Tensor, dist.Work]:
-    """int64 `[1, n]` of every rank: `[P, n]`."""
-    gathered = numbers.new_empty(dist.get_world_size(group), numbers.shape[1])
-    return gathered, start_all_gather(gathered.view(-1), numbers.view(-1), group)
+_DIFFERENT = (
+    "the ranks of the context-parallel group run backward passes in different orders: {}. Gradients would be mixed up"
+)
 
 
 def _compare(numbers: Tensor) -> None:
     """Raise where two ranks' numbers `[P, n]` differ."""
     different = (numbers != numbers[0]).nonzero()
-    if not len(different):
-        return
-    rank, at = different[0].tolist()
-    which = f"rank 0 is at call {int(numbers[0, at])} of the group, rank {rank} at call {int(numbers[rank, at])}"
-    if at >= _SHOWN:
-        which = f"rank 0 and rank {rank} begin alike at calls {numbers[0, :_SHOWN].tolist()} and differ later"
-    raise ValueError(
-        f"the ranks of the context-parallel group run backward passes in different orders: {which}. Gradients would be mixed up"
-    )
+    if len(different):
+        rank, at = different[0].tolist()
+        first, other = (f"call {n}" if n else "none" for n in (int(numbers[0, at]), int(numbers[rank, at])))
+        raise ValueError(_DIFFERENT.format(f"rank 0 is at {first} of the group, rank {rank} at {other}"))

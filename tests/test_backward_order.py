@@ -9,10 +9,8 @@ import torch.distributed as dist
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.dense import causal_attention
-from moba_cp.parallel import backward_order
 from tests.cases import TRANSPORTS
 from tests.ranks import run_fresh_ranks, run_ranks
-from tests.recorder import recorded
 
 CONFIG, LAYOUT = MoBAConfig(8, 3), SequenceLayout.zigzag([0, 64], 2)
 
@@ -74,44 +72,3 @@ def test_a_rank_that_goes_on_without_backward_ends_the_others_by_name(ahead: int
         assert outcome.exception is None, outcome.exception
         assert "are apart: rank" in outcome.result
         assert f"rank {1 - ahead} {'is ' * ahead}at the backward of call 1" in outcome.result
-
-
-def compared_at_the_end(rank: int, size: int) -> tuple[list[str], int]:
-    """As on GPUs: one comparison per backward pass. Messages of a swapped pass and of one of many calls; gathers of a pass."""
-    backward_order.AT_ONCE = ()
-    messages = []
-
-    def call() -> torch.Tensor:
-        q, k, v = (LAYOUT.shard(torch.randn(64, 2, 8), rank).requires_grad_() for _ in range(3))
-        q.register_hook(lambda gradient: gradient if not fails else 1 // 0)
-        return moba_cp.moba_attention(q, k, v, CONFIG, layout=LAYOUT, comm="ring").sum()
-
-    fails = False
-    for _ in range(3):
-        torch.stack([call(), call()]).sum().backward()
-    fails = True  # a pass that fails half-way leaves nothing behind
-    out = call()
-    with pytest.raises(ZeroDivisionError):
-        out.backward()
-    fails = False
-    with recorded() as events:
-        torch.stack([call(), call()]).sum().backward()
-    gathers = sum(getattr(e, "sent", 0) == 16 * 8 for e in events)
-    outs = [call(), call()]
-    for index in (0, 1) if rank == 0 else (1, 0):
-        try:
-            outs[index].backward()
-        except ValueError as error:
-            messages.append(str(error))
-    for _ in range(3):
-        call().backward()  # the group works on
-    return messages, gathers
-
-
-def test_a_pass_is_compared_once_at_its_end() -> None:
-    for outcome in run_fresh_ranks(2, compared_at_the_end):
-        assert outcome.exception is None, outcome.exception
-        messages, gathers = outcome.result
-        assert gathers == 1
-        assert len(messages) == 1, "all ranks raise once, at the end of the next pass"
-        assert "rank 0 is at call 10 of the group, rank 1 at call 11" in messages[0]
