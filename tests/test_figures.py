@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moba_cp import config
-from moba_cp.parallel import agreement, cost, plan_cache
+from moba_cp.parallel import agreement, cost, home, plan_cache
 
 pytest.importorskip("typer")
 from scripts.make_tables import RESULTS, pages
@@ -71,14 +71,12 @@ ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
             "`exchange_bytes`** (4 GiB by default)",
             "96 MiB on the host, 96 MiB on devices",
             "all-gather of 1 KiB per rank",
+            "`_STARTS_BYTES` (8 MiB)",
             "`PATIENCE_S` (0.3 s)",
             "`GRACE_S` (2 s)",
         ),
         "docs/scaling.md": ("`exchange_bytes` of 4 GiB",),
         "docs/launching.md": ("10 minutes by default over NCCL",),
-    },
-    "a setting of a run that a command makes": {
-        "docs/scaling.md": ("within 90\nseconds",),
     },
 }
 
@@ -157,6 +155,7 @@ def test_constants_are_those_of_the_code() -> None:
         ("`exchange_bytes`** (4 GiB by default)", config.DEFAULT_EXCHANGE_BYTES == 4 << 30),
         ("96 MiB on the host", plan_cache.MOST_HOST_BYTES == 96 << 20),
         ("96 MiB on devices", plan_cache.MOST_DEVICE_BYTES == 96 << 20),
+        ("`_STARTS_BYTES` (8 MiB)", home._STARTS_BYTES == 8 << 20),
         ("`PATIENCE_S` (0.3 s)", agreement.PATIENCE_S == 0.3),
         ("`GRACE_S` (2 s)", agreement.GRACE_S == 2),
     ):
