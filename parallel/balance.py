@@ -16,10 +16,19 @@ exists where work per row grows along the document. It does, but for the sawtoot
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 KEY_WORK, CANDIDATE_WORK = 7, 1
 """Work per attended key and per scored candidate: FLOPs of forward and backward in units of 2 D (4 D + 10 D, and 2 D)."""
+
+_FEW_DOCUMENTS = 24
+"""At most this many documents are cut one by one, in Python's integers."""
+_MOST_WORK = 1 << 62
+"""Ranks times the work of a document fit 64 bits below this bound."""
+_SLAB = 1 << 20
+"""Most numbers in a temporary matrix."""
 
 
 def keys_before(position: np.ndarray, block_size: int, topk: int) -> np.ndarray:
@@ -60,8 +69,18 @@ def work_before(position: np.ndarray, block_size: int, topk: int) -> np.ndarray:
     return KEY_WORK * keys_before(position, block_size, topk) + CANDIDATE_WORK * candidates_before(position, block_size)
 
 
+class Cuts(NamedTuple):
+    """What the ranks that have taken their shares leave of each document: `[low, high)`, int64 `[P + 1, documents]`.
+
+    The rank that takes place p holds `[low[p], low[p + 1])` and `[high[p + 1], high[p])`. Tokens count from the document's start.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+
+
 def balanced_runs(cu_seqlens: np.ndarray, size: int, block_size: int, topk: int) -> list[np.ndarray]:
-    """For each rank its runs `[start, end)` of token numbers, int64 `[n, 2]`, ascending.
+    """For each rank its runs `[start, end)` of token numbers, int64 `[n, 2]`: ascending, not empty, as few as possible.
 
     Per document, numbers of tokens differ by at most one between ranks. Ranks take turns in being the first to take from a
     document, so that remainders even out over documents.
@@ -71,26 +90,45 @@ def balanced_runs(cu_seqlens: np.ndarray, size: int, block_size: int, topk: int)
         size: number of ranks.
         block_size, topk: of the attention.
     """
-    begin, length = cu_seqlens[:-1], np.diff(cu_seqlens)
-    low, high = np.zeros_like(length), length.copy()  # what is left of each document
-    taken: list[list[np.ndarray]] = [[] for _ in range(size)]
-    document = np.arange(len(length))
-    for place in range(size):
-        count = (high - low) // (size - place)  # the last ones take the remainder
-        front = _from_front(low, high, count, size - place, block_size, topk)
-        rank = (place + document) % size
-        runs = np.stack([begin + low, begin + low + front, begin + high - (count - front), begin + high], 1).reshape(
-            -1, 2, 2
-        )
-        for r in np.unique(rank):
-            taken[r].append(runs[rank == r].reshape(-1, 2))
-        low, high = low + front, high - (count - front)
+    cuts, begin = balanced_cuts(np.diff(cu_seqlens), size, block_size, topk), cu_seqlens[:-1]
+    document, step = np.arange(begin.size), max(1, _SLAB // max(1, begin.size))
     found = []
-    for parts in taken:
-        whole = np.concatenate([np.empty((0, 2), dtype=np.int64), *parts])
-        whole = whole[whole[:, 0] < whole[:, 1]]
-        found.append(whole[np.argsort(whole[:, 0], kind="stable")])
-    return found
+    for first in range(0, size, step):  # in slabs: large groups take nothing from most short documents
+        low, high = (begin + x[first : first + step + 1] for x in cuts)
+        start, end = np.stack([low[:-1], high[1:]]), np.stack([low[1:], high[:-1]])
+        rank = np.broadcast_to((first + np.arange(len(low) - 1)[:, None] + document) % size, start.shape)
+        held = start < end
+        found.append(np.stack([rank[held], start[held], end[held]]))
+    rank, start, end = np.concatenate(found, axis=1)
+    order = np.lexsort((start, rank))
+    rank, start, end = rank[order], start[order], end[order]
+    begins = np.flatnonzero(np.append(True, (rank[1:] != rank[:-1]) | (start[1:] != end[:-1]))[: rank.size])
+    runs = np.stack([start[begins], end[np.append(begins[1:], rank.size)[: begins.size] - 1]], axis=1)
+    last = np.cumsum(np.bincount(rank[begins], minlength=size)).tolist()
+    return [runs[i:j] for i, j in zip([0, *last[:-1]], last, strict=True)]
+
+
+def balanced_cuts(length: np.ndarray, size: int, block_size: int, topk: int) -> Cuts:
+    """Where each document is cut, place by place.
+
+    Args:
+        length: int64 `[documents]`, tokens of each.
+        size: number of ranks.
+        block_size, topk: of the attention.
+    """
+    longest = int(length.max(initial=0))
+    block_size, topk = min(block_size, max(1, longest)), min(topk, longest + 1)  # larger values mean the same
+    low, high = (np.empty((size + 1, length.size), dtype=np.int64) for _ in range(2))
+    if length.size <= _FEW_DOCUMENTS or size * _work(longest, block_size, topk) > _MOST_WORK:
+        for document, tokens in enumerate(length.tolist()):
+            low[:, document], high[:, document] = _cuts_of(tokens, size, block_size, topk)
+        return Cuts(low, high)
+    low[0], high[0] = 0, length
+    for place in range(size):
+        count = (high[place] - low[place]) // (size - place)  # the last ones take the remainder
+        front = _from_front(low[place], high[place], count, size - place, block_size, topk)
+        low[place + 1], high[place + 1] = low[place] + front, high[place] - (count - front)
+    return Cuts(low, high)
 
 
 def _from_front(
@@ -98,10 +136,10 @@ def _from_front(
 ) -> np.ndarray:
     """Of `count` rows taken from `[low, high)` of each document, how many from its start, so that their work is one of
     `shares` equal shares: by bisection, all documents at once."""
+    start, end = work_before(low, block_size, topk), work_before(high, block_size, topk)
 
     def excess(front: np.ndarray) -> np.ndarray:
         """Work taken beyond one share."""
-        start, end = work_before(low, block_size, topk), work_before(high, block_size, topk)
         mine = work_before(low + front, block_size, topk) - start
         mine = mine + end - work_before(high - (count - front), block_size, topk)
         return shares * mine - (end - start)
@@ -116,3 +154,44 @@ def _from_front(
         )
     after = np.minimum(few + 1, count)
     return np.where(np.abs(excess(after)) < np.abs(excess(few)), after, few)
+
+
+def _cuts_of(length: int, size: int, block_size: int, topk: int) -> tuple[list[int], list[int]]:
+    """`low` and `high` of one document, in Python's integers. A call of numpy costs more than the few numbers of a document take,
+    and a group of 65,536 makes a million calls."""
+    lows, highs = [0], [length]
+    for shares in range(size, 0, -1):
+        low, high = lows[-1], highs[-1]
+        count = (high - low) // shares
+        front = _front_of(low, high, count, shares, block_size, topk)
+        lows.append(low + front)
+        highs.append(high - (count - front))
+    return lows, highs
+
+
+def _front_of(low: int, high: int, count: int, shares: int, block_size: int, topk: int) -> int:
+    """`_from_front` of one document."""
+    start, end, rest = _work(low, block_size, topk), _work(high, block_size, topk), high - count
+
+    def excess(front: int) -> int:
+        """Work taken beyond one share."""
+        mine = _work(low + front, block_size, topk) - start + end - _work(rest + front, block_size, topk)
+        return shares * mine - (end - start)
+
+    few, many = 0, count
+    while few < many:
+        middle = (few + many + 1) // 2
+        if excess(middle) >= 0:
+            few = middle
+        else:
+            many = middle - 1
+    return few + 1 if few < count and abs(excess(few + 1)) < abs(excess(few)) else few
+
+
+def _work(position: int, block_size: int, topk: int) -> int:
+    """`work_before` of one position; no integer overflows."""
+    block, rest = divmod(position, block_size)
+    past = min(block, topk - 1)
+    keys = block_size * block_size * (past * (past - 1) // 2 + (block - past) * (topk - 1))
+    keys += block * (block_size * (block_size + 1) // 2) + rest * past * block_size + rest * (rest + 1) // 2
+    return KEY_WORK * keys + CANDIDATE_WORK * (block_size * (block * (block - 1) // 2) + rest * block)

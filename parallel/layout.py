@@ -107,11 +107,7 @@ class SequenceLayout:
         """
         cu, size = _host_cu_seqlens(cu_seqlens), _check_cp_size(cp_size)
         block_size, topk = (_positive(name, x) for name, x in (("block_size", block_size), ("topk", topk)))
-        longest = max(1, int(cu[-1]))  # larger values mean the same, and their products may not fit 64 bits
-        runs = [
-            merge_adjacent(rank) for rank in balanced_runs(cu, size, min(block_size, longest), min(topk, longest + 1))
-        ]
-        return cls(cu, partition_of(runs, cu))
+        return cls(cu, partition_of(balanced_runs(cu, size, block_size, topk), cu))
 
     @classmethod
     def from_runs(

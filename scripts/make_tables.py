@@ -1,9 +1,10 @@
-"""Fill the tables of README.md and docs/*.md, and draw the plots, from docs/results/*.json.
+"""Fill the tables and figures of README.md and docs/*.md, and draw the plots, from docs/results/*.json.
 
     python -m scripts.make_tables            # writes all
     python -m scripts.make_tables --print    # the tables only, to standard output
 
-Tables go between the comments `<!-- results:NAME -->` and `<!-- /results:NAME -->`; plots go beside the JSON files.
+Tables go between the comments `<!-- results:NAME -->` and `<!-- /results:NAME -->`, figures in a sentence between `<!--=NAME-->`
+and `<!--/-->`; plots go beside the JSON files.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from moba_cp.planning.calibration import Calibration
 
 from .harness.records import REPOSITORY
 from .tables.equality import equality_table, pretrain_table
+from .tables.figures import figures
+from .tables.floors import floors_table
 from .tables.huggingface import decode_table, huggingface_table
 from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
@@ -27,9 +30,10 @@ from .tables.planning import balance_table, clusters_table, predictions_table
 from .tables.scaling import longest_table, scaling_plot, scaling_tables
 from .tables.soak import soak_table
 from .tables.speed import gpus_table, profile_plot, speed_table
-from .tables.text import fill
+from .tables.text import fill, fill_figures
 from .tables.torch_parts import compile_table, fsdp_table
 from .tables.training import long_run_plot, long_run_text, training_plot, training_table
+from .tables.trials import trial_tables
 
 RESULTS = REPOSITORY / "docs" / "results"
 KERNELS_H200 = RESULTS / "kernels_h200.json"
@@ -44,7 +48,8 @@ def main(
     if print_only:
         print(*blocks().values(), sep="\n\n")
         return
-    fill(blocks(), [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))])
+    fill(blocks(), pages())
+    fill_figures(figures(RESULTS), pages())
     kernels_plot(*load(kernel_files()), RESULTS / "kernels.png")
     training_plot(content("context_parallel_training"), RESULTS / "context_parallel_training.png")
     for file in sorted(RESULTS.glob("long_run*.json")):
@@ -54,12 +59,19 @@ def main(
     profile_plot(content("training_speed"), RESULTS / "training_profile.png")
 
 
+def pages() -> list[Path]:
+    """Pages with tables or figures."""
+    docs = REPOSITORY / "docs"
+    return [REPOSITORY / "README.md", *sorted(docs.glob("*.md")), *sorted(RESULTS.glob("*.md"))]
+
+
 def blocks() -> dict[str, str]:
     """Markdown of every table, by the name of the block that it goes into."""
     about, results, dense = load(kernel_files())
     return {
         "results:headline": headline(results, dense, content("training_scaling")),
         "results:kernels": kernels_table(about, results, dense),
+        "results:floors": floors_table(content("kernels"), content("kernels_512k")),
         "results:kernels_h200": kernels_table(*load([KERNELS_H200])),
         "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
         "results:training": training_table(content("context_parallel_training")),
@@ -82,6 +94,7 @@ def blocks() -> dict[str, str]:
         "results:balance": balance_table(),
         "results:scaling_headline": scaling_headline(),
         "results:learning_headline": learning_headline(content("learning")),
+        **trial_tables(content("trials")),
     }
 
 

@@ -88,5 +88,12 @@ def test_tables_are_what_the_generator_makes() -> None:
     assert found == made
 
 
+def test_the_page_on_learning_is_what_its_report_makes() -> None:
+    pytest.importorskip("typer")
+    from examples.learning.report import load, page
+
+    assert (ROOT / "docs" / "learning.md").read_text() == page(load(ROOT / "docs" / "results" / "learning.json"))
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, wide
+from moba_cp.commands.plan import report
 from moba_cp.config import DEFAULT_EXCHANGE_BYTES
 from moba_cp.parallel.heads import PeerHeadTransfer
 from moba_cp.parallel.peer_memory import kept_bytes, release
-from moba_cp.planning import advice
+from moba_cp.planning import advice, sizes
 from moba_cp.planning.calibration import Calibration, known
 from moba_cp.planning.measured import Measured, calibrate, compare, judged, read
 from moba_cp.planning.memory import memory
@@ -76,6 +78,33 @@ def test_counted_keys_are_those_of_the_runs() -> None:
         layer = Layer(*(entry[x] for x in ("tokens", "q_heads", "kv_heads", "block_size", "topk")))
         exchange = entry["transport"] if entry["ranks"] > 1 else "local"
         assert busiest(layer, Split(entry["ranks"], 1, exchange)).keys == max(entry["attended_keys"])
+
+
+@pytest.mark.parametrize(
+    ("length", "ranks", "block_size", "topk", "keys", "pairs", "scored"),
+    [
+        (1 << 20, 4096, 512, 8, 1015936, 2048, 249344),
+        (10 << 20, 512, 512, 8, 71313408, 149504, 260988920),
+        (1000003, 64, 128, 8, 15007818, 125000, 60980957),
+        (1 << 18, 2, 4096, 12, 5620203520, 1437640, 5783328),
+    ],
+)
+def test_work_of_balanced_layouts_is_counted(
+    length: int, ranks: int, block_size: int, topk: int, keys: int, pairs: int, scored: int
+) -> None:
+    """As it was counted from the runs of `SequenceLayout.balanced`, rank by rank."""
+    work = busiest(Layer(length, 1, 1, block_size, topk), Split(ranks, 1, "ring", "balanced"))
+    assert (work.keys, work.pairs, work.scored) == (keys, pairs, scored)
+
+
+@pytest.mark.parametrize(("gpus", "seconds"), [(4096, 2), (65536, 10)])
+def test_large_clusters_are_planned_in_seconds(gpus: int, seconds: float) -> None:
+    """CPU time of everything that `moba-cp plan` shows. Seven heads are not split, which leaves most ranks to balance."""
+    sizes._busiest.cache_clear()
+    begin = time.process_time()
+    lines = report(Layer(10 << 20, 7, 7, 512, 8), Cluster(gpus), DEFAULT, 1)
+    assert time.process_time() - begin < seconds
+    assert any("layout: " in line for line in lines)
 
 
 def test_bytes_are_those_of_the_runs() -> None:

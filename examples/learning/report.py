@@ -26,16 +26,22 @@ def main(
     docs: Annotated[Path, typer.Option(help="folder of the page and its pictures")] = Path("docs"),
 ) -> None:
     """Write the page and its pictures."""
-    found = json.loads(results.read_text())
+    found = load(results)
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "learning.md").write_text(page(found))
+    pictures(found, docs)
+
+
+def load(results: Path) -> dict[str, Any]:
+    """A results file, with what counting words gets and what was read out of the results, where files beside it have them."""
+    found: dict[str, Any] = json.loads(results.read_text())
     counted = results.with_name("learning_bigram.json")
     if counted.exists():
         found["counting"] = json.loads(counted.read_text())
     reading = results.with_name(f"{results.stem}_reading.md")
     if reading.exists():
         found["reading"] = reading.read_text().strip()
-    docs.mkdir(parents=True, exist_ok=True)
-    (docs / "learning.md").write_text(page(found))
-    pictures(found, docs)
+    return found
 
 
 def page(results: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..chunks import most_at_once
 from ..config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
-from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, candidates_before, keys_before, pairs_before
+from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, balanced_cuts, candidates_before, keys_before, pairs_before
 from ..parallel.cost import BETWEEN_BYTES_PER_MS, INSIDE_BYTES_PER_MS
 from ..parallel.exchanges.registry import EXCHANGES
 from ..parallel.layout import SequenceLayout
@@ -216,12 +216,13 @@ def busiest(layer: Layer, split: Split) -> Work:
 def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) -> tuple[int, int, int]:
     """Keys, pairs and candidates of one document and q head on the busiest rank."""
     if layout == "balanced":
-        cuts = SequenceLayout.balanced([0, length], size, block_size, topk)
+        low, high = (x[:, 0] for x in balanced_cuts(np.array([length]), size, block_size, topk))
+        start, end = np.concatenate([low[:-1], high[1:]]), np.concatenate([low[1:], high[:-1]])
+        rank = np.tile(np.arange(size), 2)
     else:
         cuts = (SequenceLayout.zigzag if layout == "zigzag" else SequenceLayout.contiguous)([0, length], size)
-
-    held = cuts.partition.fragments(np.array([0]), np.array([length]))
-    start, end = held.start, held.start + held.length
+        held = cuts.partition.fragments(np.array([0]), np.array([length]))
+        start, end, rank = held.start, held.start + held.length, held.rank
     work = np.zeros((3, size), dtype=np.int64)
     for rank_work, run_work in zip(
         work,
@@ -232,7 +233,7 @@ def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) ->
         ),
         strict=True,
     ):
-        np.add.at(rank_work, held.rank, run_work)
+        np.add.at(rank_work, rank, run_work)
     keys, pairs, scored = work
     most = int(np.argmax(KEY_WORK * keys.astype(float) + CANDIDATE_WORK * scored))  # 64-bit integers could overflow
     return int(keys[most]), int(pairs[most]), int(scored[most])

@@ -61,8 +61,8 @@ def kernels_table(about: dict[str, Any], results: list[Entry], dense: dict[tuple
     lines = [
         f"{about['device']}, bf16, D = {about['head_dim']}, N(0, 1) inputs, one document; torch {about['torch']}, "
         f"Triton {about['triton']}, commit {about['commit'][:10]}. Medians of milliseconds, forward / forward+backward. "
-        "*Floor*: scoring, and the larger of "
-        "the attention FLOPs at 800 TFLOP/s and the bytes of a block-major design at 3.0 TB/s.",
+        "*Of the floor*: the floor over the time. The floor is the time of scoring, plus the larger of attention's FLOPs at "
+        "800 TFLOP/s and the bytes of a block-major design at 3.0 TB/s.",
         "",
         "| heads | tokens | (B, k) | moba_cp | of the floor | against dense cuDNN | dense cuDNN | dense flash | peak GiB "
         "| output / dq error |",
@@ -89,7 +89,11 @@ def kernels_table(about: dict[str, Any], results: list[Entry], dense: dict[tuple
         rows, wrong = (sum(c[key] for c in checked) for key in ("rows", "wrong_rows"))
         seeds = sorted({c["seeds"] for c in checked})
         drawn = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        lines += ["", f"Rows whose blocks were checked against fp32 scores, {drawn} seeds: {rows:,}; wrong: {wrong}."]
+        drawn += " seed" if drawn == "1" else " seeds"
+        lines += [
+            "",
+            f"Selected blocks were checked against fp32 scores in {rows:,} rows ({drawn}). Wrong rows: {wrong}.",
+        ]
     return "\n".join(lines)
 
 

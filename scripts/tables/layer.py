@@ -34,11 +34,14 @@ def layer_tables(contents: list[dict[str, Any]]) -> str:
             "",
             f"Output and dq of all exchanges {'are' if equal else 'are NOT'} the same bits, as timed.",
             "",
-            "What is lost from *alone* to all ranks, with `auto`. Scoring grows with the sequence. *Not hidden*: time that rank "
-            "0 waits for keys and values forward / for them and for gradients backward, with their sums, and with waiting for "
-            "a rank that has more to do. *Work*: keys that the busiest rank attends to, over those of *alone*: more where the "
-            "sequence is longer, and where the layout does not balance them. *Peak*: of `auto`, GiB a GPU: "
-            "torch's allocations and shared memory.",
+            "What all ranks lose against *alone*, with `auto`:",
+            "",
+            "- *Scoring*: of one GPU alone and of all ranks. It grows with the sequence.",
+            "- *Not hidden*: time that rank 0 waits, forward for keys and values / backward for these and for gradients. It "
+            "includes sums of gradients, and waiting for a rank that has more to do.",
+            "- *Work*: keys that the busiest rank attends to, over those of *alone*. It grows with the sequence, and where the "
+            "layout does not balance keys.",
+            "- *Peak*: GiB per GPU, forward / forward+backward: torch's allocations and shared memory.",
             "",
             *scaling_table(done),
         ]

@@ -14,11 +14,19 @@ LONGEST_TOKENS = 4 << 20
 """From so many tokens on, a result is one of the longest contexts."""
 FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10
 """Of dense attention, per (query, key) pair and D."""
+LEGEND = """\
+Times are milliseconds of the slowest rank, forward / forward+backward.
+
+- *Equal work*: one GPU with all tokens and its share of the heads. *Efficiency*: that time over the time of the best exchange.
+- *Exposed*: ms that the best exchange waits for other ranks, summed over stages. *GiB received* and *peak GiB* are of it, too.
+- *Dense*: the faster of torch's ring and heads by all-to-all; in brackets, how many times as long as the best exchange.
+- *Error*: output of sampled rows against the definition in fp64, norm over norm. bf16 rounds to 2e-03 at most."""
 
 
 def scaling_tables(contents: Sequence[dict[str, Any]]) -> str:
     """Markdown: of each machine, times by exchange beside equal work on one GPU and dense attention."""
-    return "\n\n".join(_of_machine(content) for content in contents if _measured(content))
+    measured = [_of_machine(content) for content in contents if _measured(content)]
+    return "\n\n".join([LEGEND, *measured]) if measured else ""
 
 
 def _of_machine(content: dict[str, Any]) -> str:
@@ -26,9 +34,7 @@ def _of_machine(content: dict[str, Any]) -> str:
     comms = list(dict.fromkeys(r["comm"] for r in results if r["ranks"] > 1))
     lines = [
         f"{content['world_size']} x {content['device']}, NCCL {content['nccl']}, bf16, D = 128, one document; torch "
-        f"{content['torch']}, commit {commits(results)}. Milliseconds of the slowest rank, forward / forward+backward. "
-        "*Equal work*: one GPU with all tokens and its share of the heads; *efficiency*: that over the best exchange. *Exposed*: "
-        "what the best one waits for others, by stages, in ms. *Dense*: the faster of torch's ring and heads by all-to-all.",
+        f"{content['torch']}, commit {commits(results)}.",
         "",
         "| GPUs | tokens | heads | (B, k) | routing, layout | "
         + " | ".join(comms or ["alone"])
@@ -58,8 +64,7 @@ def _of_machine(content: dict[str, Any]) -> str:
     text = ", ".join(f"{sum(same)} of {len(same)} compared {how}" for same, how in compared if same)
     lines += [
         "",
-        f"Equal bits of output and dq, as timed: {text or 'nothing to compare'}. *Error*: output of sampled rows against the "
-        "definition in fp64, norm over norm; bf16 rounds to 2e-03 at most.",
+        f"Equal bits of output and dq, as timed: {text or 'nothing to compare'}.",
     ]
     if stronger := strong_scaling(results):
         lines += ["", "The same problem on more GPUs, forward / forward+backward:", "", *stronger]
@@ -140,7 +145,8 @@ def longest_table(contents: Sequence[dict[str, Any]], fastest: bool = False) -> 
         return ""
     lines += [
         "",
-        f"*By FLOPs*: forward+backward at the best rate that dense attention reached on the same GPUs{_rate_text(contents)}.",
+        "*Dense, by FLOPs*: what forward+backward would take at the best rate that dense attention reached on the same "
+        f"GPUs{_rate_text(contents)}.",
     ]
     return "\n".join(lines)
 

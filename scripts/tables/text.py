@@ -1,4 +1,4 @@
-"""What the tables share: filling marked blocks of a page, short numbers, matplotlib without a screen."""
+"""What the tables share: filling marked blocks and figures of a page, short numbers, matplotlib without a screen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 Entry = dict[str, Any]
 """One entry of a list of results, as its JSON holds it."""
+FIGURE = re.compile(r"<!--=([\w.]+)-->(.*?)<!--/-->")
+"""A figure in a sentence: its name, and its text."""
 
 
 def fill(blocks: dict[str, str], files: list[Path]) -> None:
@@ -24,6 +26,26 @@ def fill(blocks: dict[str, str], files: list[Path]) -> None:
             )
         for file in marked:
             replace_between(file, name, text)
+
+
+def fill_figures(figures: dict[str, str], files: list[Path]) -> None:
+    """Write every figure into the sentences that name it: `<!--=file.name-->1.7 s<!--/-->`.
+
+    Raises:
+        ValueError: a page names a figure that there is none of, or no page names one.
+    """
+    named: set[str] = set()
+    for file in files:
+        content = file.read_text()
+        names = {name for name, _ in FIGURE.findall(content)}
+        if unknown := sorted(names - figures.keys()):
+            raise ValueError(f"{file} names figures that there are none of: {', '.join(unknown)}")
+        named |= names
+        filled = FIGURE.sub(lambda found: f"<!--={found[1]}-->{figures[found[1]]}<!--/-->", content)
+        if filled != content:
+            file.write_text(filled)
+    if unnamed := sorted(figures.keys() - named):
+        raise ValueError(f"no page names the figures {', '.join(unnamed)}")
 
 
 def replace_between(path: Path, name: str, text: str) -> None:

@@ -1,5 +1,7 @@
 """`SequenceLayout.balanced`: every rank has the same number of tokens and the same counted work."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, reference
-from moba_cp.parallel.balance import CANDIDATE_WORK, KEY_WORK, work_before
+from moba_cp.parallel import balance
+from moba_cp.parallel.balance import CANDIDATE_WORK, KEY_WORK, balanced_cuts, work_before
 
 
 def row_work(length: int, block_size: int, topk: int) -> np.ndarray:
@@ -116,3 +119,41 @@ def test_bad_input_is_named(arguments: tuple, error: type[Exception], text: str)
 def test_block_size_and_topk_beyond_64_bits_mean_full_attention() -> None:
     huge = SequenceLayout.balanced([0, 40, 99], 3, 2**70, 2**70)
     assert huge == SequenceLayout.balanced([0, 40, 99], 3, 99, 100)
+
+
+@pytest.mark.parametrize(
+    ("ends", "ranks", "block_size", "topk", "digest"),
+    [
+        ([0, 1000], 7, 16, 3, "0aea8a14e29b61821250ad3554a87f12"),
+        ([0, 131072], 8, 512, 8, "4f4c6a87d24996e25c664bc5a2f5edc8"),
+        ([0, 131072], 2, 4096, 12, "0b9deba71dd05258d9ed59d19846ec38"),
+        ([0, 300, 300, 1001, 5000], 5, 40, 4, "ab0c2e29d9dec504228f1cda9283d77f"),
+        (range(0, 21000, 700), 6, 64, 2, "0c91baa4249aedea49b0573b11d834c9"),
+        ([0, 65537], 128, 128, 8, "9e4d1d113e2a2cd06a9f25364e208a18"),
+        ([0, 40], 64, 8, 3, "5ec2c97ed6f9c37ee27541e8b17017fa"),
+        ([0, 99], 3, 500, 200, "5fc1962f5df9bf49ac36b17bc67a512e"),
+    ],
+)
+def test_runs_are_those_that_were_first_released(ends, ranks: int, block_size: int, topk: int, digest: str) -> None:
+    """Programs that cut their data by them find the same cuts. A `range` has more documents than are cut one by one."""
+    cuts = [0, *list(ends)[1:]]
+    assert SequenceLayout.balanced(cuts, ranks, block_size, topk).digest.hex() == digest
+
+
+@given(lengths=documents, ranks=st.integers(1, 40), size=sizes)
+@settings(deadline=None, max_examples=100)
+def test_documents_are_cut_alike_one_by_one_and_together(lengths: list[int], ranks: int, size: tuple[int, int]) -> None:
+    length = np.array(lengths, dtype=np.int64)
+    one_by_one = balanced_cuts(length, ranks, *size)
+    with mock.patch.object(balance, "_FEW_DOCUMENTS", -1):
+        together = balanced_cuts(length, ranks, *size)
+    assert all(np.array_equal(x, y) for x, y in zip(one_by_one, together, strict=True))
+
+
+def test_full_attention_of_a_long_document_is_balanced_over_many_ranks() -> None:
+    """Its work times the ranks does not fit 64 bits."""
+    length, ranks, block_size = 100 << 20, 4096, 1 << 20
+    low, high = (x[:, 0] for x in balanced_cuts(np.array([length]), ranks, block_size, 100))
+    ends = [work_before(x, block_size, 100) for x in (low, high)]
+    work = np.diff(ends[0]) - np.diff(ends[1])
+    assert work.max() < 1.001 * work.mean()

@@ -1,0 +1,159 @@
+"""Figures that stand in sentences. A page writes `<!--=file.name-->1.7 s<!--/-->`, and the generator fills what is between.
+
+`file` is the stem of a result file in `docs/results/`, or a trial of `trials.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.learning.summary import arms, finished, gaps, mean_and_error
+
+from .text import Entry
+from .trials import trial_figures
+
+Figures = dict[str, str]
+GIB = 1 << 30
+
+
+def figures(results: Path) -> Figures:
+    """Text of every figure, by `file.name`.
+
+    Args:
+        results: the folder of the result files.
+
+    Raises:
+        ValueError: no entry of a file, or several, fit what a figure describes.
+    """
+
+    def content(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((results / f"{name}.json").read_text())
+        return found
+
+    of_file: dict[str, Callable[[], Figures]] = {
+        "kernels": lambda: _kernels(content("kernels")),
+        "scaling": lambda: _scaling(content("scaling")),
+        "scaling_longest": lambda: _longest(content("scaling_longest")),
+        "training_speed": lambda: _micro_batches(content("training_speed")),
+        "training_scaling": lambda: _two_gpus(content("training_scaling"), content("training_speed")),
+        "decode": lambda: _decode(content("decode")),
+        "learning": lambda: _learning(content("learning")),
+    }
+    found = {f"{file}.{name}": text for file, make in of_file.items() for name, text in make().items()}
+    return found | trial_figures(content("trials"))
+
+
+def one(entries: Sequence[Entry], **wanted: object) -> Entry:
+    """The entry whose fields have these values.
+
+    Raises:
+        ValueError: there is not exactly one.
+    """
+    found = [entry for entry in entries if all(entry.get(name) == value for name, value in wanted.items())]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} entries with {wanted}, expected one")
+    return found[0]
+
+
+def _whole(value: float) -> str:
+    """Rounded, a half upwards."""
+    return f"{int(value + 0.5)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _kernels(content: dict[str, Any]) -> Figures:
+    by_size = {entry["block_size"]: entry for entry in content["results"]}
+
+    def of_floor(block_size: int) -> str:
+        entry = by_size[block_size]
+        return _percent(entry["floors_ms"]["forward_attention"] / entry["forward_stages_ms"]["attend local"])
+
+    return {
+        "forward_of_floor_4096": of_floor(4096),
+        "forward_of_floor_512": of_floor(512),
+        "forward_128": f"{by_size[128]['forward_ms']['median']:.1f}",
+        "centroids": f"{by_size[128]['forward_stages_ms']['centroids']:.2f} ms",
+    }
+
+
+def _scaling(content: dict[str, Any]) -> Figures:
+    sizes = {"ranks": 2, "tokens": 1 << 18, "q_heads": 16, "kv_heads": 16, "block_size": 128, "topk": 8}
+    a2a = one(content["results"], comm="a2a", routing="uniform", **sizes)
+    share = sizes | {"q_heads": 8, "kv_heads": 8}  # of one GPU
+    return {"a2a_128": _both(a2a), "equal_work_128": _both(one(content["baselines"], baseline="equal_work", **share))}
+
+
+def _both(entry: Entry) -> str:
+    return f"{entry['forward_ms']:.1f} / {entry['forward_backward_ms']:.1f} ms"
+
+
+def _longest(content: dict[str, Any]) -> Figures:
+    of_sizes = [r for r in content["results"] if r["tokens"] == 10 << 20 and r["block_size"] == 512]
+    default = one(of_sizes, exchange_bytes=None)
+    (more,) = (r for r in of_sizes if r is not default)
+    peaks = (r["peak_gib_forward_backward"] for r in (default, more))
+    return {
+        "walks": f"{max(default['walks'])} times",
+        "waits": f"{default['exposed_ms'] / 1e3:.1f} of {default['forward_backward_ms'] / 1e3:.1f} s",
+        "budget": f"{more['exchange_bytes'] / GIB:g} GiB",
+        "once": f"{more['forward_backward_ms'] / 1e3:.1f} s",
+        "less_memory": f"{next(peaks) - next(peaks):.0f} GiB",
+    }
+
+
+def _micro_batches(content: dict[str, Any]) -> Figures:
+    label = "long layers, micro-batches of 16K"
+    eager, graphs = (one(content["runs"], label=x) for x in (label, f"{label}, CUDA graphs"))
+    work = sum(ms for name, ms in eager["profile"]["by_category"].items() if name != "idle")
+    return {
+        "kernels_16k": f"{work:.0f} ms",
+        "step_16k": f"{1e3 * eager['step_seconds']:.0f} ms",
+        "share_16k": _percent(work / 1e3 / eager["step_seconds"]),
+        "graphs_16k": f"{1e3 * graphs['step_seconds']:.0f} ms",
+    }
+
+
+def _two_gpus(content: dict[str, Any], alone: dict[str, Any]) -> Figures:
+    run = {"label": "long layers", "attention": "moba:512:8"}
+    two, single = (one(x["runs"], **run)["profile"] for x in (content, alone))
+    long = one(content["runs"], label="pull, inputs in host memory")
+    names = {"gate": "gate", "forward": "forward", "backward": "backward", "merge": "merges"}
+    stages = [f"{name} {_whole(two['by_stage'][x])} for {_whole(single['by_stage'][x])}" for x, name in names.items()]
+    before, after = (x["by_category"]["attention"] for x in (single, two))
+    return {
+        "attention": f"{_whole(after)} ms in place of {_whole(before)} ms",
+        "stages": ", ".join(stages),
+        "communication": f"{two['by_category']['communication']:.0f} ms",
+        "host": f"{long['peak_memory_by_part']['host']:.0f} GiB",
+        "kept": f"{long['peak_memory_by_part']['kept']:.0f} GiB",
+        "first_step": f"{long['seconds'][0]:.0f} s",
+    }
+
+
+def _decode(content: dict[str, Any]) -> Figures:
+    results = content["results"]
+    step, step_4096 = (one(results, what="step", shipped=True, block_size=size)["us"]["median"] for size in (512, 4096))
+    larger = one(results, what="step", block_size=512, split=512)["us"]["median"]
+    first = one(results, what="sdpa", block_size=512)
+    sdpa = first["us"]["median"]
+    read = 4 * first["tokens"] * first["kv_heads"] * first["head_dim"]  # keys and values, bf16
+    return {
+        "faster_512": f"{sdpa / step:.1f} times",
+        "sdpa": f"{sdpa:.1f} us",
+        "sdpa_rate": f"{read / sdpa / 1e6:.1f} TB/s",
+        "step_512": f"{step:.1f}",
+        "step_4096": f"{step_4096:.1f}",
+        "larger_split": _percent(1 - larger / step),
+    }
+
+
+def _learning(content: dict[str, Any]) -> Figures:
+    found = arms(finished(content))
+    means = [mean_and_error(gaps(found[arm], found["full"]))[0] for arm in ("hybrid_90_full", "moba_512_3_last2_full")]
+    return {"gap_of_full_parts": f"{min(means):.2f} to {max(means):.2f} nats"}
