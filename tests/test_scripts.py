@@ -151,6 +151,9 @@ def test_soak_sees_what_grows() -> None:
     assert soak.grown([flat, later | {"threads": 4}]) == {"threads": 1}
     more = later["process_bytes"] + 1
     assert soak.grown([flat, later | {"process_bytes": more}]) == {"process_bytes": soak.MAY_GROW + 1}
+    spike = flat | {"process_bytes": 1 << 30, "file_descriptors": 9}
+    flat |= {"file_descriptors": 8}
+    assert soak.grown([flat, flat, flat, flat, spike, flat]) == {"file_descriptors": 1}
 
 
 @pytest.mark.heavy
