@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("megatron.core")
@@ -203,11 +205,21 @@ def test_nothing_is_kept_of_a_micro_batch_that_is_gone() -> None:
     [
         (torch.tensor([FIRST]), r"one-dimensional integer tensor, got torch.int64 of shape \(1, 3\)"),
         (torch.tensor([0.0, 4.0]), "got torch.float32"),
+        (torch.tensor([], dtype=torch.int32), "must start at 0, got an empty tensor"),
+        (torch.tensor(FIRST, device="meta"), "cu_seqlens_q has no values"),
+        (FakeTensorMode().from_tensor(torch.tensor(FIRST)), "cu_seqlens_q has no values"),
     ],
 )
 def test_tensors_that_are_no_lengths_are_refused(cu_seqlens: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ask(pack(cu_seqlens), 1)
+
+
+@pytest.mark.parametrize("make", [list, np.array])
+def test_lengths_that_are_no_tensors_are_refused(make: Any) -> None:
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=make(FIRST), cu_seqlens_kv=make(FIRST))
+    with pytest.raises(TypeError, match="cu_seqlens_q must be a tensor, got (list|ndarray)"):
+        ask(packed, 1)
 
 
 @pytest.mark.gpu
