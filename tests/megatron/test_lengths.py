@@ -222,6 +222,19 @@ def test_lengths_that_are_no_tensors_are_refused(make: Any) -> None:
         ask(packed, 1)
 
 
+def test_a_fake_run_takes_the_true_lengths_and_leaves_nothing_behind() -> None:
+    """Such as an estimate of memory: shapes, then the same micro-batch with other lengths for real."""
+    core, packed, qkv = build(), pack(torch.tensor(FIRST)), random_qkv(FIRST[-1])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = core(*(mode.from_tensor(x) for x in qkv), packed_seq_params=packed)
+    assert fake.shape == qkv[0].flatten(1).shape
+    assert packed.cu_seqlens_q is not None
+    for true in (FIRST, SECOND):
+        packed.cu_seqlens_q.copy_(torch.tensor(true))
+        wanted = reference.moba_attention(*qkv, true, MOBA).flatten(1)
+        assert (core(*qkv, packed_seq_params=packed) - wanted).abs().max() < TO_DEFINITION
+
+
 @pytest.mark.gpu
 def test_layers_after_the_first_do_not_wait_for_the_gpu() -> None:
     packed = pack(torch.tensor(FIRST, dtype=torch.int32, device="cuda"), torch.tensor([0, 8, 24], device="cuda"))
