@@ -167,9 +167,8 @@ def _state(tensors: Tensors) -> list[Any]:
     inference mode)."""
     distinct = {id(tensor): tensor for tensor in tensors if tensor is not None}.values()
     if on_host(tensors):
-        if (
-            torch._C._len_torch_dispatch_stack()
-        ):  # under FakeTensorMode numpy() shows a copy without values, a list does not
+        if torch._C._len_torch_dispatch_stack():
+            # Under FakeTensorMode numpy() shows a copy without values, and tolist() the true ones.
             return [tensor.tolist() for tensor in distinct]
         return [tensor.detach().numpy().tobytes() for tensor in distinct]
     return [None if tensor.is_inference() else tensor._version for tensor in distinct]
