@@ -19,4 +19,4 @@ def test_every_kind_has_tests_that_exist() -> None:
         assert len(named) == tests.count("::"), (number, kind)
         for path, name in named:
             assert name in names_of(ROOT / path), f"{number}: {path}::{name}"
-        assert outcome.startswith(("fails", "not there", "passes")), (number, outcome)
+        assert outcome.startswith(("fails", "not there")), (number, outcome)
