@@ -168,13 +168,34 @@ _STARTS_BYTES = 8 << 20
 
 
 def home_start(plan: HomePlan, rank: int, device: torch.device) -> Tensor:
-    """int32 `[n_blocks]`: row of each block's first key among the home keys of `rank`; -1 for blocks elsewhere."""
-    home, row = plan.memo.get(("home and row", device), lambda: _home_and_row(plan, device))
-    make = lambda: torch.where(home == rank, row, -1)  # noqa: E731
+    """int32 `[n_blocks]`: row of each block's first key among the home keys of `rank`; -1 for blocks elsewhere.
+
+    Beyond `_STARTS_BYTES` a walk over all ranks makes each of these at each layer, so one costs a fill and a copy of the blocks
+    at home there, not a comparison of every block.
+    """
+    blocks, row, bounds = plan.memo.get(("row by home", device), lambda: _row_by_home(plan, device))
+
+    def make() -> Tensor:
+        mine = slice(bounds[rank], bounds[rank + 1])
+        return torch.full((len(plan.blocks),), -1, dtype=torch.int32, device=device).index_copy_(
+            0, blocks[mine], row[mine]
+        )
+
     if plan.layout.cp_size * len(plan.blocks) * 4 > _STARTS_BYTES:
         return make()
     return plan.memo.get(("home start", rank, device), make)
 
 
-def _home_and_row(plan: HomePlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(torch.from_numpy(x.astype(np.int32)).to(device) for x in (plan.home, plan.home_row))  # type: ignore[return-value]
+def _row_by_home(plan: HomePlan, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """Of `blocks_by_home`, int32 home row of each block's first key; and where the blocks of each rank begin, one more than
+    ranks."""
+    blocks = blocks_by_home(plan, device)
+    row = torch.from_numpy(plan.home_row.astype(np.int32)).to(device)[blocks]
+    counts = np.bincount(plan.home, minlength=plan.layout.cp_size)
+    return blocks, row, [0, *np.cumsum(counts).tolist()]
+
+
+def blocks_by_home(plan: HomePlan, device: torch.device) -> Tensor:
+    """int64 `[n_blocks]` on the device: block numbers by (home rank, number)."""
+    make = lambda: torch.from_numpy(np.argsort(plan.home, kind="stable")).to(device)  # noqa: E731
+    return plan.memo.get(("blocks by home", device), make)

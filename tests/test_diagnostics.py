@@ -311,3 +311,20 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
         with pytest.raises(ImportError, match=r'pip install "moba_cp\[plots\]"'):
             plot(report, tmp_path / "x.png")
     assert diagnostics.format_report(report)
+
+
+def test_both_bounds_of_the_traffic_show_where_they_are_equal(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    from moba_cp import drawing
+
+    bound = np.full(4, 3 << 20)
+    path = drawing.draw_traffic({"ring keys and values": bound // 2}, bound, bound, "", tmp_path / "x.png", "", "")
+    image = imread(path)[..., :3]
+    ink, orange = (np.abs(image - to_rgb(c)).max(-1) < 0.03 for c in (drawing._INK, drawing._ORANGE))
+    plot = slice(None, image.shape[1] // 2)  # the legend, which shows both, is on the right
+    rows = np.flatnonzero(orange[:, plot].sum(1) > 20)
+    assert len(rows) > 0
+    assert ink[rows, plot].sum(1).min() > 20  # in the gaps of the dashes

@@ -13,8 +13,9 @@ from moba_cp.validation import COMMS
 
 from .layout import PACKED_PARTITIONS, PARTITIONS
 from .norm import TorchNorm
+from .parts import LayerParts
 from .settings import BACKENDS, DEFAULT_MOBA, FULL_ATTENTION_COMMS, MoBASettings
-from .spec import with_moba
+from .swap import with_settings
 
 _DEFAULTS = MoBASettings(DEFAULT_MOBA)
 
@@ -134,7 +135,8 @@ def settings_from_arguments(arguments: argparse.Namespace, num_layers: int | Non
 def layer_spec_from_arguments(arguments: argparse.Namespace) -> ModuleSpec:
     """Layer spec with MoBA for the flags of MoBA and those of Megatron's that decide a layer's parts.
 
-    Reads ``transformer_impl``, ``normalization``, ``qk_layernorm``, ``num_experts`` and ``num_layers``.
+    Reads ``transformer_impl``, ``normalization``, ``qk_layernorm``, ``qk_l2_norm``, ``num_experts`` and ``num_layers``. What
+    other flags, a YAML file or a checkpoint's arguments ask for in addition is refused when the layers are built.
 
     Raises:
         ValueError: mixture of experts, or an implementation other than ``local`` and ``transformer_engine``.
@@ -144,17 +146,18 @@ def layer_spec_from_arguments(arguments: argparse.Namespace) -> ModuleSpec:
             f"--num-experts {arguments.num_experts}: build the spec of the experts' layers yourself and pass it to "
             "moba_cp.megatron.with_moba"
         )
-    settings = settings_from_arguments(arguments)
-    qk_layernorm = bool(getattr(arguments, "qk_layernorm", False))
+    chosen = settings_from_arguments(arguments)
+    settings = MoBASettings(chosen.pop("moba_config"), **chosen)
+    norms = {name: bool(getattr(arguments, name, False)) for name in ("qk_layernorm", "qk_l2_norm")}
+    name = "python -m moba_cp.megatron.pretrain with this version of Megatron"
     implementation = getattr(arguments, "transformer_impl", "local")
     if implementation == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return with_moba(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm), **settings)
+        spec = get_gpt_layer_with_transformer_engine_spec(**norms)
+        return with_settings(spec, settings, LayerParts(name, transformer_engine=True, **norms))
     if implementation != "local":
         raise ValueError(f"--transformer-impl {implementation} is not supported, local and transformer_engine are")
-    layer = get_gpt_layer_local_spec(
-        qk_layernorm=qk_layernorm, normalization=getattr(arguments, "normalization", None) or "LayerNorm"
-    )
+    layer = get_gpt_layer_local_spec(normalization=getattr(arguments, "normalization", None) or "LayerNorm", **norms)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
-    return with_moba(layer, **settings)
+    return with_settings(layer, settings, LayerParts(name, **norms))

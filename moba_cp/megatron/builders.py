@@ -16,8 +16,10 @@ import inspect
 from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -156,13 +158,18 @@ def _default(config: TransformerConfig, vp_stage: int | None) -> Any:
     if config.num_moe_experts is not None:
         stage = {} if vp_stage is None else {"vp_stage": vp_stage}
         return gpt_layer_specs.get_gpt_decoder_block_spec(
-            config, use_transformer_engine=with_te, normalization=config.normalization, **stage
+            config,
+            use_transformer_engine=with_te,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+            **stage,
         )
+    if isinstance(config, HeterogeneousTransformerConfig):
+        return get_gpt_heterogeneous_layer_spec(config, with_te)
+    norms = {"qk_layernorm": config.qk_layernorm, "qk_l2_norm": config.qk_l2_norm}
     if with_te:
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    return gpt_layer_specs.get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
-    )
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**norms)
+    return gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.normalization, **norms)
 
 
 def _with_torch_norms(spec: Any, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -22,10 +22,11 @@ from .heads import full_comm_of, resolve_head_parallel
 from .layout import sbhd_layout
 from .lengths import pack_lengths
 from .partition import is_packed, resolve_packed_partition, resolve_partition
+from .parts import LayerParts, refuse_other_parts
 from .record import megatron_arguments, packs_of_flags, record_settings
 from .settings import COMM_PREFIX, MoBASettings
 from .te import build_te_attention
-from .unsupported import refuse_extra, refuse_flags, refuse_unsupported
+from .unsupported import refuse_dynamic_batching, refuse_extra, refuse_flags, refuse_unsupported
 
 
 class MoBACoreAttention(MegatronModule):
@@ -55,6 +56,7 @@ class MoBACoreAttention(MegatronModule):
             ``settings.full_attention_comm`` says another; of transports that bring selected blocks only it knows none and
             decides by size. A full layer of Transformer Engine's takes Transformer Engine's own values.
         pg_collection: process groups of the layer; ``cp`` is used. None takes Megatron's global ones.
+        parts: what the rest of the layer consists of, where a spec was made without knowing the configuration.
 
     Raises:
         ValueError: an option that is not supported, with what to do about it.
@@ -73,10 +75,14 @@ class MoBACoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        parts: LayerParts | None = None,
         **extra: Any,
     ) -> None:
         super().__init__(config=config)
         refuse_unsupported(config, layer_number, attn_mask_type, attention_type)
+        refuse_dynamic_batching()
+        if parts is not None:
+            refuse_other_parts(config, parts, layer_number)
         refuse_extra(f"MoBA attention, layer {layer_number}", extra)
         if attention_dropout:
             raise ValueError(f"MoBA attention, layer {layer_number}: attention_dropout={attention_dropout} must be 0")

@@ -99,13 +99,15 @@ def host_integers(values: torch.Tensor) -> tuple[int, ...]:
     """Values of a one-dimensional integer tensor, on the host. For a GPU tensor this waits for the GPU.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: another shape or dtype, or no entry.
     """
     if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(
             f"cumulative lengths must be a one-dimensional integer tensor, got {values.dtype} of shape "
             f"{tuple(values.shape)}"
         )
+    if not values.numel():
+        raise ValueError("cumulative lengths must start at 0, got an empty tensor")
     return tuple(values.tolist())
 
 

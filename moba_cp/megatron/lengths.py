@@ -25,6 +25,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moba_cp import SequenceLayout
+from moba_cp.tracing import TRACED
 
 from .layout import host_integers, packed_layout
 
@@ -81,6 +82,7 @@ class _Pack:
 
 
 _packs = WeakIdKeyDictionary()
+_NAMES = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
 
 
 def pack_lengths(packed: PackedSeqParams, layer_number: int, training: bool) -> PackLengths:
@@ -92,7 +94,9 @@ def pack_lengths(packed: PackedSeqParams, layer_number: int, training: bool) -> 
         training: whether the layer may be asked again for the same forward pass, by recomputation.
 
     Raises:
-        ValueError: no lengths, keys and queries of different lengths, or recomputation after the lengths were overwritten.
+        TypeError: lengths that are no tensors.
+        ValueError: no lengths, or without values, keys and queries of different lengths, or recomputation after the lengths
+            were overwritten.
     """
     if packed.cu_seqlens_q is None:
         raise ValueError("packed_seq_params.cu_seqlens_q is None: packed attention needs the sequence lengths")
@@ -100,6 +104,7 @@ def pack_lengths(packed: PackedSeqParams, layer_number: int, training: bool) -> 
     pack: _Pack | None = _packs.get(packed)
     tensors = (packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.cu_seqlens_q_padded, packed.cu_seqlens_kv_padded)
     if pack is None or not _is_current(pack, tensors, layer_number, recomputing):
+        _check_tensors(tensors)
         state = _state(tensors)
         lengths = _checked(*_read(tensors))
         if pack is None:
@@ -145,11 +150,26 @@ def _is_current(pack: _Pack, tensors: Tensors, layer_number: int, recomputing: b
     return layer_number == pack.layer + 1 or (layer_number > pack.layer and not pack.refilled)
 
 
+def _check_tensors(tensors: Tensors) -> None:
+    for name, tensor in zip(_NAMES, tensors, strict=True):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"packed_seq_params.{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_meta or isinstance(tensor, TRACED):
+            raise ValueError(
+                f"packed_seq_params.{name} has no values (a meta or fake tensor), and layouts follow from them"
+            )
+
+
 def _state(tensors: Tensors) -> list[Any]:
     """What tells a change of the tensors: their bytes on the host, ``_version`` on a device (where not even that is kept in
     inference mode)."""
     distinct = {id(tensor): tensor for tensor in tensors if tensor is not None}.values()
     if on_host(tensors):
+        if torch._C._len_torch_dispatch_stack():
+            # Under FakeTensorMode numpy() shows a copy without values, and tolist() the true ones.
+            return [tensor.tolist() for tensor in distinct]
         return [tensor.detach().numpy().tobytes() for tensor in distinct]
     return [None if tensor.is_inference() else tensor._version for tensor in distinct]
 

@@ -14,6 +14,7 @@ that :func:`moba_cp.megatron.arguments.layer_spec_from_arguments` builds. ``pret
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -22,8 +23,10 @@ from typing import Any
 import megatron.core
 
 from .arguments import add_moba_arguments, layer_spec_from_arguments, settings_from_arguments
+from .core_attention import MoBACoreAttention
 from .launch import run_script
 from .spec import moba_spec_builder
+from .swap import is_pipelined
 
 _MODULE = "moba_cp.megatron.pretrain"
 
@@ -36,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
     Raises:
         SystemExit: no script, or wrong flags.
-        ValueError: a combination that is not supported, ``--spec`` among them.
+        ValueError: a combination that is not supported, ``--spec`` among them, or a script that ignores the spec.
         RuntimeError: another version of Megatron-Core than the script's is in use.
     """
     flags, script, rest = split(arguments)
@@ -46,6 +49,7 @@ def main(arguments: list[str]) -> None:
         use_cpu_as_cuda(training_scripts=True)
     # The module that ``--spec`` imports is not this one if this one runs as __main__.
     vars(importlib.import_module(_MODULE))["layer_spec"] = _spec(flags, script)
+    _refuse_models_without_moba(script)
     run_script(script, [*rest, "--spec", _MODULE, "layer_spec"])
 
 
@@ -59,6 +63,30 @@ def _spec(flags: argparse.Namespace, script: str) -> Any:
     if models.exists():  # scripts of this version take a callable, which knows the whole configuration
         return moba_spec_builder(**settings)
     return layer_spec_from_arguments(flags)
+
+
+def _refuse_models_without_moba(script: str) -> None:
+    """Raise as soon as ``megatron.training`` has built a model that ignored ``--spec``, as scripts for other models than GPT and
+    ``--use-legacy-models`` do: it would train with stock attention. Scripts with a training loop of their own are not checked."""
+    try:
+        from megatron.training import training
+    except ImportError:
+        return
+    get_model = training.get_model
+
+    @functools.wraps(get_model)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        models = get_model(*args, **kwargs)
+        attentions = [module for chunk in models for module in chunk.modules() if hasattr(module, "core_attention")]
+        has_moba = any(isinstance(attention.core_attention, MoBACoreAttention) for attention in attentions)
+        if not has_moba and (attentions or not any(is_pipelined(chunk) for chunk in models)):
+            raise ValueError(
+                f"{Path(script).name} built a model without MoBA: it ignores --spec, as --use-legacy-models and scripts for "
+                "other models than GPT do"
+            )
+        return models
+
+    vars(training)["get_model"] = checked
 
 
 def split(arguments: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
@@ -79,6 +107,7 @@ def split(arguments: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
     megatron.add_argument("--transformer-impl", default="transformer_engine")
     megatron.add_argument("--normalization", default="LayerNorm")
     megatron.add_argument("--qk-layernorm", action="store_true")
+    megatron.add_argument("--qk-l2-norm", action="store_true")
     megatron.add_argument("--num-experts", type=int)
     megatron.add_argument("--num-layers", type=int)
     megatron.parse_known_args(rest, namespace=flags)

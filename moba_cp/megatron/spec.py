@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from moba_cp import MoBAConfig
 
 from .builders import SpecBuilder, moba_spec, moba_spec_builder
+from .parts import LayerParts
 from .settings import DEFAULT_MOBA, MoBASettings
 from .swap import Spec, with_settings
 
@@ -50,5 +51,6 @@ def with_moba(spec: Spec, moba_config: MoBAConfig, **settings: Any) -> Spec:
     return with_settings(spec, MoBASettings(moba_config, **settings))
 
 
-#: For ``--spec moba_cp.megatron moba_layer_spec``: local implementation, the flags' defaults.
-moba_layer_spec = with_moba(get_gpt_layer_local_spec(), DEFAULT_MOBA)
+#: For ``--spec moba_cp.megatron moba_layer_spec``: local implementation, the flags' defaults. A model that asks for layers
+#: with other parts is refused.
+moba_layer_spec = with_settings(get_gpt_layer_local_spec(), MoBASettings(DEFAULT_MOBA), LayerParts("moba_layer_spec"))

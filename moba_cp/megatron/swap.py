@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from moba_cp import MoBAConfig
 
 from .core_attention import MoBACoreAttention
+from .parts import LayerParts
 from .settings import MoBASettings
 
 Spec = TypeVar("Spec")
@@ -49,7 +50,7 @@ def swap_core_attention(
     chosen = MoBASettings(moba_config, **settings)
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     attentions = [m for chunk in chunks for m in chunk.modules() if _has_core_attention(m)]
-    if not attentions and not any(_is_pipelined(chunk) for chunk in chunks):
+    if not attentions and not any(is_pipelined(chunk) for chunk in chunks):
         raise ValueError(
             f"no core_attention found in {', '.join(type(chunk).__name__ for chunk in chunks) or 'nothing'}"
         )
@@ -63,7 +64,8 @@ def _has_core_attention(module: torch.nn.Module) -> bool:
     return isinstance(getattr(module, "core_attention", None), torch.nn.Module) and hasattr(module, "layer_number")
 
 
-def _is_pipelined(chunk: torch.nn.Module) -> bool:
+def is_pipelined(chunk: torch.nn.Module) -> bool:
+    """Whether the model is cut into pipeline stages, of which one may have no attention."""
     configs = (getattr(module, "config", None) for module in chunk.modules())
     return any(getattr(config, "pipeline_model_parallel_size", 1) > 1 for config in configs)
 
@@ -89,13 +91,20 @@ def _core_for(attention: Any, settings: MoBASettings) -> MoBACoreAttention:
     return core.train(old.training)
 
 
-def with_settings(spec: Spec, settings: MoBASettings) -> Spec:
+def with_settings(spec: Spec, settings: MoBASettings, parts: LayerParts | None = None) -> Spec:
     """Copy of a spec in which every self-attention computes MoBA.
+
+    Args:
+        spec: of a layer or a block.
+        settings: MoBA's.
+        parts: what the layers consist of, to be checked against Megatron's configuration; None for a spec that whoever
+            builds the model has chosen for it.
 
     Raises:
         ValueError: there is no core attention in the spec.
     """
-    core = ModuleSpec(module=MoBACoreAttention, params={"settings": settings})
+    params = {"settings": settings} if parts is None else {"settings": settings, "parts": parts}
+    core = ModuleSpec(module=MoBACoreAttention, params=params)
     swap = Swap(lambda name, _: core if name == "core_attention" else None)
     swapped = swap.copy(spec)
     if not swap.replaced:

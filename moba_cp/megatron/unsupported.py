@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 
 # (config attribute, values under which it is off, what to do)
@@ -102,6 +104,29 @@ def refuse_unsupported(config: Any, layer_number: int, attn_mask_type: AttnMaskT
         value = getattr(config, name, None)
         if not any(value is allowed or value == allowed for allowed in off):
             raise ValueError(f"{where}: {name}={value!r} is not supported; {advice}")
+
+
+def refuse_dynamic_batching() -> None:
+    """Make layers with MoBA refuse inference with dynamic batching, for the rest of the process. Calling it again does nothing.
+
+    Megatron's attention hands queries and the key-value cache of such a batch to FlashAttention and never asks its core
+    attention, so a model trained with MoBA would answer with full attention. Layers of other kinds are not touched.
+    """
+    original = Attention.flash_decode_and_prefill
+    if getattr(original, "refuses_moba", False):
+        return
+
+    @functools.wraps(original)
+    def flash_decode_and_prefill(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.core_attention, "computes_moba", False):
+            raise ValueError(
+                f"MoBA attention, layer {self.layer_number}: inference with dynamic batching is not supported, it would "
+                "compute full attention in place of MoBA"
+            )
+        return original(self, *args, **kwargs)
+
+    vars(flash_decode_and_prefill)["refuses_moba"] = True
+    Attention.flash_decode_and_prefill = flash_decode_and_prefill
 
 
 def refuse_extra(where: str, arguments: dict[str, Any]) -> None:

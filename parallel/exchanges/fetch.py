@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..comm import CommGroup, Pending, SideStream
-from ..home import HomeBlocks
+from ..home import HomeBlocks, blocks_by_home
 from ..rows import pack
 from ..wanted import Wanted, exchange_wanted, home_and_length, home_blocks
 from .at_once import AtOnce
@@ -130,7 +130,7 @@ class Fetch(AtOnce):
         plan = self.home.plan.plan
         wanted = self.wanted.of_rank(rank, heads)
         source, length = home_and_length(plan, device)
-        order = plan.memo.get(("blocks by home", device), lambda: torch.argsort(source, stable=True))
+        order = blocks_by_home(plan, device)
         remote = wanted & (source != rank)
         keys = torch.where(remote, length, 0)
         by_source = torch.zeros(keys.shape[0], size, dtype=torch.int64, device=device).index_add_(1, source, keys)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core")
 
@@ -92,6 +94,31 @@ def test_a_script_runs_as_if_started_itself_and_finds_the_spec(tmp_path: Path, m
         assert spec.settings.moba.topk == 5
     else:
         assert spec.submodules.self_attention.submodules.core_attention.params["settings"].moba.topk == 5
+
+
+class Stock(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.core_attention = torch.nn.Identity()
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), Stock()], ids=["no attention", "stock attention"])
+def test_a_script_that_ignores_the_spec_is_stopped(
+    model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``pretrain_t5.py`` and ``--use-legacy-models`` do: they would train with stock attention."""
+    training = types.ModuleType("megatron.training.training")
+    training.get_model = lambda: [torch.nn.Sequential(model)]  # type: ignore[attr-defined]
+    package = types.ModuleType("megatron.training")
+    package.training = training  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron.training", package)
+    monkeypatch.setitem(sys.modules, "megatron.training.training", training)
+    monkeypatch.setattr(sys, "argv", ["unused"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script = tmp_path / "pretrain_other.py"
+    script.write_text("from megatron.training.training import get_model\nget_model()\n")
+    with pytest.raises(ValueError, match=r"pretrain_other.py built a model without MoBA: it ignores --spec"):
+        pretrain.main([str(script), "--transformer-impl", "local", "--num-layers", "2"])
 
 
 def test_a_script_with_another_megatron_of_its_own_is_refused(tmp_path: Path) -> None:

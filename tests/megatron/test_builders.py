@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ pytest.importorskip("megatron.core")
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -106,6 +108,24 @@ def test_slime_gets_layers_of_its_configuration(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda: 0)
     block = slime(builder, TransformerConfig(**SIZES, num_moe_experts=2, moe_layer_freq=[0, 1]))
     assert [settings_of(layer) for layer in block.layer_specs] == [expected] * 2
+
+
+def test_slime_gets_norms_and_blocks_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = slime(moba_spec_builder(MOBA), TransformerConfig(**SIZES, qk_l2_norm=True))
+    assert "L2Norm" in str(layer.submodules.self_attention.submodules.q_layernorm)
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda: 0)
+    ffn = {"ffn_mult": 2.0, "no_op": False, "replace_with_linear": False}
+    attends = {"n_heads_in_group": 1, "no_op": False, "replace_with_linear": False}
+    blocks = [
+        {"attention": attends, "ffn": ffn},
+        {"attention": attends | {"n_heads_in_group": None, "no_op": True}, "ffn": ffn},
+    ]
+    config = HeterogeneousTransformerConfig(
+        **SIZES, heterogeneous_layers_config_encoded_json=json.dumps({"block_configs": blocks})
+    )
+    first, second = slime(moba_spec_builder(MOBA), config).layer_specs
+    assert settings_of(first).moba == MOBA
+    assert "core_attention" not in str(second.submodules.self_attention)
 
 
 def plugin(args: argparse.Namespace, config: TransformerConfig, vp_stage: int | None) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,6 +131,41 @@ def test_it_adds_nothing_to_checkpoints() -> None:
     assert not list(core.parameters())
     assert not list(core.buffers())
     assert not core.sharded_state_dict()
+
+
+class One:
+    """A group of one rank that can be pickled."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+def saved(core: MoBACoreAttention) -> MoBACoreAttention:
+    buffer = io.BytesIO()
+    torch.save(core, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda core: pickle.loads(pickle.dumps(core)), saved])
+def test_a_copied_or_saved_layer_computes_the_same(copied: Any) -> None:
+    core, qkv = build(One()), random_qkv(20)
+    packed = packed_params((0, 7, 20), (0, 7, 20))
+    assert torch.equal(copied(core)(*qkv, packed_seq_params=packed), core(*qkv, packed_seq_params=packed))
+
+
+def test_the_dtype_is_that_of_the_tensors() -> None:
+    qkv = random_qkv(20, 1)
+    wanted = build()(*qkv)
+    half = build().half()(*(x.half() for x in qkv))
+    assert half.dtype == torch.float16
+    # The inputs' rounding to 2 ** -11 may change which block scores highest in a row or two, and every value a little.
+    assert ((half - wanted).abs() > 0.02).any(-1).float().mean() < 0.2
+    with pytest.raises(TypeError, match="one dtype, got q torch.float64, k torch.float16"):
+        build().half()(qkv[0], qkv[1].half(), qkv[2].half())
 
 
 def test_a_compiled_model_breaks_its_graph_once_per_layer_and_gives_the_same_numbers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import typing
@@ -56,6 +57,26 @@ def rows() -> list[tuple[str, str, str]]:
     tables = DOCS[DOCS.index("## Megatron's flags") :]
     found = re.findall(r"^\| (.*?) \| (.*?) \|(.*)\|$", tables, re.MULTILINE)
     return [(flag, verdict, remark.strip()) for flag, verdict, remark in found]
+
+
+OF_OTHERS = {
+    "--allgather-cp": "slime's",
+    "--enable-mhc-connections": "0.20",
+    "--fp8-dot-product-attention": "an option without a flag",
+    "--fp8-multi-head-attention": "an option without a flag",
+    "--moba-partition": "ours",
+    "--use-legacy-models": "0.16",
+}
+
+
+def test_every_flag_of_the_tables_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(typing, "override", typing_extensions.override, raising=False)
+    arguments = pytest.importorskip("megatron.training.arguments")
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = {option for action in parser._actions for option in action.option_strings} | set(OF_OTHERS)
+    named = {flag for first, *_ in rows() for flag in re.findall(r"--[a-z0-9-]*[a-z0-9]", first)}
+    assert len(named) > 90
+    assert named <= known, named - known
 
 
 def test_every_refused_option_is_in_the_table() -> None:

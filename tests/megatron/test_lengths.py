@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("megatron.core")
@@ -203,11 +205,34 @@ def test_nothing_is_kept_of_a_micro_batch_that_is_gone() -> None:
     [
         (torch.tensor([FIRST]), r"one-dimensional integer tensor, got torch.int64 of shape \(1, 3\)"),
         (torch.tensor([0.0, 4.0]), "got torch.float32"),
+        (torch.tensor([], dtype=torch.int32), "must start at 0, got an empty tensor"),
+        (torch.tensor(FIRST, device="meta"), "cu_seqlens_q has no values"),
+        (FakeTensorMode().from_tensor(torch.tensor(FIRST)), "cu_seqlens_q has no values"),
     ],
 )
 def test_tensors_that_are_no_lengths_are_refused(cu_seqlens: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ask(pack(cu_seqlens), 1)
+
+
+@pytest.mark.parametrize("make", [list, np.array])
+def test_lengths_that_are_no_tensors_are_refused(make: Any) -> None:
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=make(FIRST), cu_seqlens_kv=make(FIRST))
+    with pytest.raises(TypeError, match="cu_seqlens_q must be a tensor, got (list|ndarray)"):
+        ask(packed, 1)
+
+
+def test_a_fake_run_takes_the_true_lengths_and_leaves_nothing_behind() -> None:
+    """Such as an estimate of memory: shapes, then the same micro-batch with other lengths for real."""
+    core, packed, qkv = build(), pack(torch.tensor(FIRST)), random_qkv(FIRST[-1])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = core(*(mode.from_tensor(x) for x in qkv), packed_seq_params=packed)
+    assert fake.shape == qkv[0].flatten(1).shape
+    assert packed.cu_seqlens_q is not None
+    for true in (FIRST, SECOND):
+        packed.cu_seqlens_q.copy_(torch.tensor(true))
+        wanted = reference.moba_attention(*qkv, true, MOBA).flatten(1)
+        assert (core(*qkv, packed_seq_params=packed) - wanted).abs().max() < TO_DEFINITION
 
 
 @pytest.mark.gpu
