@@ -34,13 +34,11 @@ class Program:
     Args:
         words: the module and its arguments.
         environment: all of the process's environment variables.
-        output: file for standard output, and for errors if `errors` is None.
+        output: file for what it prints and its errors.
     """
 
-    def __init__(self, words: list[str], environment: dict[str, str], output: Path, errors: Path | None = None) -> None:
-        self._process: BaseProcess = _server.Process(
-            target=_main, args=(words, environment, str(output), str(errors or output))
-        )
+    def __init__(self, words: list[str], environment: dict[str, str], output: Path) -> None:
+        self._process: BaseProcess = _server.Process(target=_main, args=(words, environment, str(output)))
         self._process.start()
         self.sentinel = self._process.sentinel
 
@@ -98,12 +96,12 @@ def run_program(*words: object, ranks: int = 0, timeout: float = 240.0, **enviro
         return text
 
 
-def _main(words: list[str], environment: dict[str, str], output: str, errors: str) -> None:
+def _main(words: list[str], environment: dict[str, str], output: str) -> None:
     """In the new process."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY), (2, errors, os.O_WRONLY)):
+    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY), (2, output, os.O_WRONLY)):
         opened = os.open(path, flags | (os.O_CREAT | os.O_APPEND if number else 0))
         os.dup2(opened, number)
         os.close(opened)
