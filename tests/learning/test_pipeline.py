@@ -30,7 +30,9 @@ def test_plan_runs_from_text_to_page(tmp_path: Path, run_plan: Callable[..., str
     run_plan(*plan, "--out", out, *(word for arm in arms for word in ("--only", arm)))
     results = json.loads((out / "learning.json").read_text())
     runs = {r["arm"]: r for r in results["runs"]}
-    assert "block_size must be at least 1, got 0" in runs.pop("broken")["error"]  # and the arms after it ran
+    (broken,) = results["unfinished"]
+    assert broken["arm"] == "broken"
+    assert "block_size must be at least 1, got 0" in broken["error"]  # and the arms after it ran
     assert set(runs) == {"full", "moba_32_3", "window_96"}
     for r in runs.values():
         assert r["complete"], r.get("error")
