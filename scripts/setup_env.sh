@@ -12,6 +12,7 @@ cd "$REPO"
 TORCH_WITHOUT_GPU=("torch==2.13.0" "triton==3.6.0") # where pip finds torch's build for CPUs
 TORCH_OF_ANY_BUILD=("torch==2.13.0" "triton>=3.6,<3.9") # builds for GPUs bring a triton of their own; gigabytes
 PIP_OPTIONS=(--quiet)
+OWN_ENVIRONMENT=false # whether .venv is used
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -72,6 +73,7 @@ choose_environment() {
         export VIRTUAL_ENV="$REPO/.venv" PATH="$REPO/.venv/bin:$PATH"
         # Python compiles a module when it is first imported. pip would take a minute for thousands that never are.
         PIP_OPTIONS+=(--no-compile)
+        OWN_ENVIRONMENT=true
         unset PYTHONDONTWRITEBYTECODE
     fi
     hash -r
@@ -99,6 +101,10 @@ modules_for() { # the modules that tell whether the extras are installed
 install_all() {
     local extras="$1" constraints pinned
     constraints="$(mktemp)"
+    if $OWN_ENVIRONMENT; then
+        # The pip that Python brings may take half a minute longer to choose among all versions of these packages.
+        python -m pip install "${PIP_OPTIONS[@]}" --upgrade pip 2>/dev/null || true
+    fi
     if can_import python torch >/dev/null; then
         say "keeping the torch that is there"
     elif has_gpu; then

@@ -14,9 +14,9 @@ if can_import python ruff >/dev/null; then
 else
     say "WARNING: ruff could not be installed; style is not checked"
 fi
+types=true
 if can_import python mypy >/dev/null; then
-    say "mypy: types"
-    python -m mypy
+    types="python -m mypy"
 else
     say "WARNING: mypy could not be installed; types are not checked"
 fi
@@ -25,12 +25,29 @@ fi
 parallel=()
 if can_import python xdist >/dev/null; then parallel=(-n 2 --dist loadgroup); fi
 if [ $# -gt 0 ]; then
+    say "mypy: types"
+    $types
     say "pytest ${parallel[*]} $*"
     exec python -m pytest "${parallel[@]}" "$@"
 fi
-# The newer megatron-core first, so that the summary of all tests comes last.
+
+# mypy has one core, the tests with the newer megatron-core the other.
+found="$(mktemp)"
+$types >"$found" 2>&1 &
+checking=$!
+trap 'kill $checking 2>/dev/null' EXIT # an interrupt does not reach what runs in the background
 newer=0
 bash scripts/test_megatron_version.sh 0.19.2 || newer=$?
+say "mypy: types"
+typed=0
+wait $checking || typed=$?
+trap - EXIT
+cat "$found"
+rm -f "$found"
+[ $typed -eq 0 ] || exit $typed
+
+# All of a file's tests in one process: what they share is made once. Files in order, the long ones first.
+if [ ${#parallel[@]} -gt 0 ]; then parallel=(-n 2 --dist loadfile --no-loadscope-reorder); fi
 say "pytest ${parallel[*]}"
 python -m pytest "${parallel[@]}"
 exit "$newer"

@@ -37,8 +37,6 @@ if [ ! -d "$folder/megatron" ]; then
     mv "$folder.part" "$folder"
 fi
 
-parallel=()
-if python -c 'import xdist' 2>/dev/null; then parallel=(-n 2 --dist loadgroup); fi
 say "the Megatron tests with megatron-core $version in place of $installed"
 export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}"
 imported="$(python -W ignore -c 'import megatron.core; print(megatron.core.__file__)')"
@@ -47,8 +45,12 @@ case "$imported" in
     *) say "error: megatron-core was unpacked, but $imported is what is imported"; exit 1 ;;
 esac
 # Tests marked `slow` are those of the trainer, which is an example for the version that pip installs.
-# The fused kernels and the reader of profiles import nothing of Megatron.
+# The fused kernels and the reader of profiles import nothing of Megatron. In one process: a second one, and its ranks, would
+# import Megatron for as long as half of the tests take.
 if [ $# -eq 0 ]; then
-    set -- tests/megatron -m "not slow and not heavy" --ignore=tests/megatron/test_fused.py --ignore=tests/megatron/test_profiling.py
+    exec python -m pytest tests/megatron -m "not slow and not heavy" \
+        --ignore=tests/megatron/test_fused.py --ignore=tests/megatron/test_profiling.py
 fi
-python -m pytest "${parallel[@]}" "$@"
+parallel=()
+if python -c 'import xdist' 2>/dev/null; then parallel=(-n 2 --dist loadgroup); fi
+exec python -m pytest "${parallel[@]}" "$@"

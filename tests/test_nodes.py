@@ -162,7 +162,7 @@ def ended(nodes: Nodes, cut_at: float) -> list[RankOutcome]:
     for outcome in outcomes:
         assert not outcome.timed_out, outcome
         assert outcome.exitcode == 1, outcome
-        assert GROUP_TIMEOUT - 1 < outcome.seconds - cut_at < GROUP_TIMEOUT + MARGIN, outcome
+        assert GROUP_TIMEOUT / 2 < outcome.seconds - cut_at < GROUP_TIMEOUT + MARGIN, outcome
     return outcomes
 
 
@@ -175,7 +175,7 @@ def test_a_cut_link_ends_attention_on_every_rank(tmp_path: Path) -> None:
             nodes.start(attend_for_ever, comm, str(tmp_path / comm))
         for comm, nodes in pairs.items():
             files = [progress(str(tmp_path / comm), rank) for rank in range(4)]
-            wait_until(lambda: all(file.exists() for file in files), nodes, limit=60.0)  # noqa: B023
+            wait_until(lambda: all(file.exists() for file in files), nodes, limit=120.0)  # noqa: B023
         with ThreadPoolExecutor() as pool:
             outcomes = [x for some in pool.map(ended, pairs.values(), map(cut, pairs.values())) for x in some]
     assert not any(nodes.left_behind() for nodes in pairs.values())

@@ -89,8 +89,9 @@ def kept_keys(rank: int, size: int, port_file: str) -> list[str]:
     for _ in range(3):
         time.sleep(2 * notes.PATIENCE_S if rank == 0 else 0)
         moba_cp.moba_attention(**good_call(rank))
-    time.sleep(1.0)  # sweeping is done beside
-    found = [key for key in distributed_c10d._world.pg_map[dist.group.WORLD][1].list_keys() if "moba_cp" in key]
+    kept, deadline = distributed_c10d._world.pg_map[dist.group.WORLD][1], time.monotonic() + 15
+    while (found := [key for key in kept.list_keys() if "moba_cp" in key]) and time.monotonic() < deadline:
+        time.sleep(0.1)  # sweeping is done beside
     dist.barrier()
     return found
 
@@ -125,7 +126,7 @@ def test_every_rank_can_leave_after_a_refusal(found: dict) -> None:
     for warm in (False, True):
         for rank in found[leaves, warm]:
             assert rank.result is not None, rank
-            assert rank.result[0] < 2.0
+            assert rank.result[0] < 5.0  # to wait for rank 1 would take rank 0 more than 6 s
             assert "smoke" in rank.result[1]
 
 
@@ -134,7 +135,8 @@ def test_the_reason_is_read_when_its_rank_is_gone(found: dict) -> None:
         rank = found[gone, how][0]
         assert rank.result is not None, rank
         assert "rank 1 refused its input: ValueError: comm must be one of" in rank.result
-        assert rank.seconds < LATE + 6.0
+        # The rank that left ends `LATE` + 6 s after it refused; the dead one ended before rank 0 called.
+        assert rank.seconds < found[gone, how][1].seconds + (0 if how == "left" else LATE + 6.0)
 
 
 def test_notes_are_swept(found: dict) -> None:

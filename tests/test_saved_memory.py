@@ -21,10 +21,14 @@ CONFIG = MoBAConfig(16, 16)
 
 
 def tensor_bytes() -> int:
-    """Of all tensors alive that were made since `gc.freeze`."""
-    time.sleep(0.1)  # gloo's threads drop what they sent a little later
-    gc.collect()
-    return sum(x.numel() * x.itemsize for x in gc.get_objects() if type(x) is Tensor)
+    """Of all tensors alive that were made since `gc.freeze`, once it does not change any more: gloo's threads drop what they
+    sent a little later, on a busy machine much later."""
+    found: list[int] = []
+    while len(found) < 3 or (len(set(found[-3:])) > 1 and len(found) < 100):
+        time.sleep(0.05)
+        gc.collect()
+        found.append(sum(x.numel() * x.itemsize for x in gc.get_objects() if type(x) is Tensor))
+    return found[-1]
 
 
 def inputs(layout: SequenceLayout, rank: int) -> list[Tensor]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,8 +20,8 @@ from scripts import scaling
 from scripts.harness import definition, sweep
 from scripts.harness.inputs import draw_global
 from scripts.harness.sweep import load_plan
-from scripts.harness.training import torchrun
 from scripts.tables.layer import layer_tables
+from tests.programs import run_program
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -38,11 +36,7 @@ FIELDS = {
 
 def run(*options: str, config: str = "configs/scaling/tiny.yaml") -> str:
     """Run the tiny configuration over two ranks as documented, without PYTHONPATH."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    line = (*torchrun(2), "-m", "scripts.scaling", config, "--device", "cpu", *options)
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_program("scripts.scaling", config, "--device", "cpu", *options, ranks=2)
 
 
 @pytest.fixture(scope="module")

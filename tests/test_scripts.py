@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -43,7 +40,7 @@ from scripts import (
 from scripts.harness import definition, options, records
 from scripts.harness.inputs import draw_inputs
 from scripts.harness.timing import Times, time_calls
-from scripts.harness.training import torchrun
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -68,19 +65,16 @@ def test_a_program_describes_itself_and_its_options(module) -> None:
     assert f"-m {module.__name__}" in (module.__doc__ or "")  # its first lines show how it is run
 
 
-def run(tmp_path: Path, *line: str) -> dict:
+def run(tmp_path: Path, *words: str, ranks: int = 0) -> dict:
     """Run a benchmark from the root of the repository as documented, without PYTHONPATH, and return what it wrote."""
     out = tmp_path / "out.json"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    line = (*line, "--out", str(out))
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_program(*words, "--out", out, ranks=ranks)
     return json.loads(out.read_text())
 
 
 def test_bench_kernels_measures_and_checks(tmp_path: Path) -> None:
     found = run(
-        tmp_path, sys.executable, "-m", "scripts.bench_kernels", "--device", "cpu", "--tokens", "300", "--heads", "4/2",
+        tmp_path, "scripts.bench_kernels", "--device", "cpu", "--tokens", "300", "--heads", "4/2",
         "--configs", "64:3", "--iterations", "2", "--seeds", "2", "--no-dense",
     )  # fmt: skip
     assert {"device", "torch", "commit", "head_dim"} <= found["about"].keys()
@@ -96,7 +90,7 @@ def test_bench_kernels_measures_and_checks(tmp_path: Path) -> None:
 def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     found = run(
-        tmp_path, sys.executable, "-m", "scripts.bench_huggingface", "--device", "cpu", "--tokens", "300", "--chunk", "20",
+        tmp_path, "scripts.bench_huggingface", "--device", "cpu", "--tokens", "300", "--chunk", "20",
         "--heads", "4/2",
         "--configs", "64:3", "--iterations", "2", "--layers", "2",
     )  # fmt: skip
@@ -111,7 +105,7 @@ def test_bench_huggingface_measures_and_checks(tmp_path: Path) -> None:
 @pytest.mark.heavy
 def test_tune_decode_checks_steps_and_times_sdpa_beside(tmp_path: Path) -> None:
     found = run(
-        tmp_path, sys.executable, "-m", "scripts.tune_decode", "--device", "cpu", "--tokens", "300", "--heads", "4/2",
+        tmp_path, "scripts.tune_decode", "--device", "cpu", "--tokens", "300", "--heads", "4/2",
         "--configs", "64:3", "--layers", "2",
     )  # fmt: skip
     assert [entry["what"] for entry in found["results"]] == ["sdpa", "step"]
@@ -123,20 +117,9 @@ def test_tune_decode_checks_steps_and_times_sdpa_beside(tmp_path: Path) -> None:
 
 def test_soak_compares_refuses_and_samples(tmp_path: Path) -> None:
     found = run(
-        tmp_path,
-        *torchrun(2),
-        "-m",
-        "scripts.soak",
-        "--device",
-        "cpu",
-        "--minutes",
-        "0.05",
-        "--tokens",
-        "96",
-        "--samples",
-        "4",
-        "--may-grow",
-    )
+        tmp_path, "scripts.soak", "--device", "cpu", "--minutes", "0.05", "--tokens", "96", "--samples", "4", "--may-grow",
+        ranks=2,
+    )  # fmt: skip
     assert found["calls"] >= 2
     assert (found["compared"], found["refused"]) >= (1, 1)
     assert found["largest_error"] < 1e-10  # fp64 sums in another order
@@ -159,7 +142,7 @@ def test_soak_sees_what_grows() -> None:
 @pytest.mark.heavy
 def test_bench_compile_compares_bits(tmp_path: Path) -> None:
     found = run(
-        tmp_path, sys.executable, "-m", "scripts.bench_compile", "--device", "cpu", "--tokens", "128", "--heads", "2/1",
+        tmp_path, "scripts.bench_compile", "--device", "cpu", "--tokens", "128", "--heads", "2/1",
         "--configs", "32:2", "--hidden", "0", "--rounds", "1", "--iterations", "2", "--backend", "aot_eager",
     )  # fmt: skip
     (entry,) = found["results"]
@@ -172,8 +155,8 @@ def test_bench_compile_compares_bits(tmp_path: Path) -> None:
 @pytest.mark.heavy
 def test_bench_fsdp_has_equal_losses(tmp_path: Path) -> None:
     found = run(
-        tmp_path, *torchrun(2), "-m", "scripts.bench_fsdp", "--device", "cpu", "--tokens", "256", "--layers", "2", "--hidden",
-        "64", "--heads", "4/2", "--config", "64:3", "--vocabulary", "64", "--steps", "1",
+        tmp_path, "scripts.bench_fsdp", "--device", "cpu", "--tokens", "256", "--layers", "2", "--hidden",
+        "64", "--heads", "4/2", "--config", "64:3", "--vocabulary", "64", "--steps", "1", ranks=2,
     )  # fmt: skip
     assert [r["ranks"] for r in found["results"]] == [2, 1]
     assert len(found["results"][0]["losses"]) == 4

@@ -26,9 +26,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ranks
+from tests.programs import run_program
+
 CUDA = torch.cuda.is_available()
 ACTIVE = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).resolve().parents[2]
+ranks.preload("moba_cp.kernels.triton_backend")  # for what `run_without_interpreter` runs
 
 interpreted = pytest.mark.skipif(not ACTIVE, reason="runs in the process that test_in_interpreter starts")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA or ACTIVE, reason="needs a CUDA device and compiled kernels")]
@@ -90,6 +94,8 @@ def _end(server: subprocess.Popen[str]) -> None:
 
 def run_without_interpreter(path: str, *arguments: str, timeout: float = 280) -> str:
     """Run the Python file `path` in a process that compiles kernels, whatever this one does; return its standard output."""
+    if not ACTIVE:
+        return run_program(path, *arguments, timeout=timeout)  # forked with torch imported
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, path, *arguments]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import pytest
 import torch
 
@@ -351,66 +348,3 @@ class TestGPU:
         for _ in range(200):
             assert torch.equal(decode.attend_selected(*inputs, **arguments), first)
         assert not arguments["arrived"].any()
-
-
-def built(capability: int):
-    """(name, registers and memory) of the kernels as they are launched for the published settings."""
-    from triton.compiler import ASTSource
-
-    from moba_cp.kernels import configs
-    from moba_cp.kernels.sizes import next_power_of_2, padded
-    from tests.kernels import compiling
-
-    integer_pointers = {"slots", "before", "lengths", "count", "position", "keys", "arrived"}
-    for dim, block_size, topk in ((128, 512, 8), (64, 4096, 12), (256, 100, 3)):
-        select = configs.decode_select(dim, block_size, 2, 4, 1024)
-        attend = configs.decode_attend(dim, dim, block_size, 4)
-        sizes = {"D": dim, "D_PADDED": padded(dim)}
-        means = {"BLOCK": block_size, "KEYS": select.keys, "TILE": COUNT_TILE, **sizes}
-        chosen = {"TOPK": topk, "SLOTS": next_power_of_2(topk), "OVERLAP": capability >= 90}
-        selects = {"ROWS": configs.GATE_ROWS, "BLOCKS": 1024, "HEADS": select.heads}
-        attends = {
-            "SPLITS": attend.splits, "SPLIT": attend.split, "BLOCK": block_size, "DV": dim, "DV_PADDED": padded(dim),
-            "KEYS": attend.keys, "ROWS": 16, "STAGES": attend.num_stages, "HEADS": attend.heads, "AT_ONCE": attend.at_once,
-        }  # fmt: skip
-        for kernel, constants, warps in (
-            (decode.update_centroids_kernel, {**means, "LANES": 1}, 4),
-            (decode.select_kernel, {**means, **chosen, **selects}, 4),
-            (decode.attend_selected_kernel, {**sizes, **chosen, **attends}, attend.num_warps),
-        ):
-            signature, attributes = {}, {}
-            for index, parameter in enumerate(kernel.params):
-                name = parameter.name
-                if name in constants:
-                    signature[name] = "constexpr"
-                elif name in integer_pointers:
-                    signature[name] = "*i32"
-                elif name == "selected":
-                    signature[name] = "*i16"
-                elif name in ("partial", "partial_lse"):
-                    signature[name] = "*fp32"
-                elif name in ("q", "k", "v", "out", "centroids"):
-                    signature[name] = "*bf16"
-                    attributes[(index,)] = compiling.ALIGNED
-                elif name == "scale_log2":
-                    signature[name] = "fp32"
-                else:
-                    signature[name] = "i32"
-                    if name.startswith(("q_s", "q_head", "k_", "v_")) and name != "q_heads":
-                        attributes[(index,)] = compiling.ALIGNED
-            source = ASTSource(kernel, signature, constants, attributes)
-            yield f"{kernel.__name__} {constants}", compiling.build(source, divmod(capability, 10), num_warps=warps)
-
-
-@pytest.mark.skipif(interpreter.ACTIVE, reason="runs in the main process")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_no_spills(capability):
-    lines = interpreter.run_without_interpreter(__file__, str(capability)).splitlines()
-    results = [json.loads(line) for line in lines if line.startswith("{")]
-    assert len(results) == 9
-    assert [r for r in results if r["spill"]] == []
-
-
-if __name__ == "__main__":
-    for name_, result_ in built(int(sys.argv[1])):
-        print(json.dumps({"kernel": name_, **result_}), flush=True)

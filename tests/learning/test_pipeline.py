@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,34 +16,23 @@ import yaml
 
 from examples.learning.corpus import Corpus, build
 from examples.learning.run import Options, Plan
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*words: object) -> str:
-    done = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_plan_runs_from_text_to_page(tmp_path: Path) -> None:
-    run("examples.learning.corpus", "build", "--config", "configs/learning/corpus_tiny.yaml", "--out", tmp_path)
-    plan = [
-        "examples.learning.run",
-        "--plan",
-        "configs/learning/tiny.yaml",
-        "--corpus",
-        tmp_path,
-        "--work",
-        tmp_path / "work",
-    ]
+def test_plan_runs_from_text_to_page(tmp_path: Path, run_plan: Callable[..., str]) -> None:
+    run_program("examples.learning.corpus", "build", "--config", "configs/learning/corpus_tiny.yaml", "--out", tmp_path)
+    plan = ["--corpus", tmp_path, "--work", tmp_path / "work"]
     out = tmp_path / "out"
     arms = ["full", "broken", "moba_32_3", "window_96"]
-    run(*plan, "--out", out, *(word for arm in arms for word in ("--only", arm)))
+    run_plan(*plan, "--out", out, *(word for arm in arms for word in ("--only", arm)))
     results = json.loads((out / "learning.json").read_text())
     runs = {r["arm"]: r for r in results["runs"]}
-    assert "block_size must be at least 1, got 0" in runs.pop("broken")["error"]  # and the arms after it ran
+    (broken,) = results["unfinished"]
+    assert broken["arm"] == "broken"
+    assert "block_size must be at least 1, got 0" in broken["error"]  # and the arms after it ran
     assert set(runs) == {"full", "moba_32_3", "window_96"}
     for r in runs.values():
         assert r["complete"], r.get("error")
@@ -63,12 +51,12 @@ def test_plan_runs_from_text_to_page(tmp_path: Path) -> None:
     assert saved["block_size"] == 32
 
     again = tmp_path / "again"
-    shown = run(*plan, "--out", again, "--only", "full", "--previous", out / "learning.json")
+    shown = run_plan(*plan, "--out", again, "--only", "full", "--previous", out / "learning.json")
     assert "s left" not in shown  # nothing was started
     assert json.loads((again / "learning.json").read_text())["runs"] == results["runs"]
 
     pytest.importorskip("matplotlib")
-    run("examples.learning.report", "--results", out / "learning.json", "--docs", tmp_path)
+    run_program("examples.learning.report", "--results", out / "learning.json", "--docs", tmp_path)
     page = (tmp_path / "learning.md").read_text()
     assert "{{" not in page
     assert "Not finished: `broken` seed 0: ValueError" in page
@@ -101,10 +89,10 @@ def test_another_corpus_is_not_taken_for_the_one_in_the_work_folder(tmp_path: Pa
         assert Corpus(tmp_path / "work").facts["fingerprint"] == facts["fingerprint"]
 
 
-@pytest.mark.slow
-def test_runs_that_the_time_does_not_hold_are_not_started(tmp_path: Path) -> None:
-    run("examples.learning.corpus", "build", "--config", "configs/learning/corpus_tiny.yaml", "--out", tmp_path)
-    shown = run("examples.learning.run", "--plan", "configs/learning/tiny.yaml", "--corpus", tmp_path, "--work", tmp_path / "w",
-                "--out", tmp_path, "--time-limit", 20, "--only", "full")  # fmt: skip
+def test_runs_that_the_time_does_not_hold_are_not_started(
+    corpus_folder: Path, tmp_path: Path, run_plan: Callable[..., str]
+) -> None:
+    folders = ("--corpus", corpus_folder, "--work", tmp_path / "w", "--out", tmp_path)
+    shown = run_plan(*folders, "--time-limit", 20, "--only", "full")
     assert "not started: full seed 0" in shown
     assert json.loads((tmp_path / "learning.json").read_text())["runs"] == []

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,28 +208,11 @@ def test_pairs_of_dimensions_beyond_the_share_are_not_rotated(corpus_folder: Pat
     assert (seen[0][1:, :4] != 0).all()
 
 
-@pytest.mark.slow
-def test_two_ranks_share_the_sentences_of_a_window(corpus_folder: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "examples.learning.run",
-        "--plan",
-        "configs/learning/tiny.yaml",
-        "--corpus",
-        str(corpus_folder),
-    ]
-    command += [
-        "--work",
-        str(tmp_path / "work"),
-        "--out",
-        str(tmp_path),
-        "--only",
-        "moba_32_3",
-        "--only",
-        "moba_32_3_cp2",
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+def test_two_ranks_share_the_sentences_of_a_window(
+    corpus_folder: Path, tmp_path: Path, run_plan: Callable[..., str]
+) -> None:
+    folders = ("--corpus", corpus_folder, "--work", tmp_path / "work", "--out", tmp_path)
+    run_plan(*folders, "--only", "moba_32_3", "--only", "moba_32_3_cp2")
     one, two = json.loads((tmp_path / "learning.json").read_text())["runs"]
     assert [one["began_from"], two["began_from"]] == [None, "short_windows_s0"]
     assert two["gpus"] == 2

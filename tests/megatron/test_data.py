@@ -166,7 +166,7 @@ def test_closing_ends_the_reading_thread() -> None:
     found = read_ahead(itertools.count(), 2)
     assert next(found) == 0
     found.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(thread.name == "read ahead" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

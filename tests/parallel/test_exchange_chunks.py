@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
 from moba_cp import SequenceLayout
+from tests import exchange_cases
 from tests.cases import TRANSPORTS, Case, on_rank
-from tests.exchange_cases import (
-    CASE,
-    GIB,
-    TOKEN,
-    Stages,
-    stages,
-)
+from tests.exchange_cases import CASE, GIB, TOKEN, Stages
 from tests.ranks import run_ranks
+
+stages = cache(exchange_cases.stages)  # several tests look at the same calls
 
 CHUNKED = replace(CASE, lengths=(900,), block_size=16, topk=3)
 THREE = SequenceLayout.zigzag([0, 900], 3)  # 300 rows per rank: three chunks of 128 rows where the workspace holds one

@@ -223,10 +223,10 @@ def test_other_descriptions_are_refused(description: list[int], text: str) -> No
 def test_many_documents_are_laid_out_quickly() -> None:
     """20,000 documents over 8 ranks in a small part of a training step; a loop over documents in Python would show."""
     cu = np.arange(20_001) * 50
-    begin = time.perf_counter()
+    begin = time.process_time()  # not the time of others on this machine
     layout = SequenceLayout.zigzag(cu, 8)
     assert layout.digest
-    assert time.perf_counter() - begin < 2  # about 0.1 s; the rest is for a busy machine
+    assert time.process_time() - begin < 0.2  # about 2 ms; the rest is for a slow machine
 
 
 def test_numbers_beyond_64_bits_and_other_dtypes_are_refused() -> None:
