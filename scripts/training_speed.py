@@ -129,7 +129,8 @@ def wrong(runs: list[dict[str, Any]]) -> list[str]:
         {name: run[name] for name in names if name in run} | (run.get("check") or {}) | (run.get("loss_against") or {})
         for run in runs
     ]
-    return limits.broken(entries, limits.ERRORS | LOSS_DIFFERENCES)
+    failed = [f"{run['attention']} was not checked: {run['check_failed']}" for run in runs if "check_failed" in run]
+    return limits.broken(entries, limits.ERRORS | LOSS_DIFFERENCES) + failed
 
 
 def loss_against(run: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -264,12 +265,15 @@ def _measure(
         "peak_memory_by_part": _memory_parts(config, ranks),
         "loss": losses,
     }
-    if checks_rows and not alone:
-        with training_check.watching(trainer.model) as watched:  # hooks do not run in a graph
-            train_step(replace(trainer, graph=None), batches, config, ranks)
-    if check:
-        result["check"] = training_check.errors(watched, ranks.device) if checks_rows else {}
-        result["check"] |= _loss_check(trainer, corpus, config, sharding, ranks)
+    try:
+        if checks_rows and not alone:
+            with training_check.watching(trainer.model) as watched:  # hooks do not run in a graph
+                train_step(replace(trainer, graph=None), batches, config, ranks)
+        if check:
+            result["check"] = training_check.errors(watched, ranks.device) if checks_rows else {}
+            result["check"] |= _loss_check(trainer, corpus, config, sharding, ranks)
+    except RuntimeError as error:  # the times are kept, and the program fails
+        result["check_failed"] = f"{type(error).__name__}: {str(error)[:300]}"
     if host_profile is not None:
         _profile_host(lambda: train_step(trainer, batches, config, ranks), host_profile)
     if profile and cuda:

@@ -159,3 +159,5 @@ def test_what_is_wrong_with_a_run_is_said() -> None:
     assert "output_error is 0.1, the limit 0.00781: label pull, attention moba:512:8, gpus 2" in line
     (line,) = training_speed.wrong([right | {"loss_against": {"first_loss_difference": math.nan, "other_gpus": 1}}])
     assert "first_loss_difference is nan" in line
+    (line,) = training_speed.wrong([right | {"check_failed": "OutOfMemoryError: 1 GiB"}])
+    assert line == "moba:512:8 was not checked: OutOfMemoryError: 1 GiB"
