@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m scripts.bench_fsdp --out docs/results/fsdp.json
 
 A Llama-like model (`harness/llama.py`) trains on one sequence. All ranks together hold its tokens, and shards of the parameters;
-then each rank trains the same model alone. Both begin with the same weights, so their losses must agree. Times are those of the
-slowest rank.
+then each rank trains the same model alone. Both begin with the same weights, so their losses must agree: the program fails where
+they differ by more than `LOSS_DIFFERENCE`. Times are those of the slowest rank.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from moba_cp import MoBAConfig, SequenceLayout, set_layout
 
-from .harness import options
+from .harness import limits, options
 from .harness.llama import Model
 from .harness.records import Results, about
 from .harness.teams import join
 from .harness.timing import from_common_start, over_all
+
+LOSS_DIFFERENCE = 2.0**-8
+"""Largest relative difference of a loss. Parameters, activations and gradients are rounded to bf16 (2^-9) and summed in another
+order. Losses are means over all tokens, where rounding cancels; but AdamW turns the sign of a tiny gradient into a whole step."""
 
 
 def main(
@@ -71,6 +75,7 @@ def main(
         )
         results.add("results", entry)
     dist.destroy_process_group()
+    limits.end(limits.broken(results.content["results"], {"largest_relative_loss_difference": LOSS_DIFFERENCE}))
 
 
 def _train(

@@ -5,7 +5,7 @@
 Each function is called as a model's attention layer calls it, bf16, with a cache of `--tokens` tokens. Decoding walks over
 `--layers` caches, as a model does, so that no cache stays in L2; it is timed called from Python and as a CUDA graph, per
 layer. Every MoBA output is compared with an fp32 evaluation of the definition for rows of the very run that was timed: all of
-a decoding step, sampled ones of a prefill.
+a decoding step, sampled ones of a prefill. The program fails beyond the limit of `harness.limits`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moba_cp import CachedTokens, MoBAConfig
 
-from .harness import checks, options
+from .harness import checks, limits, options
 from .harness.inputs import HEAD_DIM
 from .harness.records import Results, about
 from .harness.timing import Times, time_calls
@@ -59,6 +59,7 @@ def main(
             results.attempt("results", {"what": name} | case, partial(measure, config))
     if results.failed:
         raise typer.Exit(1)
+    limits.end(limits.broken(results.content["results"]))
 
 
 class Bench:

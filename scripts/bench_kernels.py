@@ -3,9 +3,9 @@
     python -m scripts.bench_kernels --out docs/results/kernels.json   # everything
     python -m scripts.bench_kernels --quick --out kernels.json        # 128K tokens, 16/16 heads, 5 iterations
 
-Each timed configuration is checked on the tensors that were timed (`harness.checks`). Times are medians of CUDA events over
-back-to-back calls, so that launch overhead shows where it is not hidden; `host_ms` is what a call costs the CPU.
-Launch configurations: `scripts.tune`.
+Each timed configuration is checked on the tensors that were timed (`harness.checks`); the program fails beyond
+`harness.limits`. Times are medians of CUDA events over back-to-back calls, so that launch overhead shows where it is not hidden;
+`host_ms` is what a call costs the CPU. Launch configurations: `scripts.tune`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 
-from .harness import checks, options
+from .harness import checks, limits, options
 from .harness.inputs import HEAD_DIM, draw_inputs
 from .harness.records import Results, about
 from .harness.timing import Times, peak_bytes, stage_milliseconds, time_calls
@@ -101,7 +101,9 @@ def main(
     print_table(results.content)
     for entry in results.failed:
         print("FAILED", {key: value for key, value in entry.items() if key != "trace"})
-    sys.exit(bool(results.failed))
+    if results.failed:
+        sys.exit(1)
+    limits.end(limits.broken(results.content["results"]))
 
 
 def measure(case: Case, config: MoBAConfig) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from rich.table import Table
 
 from moba_cp.parallel.splits import COMMS
 
-from .harness import options, training
+from .harness import limits, options, training
 from .harness.records import REPOSITORY, about, megatron_core_version, write_json
 
 if TYPE_CHECKING:
@@ -140,6 +140,16 @@ def main(
     bad = [f"{name}: {result['status']}" for name, result in content["runs"].items() if result["status"] != "finished"]
     if bad:
         sys.exit(f"{'; '.join(bad)}; logs are {output}/<run>.log")
+    limits.end(too_far(content["comparison"]))
+
+
+def too_far(comparison: dict[str, Any]) -> list[str]:
+    """Runs whose losses are further from cp1's than `FACTOR` times the noise."""
+    return [
+        f"{name}: losses differ from cp1's by up to {found['max']:.3g}, more than {FACTOR:g} times the noise"
+        for name, found in comparison.items()
+        if found.get("within_noise") is False
+    ]
 
 
 def plan(comms: list[str], parts: list[int], side_by_side: bool, only: list[str] | None = None) -> list[list[Run]]:

@@ -6,8 +6,9 @@
 
 One start measures all rank counts: smaller groups work side by side. Each timed configuration is checked on the tensors that
 were timed: output and dq of sampled rows against the definition in fp64 (`harness.definition`), and their bits against those
-of the first exchange. The file is written after every case. A run that ended early keeps what it has; `--previous` takes that
-over and goes on. `--time-limit` ends between cases. The file's format: `harness.sweep`, `harness.layer_case`.
+of the first exchange; beyond `harness.limits` the program ends with exit status 1. The file is written after every case. A run
+that ended early keeps what it has; `--previous` takes that over and goes on. `--time-limit` ends between cases. The file's
+format: `harness.sweep`, `harness.layer_case`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if not __package__:  # started by its path, as torchrun scripts/scaling.py
     __package__ = "scripts"
     import scripts  # noqa: F401
 
-from .harness import dense_case, layer_case, options
+from .harness import dense_case, layer_case, limits, options
 from .harness.records import Results, about
 from .harness.sweep import Case, Plan, key_of, load_plan
 from .harness.teams import first_rank_says, join, make_teams
@@ -83,7 +84,10 @@ def main(
     for name in LISTS:
         results.content[name] = [entry for entry in done if ("baseline" in entry) == (name == "baselines")]
     run(plan, cases, done, results, place, clock)
+    is_first = dist.get_rank() == 0
     dist.destroy_process_group()
+    if is_first:
+        limits.end(limits.broken(entry for name in LISTS for entry in results.content[name]))
 
 
 def shown_command() -> str:

@@ -12,6 +12,12 @@ is its label. Rank 0 writes one entry of `runs` per attention: `gpus`, `tokens_p
 over ranks), `loss` (every step), `profile` (milliseconds by category, of rank 0), and `about` (device, versions, commit).
 `--keep` adds to the runs that OUT has; `--label` names those without a label of their own.
 
+`check` judges what was timed: errors of sampled rows of attention's output and dq against the definition in fp64, from one more
+step of the same model, which is not timed; and the relative difference of the loss of a short sequence from the one with
+attention by definition in every layer (`harness.training_check`). A single timed step after no other is its own checked step.
+Rows are not checked where documents are kept apart. `--against FILE` compares losses with those of the same training on other
+GPUs in FILE, step by step from equal weights (`loss_against`). Beyond `harness.limits` the program ends with exit status 1.
+
 A run that will not fit is refused before it starts. Where a rank runs out of memory nevertheless, the entry holds the error,
 which also says what was held and what to change; with several ranks the program ends then, since the others are in the middle
 of a step.
@@ -27,7 +33,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,11 +48,18 @@ from examples.megatron_gpt import distributed, fit, profiling  # noqa: E402
 from examples.megatron_gpt.batches import Sharding, micro_batches, sequence_lengths  # noqa: E402
 from examples.megatron_gpt.config import TrainConfig, load_config  # noqa: E402
 from examples.megatron_gpt.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
-from examples.megatron_gpt.model import build, count_parameters, moba_settings  # noqa: E402
-from examples.megatron_gpt.step import train_step  # noqa: E402
+from examples.megatron_gpt.model import Trainer, build, count_parameters, moba_settings  # noqa: E402
+from examples.megatron_gpt.step import evaluate, train_step  # noqa: E402
 from moba_cp.megatron.flops import peak_flops, step_flops  # noqa: E402
 from moba_cp.training_memory import GIB, training_peak  # noqa: E402
+from scripts.harness import limits, training_check  # noqa: E402
 from scripts.harness.records import about, megatron_core_version, write_json  # noqa: E402
+
+LOSS_DIFFERENCES = {"loss_error": 2.0**-8, "first_loss_difference": 2.0**-8, "largest_loss_difference": 2.0**-5}
+"""Largest relative differences of losses, which are means over thousands of tokens, where rounding to bf16 (2^-9) cancels. Later
+losses are those of other weights: optimizer steps make rounding grow (`scripts.bench_training`)."""
+SHORT = (2048, 8192)
+"""Fewest and most tokens of the sequence whose loss is computed by definition."""
 
 
 def main(
@@ -62,6 +75,8 @@ def main(
     keep: Annotated[bool, typer.Option(help="add to the runs that OUT has")] = False,
     profile: Annotated[bool, typer.Option(help="profile one more step")] = True,
     host_profile: Annotated[Path | None, typer.Option(help="file for Python's profile of one more step")] = None,
+    check: Annotated[bool, typer.Option(help="check attention and the loss of the timed model")] = True,
+    against: Annotated[Path | None, typer.Option(help="results of the same training on other GPUs")] = None,
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """Train with each attention in turn, and write speed, memory, loss and profile."""
@@ -70,6 +85,7 @@ def main(
     ranks = distributed.start(load_config(config, plain))
     here = about(commit) | {"megatron_core": megatron_core_version()}
     content: dict[str, Any] = {"about": here, "config": config.name, "runs": []}
+    others = json.loads(against.read_text())["runs"] if against is not None else []
     if keep and out.exists():
         earlier = json.loads(out.read_text())
         content = earlier | {"runs": [{"about": earlier["about"]} | run for run in earlier["runs"]]}
@@ -86,7 +102,10 @@ def main(
         before = asked.warmup if asked.warmup is not None else warmup if asked.steps is None else min(warmup, timed)
         failed = False
         try:
-            entry |= _measure(settings, ranks, before, timed, profile and before + timed > 1, host_profile)
+            more = before + timed > 1
+            entry |= _measure(settings, ranks, before, timed, profile and more, host_profile, check)
+            if against is not None:
+                entry["loss_against"] = loss_against(entry, others)
         except distributed.TrainingError as error:  # on every rank
             entry["error"] = str(error)
         except fit.OutOfMemoryError as error:
@@ -100,6 +119,43 @@ def main(
         if failed and dist.get_world_size() > 1:
             raise typer.Exit(1)
     distributed.stop()
+    limits.end(wrong(content["runs"]))  # rank 0 holds them
+
+
+def wrong(runs: list[dict[str, Any]]) -> list[str]:
+    """Runs whose `check` or `loss_against` is beyond its limit."""
+    names = ("label", "attention", "gpus", "tokens_per_step")
+    entries = [
+        {name: run[name] for name in names if name in run} | (run.get("check") or {}) | (run.get("loss_against") or {})
+        for run in runs
+    ]
+    failed = [f"{run['attention']} was not checked: {run['check_failed']}" for run in runs if "check_failed" in run]
+    return limits.broken(entries, limits.ERRORS | LOSS_DIFFERENCES) + failed
+
+
+def loss_against(run: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How far a run's losses are from those of the same training on other GPUs: the first and the largest relative difference.
+
+    The same: parameters, attention, tokens per step and settings but for ranks and exchange. None where `others` has no such run.
+    """
+    apart = ("parallel.context=", "moba.comm=")
+
+    def training(entry: dict[str, Any]) -> tuple[Any, ...]:
+        changes = sorted(change for change in entry.get("overrides", ()) if not change.startswith(apart))
+        kind = ":".join(entry["attention"].split(":")[: 3 if entry["attention"].startswith("moba") else 1])
+        return entry["parameters"], kind, entry["tokens_per_step"], changes
+
+    found = [other for other in others if "error" not in other and training(other) == training(run)]
+    if not found:
+        return None
+    other = found[-1]
+    apart_by = [abs(a - b) / abs(b) for a, b in zip(run["loss"], other["loss"], strict=False)]
+    return {
+        "other_gpus": other["gpus"],
+        "steps": len(apart_by),
+        "first_loss_difference": float(f"{apart_by[0]:.3e}"),
+        "largest_loss_difference": float(f"{max(apart_by):.3e}"),
+    }
 
 
 @dataclass(frozen=True)
@@ -146,7 +202,13 @@ def _asked_for(attention: str) -> Asked:
 
 
 def _measure(
-    config: TrainConfig, ranks: distributed.Ranks, warmup: int, steps: int, profile: bool, host_profile: Path | None
+    config: TrainConfig,
+    ranks: distributed.Ranks,
+    warmup: int,
+    steps: int,
+    profile: bool,
+    host_profile: Path | None,
+    check: bool,
 ) -> dict[str, Any]:
     run, data = config.run, config.data
     if config.moba.full_last_layers < 0:
@@ -172,16 +234,18 @@ def _measure(
     parameters = count_parameters(trainer, ranks)
     batches = micro_batches(text, run.micro_batch_size, 0, sharding, data.separate_documents, ahead=2)
     losses, seconds = [], []
-    for number in range(warmup + steps):
-        _wait(cuda)
-        begin = time.perf_counter()
-        losses.append(train_step(trainer, batches, config, ranks).loss)
-        _wait(cuda)
-        seconds.append(time.perf_counter() - begin)
-        peak_gib = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
-        _say(
-            f"step {number + 1} of {warmup + steps}: {seconds[-1]:.2f} s, loss {losses[-1]:.4f}, peak {peak_gib:.2f} GiB"
-        )
+    checks_rows = check and not data.separate_documents
+    alone = checks_rows and warmup + steps == 1
+    with training_check.watching(trainer.model if alone else []) as watched:
+        for number in range(warmup + steps):
+            _wait(cuda)
+            begin = time.perf_counter()
+            losses.append(train_step(trainer, batches, config, ranks).loss)
+            _wait(cuda)
+            seconds.append(time.perf_counter() - begin)
+            peak_gib = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
+            done = f"step {number + 1} of {warmup + steps}"
+            _say(f"{done}: {seconds[-1]:.2f} s, loss {losses[-1]:.4f}, peak {peak_gib:.2f} GiB")
     timed = statistics.median(seconds[warmup:])
     settings = moba_settings(config)
     layers = config.model.num_layers
@@ -190,7 +254,7 @@ def _measure(
     flops = step_flops(trainer.transformer_config, settings.moba, lengths, PADDED_VOCAB_SIZE, moba_layers).total
     tokens = data.seq_length * run.global_batch_size
     peak = peak_flops(ranks.device, torch.bfloat16)
-    result = {
+    result: dict[str, Any] = {
         "parameters": parameters,
         "tokens_per_step": tokens,
         "step_seconds": round(timed, 4),
@@ -201,11 +265,42 @@ def _measure(
         "peak_memory_by_part": _memory_parts(config, ranks),
         "loss": losses,
     }
+    try:
+        if checks_rows and not alone:
+            with training_check.watching(trainer.model) as watched:  # hooks do not run in a graph
+                train_step(replace(trainer, graph=None), batches, config, ranks)
+        if check:
+            result["check"] = training_check.errors(watched, ranks.device) if checks_rows else {}
+            result["check"] |= _loss_check(trainer, corpus, config, sharding, ranks)
+    except RuntimeError as error:  # the times are kept, and the program fails
+        result["check_failed"] = f"{type(error).__name__}: {str(error)[:300]}"
     if host_profile is not None:
         _profile_host(lambda: train_step(trainer, batches, config, ranks), host_profile)
     if profile and cuda:
         result["profile"] = _profiled(lambda: train_step(trainer, batches, config, ranks))
     return result
+
+
+def _loss_check(
+    trainer: Trainer, corpus: Corpus, config: TrainConfig, sharding: Sharding, ranks: distributed.Ranks
+) -> dict[str, Any]:
+    """Relative difference of the loss of a short sequence from the one with attention by definition, and that sequence's tokens.
+
+    It is long enough for routing to leave blocks out, where the definition, which takes memory for all pairs, allows that.
+    """
+    whole = min(SHORT[1], max(SHORT[0], 2 * config.moba.topk * config.moba.block_size))
+    tokens = min(config.data.seq_length, whole)
+    text = PackedText(corpus, tokens, config.run.seed)
+    sizes = replace(config.run, micro_batch_size=1, global_batch_size=ranks.dp_size, eval_batches=1)
+    short = replace(config, run=sizes, data=replace(config.data, seq_length=tokens, separate_documents=False))
+
+    def loss() -> float:
+        return evaluate(trainer, micro_batches(text, 1, 0, sharding), short, ranks)
+
+    return {
+        "loss_error": training_check.loss_difference(loss, trainer.model, ranks.device),
+        "loss_tokens": tokens,
+    }
 
 
 def _memory_parts(config: TrainConfig, ranks: distributed.Ranks) -> dict[str, float]:

@@ -3,7 +3,8 @@
     python -m scripts.tune_decode --out docs/results/decode.json
 
 A step attends with one query to each of `--layers` caches, as a model does, so that no cache stays in L2. Each variant's step is
-captured as a CUDA graph, compared with the definition in fp32 and with itself, and replayed in turns with the others.
+captured as a CUDA graph, compared with the definition in fp32 and with itself, and replayed in turns with the others. The program
+fails where a variant is further from the definition than `harness.limits` allows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from moba_cp import CachedTokens, CentroidCache, MoBAConfig, moba_attention_cached
 from moba_cp.kernels import configs as shipped
 
-from .harness import checks, options
+from .harness import checks, limits, options
 from .harness.inputs import HEAD_DIM
 from .harness.records import Results, about
 from .harness.timing import time_calls
@@ -54,6 +55,7 @@ def main(
     for pair in options.configs(configs):
         for entry in caches.measure(MoBAConfig(*pair)):
             results.add("results", sizes | {"block_size": pair[0], "topk": pair[1]} | entry)
+    limits.end(limits.broken(results.content["results"]))
 
 
 class Caches:

@@ -37,7 +37,7 @@ from scripts import (
     tune,
     tune_decode,
 )
-from scripts.harness import definition, options, records
+from scripts.harness import definition, limits, options, records
 from scripts.harness.inputs import draw_inputs
 from scripts.harness.timing import Times, time_calls
 from tests.programs import run_program
@@ -162,6 +162,75 @@ def test_bench_fsdp_has_equal_losses(tmp_path: Path) -> None:
     assert len(found["results"][0]["losses"]) == 4
     # Parameters and gradients are rounded to bf16 (2^-9) in another order; losses are means over 256 tokens.
     assert found["results"][1]["largest_relative_loss_difference"] < 2**-9
+
+
+def test_a_compiled_call_with_other_results_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention must have equal bits."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *x: function(*x) * (1 + 2**-7))
+    app = typer.Typer()
+    app.command()(bench_compile.main)
+    line = [
+        "--device",
+        "cpu",
+        "--tokens",
+        "128",
+        "--heads",
+        "2/1",
+        "--configs",
+        "32:2",
+        "--hidden",
+        "0",
+        "--rounds",
+        "1",
+    ]
+    result = CliRunner().invoke(app, [*line, "--iterations", "1", "--out", str(tmp_path / "out.json")])
+    assert result.exit_code not in (0, None)
+    assert "largest_difference is 0.0" in str(result.exception)
+    assert "the limit 0: what attention, tokens 128" in str(result.exception)
+    assert (
+        json.loads((tmp_path / "out.json").read_text())["results"][0]["largest_difference"] > 2**-9
+    )  # and was written
+
+
+def test_values_beyond_their_limits_are_named() -> None:
+    right = {"tokens": 64, "comm": "ring", "output_error": 0.0029, "dq_error": None, "bitwise_equal_to_first": True}
+    assert limits.broken([right, {"error": "no memory"}, {"checks": {"wrong_rows": 0, "same_bits_again": True}}]) == []
+    wrong = [
+        {"output_error": float("nan")},
+        {"dk_error": 0.02},
+        {"checks": {"wrong_rows": 3}},
+        {"same_bits_again": False},
+    ]
+    assert [line.split(":")[0] for line in limits.broken(right | entry for entry in wrong)] == [
+        "output_error is nan, the limit 0.00781",
+        "dk_error is 0.02, the limit 0.0156",
+        "wrong_rows is 3, must be 0",
+        "same_bits_again is False",
+    ]
+    assert limits.broken([right | wrong[0]])[0].endswith(": tokens 64, comm ring")
+    limits.end([])
+    with pytest.raises(SystemExit, match="do not use these times:\nout_error is 1"):
+        limits.end(limits.broken([{"out_error": 1}]))
+
+
+def test_losses_that_go_apart_fail() -> None:
+    allowed = {"largest_relative_loss_difference": bench_fsdp.LOSS_DIFFERENCE}
+    entries = [{"ranks": n, "largest_relative_loss_difference": x} for n, x in ((2, 0.0), (1, 2**-9))]
+    assert limits.broken(entries, allowed) == []
+    (line,) = limits.broken([*entries, {"ranks": 1, "largest_relative_loss_difference": 0.01}], allowed)
+    assert line.startswith("largest_relative_loss_difference is 0.01, the limit 0.00391: ranks 1")
+    resumed = {"first_step": 151, "loss": [2.0, 2.0], "difference": [0.0, 0.06]}
+    right = {"finite": True, "resumed": resumed}
+    assert long_run.wrong(right) == long_run.wrong({"finite": True}) == []
+    (line,) = long_run.wrong(right | {"resumed": resumed | {"difference": [0.0, 0.2]}})
+    assert line == "relative_difference is 0.1, the limit 0.0312: step 152"
+    assert long_run.wrong({"finite": False}) == ["a loss or a gradient norm is not finite"]
+    apart = {
+        "cp2": {"max": 0.5, "within_noise": False},
+        "cp2_ring": {"max": 0.1, "within_noise": True},
+        "noise2": {"max": 0.2},
+    }
+    assert bench_training.too_far(apart) == ["cp2: losses differ from cp1's by up to 0.5, more than 3 times the noise"]
 
 
 def test_a_wrong_output_row_shows() -> None:

@@ -64,6 +64,57 @@ def check_rows(
     Raises:
         ValueError: several documents without `selection`.
     """
+    rows = SampledRows.of(layout, rank, q.device, rows_per_rank)
+    taken = [None if x is None else rows.take(x) for x in (q, out, dout, dq)]
+    assert taken[0] is not None
+    assert taken[1] is not None
+    chosen = None if selection is None else rows.take(selection.transpose(0, 1), -1).transpose(0, 1)
+    return check_sampled(rows, taken[0], k, v, taken[1], taken[2], taken[3], chosen, config, layout, rank, ranks)
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """Rows of a call that are checked, and where this rank holds them.
+
+    Attributes:
+        number: int64 `[n]`, their token numbers, equal on every rank.
+        here: int64 `[n]`, their rows on this rank; -1 where another rank holds them.
+    """
+
+    number: Tensor
+    here: Tensor
+
+    @classmethod
+    def of(cls, layout: SequenceLayout, rank: int, device: torch.device, rows_per_rank: int = 4) -> SampledRows:
+        """The first row, the last one, and random ones."""
+        number = _sampled(layout.total_tokens, rows_per_rank * layout.cp_size, device)
+        held = layout.local_indices(rank).to(device)
+        local = torch.full((layout.total_tokens,), -1, device=device)
+        local[held] = torch.arange(len(held), device=device)
+        return cls(number, local[number])
+
+    def take(self, x: Tensor, other: float = 0) -> Tensor:
+        """`[n, ...]` of this rank's `x` `[T, ...]`; `other` where the row is another rank's."""
+        if not len(x):
+            return x.new_full((len(self.here), *x.shape[1:]), other)
+        mine = (self.here >= 0).view(-1, *[1] * (x.dim() - 1))
+        return torch.where(mine, x[self.here.clamp(min=0)], other)
+
+
+@torch.no_grad()
+def check_sampled(
+    rows: SampledRows, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor | None, dq: Tensor | None,
+    selection: Tensor | None, config: MoBAConfig, layout: SequenceLayout, rank: int, ranks: Ranks,
+) -> dict[str, float | int]:  # fmt: skip
+    """`check_rows` where only the sampled rows of q, out and their gradients were kept.
+
+    Args:
+        rows: which they are.
+        q, out, dout, dq: `[n, Hq, D]`, as `rows.take` gives them; `dout` and `dq` None where there was no backward pass.
+        k, v: `[T, Hkv, D]` of this rank's tokens.
+        selection: `[Hq, n, topk]`, -1 where another rank holds the row; or None.
+        config, layout, rank, ranks: as for `check_rows`, as are the result and what is raised.
+    """
     tokens, documents = layout.total_tokens, layout.cu_seqlens_array
     if selection is None and len(documents) > 2:
         raise ValueError(
@@ -72,15 +123,13 @@ def check_rows(
     number = layout.local_indices(rank).to(q.device)
     local = torch.full((tokens,), -1, dtype=torch.int32, device=q.device)
     local[number] = torch.arange(len(number), dtype=torch.int32, device=q.device)
-    sampled = _sampled(tokens, rows_per_rank * layout.cp_size, q.device)
+    sampled = rows.number
     starts = torch.from_numpy(documents.copy()).to(q.device)
     first = starts[torch.searchsorted(starts, sampled, right=True) - 1]
-    here = local[sampled]
-    mine = here >= 0
 
     def of_owner(x: Tensor) -> Tensor:
-        """`x[:, head]` of the sampled rows, on every rank: fp64 `[n, D]`."""
-        return ranks.sum(torch.where(mine[:, None], x[here.clamp(min=0)].double(), 0.0))
+        """What the ranks that hold the rows took of one head, on every rank: fp64 `[n, D]`."""
+        return ranks.sum(x.to(torch.float64, copy=True, memory_format=torch.contiguous_format))
 
     difference, reference = torch.zeros(2, 2, dtype=torch.float64, device=q.device)
     worst, unclear = torch.zeros((), dtype=torch.float64, device=q.device), 0
@@ -89,14 +138,16 @@ def check_rows(
         keys, values = k[:, kv_head], v[:, kv_head]
         means = centroids(keys, number, tokens, config.block_size, ranks) if selection is None else None
         for head in range(kv_head * group, (kv_head + 1) * group):
-            query, gradient = of_owner(q[:, head]), of_owner(dout[:, head])
+            query = of_owner(q[:, head])
+            gradient = (
+                torch.zeros_like(query[:, :1]).expand(-1, v.shape[2]) if dout is None else of_owner(dout[:, head])
+            )
             clear = torch.ones(len(sampled), dtype=torch.bool, device=q.device)
             if selection is None:
                 assert means is not None
                 blocks, clear = select(query, means, sampled // config.block_size, config.topk)
             else:
-                chosen = selection[head, here.clamp(min=0)].long()
-                blocks = ranks.max(torch.where(mine[:, None], chosen, -1))
+                blocks = ranks.max(selection[head].long())
             result, dquery = attend(
                 query, gradient, keys, values, blocks, sampled, first, local, config.block_size, scale, ranks
             )

@@ -16,6 +16,11 @@ COLORS = {
     "idle": "0.85",
 }
 
+CHECKED = (
+    " *Errors*, relative, of what was timed: output and dq of sampled rows against the definition in fp64; the loss of a short "
+    "sequence against attention by definition in every layer."
+)
+
 
 def attention_name(name: str) -> str:
     """`moba:512:8` and `full` for readers; `:N` behind it, the number of steps, is left out."""
@@ -25,12 +30,14 @@ def attention_name(name: str) -> str:
 
 def speed_table(content: dict[str, Any]) -> str:
     """Markdown of `training_speed`: one row per run that finished."""
+    checked = _checked(content["runs"])
     lines = [
         f"{_measured_on(content)} MFU counts MoBA as what it computes and recomputation not at all. "
-        "*Busy*: time that the GPU works, of a profiled step.",
+        f"*Busy*: time that the GPU works, of a profiled step.{CHECKED if checked else ''}",
         "",
-        "| layers | attention | GPUs | parameters | tokens a step | step | tokens/s | MFU | busy | peak GiB per GPU |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| layers | attention | GPUs | parameters | tokens a step | step | tokens/s | MFU | busy | peak GiB per GPU |"
+        + " errors |" * checked,
+        "|---|---|---|---|---|---|---|---|---|---|" + "---|" * checked,
     ]
     for run in content["runs"]:
         if "error" in run:
@@ -46,9 +53,23 @@ def speed_table(content: dict[str, Any]) -> str:
             f"{run['mfu']:.1%}" if run["mfu"] else "-",
             f"{run['profile']['busy']:.0%}" if "profile" in run else "-",
             f"{run['peak_memory_gib']:.1f}" if run["peak_memory_gib"] else "-",
+            *[_errors(run)] * checked,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _checked(runs: list[dict[str, Any]]) -> bool:
+    """Whether any of them was checked; runs of earlier programs were not."""
+    return any(run.get("check") for run in runs)
+
+
+def _errors(run: dict[str, Any]) -> str:
+    """Of output and dq of sampled rows, of the loss; and of the losses against other GPUs, where they were compared."""
+    names = ("output_error", "dq_error", "loss_error")
+    check, against = run.get("check") or {}, run.get("loss_against")
+    cell = ", ".join(f"{check[name]:.1e}" if name in check else "-" for name in names) if check else "-"
+    return f"{cell}; {against['largest_loss_difference']:.1e}" if against else cell
 
 
 def gpus_table(content: dict[str, Any], others: dict[str, Any] | None = None) -> str:
@@ -58,12 +79,14 @@ def gpus_table(content: dict[str, Any], others: dict[str, Any] | None = None) ->
     A run on several GPUs is compared with the one on one GPU that has its parameters, attention, settings and tokens per GPU; it
     may be among the runs of `others`.
     """
+    checked = _checked(content["runs"])
     lines = [
-        _measured_on(content),
+        _measured_on(content)
+        + (f"{CHECKED} Behind the semicolon: of the losses against those of one GPU." if checked else ""),
         "",
         "| parameters | tokens a step | attention | GPUs | how | step | tokens/s | against 1 GPU | MFU "
-        "| peak GiB per GPU (estimate) | loss of the first steps |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| peak GiB per GPU (estimate) | loss of the first steps |" + " errors |" * checked,
+        "|---|---|---|---|---|---|---|---|---|---|---|" + "---|" * checked,
     ]
     runs = [run for run in content["runs"] if "error" not in run]
     known = [*runs, *(run for run in (others or {"runs": []})["runs"] if "error" not in run)]
@@ -84,6 +107,7 @@ def gpus_table(content: dict[str, Any], others: dict[str, Any] | None = None) ->
             f"{run['mfu']:.1%}" if run["mfu"] else "-",
             f"{run['peak_memory_gib']:.1f} ({estimate:.1f})" if run["peak_memory_gib"] else "-",
             ", ".join(f"{loss:.4f}" for loss in run["loss"][:3]),
+            *[_errors(run)] * checked,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

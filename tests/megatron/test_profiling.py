@@ -88,6 +88,19 @@ def test_table_of_one_gpu_and_several() -> None:
         ["1M", "1M", "MoBA (128, 8)", "2", "pull", "1.00 s", "190", "", "25.0%", "2.0 (1.9)", "6.0000, 5.0000"],
     ]
 
+    # Runs of the program that checks them have a column more.
+    check = {"output_error": 0.002, "dq_error": 0.003, "loss_error": 1e-5}
+    against = {"largest_loss_difference": 4e-4}
+    errors = [run, more | {"check": check, "loss_against": against}, more | {"check": {"loss_error": 1e-5}}]
+    table = speed.gpus_table({"about": about, "runs": errors}).splitlines()
+    assert [line.split("|")[-2].strip() for line in table[2:]] == [
+        "errors", "---", "-", "2.0e-03, 3.0e-03, 1.0e-05; 4.0e-04", "-, -, 1.0e-05",
+    ]  # fmt: skip
+    assert [line.split("|")[-2].strip() for line in speed.speed_table({"about": about, "runs": errors}).splitlines()[4:]] == [
+        "-", "2.0e-03, 3.0e-03, 1.0e-05; 4.0e-04", "-, -, 1.0e-05",
+    ]  # fmt: skip
+    assert speed.CHECKED in table[0]
+
     # Other lengths and ranks compare, other settings do not; the run on one GPU may be in another file.
     alone = run | {"overrides": ["parallel.context=1"]}
     hybrid = alone | {"overrides": ["parallel.context=1", "moba.full_last_layers=2"], "tokens_per_second": 50.0}
