@@ -119,9 +119,14 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
         device: where the group's backend communicates.
 
     Raises:
-        ValueError: on every rank: they are not; or, on CUDA, were not in an earlier backward (see above).
+        ValueError: on every rank: they are not; or, on CUDA, were not in an earlier backward (see above), or a CUDA graph is
+            capturing the backward.
         RuntimeError: a rank did not come within the group's timeout.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"a CUDA graph can capture a backward pass on one rank, got call {number} of a group: ranks agree on the host"
+        )
     group = process_group(group)
     order = _order(group)
     order.events += 1
@@ -131,7 +136,7 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
             facts = agreement.all_facts(group, {"step": "backward", "number": str(number)}, device)
         if any(of_rank.get("step") != "backward" for of_rank in facts):
             agreement.compare(facts)  # a rank went on to another call
-        _compare(torch.tensor([[int(of_rank["number"])] for of_rank in facts]))
+        _compare(torch.tensor([[int(of_rank["number"])] for of_rank in facts], device="cpu"))
         return
     if order.told is not None and order.events - order.told.at >= _CALLS_BETWEEN:
         _read(group, order, order.told, device)
@@ -157,7 +162,7 @@ def _read(group: dist.ProcessGroup, order: _Order, told: _Told, device: torch.de
     _orders[group] = _Order(calls=order.calls)
     agreement.tell(group, 0)
     with SideStream(device, "agreement").alone(), _named(group, "name the calls whose backward they ran"):
-        numbers = torch.tensor([*mine, *[0] * (_SHOWN - len(mine))]).to(device)
+        numbers = torch.tensor([*mine, *[0] * (_SHOWN - len(mine))], device=device)
         gathered = numbers.new_empty(dist.get_world_size(group), _SHOWN)
         start_all_gather(gathered.view(-1), numbers, group).wait()
         copy = HostCopy(gathered)
