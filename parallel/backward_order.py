@@ -17,7 +17,8 @@ All ranks raise at the same point, in a backward before it sends anything, so no
 A number joins the digest when its backward begins, on the thread that then starts the exchange. So digests follow the order of
 the group's collectives, which a valid program runs alike on all ranks. Ends of passes, threads, nested passes (checkpointing)
 and passes that fail do not count: they cannot raise a false alarm. A call that reentrant checkpointing or a compiled graph
-recomputes takes a new number, so swapped passes over such calls are not told apart.
+recomputes takes a new number, so swapped passes over such calls are not told apart. Such calls are part of their backward pass:
+they begin no round, and nobody reads their message. A host that read it would wait for the GPU at every layer.
 
 Numbers in what backward exchanges would reach the host no earlier, and every exchange (ring, all-to-all, reads of other ranks'
 memory, full attention, heads) would have to carry them.
@@ -54,11 +55,13 @@ class _Told:
 
     Attributes:
         headers: of all ranks.
+        call: its number.
         at: `_Order.events` at its call.
         numbers: how many of `_Order.numbers` the digest covers.
     """
 
     headers: HostCopy
+    call: int
     at: int
     numbers: int
 
@@ -69,7 +72,7 @@ class _Order:
 
     Attributes:
         calls: numbers taken.
-        events: calls and backward passes of calls so far.
+        events: calls outside of backward passes, and backward passes of calls, so far.
         rounds: complete ones.
         in_backward: whether the latest event was a backward.
         digest: of the numbers compared late, in order.
@@ -100,11 +103,13 @@ def take_number(group: dist.ProcessGroup | None) -> int:
     group = process_group(group)
     order = _order(group)
     order.calls += 1
+    if torch._C._current_graph_task_id() != -1:  # recomputed inside a backward pass
+        return order.calls
     order.events += 1
     order.rounds += order.in_backward
     order.in_backward = False
     if order.untold and order.told is None:
-        order.told = _Told(agreement.latest_headers(group), order.events, len(order.numbers))
+        order.told = _Told(agreement.latest_headers(group), order.calls, order.events, len(order.numbers))
         order.untold = False
     return order.calls
 
@@ -149,7 +154,7 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
 
 def _read(group: dist.ProcessGroup, order: _Order, told: _Told, device: torch.device) -> None:
     """Compare the digests of a message; where they differ, forget what was not compared and name the first difference."""
-    with _named(group, f"begin the call before call {order.calls + 1}"):
+    with _named(group, f"begin call {told.call}"):
         digests = agreement.words(told.headers.wait())
     order.told = None
     if digests is None:  # the ranks disagreed on that call, which is reported as such; the next message tells the same
