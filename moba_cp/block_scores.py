@@ -17,7 +17,7 @@ from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import named_error, process_group_of
 from .parallel.layout import SequenceLayout
-from .tracing import without_numbers
+from .tracing import is_captured, without_numbers
 from .validation import (
     INTEGERS,
     RefusedTogether,
@@ -65,13 +65,17 @@ def block_scores(
     Tensors without numbers (`FakeTensorMode`, the meta device) give scores without numbers: shapes are checked, nothing is sent.
 
     Raises:
-        TypeError, ValueError: an argument is not as said, or the ranks disagree on sizes, layout or whether `k_gate` gets a
-            gradient; on every rank.
+        TypeError, ValueError: an argument is not as said, a CUDA graph is capturing the call, or the ranks disagree on sizes,
+            layout or whether `k_gate` gets a gradient; on every rank.
     """
     ranks, inferred = process_group_of(group), without_numbers(q_gate, k_gate, blocks)
     with RefusedTogether(layout, ranks, q_gate, k_gate, blocks):
         _check(q_gate, k_gate, blocks, config, layout, ranks)
         if not inferred:
+            if is_captured(q_gate):
+                raise ValueError(
+                    "a CUDA graph cannot capture block_scores: the values of blocks are checked on the host"
+                )
             _check_values(blocks, config, layout, ranks)
     if inferred:
         like = q_gate.to(accumulate_dtype(q_gate.dtype)).sum(2).t()[:, :, None] + k_gate.sum()

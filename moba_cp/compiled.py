@@ -43,7 +43,7 @@ def compiled_attention(
     q_gate, k_gate = (None, None) if routing is None else (x.detach() for x in routing)
     gradients = needs_gradients(q, k, v)
     out, _, _, blocks, weights, _ = torch.ops.moba_cp.attention(
-        q, k, v, torch.as_tensor(description), selection, q_gate, k_gate, config.block_size, config.topk,
+        q, k, v, torch.as_tensor(description, device="cpu"), selection, q_gate, k_gate, config.block_size, config.topk,
         config.softmax_scale, "" if group is None else group.group_name, comm, check_selection, return_selection, gradients,
         workspace_bytes, exchange_bytes, None,
     )  # fmt: skip

@@ -37,8 +37,16 @@ from .parallel.topology import host
 from .pipeline import unit_stride
 from .prepare import needs_gradients
 from .stages import Stages
-from .tracing import infer_output, without_numbers
-from .validation import RefusedTogether, call_facts, check_comm, check_layout, check_placement, check_tensors
+from .tracing import infer_output, is_captured, without_numbers
+from .validation import (
+    RefusedTogether,
+    call_facts,
+    check_capture,
+    check_comm,
+    check_layout,
+    check_placement,
+    check_tensors,
+)
 from .wide import call_sizes
 from .wide_dense import COMMS as WIDE_COMMS
 from .wide_dense import WideDense, wide_dense
@@ -84,8 +92,8 @@ def causal_attention(
         `[T, Hq, Dv]`; differentiable in q, k and v, with gradients summed over the group.
 
     Raises:
-        TypeError, ValueError: on every rank, before any tensor is sent: an argument of some rank is not as described, or ranks
-            disagree.
+        TypeError, ValueError: on every rank, before any tensor is sent: an argument of some rank is not as described, ranks
+            disagree, or a CUDA graph is capturing a call over several ranks.
         RuntimeError: a rank did not take part within the group's timeout.
     """
     group = process_group_of(group)
@@ -98,6 +106,7 @@ def causal_attention(
         softmax_scale = checked_scale(softmax_scale)
         if traffic is not None and not isinstance(traffic, Traffic):
             raise TypeError(f"traffic must be a Traffic or None, got {type(traffic).__name__}")
+        check_capture(is_captured(q), layout)
         if layout.cp_size > 1:
             host()  # refused here, if it cannot be told to the others
     if without_numbers(q, k, v):

@@ -120,7 +120,8 @@ class MoBAAttention(nn.Module):
             return batch_layout(batch, length * self.cp_size, self.cp_size)
         # A graph takes a layout as numbers, and makes these for any batch and length.
         head = int(head_of_description(Kind.ZIGZAG_PER_DOCUMENT, self.cp_size))
-        description = torch.cat([torch.tensor([head]), torch.arange(batch + 1) * (length * self.cp_size)])
+        starts = torch.arange(batch + 1, device="cpu") * (length * self.cp_size)
+        description = torch.cat([torch.tensor([head], device="cpu"), starts])
         return _Described(description)  # type: ignore[return-value]
 
     def shard(self, x: Tensor, dim: int = 0) -> Tensor:

@@ -277,7 +277,7 @@ def _group_of(name: str) -> dist.ProcessGroup | None:
 def _route_tensor(route: Route, number: int, layout: SequenceLayout) -> Tensor:
     key = _key(layout.description)
     _kept(key).get("layout", lambda: layout)
-    return torch.tensor([_EXCHANGES.index(route.name), *route.walks, number, *key])
+    return torch.tensor([_EXCHANGES.index(route.name), *route.walks, number, *key], device="cpu")
 
 
 def _route_of(name: str, walks: tuple[int, int], call: pipeline.Call, selected: Tensor, kv_heads: int) -> Route:

@@ -23,7 +23,7 @@ from .precision import as_given
 from .selection import BY_Q_AND_K, Routing, check_routing, make_routing, place, routing_fact
 from .stages import Stages
 from .tracing import is_captured, without_numbers
-from .validation import RefusedTogether, call_facts, check_call, check_flags
+from .validation import RefusedTogether, call_facts, check_call, check_capture, check_flags
 
 _captured: dict[int, HomePlan] = {}
 """Plans of calls that CUDA graphs captured, by identity, for the life of the process: replays read their tensors."""
@@ -98,11 +98,8 @@ def prepare(
                 )
             return None
         capturing = is_captured(q)
+        check_capture(capturing, layout)
         if layout.cp_size > 1:
-            if capturing:
-                raise ValueError(
-                    f"a CUDA graph can capture attention on one rank, got a layout for {layout.cp_size}: ranks agree on the host"
-                )
             facts = call_facts(q, k, v, layout, comm, gradients) | {
                 "config": repr(config),
                 "routing": routing_fact(selection, routing),

@@ -130,6 +130,14 @@ def check_flags(**flags: object) -> None:
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def check_capture(capturing: bool, layout: SequenceLayout) -> None:
+    """No CUDA graph captures a call over several ranks. `capturing`: whether one captures this call."""
+    if capturing and layout.cp_size > 1:
+        raise ValueError(
+            f"a CUDA graph can capture attention on one rank, got a layout for {layout.cp_size}: ranks agree on the host"
+        )
+
+
 def check_longest(max_seqlen: int, layout: SequenceLayout) -> None:
     """`max_seqlen` is at least the longest document of `layout`."""
     try:

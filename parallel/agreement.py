@@ -213,7 +213,8 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
         if header is None:
             if len(state.headers) > 64:
                 state.headers.clear()
-            header = state.headers.setdefault((payload, device), _Header(facts, device, state.life))
+            with SideStream(device, "agreement").alone():  # whose gathers may still read headers that were cleared
+                header = state.headers.setdefault((payload, device), _Header(facts, device, state.life))
         if device.type in READ_LATE:
             gathered = _gather_to_read_late(group, state, header, device, payload)
         else:
@@ -322,7 +323,7 @@ def _encode(facts: dict[str, str], device: torch.device, life: int) -> Tensor:
     assert len(text) <= _FACTS_BYTES, text
     header = text.ljust(_FACTS_BYTES) + str(life).zfill(_WORD_AT - _FACTS_BYTES).encode()
     header += bytes(_HEADER_BYTES - _WORD_AT)
-    return torch.tensor(list(header), dtype=torch.uint8).to(device)
+    return torch.tensor(list(header), dtype=torch.uint8, device=device)
 
 
 def _short(value: str, most: int) -> str:

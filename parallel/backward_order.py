@@ -17,7 +17,8 @@ All ranks raise at the same point, in a backward before it sends anything, so no
 A number joins the digest when its backward begins, on the thread that then starts the exchange. So digests follow the order of
 the group's collectives, which a valid program runs alike on all ranks. Ends of passes, threads, nested passes (checkpointing)
 and passes that fail do not count: they cannot raise a false alarm. A call that reentrant checkpointing or a compiled graph
-recomputes takes a new number, so swapped passes over such calls are not told apart.
+recomputes takes a new number, so swapped passes over such calls are not told apart. Such calls are part of their backward pass:
+they begin no round, and nobody reads their message. A host that read it would wait for the GPU at every layer.
 
 Numbers in what backward exchanges would reach the host no earlier, and every exchange (ring, all-to-all, reads of other ranks'
 memory, full attention, heads) would have to carry them.
@@ -54,11 +55,13 @@ class _Told:
 
     Attributes:
         headers: of all ranks.
+        call: its number.
         at: `_Order.events` at its call.
         numbers: how many of `_Order.numbers` the digest covers.
     """
 
     headers: HostCopy
+    call: int
     at: int
     numbers: int
 
@@ -69,7 +72,7 @@ class _Order:
 
     Attributes:
         calls: numbers taken.
-        events: calls and backward passes of calls so far.
+        events: calls outside of backward passes, and backward passes of calls, so far.
         rounds: complete ones.
         in_backward: whether the latest event was a backward.
         digest: of the numbers compared late, in order.
@@ -100,11 +103,13 @@ def take_number(group: dist.ProcessGroup | None) -> int:
     group = process_group(group)
     order = _order(group)
     order.calls += 1
+    if torch._C._current_graph_task_id() != -1:  # recomputed inside a backward pass
+        return order.calls
     order.events += 1
     order.rounds += order.in_backward
     order.in_backward = False
     if order.untold and order.told is None:
-        order.told = _Told(agreement.latest_headers(group), order.events, len(order.numbers))
+        order.told = _Told(agreement.latest_headers(group), order.calls, order.events, len(order.numbers))
         order.untold = False
     return order.calls
 
@@ -119,9 +124,14 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
         device: where the group's backend communicates.
 
     Raises:
-        ValueError: on every rank: they are not; or, on CUDA, were not in an earlier backward (see above).
+        ValueError: on every rank: they are not; or, on CUDA, were not in an earlier backward (see above), or a CUDA graph is
+            capturing the backward.
         RuntimeError: a rank did not come within the group's timeout.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"a CUDA graph can capture a backward pass on one rank, got call {number} of a group: ranks agree on the host"
+        )
     group = process_group(group)
     order = _order(group)
     order.events += 1
@@ -131,7 +141,7 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
             facts = agreement.all_facts(group, {"step": "backward", "number": str(number)}, device)
         if any(of_rank.get("step") != "backward" for of_rank in facts):
             agreement.compare(facts)  # a rank went on to another call
-        _compare(torch.tensor([[int(of_rank["number"])] for of_rank in facts]))
+        _compare(torch.tensor([[int(of_rank["number"])] for of_rank in facts], device="cpu"))
         return
     if order.told is not None and order.events - order.told.at >= _CALLS_BETWEEN:
         _read(group, order, order.told, device)
@@ -144,7 +154,7 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
 
 def _read(group: dist.ProcessGroup, order: _Order, told: _Told, device: torch.device) -> None:
     """Compare the digests of a message; where they differ, forget what was not compared and name the first difference."""
-    with _named(group, f"begin the call before call {order.calls + 1}"):
+    with _named(group, f"begin call {told.call}"):
         digests = agreement.words(told.headers.wait())
     order.told = None
     if digests is None:  # the ranks disagreed on that call, which is reported as such; the next message tells the same
@@ -157,7 +167,7 @@ def _read(group: dist.ProcessGroup, order: _Order, told: _Told, device: torch.de
     _orders[group] = _Order(calls=order.calls)
     agreement.tell(group, 0)
     with SideStream(device, "agreement").alone(), _named(group, "name the calls whose backward they ran"):
-        numbers = torch.tensor([*mine, *[0] * (_SHOWN - len(mine))]).to(device)
+        numbers = torch.tensor([*mine, *[0] * (_SHOWN - len(mine))], device=device)
         gathered = numbers.new_empty(dist.get_world_size(group), _SHOWN)
         start_all_gather(gathered.view(-1), numbers, group).wait()
         copy = HostCopy(gathered)

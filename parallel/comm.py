@@ -302,7 +302,7 @@ class HostCopy:
     def __init__(self, x: Tensor) -> None:
         self._host, self._copied = x, None
         if x.device.type != "cpu":
-            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
             self._host.copy_(x, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()

@@ -30,7 +30,8 @@ def take_heads(
 
         head_rows_kernel.launch(x, packed, first, per_member, copies, puts=False)
         return packed
-    member = torch.arange(size)[:, None] * per_member + torch.arange(first, first + count)
+    member = torch.arange(size, device=x.device)[:, None] * per_member
+    member = member + torch.arange(first, first + count, device=x.device)
     heads = member.flatten() // copies
     packed.copy_(x[:, heads].unflatten(1, (size, count)).transpose(0, 1))
     return packed

@@ -72,7 +72,7 @@ class PeerMemory:
         if self.handle is not None:
             self.handle.barrier(channel=0, timeout_ms=self.timeout_ms)
         else:
-            comm.all_gather(torch.zeros(1, dtype=torch.uint8), stage).wait()
+            comm.all_gather(torch.zeros(1, dtype=torch.uint8, device="cpu"), stage).wait()
 
     def view(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of `shape` in the buffer of `rank` from byte `offset` on."""
@@ -187,7 +187,7 @@ def _symmetric(comm: CommGroup, device: torch.device, size: int) -> PeerMemory:
     own = _together(comm, device, allocate)
     handle = symmetric_memory.rendezvous(own, group.group_name)
     buffers = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(comm.size)]
-    wanted_of, wanted_by = torch.full((2, comm.size), _MANY, pin_memory=True)
+    wanted_of, wanted_by = torch.full((2, comm.size), _MANY, device="cpu", pin_memory=True)
     return PeerMemory(buffers, wanted_of, wanted_by, handle, own, int(timeout_of(group, device).total_seconds() * 1000))
 
 
@@ -209,7 +209,7 @@ def _file_in_memory(comm: CommGroup, device: torch.device, size: int) -> PeerMem
     finally:
         for file in files:  # all have it open
             os.close(file)
-    wanted_of, wanted_by = torch.full((2, comm.size), _MANY)
+    wanted_of, wanted_by = torch.full((2, comm.size), _MANY, device="cpu")
     return PeerMemory(buffers, wanted_of, wanted_by)
 
 

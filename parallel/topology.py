@@ -106,5 +106,5 @@ def _physical_host() -> str:
 
 def gather_text(comm: CommGroup, device: torch.device, mine: str, stage: str) -> list[str]:
     """A short text of every rank."""
-    text = torch.tensor(list(mine.encode().ljust(_TEXT_BYTES)), dtype=torch.uint8).to(device)
+    text = torch.tensor(list(mine.encode().ljust(_TEXT_BYTES)), dtype=torch.uint8, device=device)
     return [bytes(x).decode().rstrip() for x in comm.all_gather(text, stage).wait().tolist()]

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
@@ -276,6 +277,29 @@ def test_a_steady_pass_adds_no_message_and_rounds_of_one_call_raise_one_later() 
         ((later, message),) = errors
         assert later == 1
         assert "rank 0 is at call 10 of the group, rank 1 at call 11" in message
+
+
+def recomputed(rank: int, size: int, recompute: str) -> tuple[list[int], int]:
+    """For each step of six layers, how many messages were read; and the rounds that were counted."""
+    reads: list[int] = []
+    with (
+        late(rounds_at_once=2) as group,
+        mock.patch.object(backward_order, "_read", wraps=backward_order._read) as read,
+    ):
+        for _ in range(5):
+            program = Program(rank, group, ("moba",) * 6, recompute)
+            program.step("forward")
+            before = read.call_count
+            program.step("oldest")
+            reads.append(read.call_count - before)
+        return reads, backward_order._order(group).rounds
+
+
+@pytest.mark.parametrize("recompute", ["no", "reentrant", "non-reentrant"])
+def test_recomputed_layers_are_no_rounds_and_read_no_messages(recompute: str) -> None:
+    """Else the host would wait for the GPU at every layer of a backward pass that recomputes."""
+    # Steps 0 and 1 are compared at once, and step 2 has the first numbers of a digest, which the next step's message carries.
+    assert run_ranks(2, recomputed, recompute) == [([0, 0, 0, 1, 1], 4)] * 2
 
 
 def first_rounds(rank: int, size: int, rounds: int) -> list[int]:
