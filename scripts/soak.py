@@ -92,7 +92,7 @@ def main(
         if due or not soak.calls:
             samples.append(soak.sample())
         soak.call()
-    found = {
+    found: dict[str, Any] = {
         "calls": soak.calls,
         "compared": soak.compared,
         "largest_error": soak.error,
@@ -106,8 +106,7 @@ def main(
         write_json(out, {"about": head | about_run, **found, "samples": samples})
         print(found, flush=True)
     dist.destroy_process_group()
-    if found["grew"] and not may_grow:
-        raise SystemExit(f"grew: {found['grew']}")
+    end(found["grew"], may_grow)
 
 
 class Soak:
@@ -263,6 +262,16 @@ def over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def end(grew: dict[str, int], may_grow: bool) -> None:
+    """Leave the program with exit status 1 if something grew that may not.
+
+    Raises:
+        SystemExit: it did.
+    """
+    if grew and not may_grow:
+        raise SystemExit(f"grew: {grew}")
 
 
 def grown(samples: list[dict[str, int]]) -> dict[str, int]:

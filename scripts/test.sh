@@ -35,7 +35,7 @@ fi
 found="$(mktemp)"
 $types >"$found" 2>&1 &
 checking=$!
-trap 'kill $checking 2>/dev/null' EXIT # an interrupt does not reach what runs in the background
+trap 'kill $checking 2>/dev/null; rm -f "$found"' EXIT # an interrupt does not reach what runs in the background
 newer=0
 bash scripts/test_megatron_version.sh 0.19.2 || newer=$?
 say "mypy: types"
@@ -46,7 +46,7 @@ cat "$found"
 rm -f "$found"
 [ $typed -eq 0 ] || exit $typed
 
-# All of a file's tests in one process: what they share is made once. Files in order, the long ones first.
+# All of a file's tests in one process: what they share is made once. Files in order: folders, which take longest, come first.
 if [ ${#parallel[@]} -gt 0 ]; then parallel=(-n 2 --dist loadfile --no-loadscope-reorder); fi
 say "pytest ${parallel[*]}"
 python -m pytest "${parallel[@]}"

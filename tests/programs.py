@@ -20,6 +20,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -111,6 +112,7 @@ def _main(words: list[str], environment: dict[str, str], output: str, errors: st
         opened = os.open(path, flags | (os.O_CREAT | os.O_APPEND if number else 0))
         os.dup2(opened, number)
         os.close(opened)
+    np.random.seed()  # noqa: NPY002  # as in a new process; forks would share the server's numbers
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     sys.path[:] = [str(ROOT), *(path for path in sys.path if path not in ("", str(ROOT)))]
     sys.argv[:] = words

@@ -23,12 +23,13 @@ GENERATED = ROOT / "docs" / "learning.md"
 """Written by `examples.learning.report` as a whole, but for its reading, which is a page of its own."""
 
 TIME, RATE, MEMORY = (
-    r"n?s|us|µs|ms|seconds?|minutes?|hours?",
-    r"[GT]B/s|TFLOP/s|tokens/s|tokens per second",
-    r"[KMGT]i?B|nats",
+    r"n?s|us|µs|ms|h|min|(?:nano|micro|milli)?seconds?|minutes?|hours?",
+    r"[kKMGT]i?B/s|[GTP]FLOPs?(?:/s)?|tokens/s|tokens per second",
+    r"[kKMGT]i?B|nats",
 )
 MEASURED = re.compile(
-    rf"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?: ?(?:{TIME}|{RATE}|{MEMORY}|%)(?![\w/])|x(?!\w)| times (?:as|the)\b)"
+    rf"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?:[ -]?(?:{TIME}|{RATE}|{MEMORY}|%|percent)(?!\w)|x(?!\w)"
+    r"| times (?:as|the|faster|slower|less|more|fewer)\b)"
 )
 
 ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -86,7 +87,7 @@ def read(page: Path) -> str:
 NO_MEASUREMENT = (
     r"```.*?```",
     r"<!-- (results:\w+) -->.*?<!-- /\1 -->",
-    r"\*Prediction\*.*?(?=\n\n|\Z)",
+    r"\*Prediction\*.*?(?=\n\n|\*Outcome\*|\Z)",
     r"^###[^\n]*\((?:not measured yet|not tried|dropped on paper)\)\n.*?(?=^##|\Z)",
 )
 """Code, generated tables, what was written down before a measurement, and sections whose heading says that there was none."""
@@ -137,6 +138,14 @@ def test_figures_in_sentences_are_generated(page: Path) -> None:
         "86 %",
         "95%",
         "11 µs per layer",
+        "a 440-ms step",
+        "3 ms/step",
+        "12 GiB/rank",
+        "900 MB/s",
+        "5 milliseconds",
+        "1.2 PFLOP/s",
+        "twenty, or 20 percent",
+        "3 times faster",
     ],
 )
 def test_measured_figures_are_found(text: str) -> None:

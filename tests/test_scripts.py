@@ -137,6 +137,10 @@ def test_soak_sees_what_grows() -> None:
     spike = flat | {"process_bytes": 1 << 30, "file_descriptors": 9}
     flat |= {"file_descriptors": 8}
     assert soak.grown([flat, flat, flat, flat, spike, flat]) == {"file_descriptors": 1}
+    soak.end({}, may_grow=False)
+    soak.end({"threads": 1}, may_grow=True)
+    with pytest.raises(SystemExit, match="grew: {'threads': 1}"):
+        soak.end({"threads": 1}, may_grow=False)
 
 
 @pytest.mark.heavy
