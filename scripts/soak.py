@@ -11,6 +11,7 @@ threads, keys in the store, what the library keeps, and device memory.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -39,7 +40,7 @@ from .harness.teams import join
 BETWEEN_CHECKS, BETWEEN_REFUSALS = 10, 40
 """Calls from one comparison with the definition to the next, and from one bad input to the next."""
 MAY_GROW = 16 << 20
-"""Bytes by which a process may grow from the first half's samples to the second half's: fragments of the allocator."""
+"""Bytes by which a process may grow from the first half's samples to the second half's: fragments and caches of libraries."""
 TOLERANCE = {torch.float64: 1e-10, torch.bfloat16: 2e-2}
 """Norm of the error over the norm of the definition's result: fp64 sums in another order; bf16 inputs of backward's products."""
 
@@ -213,6 +214,7 @@ class Soak:
     def sample(self) -> dict[str, int]:
         """What is held now, of the rank that holds most of each. Calls so far first."""
         gc.collect()
+        give_back()
         kept = asdict(kept_bytes())
         cuda = self.device.type == "cuda"
         held = {
@@ -260,6 +262,13 @@ def over_ranks(values: list[float], device: torch.device) -> list[float]:
     return found
 
 
+def give_back() -> None:
+    """Have glibc return freed memory, so that what a process holds is what it uses. Other allocators are left alone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -275,8 +284,8 @@ def end(grew: dict[str, int], may_grow: bool) -> None:
 
 
 def grown(samples: list[dict[str, int]]) -> dict[str, int]:
-    """What the second half's samples exceed the first half's by, where it is more than may be: medians of bytes, since a sample
-    behind a large call holds what the allocator has not given back; largest numbers of everything else."""
+    """What the second half's samples exceed the first half's by, where it is more than may be. Bytes by their medians: a sample
+    behind a large call may hold what the allocator keeps. Everything else by its largest number."""
     half = len(samples) // 2
     found = {}
     for name in samples[0]:
