@@ -16,7 +16,8 @@ exists where work per row grows along the document. It does, but for the sawtoot
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -31,40 +32,44 @@ _SLAB = 1 << 20
 """Most numbers in a temporary matrix."""
 
 
-def keys_before(position: np.ndarray, block_size: int, topk: int) -> np.ndarray:
+Positions = TypeVar("Positions", int, np.ndarray)
+
+
+def keys_before(position: Positions, block_size: int, topk: int) -> Positions:
     """Keys that the rows before a position of a document attend to, per q head: int64 of the same shape.
 
     Args:
-        position: int64, counted from the document's start.
+        position: counted from the document's start: int64, or one of Python's integers, which do not overflow.
         block_size, topk: of the attention.
     """
-    position = np.asarray(position, dtype=np.int64)
     block, rest = position // block_size, position % block_size
     keys = block_size * block_size * _past_before(block, topk) + block * (block_size * (block_size + 1) // 2)
-    return keys + rest * np.minimum(block, topk - 1) * block_size + rest * (rest + 1) // 2
+    return keys + rest * _least(block, topk - 1) * block_size + rest * (rest + 1) // 2
 
 
-def pairs_before(position: np.ndarray, block_size: int, topk: int) -> np.ndarray:
+def pairs_before(position: Positions, block_size: int, topk: int) -> Positions:
     """Blocks that these rows attend to, own ones among them: one partial result each."""
-    position = np.asarray(position, dtype=np.int64)
     block, rest = position // block_size, position % block_size
-    return block_size * (_past_before(block, topk) + block) + rest * (np.minimum(block, topk - 1) + 1)
+    return block_size * (_past_before(block, topk) + block) + rest * (_least(block, topk - 1) + 1)
 
 
-def candidates_before(position: np.ndarray, block_size: int) -> np.ndarray:
+def candidates_before(position: Positions, block_size: int) -> Positions:
     """Blocks that these rows score."""
-    position = np.asarray(position, dtype=np.int64)
     block, rest = position // block_size, position % block_size
     return block_size * (block * (block - 1) // 2) + rest * block
 
 
-def _past_before(block: np.ndarray, topk: int) -> np.ndarray:
+def _past_before(block: Positions, topk: int) -> Positions:
     """Sum of min(topk - 1, j) over the blocks j before one: a triangle, then a rectangle."""
-    past = np.minimum(block, topk - 1)
+    past = _least(block, topk - 1)
     return past * (past - 1) // 2 + (block - past) * (topk - 1)
 
 
-def work_before(position: np.ndarray, block_size: int, topk: int) -> np.ndarray:
+def _least(block: Positions, bound: int) -> Positions:
+    return min(block, bound) if isinstance(block, int) else np.minimum(block, bound)
+
+
+def work_before(position: Positions, block_size: int, topk: int) -> Positions:
     """Work of these rows, in units of 2 D FLOPs; see `KEY_WORK`."""
     return KEY_WORK * keys_before(position, block_size, topk) + CANDIDATE_WORK * candidates_before(position, block_size)
 
@@ -119,7 +124,7 @@ def balanced_cuts(length: np.ndarray, size: int, block_size: int, topk: int) -> 
     longest = int(length.max(initial=0))
     block_size, topk = min(block_size, max(1, longest)), min(topk, longest + 1)  # larger values mean the same
     low, high = (np.empty((size + 1, length.size), dtype=np.int64) for _ in range(2))
-    if length.size <= _FEW_DOCUMENTS or size * _work(longest, block_size, topk) > _MOST_WORK:
+    if length.size <= _FEW_DOCUMENTS or size * work_before(longest, block_size, topk) > _MOST_WORK:
         for document, tokens in enumerate(length.tolist()):
             low[:, document], high[:, document] = _cuts_of(tokens, size, block_size, topk)
         return Cuts(low, high)
@@ -136,14 +141,7 @@ def _from_front(
 ) -> np.ndarray:
     """Of `count` rows taken from `[low, high)` of each document, how many from its start, so that their work is one of
     `shares` equal shares: by bisection, all documents at once."""
-    start, end = work_before(low, block_size, topk), work_before(high, block_size, topk)
-
-    def excess(front: np.ndarray) -> np.ndarray:
-        """Work taken beyond one share."""
-        mine = work_before(low + front, block_size, topk) - start
-        mine = mine + end - work_before(high - (count - front), block_size, topk)
-        return shares * mine - (end - start)
-
+    excess = _excess(low, high, count, shares, block_size, topk)
     few, many = np.zeros_like(count), count.copy()  # more from the start, less work
     for _ in range(int(count.max(initial=0)).bit_length() + 1):
         middle = (few + many + 1) // 2
@@ -154,6 +152,19 @@ def _from_front(
         )
     after = np.minimum(few + 1, count)
     return np.where(np.abs(excess(after)) < np.abs(excess(few)), after, few)
+
+
+def _excess(
+    low: Positions, high: Positions, count: Positions, shares: int, block_size: int, topk: int
+) -> Callable[[Positions], Positions]:
+    """Work beyond one share, by how many of `count` rows are taken from the start."""
+    start, end, rest = work_before(low, block_size, topk), work_before(high, block_size, topk), high - count
+
+    def excess(front: Positions) -> Positions:
+        mine = work_before(low + front, block_size, topk) - start + end - work_before(rest + front, block_size, topk)
+        return shares * mine - (end - start)
+
+    return excess
 
 
 def _cuts_of(length: int, size: int, block_size: int, topk: int) -> tuple[list[int], list[int]]:
@@ -171,13 +182,7 @@ def _cuts_of(length: int, size: int, block_size: int, topk: int) -> tuple[list[i
 
 def _front_of(low: int, high: int, count: int, shares: int, block_size: int, topk: int) -> int:
     """`_from_front` of one document."""
-    start, end, rest = _work(low, block_size, topk), _work(high, block_size, topk), high - count
-
-    def excess(front: int) -> int:
-        """Work taken beyond one share."""
-        mine = _work(low + front, block_size, topk) - start + end - _work(rest + front, block_size, topk)
-        return shares * mine - (end - start)
-
+    excess = _excess(low, high, count, shares, block_size, topk)
     few, many = 0, count
     while few < many:
         middle = (few + many + 1) // 2
@@ -186,12 +191,3 @@ def _front_of(low: int, high: int, count: int, shares: int, block_size: int, top
         else:
             many = middle - 1
     return few + 1 if few < count and abs(excess(few + 1)) < abs(excess(few)) else few
-
-
-def _work(position: int, block_size: int, topk: int) -> int:
-    """`work_before` of one position; no integer overflows."""
-    block, rest = divmod(position, block_size)
-    past = min(block, topk - 1)
-    keys = block_size * block_size * (past * (past - 1) // 2 + (block - past) * (topk - 1))
-    keys += block * (block_size * (block_size + 1) // 2) + rest * past * block_size + rest * (rest + 1) // 2
-    return KEY_WORK * keys + CANDIDATE_WORK * (block_size * (block * (block - 1) // 2) + rest * block)
