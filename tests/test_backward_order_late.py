@@ -302,13 +302,13 @@ def test_recomputed_layers_are_no_rounds_and_read_no_messages(recompute: str) ->
     assert run_ranks(2, recomputed, recompute) == [([0, 0, 0, 1, 1], 4)] * 2
 
 
-def first_rounds(rank: int, size: int, rounds: int) -> list[int]:
-    """Rounds of two calls, of which the last is swapped; where it raised."""
+def swapped_from(rank: int, size: int, first: int, rounds: int, at_once: int) -> list[int]:
+    """Rounds of two calls, swapped from round `first` on, of which `at_once` are compared at once; where it raised."""
     raised = []
-    with late(rounds_at_once=4) as group:
+    with late(rounds_at_once=at_once) as group:
         for round_ in range(rounds):
             outs = [attend("moba", inputs(rank), group).sum() for _ in range(2)]
-            for index in (0, 1) if rank == 0 or round_ < rounds - 1 else (1, 0):
+            for index in (0, 1) if rank == 0 or round_ < first else (1, 0):
                 try:
                     outs[index].backward()
                 except ValueError:
@@ -317,27 +317,13 @@ def first_rounds(rank: int, size: int, rounds: int) -> list[int]:
 
 
 def test_the_first_rounds_are_compared_before_anything_moves() -> None:
-    assert run_ranks(2, first_rounds, 4) == [[3, 3]] * 2
-    assert run_ranks(2, first_rounds, 5) == [[]] * 2, "the last round of a program is not compared"
-
-
-def after_an_error(rank: int, size: int) -> list[int]:
-    """Every round is swapped; where it raised."""
-    raised = []
-    with late(rounds_at_once=1) as group:
-        for round_ in range(5):
-            outs = [attend("moba", inputs(rank), group).sum() for _ in range(2)]
-            for index in (0, 1) if rank == 0 or not round_ else (1, 0):
-                try:
-                    outs[index].backward()
-                except ValueError:
-                    raised.append(round_)
-    return raised
+    assert run_ranks(2, swapped_from, 3, 4, 4) == [[3, 3]] * 2
+    assert run_ranks(2, swapped_from, 4, 5, 4) == [[]] * 2, "the last round of a program is not compared"
 
 
 def test_after_an_error_rounds_are_compared_at_once_again() -> None:
     """The first error of each pair is a late one, the second one of the same round."""
-    assert run_ranks(2, after_an_error) == [[2, 2, 4, 4]] * 2
+    assert run_ranks(2, swapped_from, 1, 5, 1) == [[2, 2, 4, 4]] * 2
 
 
 def beyond_what_is_remembered(rank: int, size: int) -> str:
