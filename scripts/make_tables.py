@@ -34,6 +34,7 @@ from .tables.text import fill, fill_figures
 from .tables.torch_parts import compile_table, fsdp_table
 from .tables.training import long_run_plot, long_run_text, training_plot, training_table
 from .tables.trials import trial_tables
+from .tables.versions import versions_tables
 
 RESULTS = REPOSITORY / "docs" / "results"
 KERNELS_H200 = RESULTS / "kernels_h200.json"
@@ -84,6 +85,9 @@ def blocks() -> dict[str, str]:
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
         "results:soak": soak_table([json.loads(file.read_text()) for file in sorted(RESULTS.glob("soak*.json"))]),
+        "results:versions": versions_tables(
+            [json.loads(file.read_text()) for file in sorted(RESULTS.glob("versions*.json"))]
+        ),
         "results:decode": decode_table(content("decode")),
         "results:fsdp": if_measured("fsdp", fsdp_table),
         "results:compile": if_measured("compile", compile_table),

@@ -24,6 +24,7 @@ from scripts import (
     bench_huggingface,
     bench_kernels,
     bench_training,
+    compare_versions,
     long_run,
     make_picture,
     make_tables,
@@ -45,8 +46,8 @@ from tests.programs import run_program
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PROGRAMS = (
-    bench_compile, bench_fsdp, bench_huggingface, bench_kernels, bench_training, long_run, make_picture, make_tables,
-    parallel_equality, pretrain_gpt_stock, quickstart, sanitize, scaling, soak, training_speed, tune, tune_decode,
+    bench_compile, bench_fsdp, bench_huggingface, bench_kernels, bench_training, compare_versions, long_run, make_picture,
+    make_tables, parallel_equality, pretrain_gpt_stock, quickstart, sanitize, scaling, soak, training_speed, tune, tune_decode,
 )  # fmt: skip
 
 
