@@ -57,7 +57,9 @@ def check_rows(
 
     Returns:
         output_error, dq_error (if `dq` is given): norm of the difference over the norm of the fp64 value, over all sampled rows.
-        worst_row_error: the largest such ratio of the output of one row and head.
+        dq_rounding_error (if `dq` is given): difference of dq from the fp64 value that follows from the given `out`, over the
+            norm of what is rounded on the way (`Attended`). Unlike dq_error, cancellation does not make it grow.
+        worst_row_error: the largest ratio as in output_error of one row and head.
         checked_rows: rows times heads compared.
         unclear_rows: rows times heads left out, since a selected and a rejected block score within fp32 rounding of each other.
 
@@ -131,7 +133,7 @@ def check_sampled(
         """What the ranks that hold the rows took of one head, on every rank: fp64 `[n, D]`."""
         return ranks.sum(x.to(torch.float64, copy=True, memory_format=torch.contiguous_format))
 
-    difference, reference = torch.zeros(2, 2, dtype=torch.float64, device=q.device)
+    difference, reference = torch.zeros(2, 3, dtype=torch.float64, device=q.device)
     worst, unclear = torch.zeros((), dtype=torch.float64, device=q.device), 0
     group, scale = q.shape[1] // k.shape[1], config.scale(q.shape[2])
     for kv_head in range(k.shape[1]):
@@ -148,22 +150,25 @@ def check_sampled(
                 blocks, clear = select(query, means, sampled // config.block_size, config.topk)
             else:
                 blocks = ranks.max(selection[head].long())
-            result, dquery = attend(
-                query, gradient, keys, values, blocks, sampled, first, local, config.block_size, scale, ranks
+            output = of_owner(out[:, head])
+            row = attend(
+                query, gradient, output, keys, values, blocks, sampled, first, local, config.block_size, scale, ranks
             )
-            for index, (tensor, wanted) in enumerate(((out, result), (dq, dquery))):
-                if tensor is None:
-                    continue
-                away, size = (of_owner(tensor[:, head]) - wanted)[clear], wanted[clear]
+            compared = [(output, row.out, row.out.norm(dim=1))]
+            if dq is not None:
+                dquery = of_owner(dq[:, head])
+                compared += [(dquery, row.dq, row.dq.norm(dim=1)), (dquery, row.dq_of_output, row.rounded)]
+            for index, (found, wanted, size) in enumerate(compared):
+                away = (found - wanted)[clear].norm(dim=1)
                 difference[index] += away.square().sum()
-                reference[index] += size.square().sum()
-                if index == 0 and len(size):
-                    worst = torch.maximum(worst, (away.norm(dim=1) / size.norm(dim=1)).max())
+                reference[index] += size[clear].square().sum()
+                if index == 0 and len(away):
+                    worst = torch.maximum(worst, (away / size[clear]).max())
             unclear += int((~clear).sum())
     errors = (difference / reference).sqrt().tolist()
     return {
         "output_error": errors[0],
-        **({} if dq is None else {"dq_error": errors[1]}),
+        **({} if dq is None else {"dq_error": errors[1], "dq_rounding_error": errors[2]}),
         "worst_row_error": worst.item(),
         "checked_rows": len(sampled) * q.shape[1] - unclear,
         "unclear_rows": unclear,
@@ -215,43 +220,73 @@ def select(query: Tensor, means: Tensor, own: Tensor, topk: int) -> tuple[Tensor
     return blocks, clear
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What the definition gives for some rows of one head, in fp64.
+
+    With softmax weights `P`, `dP_j = <v_j, dout>` and `delta = <out, dout>`, dq of one row is the sum over its selected blocks of
+    `dq_b = scale * sum_j P_j (dP_j - delta) k_j`, j in block b. Kernels round the terms `P_j (dP_j - delta)`, each `dq_b`, and
+    dq. `rounded` is the size of these: the root of the summed squares of `scale * P_j (dP_j - delta) |k_j|`, `|dq_b|` and `|dq|`.
+
+    Attributes:
+        out: `[n, Dv]`.
+        dq: `[n, D]`.
+        dq_of_output: `[n, D]`, dq with `delta` from the output that the layer gave, rounded as it is.
+        rounded: `[n]`, of `dq_of_output`.
+    """
+
+    out: Tensor
+    dq: Tensor
+    dq_of_output: Tensor
+    rounded: Tensor
+
+
 def attend(
-    query: Tensor, gradient: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, row: Tensor, first: Tensor, local: Tensor,
-    block_size: int, scale: float, ranks: Ranks,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and dq of some rows of one head: fp64 `[n, Dv]` and `[n, D]`; every rank adds what its own keys give.
+    query: Tensor, gradient: Tensor, output: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, row: Tensor, first: Tensor,
+    local: Tensor, block_size: int, scale: float, ranks: Ranks,
+) -> Attended:  # fmt: skip
+    """Output and dq of some rows of one head; every rank adds what its own keys give.
 
     Args:
-        query, gradient: fp64 `[n, D]` and `[n, Dv]`, the gradient of the output.
+        query: fp64 `[n, D]`.
+        gradient, output: fp64 `[n, Dv]`, the gradient of the output, and the output that the layer gave.
         keys, values: `[T, D]`, `[T, Dv]` of this rank's tokens.
         blocks: `[n, topk]`, numbers within the row's document; -1 for none.
         row, first: `[n]`, token numbers of the rows and of the first tokens of their documents.
         local: `[tokens]`, where this rank holds a token; -1 where it does not.
     """
-    n = len(row)
+    n, topk = blocks.shape
     peak = torch.full((n,), float("-inf"), dtype=torch.float64, device=row.device)
     pieces = []
     for i in range(n):  # one row at a time: its keys in fp64 take 50 MB at (4096, 12)
-        token = (blocks[i][blocks[i] >= 0, None] * block_size + torch.arange(block_size, device=row.device)).flatten()
-        at = local[(token + first[i])[token + first[i] <= row[i]]]
-        at = at[at >= 0].long()
+        token = blocks[i][:, None] * block_size + torch.arange(block_size, device=row.device)
+        slot, within = torch.nonzero((blocks[i] >= 0)[:, None] & (token + first[i] <= row[i]), as_tuple=True)
+        at = local[token[slot, within] + first[i]]
+        slot, at = slot[at >= 0], at[at >= 0].long()
         score = keys[at].double() @ query[i] * scale
         if len(at):
             peak[i] = score.max()
-        pieces.append((at, score))
+        pieces.append((at, torch.bincount(slot, minlength=topk).tolist(), score))
     peak = ranks.max(peak)
     sums = torch.zeros(n, 1 + values.shape[1], dtype=torch.float64, device=row.device)
-    for i, (at, score) in enumerate(pieces):
+    for i, (at, _, score) in enumerate(pieces):
         weight = torch.exp(score - peak[i])
         sums[i, 0], sums[i, 1:] = weight.sum(), weight @ values[at].double()
     sums = ranks.sum(sums)
     result = sums[:, 1:] / sums[:, :1]
-    delta = (result * gradient).sum(1)
-    dquery = torch.zeros_like(query)
-    for i, (at, score) in enumerate(pieces):
-        weight = torch.exp(score - peak[i]) / sums[i, 0]
-        dquery[i] = (weight * (values[at].double() @ gradient[i] - delta[i])) @ keys[at].double() * scale
-    return result, ranks.sum(dquery)
+    delta, of_output = (result * gradient).sum(1), (output * gradient).sum(1)
+    partial = query.new_zeros(n, topk, query.shape[1])
+    mean_key, terms = torch.zeros_like(query), torch.zeros_like(delta)
+    for i, (at, counts, score) in enumerate(pieces):
+        weight, held = torch.exp(score - peak[i]) / sums[i, 0], keys[at].double()
+        dscore = weight * (values[at].double() @ gradient[i] - of_output[i]) * scale
+        for slot, (some, of_block) in enumerate(zip(dscore.split(counts), held.split(counts), strict=True)):
+            partial[i, slot] = some @ of_block
+        mean_key[i], terms[i] = weight @ held, dscore.square() @ held.square().sum(1)
+    partial, mean_key, terms = (ranks.sum(x) for x in (partial, mean_key, terms))
+    dq_of_output = partial.sum(1)
+    rounded = (terms + partial.square().sum((1, 2)) + dq_of_output.square().sum(1)).sqrt()
+    return Attended(result, dq_of_output + scale * (of_output - delta)[:, None] * mean_key, dq_of_output, rounded)
 
 
 @torch.no_grad()

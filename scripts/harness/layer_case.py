@@ -58,7 +58,7 @@ def measure(case: Case, team: Team, device: torch.device, iterations: int, secon
     found["exposed_ms"] = over_all(
         sum(ms for name, ms in found.get("stages_ms_rank0", {}).items() if exposed(name)), device
     )
-    for name in ("output_error", "worst_row_error", *["dq_error"] * case.backward):
+    for name in ("output_error", "worst_row_error", *["dq_error", "dq_rounding_error"] * case.backward):
         found[name] = float(f"{over_all(found.get(name, 0.0), device):.3e}")
     for name in ("received_bytes", "between_bytes"):
         of_stage = [stage[name] for stage in found.get("traffic_rank0", {}).values()]

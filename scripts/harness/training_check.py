@@ -25,7 +25,7 @@ from moba_cp.megatron.schedule import moba_layers
 from .definition import Ranks, SampledRows, check_sampled
 from .timing import over_all
 
-ERRORS = ("output_error", "dq_error", "worst_row_error")
+ERRORS = ("output_error", "dq_error", "dq_rounding_error", "worst_row_error")
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Seen:
     """What was kept of one call of a layer.
 
     Attributes:
-        config: the layer's; for full attention, one block that holds the whole sequence.
+        config: the layer's; for full attention, one that selects every block (`_full`).
         layout, rank, ranks: of the sequence, the first one of a micro-batch.
         rows: that were sampled.
         tensors: by name: q, out, dout, dq `[n, Hq, D]` and k, v `[T, Hkv, D]`.
@@ -59,7 +59,7 @@ class Watch:
             return
         group = core.cp_group
         layout = sbhd_layout(len(q), 1, group.size(), core.partition)
-        config = core.moba if core.computes_moba else MoBAConfig(layout.total_tokens, 1, core.moba.softmax_scale)
+        config = core.moba if core.computes_moba else _full(layout, core.moba.softmax_scale)
         rows = SampledRows.of(layout, group.rank(), q.device)
         seen = Seen(config, layout, group.rank(), Ranks(group if group.size() > 1 else None), rows)
         seen.tensors = {"q": rows.take(q.detach()), "k": k.detach(), "v": v.detach()}
@@ -75,6 +75,16 @@ class Watch:
         output.register_hook(keep_dout)
         arguments[0].register_hook(keep_dq)
         self.seen = seen
+
+
+def _full(layout: SequenceLayout, scale: float | None) -> MoBAConfig:
+    """Full attention over one document as MoBA that selects every block.
+
+    Blocks are chunks of the zigzag order: over several ranks, dq is a sum of rounded partials of such chunks
+    (`definition.Attended`).
+    """
+    chunks = 2 * layout.cp_size
+    return MoBAConfig(-(-layout.total_tokens // chunks), chunks, scale)
 
 
 @contextmanager
@@ -95,7 +105,7 @@ def errors(watches: dict[str, Watch], device: torch.device) -> dict[str, float |
     """Errors of the watched calls; every rank of the job calls alike.
 
     Returns:
-        output_error, dq_error, worst_row_error: as `definition.check_rows`, the largest over layers and ranks.
+        output_error, dq_error, dq_rounding_error, worst_row_error: as `definition.check_rows`, the largest over layers and ranks.
         checked_rows: rows times heads compared, the least of any rank.
 
     Raises:

@@ -17,8 +17,9 @@ COLORS = {
 }
 
 CHECKED = (
-    " *Errors*, relative, of what was timed: output and dq of sampled rows against the definition in fp64; the loss of a short "
-    "sequence against attention by definition in every layer."
+    " *Errors*, relative, of what was timed: output and dq of sampled rows against the definition in fp64 (dq given the "
+    "layer's output, against the norm of what is rounded, see `scripts/harness/limits.py`); the loss of a short sequence against "
+    "attention by definition in every layer."
 )
 
 
@@ -66,8 +67,8 @@ def _checked(runs: list[dict[str, Any]]) -> bool:
 
 def _errors(run: dict[str, Any]) -> str:
     """Of output and dq of sampled rows, of the loss; and of the losses against other GPUs, where they were compared."""
-    names = ("output_error", "dq_error", "loss_error")
     check, against = run.get("check") or {}, run.get("loss_against")
+    names = ("output_error", "dq_rounding_error" if "dq_rounding_error" in check else "dq_error", "loss_error")
     cell = ", ".join(f"{check[name]:.1e}" if name in check else "-" for name in names) if check else "-"
     return f"{cell}; {against['largest_loss_difference']:.1e}" if against else cell
 

@@ -100,6 +100,8 @@ def test_table_of_one_gpu_and_several() -> None:
         "-", "2.0e-03, 3.0e-03, 1.0e-05; 4.0e-04", "-, -, 1.0e-05",
     ]  # fmt: skip
     assert speed.CHECKED in table[0]
+    both = more | {"check": check | {"dq_rounding_error": 0.0016}}
+    assert "| 2.0e-03, 1.6e-03, 1.0e-05 |" in speed.gpus_table({"about": about, "runs": [both]})
 
     # Other lengths and ranks compare, other settings do not; the run on one GPU may be in another file.
     alone = run | {"overrides": ["parallel.context=1"]}

@@ -20,6 +20,7 @@ pytest.importorskip("typer")
 
 from moba_cp import MoBAConfig
 from scripts import training_speed
+from scripts.harness import limits
 from tests.megatron_models import transformer_config
 from tests.ranks import run_ranks
 
@@ -88,10 +89,11 @@ def checked(rank: int, world_size: int) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_wrong_row_shows(ranks: int) -> None:
     for found in run_ranks(ranks, checked):
-        for name in ("output_error", "dq_error", "worst_row_error"):
+        for name in ("output_error", "dq_error", "dq_rounding_error", "worst_row_error"):
             assert found["right"][name] < 1e-5, name  # fp32 against fp64
         assert found["right"]["checked_rows"] >= 2 * 4 * ranks * 3  # of two layers, 4 heads; random rows may be equal
         assert found["dq"]["dq_error"] > 0.05
+        assert found["dq"]["dq_rounding_error"] > 0.05
         assert found["dq"]["output_error"] < 1e-5
         assert found["one block less"]["output_error"] > 0.05
         assert found["loss"] < 1e-5
@@ -99,7 +101,7 @@ def test_a_wrong_row_shows(ranks: int) -> None:
         assert "watched layer of moba attention" in found["not called"]
 
 
-def run(out: Path, ranks: int, *arguments: str) -> list[dict[str, Any]]:
+def run(out: Path, ranks: int, *arguments: str, overrides: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     line += [
@@ -112,7 +114,7 @@ def run(out: Path, ranks: int, *arguments: str) -> list[dict[str, Any]]:
         str(out),
     ]
     line += ["--warmup", "1", "--steps", "1", *arguments, "--", "data.seq_length=192", "optimizer.warmup_steps=1"]
-    line += ["run.global_batch_size=1", f"parallel.context={ranks}"]
+    line += ["run.global_batch_size=1", f"parallel.context={ranks}", *overrides]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())["runs"]
@@ -130,6 +132,32 @@ def test_every_timed_run_is_checked_and_compared(tmp_path: Path) -> None:
         assert entry["loss_against"]["other_gpus"] == 1
         assert entry["loss_against"]["steps"] == len(entry["loss"])
         assert entry["loss_against"]["largest_loss_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["none", "all_but_attention"])
+def test_rounding_of_bf16_is_no_mistake(tmp_path: Path, recompute: str) -> None:
+    """After a few steps of a model values are nearly alike, so that delta from a rounded output is most of dq's error."""
+    line = ("--attention", "moba:48:3", "--attention", "full:1:1", "--warmup", "4")
+    overrides = ("run.precision=bf16", "data.seq_length=512", f"run.recompute={recompute}")
+    moba, full = run(tmp_path / "one.json", 1, *line, overrides=overrides)
+    assert moba["check"]["dq_error"] > limits.GRADIENT
+    for entry in (moba, full):
+        assert 1e-4 < entry["check"]["dq_rounding_error"] < limits.ROUNDED / 2
+
+
+def test_more_steps_than_agree_are_not_compared() -> None:
+    losses = [1.0] * training_speed.COMPARED_STEPS
+    run = {
+        "attention": "full",
+        "parameters": 7,
+        "tokens_per_step": 64,
+        "gpus": 2,
+        "loss": [*losses, 2.0],
+        "overrides": [],
+    }
+    found = training_speed.loss_against(run, [run | {"loss": [*losses, 1.0], "gpus": 1}])
+    assert found is not None
+    assert (found["steps"], found["largest_loss_difference"]) == (training_speed.COMPARED_STEPS, 0.0)
 
 
 def test_losses_are_compared_with_the_same_training_alone() -> None:
@@ -155,6 +183,9 @@ def test_what_is_wrong_with_a_run_is_said() -> None:
         )
         == []
     )
+    assert training_speed.wrong([right | {"check": {"dq_error": 0.2, "dq_rounding_error": 0.002}}]) == []
+    (line,) = training_speed.wrong([right | {"check": {"dq_rounding_error": 0.02}}])
+    assert "dq_rounding_error is 0.02, the limit 0.00488" in line
     (line,) = training_speed.wrong([right | {"check": {"output_error": 0.1}}, right])
     assert "output_error is 0.1, the limit 0.00781: label pull, attention moba:512:8, gpus 2" in line
     (line,) = training_speed.wrong([right | {"loss_against": {"first_loss_difference": math.nan, "other_gpus": 1}}])
