@@ -62,6 +62,7 @@ def test_one_start_measures_every_rank_count_and_baseline(measured: Path) -> Non
         # bf16 results of fp32 sums: half a unit in the last place is 2 ** -9 = 2e-3.
         assert entry["output_error"] < 3e-3
         assert entry["dq_error"] < 6e-3
+        assert 0 < entry["dq_rounding_error"] < 2e-3  # of rounding alone: a root mean square
         assert entry["checked_rows"] + entry["unclear_rows"] > 4
         assert entry["forward_ms_spread"][0] <= entry["forward_ms"] <= entry["forward_ms_spread"][1]
         assert (entry["received_bytes"] > 0) == (entry["ranks"] > 1)

@@ -280,9 +280,10 @@ def attend(
     for i, (at, counts, score) in enumerate(pieces):
         weight, held = torch.exp(score - peak[i]) / sums[i, 0], keys[at].double()
         dscore = weight * (values[at].double() @ gradient[i] - of_output[i]) * scale
-        for slot, (some, of_block) in enumerate(zip(dscore.split(counts), held.split(counts), strict=True)):
-            partial[i, slot] = some @ of_block
-        mean_key[i], terms[i] = weight @ held, dscore.square() @ held.square().sum(1)
+        for number, (some, of_block) in enumerate(zip(dscore.split(counts), held.split(counts), strict=True)):
+            partial[i, number] = some @ of_block
+        mean_key[i] = weight @ held
+        terms[i] = dscore.square() @ torch.linalg.vector_norm(held, dim=1).square()  # no copy of the keys
     partial, mean_key, terms = (ranks.sum(x) for x in (partial, mean_key, terms))
     dq_of_output = partial.sum(1)
     rounded = (terms + partial.square().sum((1, 2)) + dq_of_output.square().sum(1)).sqrt()
