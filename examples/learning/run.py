@@ -2,8 +2,9 @@
 
     python -m examples.learning.run --plan configs/learning/first.yaml --corpus .cache/learning --out out --time-limit 560
 
-`<out>/learning.json` holds every result so far and is replaced whenever one arrives; `--previous` names an earlier one, whose
-finished runs are kept and not repeated. Selections of seed 0 go to `<out>/selections_<arm>.npz`.
+`<out>/learning.json` holds every result so far and is replaced whenever one arrives. Each result names its commit and the GPUs of
+its machine. `--previous` names an earlier file, whose finished runs are kept and not repeated, except those that lack a measure.
+Selections of seed 0 go to `<out>/selections_<arm>.npz`.
 Checkpoints of unfinished runs stay in `--work`: where that folder outlives the call, the next call resumes them, elsewhere they
 begin again. On a machine without a GPU runs go one after the other.
 """
@@ -86,7 +87,7 @@ class Plan:
         done = {
             (r["arm"], r["seed"])
             for r in self.results
-            if (r["complete"] or r.get("diverged")) and r["config"] == self.config
+            if (r["complete"] or r.get("diverged")) and not r.get("lacks") and r["config"] == self.config
         }
         self.waiting = [r for r in self.plan["runs"] if (r["arm"], r["seed"]) not in done]
         if args.only:
@@ -207,6 +208,7 @@ class Plan:
             self.free = sorted(self.free + started.gpus)
         task = started.task
         result = {"arm": task.arm, "seed": task.seed, "spec": task.spec, "config": self.config, "complete": False}
+        result |= {key: self.about[key] for key in ("commit", "machine_gpus")}
         if path.exists():
             result |= json.loads(path.read_text())
         if any(codes) and "error" not in result:
@@ -214,8 +216,9 @@ class Plan:
         if result["complete"]:
             self.took[task.arm] = time.time() - started.began
             self.slowdown = max(self.slowdown, self.took[task.arm] / started.expected)
-        self.results = [r for r in self.results if (r["arm"], r["seed"]) != (task.arm, task.seed)]
-        self.results.append(result)
+        before = [r for r in self.results if (r["arm"], r["seed"]) == (task.arm, task.seed)]
+        if result["complete"] or not any(r["complete"] for r in before):  # else what was measured in part is kept
+            self.results = [r for r in self.results if r not in before] + [result]
         selections = path.with_suffix(".npz")
         if selections.exists():
             shutil.copy(selections, self.args.out / f"selections_{task.arm}.npz")

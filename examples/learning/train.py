@@ -34,6 +34,8 @@ from .windows import Batches, data_order, lengths_of_steps, pairs_of, weights_of
 
 ANSWERS_EVERY = 20
 """Steps over which the loss of answers is averaged in the result."""
+MEASURES = ("held-out loss", "recorded selections", "retrieval")
+"""What follows training, in order. `lacks` of a result names those that an error or the time limit prevented."""
 
 
 class Run:
@@ -72,7 +74,7 @@ class Run:
         self.curve, self.norms, self.answers = torch.full((3, self.steps), math.nan, device=self.device)
         self.step, self.train_seconds, self.timed_steps = 0, 0.0, 0
         self.routing: list[dict[str, Any]] = []
-        self.selections: dict[str, np.ndarray] = {}
+        self.recorded: dict[str, Any] = {}
         self.diverged = False
         self.began_from: str | None = None
 
@@ -204,7 +206,9 @@ class Run:
         facts, selections = measure.routing(self.model, layers, inputs, self.length)
         self.routing += [{"step": self.step, **fact} for fact in facts]
         chosen = self.config["measures"]["recorded_layers"]
-        self.selections = {f"layer_{f['layer']}": s for f, s in zip(facts, selections) if f["layer"] in chosen}
+        self.recorded = {f"layer_{f['layer']}": s for f, s in zip(facts, selections) if f["layer"] in chosen}
+        block_size = next(spec.block_size for spec in layers if spec.kind == "moba")  # one for all layers of a phase
+        self.recorded |= {"block_size": block_size, "kv_heads": self.model.sizes.kv_heads, "step": self.step}
 
     def _save(self, path: Path) -> None:
         if self.rank:
@@ -332,20 +336,20 @@ def execute(task: Task) -> None:
         done = run.train()
         result = run.result(done)
         if rank == 0:
+            measured = done and not run.diverged
+            if measured:
+                result["lacks"] = list(MEASURES)
             write_json(path, result)
             print(f"{task.name}: {result['tokens_per_second']} tokens/s, {run.step} steps", flush=True)
-            if done and not run.diverged:
+            if measured:
                 result |= run.measures()
+                result["lacks"].remove("held-out loss")
                 write_json(path, result)
-                if run.selections and task.seed == 0:
-                    np.savez_compressed(
-                        path.with_suffix(".npz"),
-                        block_size=task.spec["attention"]["block_size"],
-                        kv_heads=run.model.sizes.kv_heads,
-                        step=run.step,
-                        **run.selections,
-                    )
+                if run.recorded and task.seed == 0:
+                    np.savez_compressed(path.with_suffix(".npz"), **run.recorded)
+                result["lacks"].remove("recorded selections")
                 result["retrieval"] = run.retrieval()
+                del result["lacks"]
                 run.checkpoint.unlink(missing_ok=True)
         result["wall_seconds"] = time.time() - run.began
     except Exception as error:  # the result must say so; other runs go on

@@ -123,3 +123,22 @@ def test_a_run_that_measures_lets_the_next_one_start(
     made.watch(first)
     assert made.free == []  # its GPU belongs to the third run now
     assert [r["seed"] for r in made.results] == [0]
+
+
+def test_a_repeated_run_replaces_what_lacks_a_measure_only_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[dict[str, str]]
+) -> None:
+    made = make_plan(tmp_path, monkeypatch, [("full", 0), ("full", 0)])
+    earlier = {"arm": "full", "seed": 0, "complete": True, "eval_loss": 2.0, "lacks": ["retrieval"], "commit": "old"}
+    made.results = [earlier]
+    assert made.start_one()
+    made.watch(made.running[0])  # it left no result
+    assert made.results == [earlier]
+    assert made.start_one()
+    result = Path(made.running[0].task.work) / "results" / "full_s0.json"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps({"complete": True, "eval_loss": 2.1}))
+    made.watch(made.running[0])
+    (now,) = made.results
+    assert (now["eval_loss"], now["commit"], now["machine_gpus"]) == (2.1, "none", 2)
+    assert "lacks" not in now
