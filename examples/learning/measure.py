@@ -224,21 +224,10 @@ def selection_facts(selected: np.ndarray, block_size: int, kv_heads: int, ranks:
         for the same row, over pairs that share a kv head and pairs that do not; rows with a choice alone count.
     """
     q_heads, tokens, topk = selected.shape
-    blocks = math.ceil(tokens / block_size)
     own = np.arange(tokens) // block_size
-    chosen = np.zeros((q_heads, tokens, blocks + 1), dtype=bool)
-    np.put_along_axis(chosen, np.where(selected < 0, blocks, selected).astype(np.int64), True, axis=2)
-    chosen = chosen[:, :, :blocks]
-    chosen[:, np.arange(tokens), own] = False
-    per_group = chosen.reshape(kv_heads, q_heads // kv_heads, tokens, blocks).any(1)
-
-    wanted = visible = 0
-    cuts = [tokens * r // ranks for r in range(ranks + 1)]
-    first_token = np.arange(blocks) * block_size
-    for begin, end in itertools.pairwise(cuts):
-        remote = first_token < begin
-        wanted += int(per_group[:, begin:end].any(1)[:, remote].sum())
-        visible += int(remote.sum()) * kv_heads
+    chosen = earlier_blocks(selected, block_size)
+    blocks = chosen.shape[2]
+    share = wanted_share(chosen.reshape(kv_heads, q_heads // kv_heads, tokens, blocks).any(1), block_size, ranks)
     rows = np.flatnonzero(own >= topk)  # more earlier blocks than a query may select
     same, across = [], []
     for a, b in itertools.combinations(range(q_heads), 2):
@@ -250,9 +239,39 @@ def selection_facts(selected: np.ndarray, block_size: int, kv_heads: int, ranks:
         (same if a * kv_heads // q_heads == b * kv_heads // q_heads else across).append(pair)
     mean = lambda values: round(float(np.mean(values)), 4) if values else None  # noqa: E731
     return {
-        "wanted_share": round(wanted / visible, 4) if visible else None,
+        "wanted_share": None if share is None else round(share, 4),
         "wanted_share_ranks": ranks,
         "sink_share": round(float(chosen[:, rows, 0].sum() / max(1, chosen[:, rows].sum())), 4),
         "agreement_in_group": mean(same),
         "agreement_across": mean(across),
     }
+
+
+def earlier_blocks(selected: np.ndarray, block_size: int) -> np.ndarray:
+    """bool `[Hq, T, blocks]`: whether a row selects a block before its own; `selected` as in `selection_facts`."""
+    q_heads, tokens, _ = selected.shape
+    blocks = math.ceil(tokens / block_size)
+    chosen = np.zeros((q_heads, tokens, blocks + 1), dtype=bool)
+    np.put_along_axis(chosen, np.where(selected < 0, blocks, selected).astype(np.int64), True, axis=2)
+    chosen = chosen[:, :, :blocks]
+    chosen[:, np.arange(tokens), np.arange(tokens) // block_size] = False
+    return chosen
+
+
+def wanted_share(per_group: np.ndarray, block_size: int, ranks: int) -> float | None:
+    """Share of (rank, kv head, earlier block of another rank) that some row of the rank selects; None where there are none.
+
+    Args:
+        per_group: bool `[Hkv, T, blocks]`: whether some q head of the kv head selects the block in a row.
+        block_size: tokens per block.
+        ranks: of a contiguous split. A rank holds at least one block, else its own block's begin would count as another rank's.
+    """
+    kv_heads, tokens, blocks = per_group.shape
+    wanted = visible = 0
+    cuts = [tokens * r // ranks for r in range(ranks + 1)]
+    first_token = np.arange(blocks) * block_size
+    for begin, end in itertools.pairwise(cuts):
+        remote = first_token < begin
+        wanted += int(per_group[:, begin:end].any(1)[:, remote].sum())
+        visible += int(remote.sum()) * kv_heads
+    return wanted / visible if visible else None

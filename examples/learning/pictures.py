@@ -80,8 +80,9 @@ def retrieval(runs: list[Run], path: Path) -> None:
     """Loss of answers while training, and share of prompts answered by length with one needle and with most."""
     from matplotlib import pyplot
 
-    found = arms([r for r in runs if r.get("retrieval")])
-    counts = sorted({e["needles"] for seeds in found.values() for r in seeds.values() for e in r["retrieval"]} - {0})
+    found = arms(runs)
+    every = [e for r in runs for e in r.get("retrieval", [])]
+    counts, lengths = sorted({e["needles"] for e in every} - {0}), sorted({e["length"] for e in every})
     chosen = sorted({counts[0], counts[-1]})
     figure, axes = pyplot.subplots(1, 1 + len(chosen), figsize=(4.5 * (1 + len(chosen)), 4), constrained_layout=True)
     for arm, seeds in found.items():
@@ -91,12 +92,12 @@ def retrieval(runs: list[Run], path: Path) -> None:
             curves = np.array([[math.nan if x is None else x for x in t["answer_curve"]] for t in told])
             band(axes[0], (np.arange(curves.shape[1]) + 0.5) * told[0]["answer_curve_every"], curves, line.get_color())
         for axis, needles in zip(axes[1:], chosen):
-            entries = {
-                s: {e["length"]: e["exact"] for e in r["retrieval"] if e["needles"] == needles}
-                for s, r in seeds.items()
-            }
-            lengths = sorted(next(iter(entries.values())))
-            band(axis, lengths, np.array([[e[n] for n in lengths] for e in entries.values()]), line.get_color(), "o-")
+            entries = [
+                {e["length"]: e["exact"] for e in r["retrieval"] if e["needles"] == needles}
+                for r in seeds.values()
+                if r.get("retrieval")
+            ]
+            band(axis, lengths, np.array([[e[n] for n in lengths] for e in entries]), line.get_color(), "o-")
     axes[0].set(xlabel="step", ylabel="nats per token", title="Training: loss of second answers")
     axes[0].legend(fontsize=7)
     for axis, needles in zip(axes[1:], chosen):

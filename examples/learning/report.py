@@ -6,7 +6,6 @@ python -m examples.learning.report --results docs/results/learning.json --docs d
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +13,31 @@ from typing import Annotated, Any
 import typer
 
 from .pictures import answered, pictures
-from .summary import Run, every_run, finished, first_long_step, gaps, mean_and_error, table
-from .tables import against_window, answer, context_parallel, loss_table, retrieval_table, routing_table, switch_table
+from .rounding import rounding_table
+from .summary import (
+    Run,
+    arms,
+    commit_of,
+    every_run,
+    finished,
+    first_long_step,
+    fold,
+    gaps,
+    mean_and_error,
+    share_of_keys,
+    table,
+)
+from .tables import (
+    against_window,
+    answer,
+    context_parallel,
+    loss_table,
+    retrieval_table,
+    routing_table,
+    speed_table,
+    switch_table,
+)
+from .transfers import recorded_shares, transfers
 
 __all__ = ["gaps", "main", "mean_and_error", "page"]
 TEMPLATE = Path(__file__).with_name("learning.md.in")
@@ -33,8 +55,10 @@ def main(
 
 
 def load(results: Path) -> dict[str, Any]:
-    """A results file, with what counting words gets and what was read out of the results, where files beside it have them."""
+    """A results file, with what files beside it have: what counting words gets, what recorded selections want, and what was
+    read out of the results."""
     found: dict[str, Any] = json.loads(results.read_text())
+    found["wanted"] = recorded_shares(results.parent, found)
     counted = results.with_name("learning_bigram.json")
     if counted.exists():
         found["counting"] = json.loads(counted.read_text())
@@ -92,8 +116,14 @@ def setup(results: dict[str, Any], runs: list[Run]) -> str:
         f"{corpus['eval_tokens'] / 1e6:.2f}M held-out tokens in {corpus['eval_documents']}; {corpus['tokenizer']}, "
         f"{corpus['characters_per_token']} characters a token. A run sees {one['tokens'] / corpus['train_tokens']:.2f} epochs.",
         f"- Fingerprint of the tokens: `{corpus['fingerprint'][:16]}`. By hash of order and initial weights, {agree}.",
-        f"- Machine: {', '.join(sorted({r['device'] for r in runs}))}; "
-        f"torch {one['versions']['torch']}; commit `{results['commit'][:12]}`.",
+        f"- Each run has {' or '.join(sorted({str(r['gpus']) for r in runs}))} "
+        f"{', '.join(sorted({r['device'] for r in runs}))}; torch {', '.join(sorted({r['versions']['torch'] for r in runs}))}.",
+        *machines(results, runs),
+    ]
+    facts += [
+        f"- Measured in part: `{r['arm']}` seed {r['seed']} lacks {' and '.join(r['lacks'])}: {r['error']}"
+        for r in runs
+        if r.get("lacks")
     ]
     failed = [r for r in every_run(results) if r not in runs]
     for r in failed:
@@ -102,16 +132,38 @@ def setup(results: dict[str, Any], runs: list[Run]) -> str:
     return "\n".join(facts)
 
 
+def machines(results: dict[str, Any], runs: list[Run]) -> list[str]:
+    """Which runs are of which commit and machine."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for run in runs:
+        key = commit_of(results, run), int(run.get("machine_gpus", results["machine_gpus"]))
+        groups.setdefault(key, []).append(f"`{run['arm']}` seed {run['seed']}")
+    largest = max(groups, key=lambda key: len(groups[key]))
+    return [
+        f"- Commit `{commit[:12]}`, on a machine of {gpus} GPU{'s' if gpus != 1 else ''}: "
+        + (f"the other {len(names)} runs." if (commit, gpus) == largest and len(groups) > 1 else f"{', '.join(names)}.")
+        for (commit, gpus), names in sorted(groups.items(), key=lambda item: item[0] == largest)
+    ]
+
+
+def keys(results: dict[str, Any], runs: list[Run]) -> str:
+    """How much of the text before it a query reads, by arm."""
+    shares = {arm: share_of_keys(next(iter(seeds.values()))) for arm, seeds in arms(runs).items()}
+    shown = ", ".join(f"`{arm}` {100 * share:.0f} %" for arm, share in shares.items() if share < 1)
+    return fold(
+        "Arms do not read equally much. Of the keys that full attention reads in a window, a trained model reads, mean over "
+        f"positions and layers: {shown}."
+        if shown
+        else ""
+    )
+
+
 def hashes_agree(runs: Sequence[Run]) -> bool:
     """Whether all runs share the data, and runs of one seed the order and the initial weights."""
     by_seed: dict[int, set[str]] = {}
     for run in runs:
         by_seed.setdefault(run["seed"], set()).add(json.dumps(run["hashes"], sort_keys=True))
     return all(len(found) == 1 for found in by_seed.values()) and len({r["hashes"]["data"] for r in runs}) == 1
-
-
-def fold(text: str) -> str:
-    return textwrap.fill(text, 130, break_long_words=False, break_on_hyphens=False)
 
 
 def shared_starts(results: dict[str, Any], runs: list[Run]) -> str:
@@ -130,7 +182,7 @@ def shared_starts(results: dict[str, Any], runs: list[Run]) -> str:
     if several:
         text += (
             f"Of seed {', '.join(map(str, several))} not all runs had that checkpoint: some trained the short windows again, and "
-            "differ from the others by rounding already at the switch. "
+            "differ from the others by rounding already where long windows begin. "
         )
     return fold(text + "Speeds are those of the long windows.")
 
@@ -194,21 +246,33 @@ def commands(results: dict[str, Any], runs: list[Run]) -> str:
     return "\n".join(f"python -m examples.learning.run --plan {results['plan']} --only {arm}" for arm in every)
 
 
+def switches(results: dict[str, Any], runs: list[Run]) -> str:
+    """How many runs the table of switches has."""
+    counts = {arm: len(seeds) for arm, seeds in arms([r for r in runs if "switch" in r["spec"]]).items()}
+    seeds = ", ".join(f"`{arm}` has {n} seed{'s' if n > 1 else ''}" for arm, n in counts.items())
+    return f"{seeds}: a row per run, no error bars." if counts else ""
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any], list[Run]], str]] = {
     "setup": setup,
+    "keys": keys,
     "loss": loss_table,
+    "speed": speed_table,
     "counting": counting,
     "answer": answer,
+    "switches": switches,
     "switch": switch_table,
     "retrieval": retrieval_table,
     "reading": lambda results, runs: str(results.get("reading", "")),
     "window": against_window,
     "ranks": context_parallel,
+    "rounding": rounding_table,
     "pairs": pairs_of_training,
     "starts": shared_starts,
     "needles": needles_asked,
     "picture": picture_of_retrieval,
     "routing": routing_table,
+    "transfers": transfers,
     "sources": sources_table,
     "commands": commands,
     "plan": lambda results, runs: str(results["plan"]),

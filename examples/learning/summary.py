@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,15 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), error
 
 
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean by Student's t; None of one value."""
+    if len(values) < 2:
+        return None
+    mean, error = mean_and_error(values)
+    width = STUDENT_T[min(len(values), len(STUDENT_T) - 1)] * error
+    return mean - width, mean + width
+
+
 def gaps(of: dict[int, Run], full: dict[int, Run], key: str = "eval_loss") -> list[float]:
     """Differences to full attention over the seeds that both have: same weights at the start, same data."""
     return [of[s][key] - full[s][key] for s in sorted(of) if s in full]
@@ -70,20 +80,58 @@ def first_long_step(run: Run) -> int:
     return round(short["share"] * run["config"]["optimizer"]["steps"]) if short else 0
 
 
+def answer_loss(run: Run) -> float | None:
+    """Training loss of answers that the window tells, over the last `SMOOTH` steps; None where windows hold no pairs."""
+    if "pairs" not in run:
+        return None
+    last = max(1, SMOOTH // run["pairs"]["answer_curve_every"])
+    return float(np.mean([x for x in run["pairs"]["answer_curve"][-last:] if x is not None]))
+
+
+def share_of_keys(run: Run) -> float:
+    """(query, key) pairs attended to, over those of causal attention: mean over layers, of the attention at the run's end."""
+    spec, at = run["spec"], np.arange(run["config"]["data"]["length"])
+    attention = spec.get("switch", spec)["attention"]
+    keys = at + 1
+    if attention["kind"] == "window":
+        keys = np.minimum(keys, attention["window"])
+    if attention["kind"] == "moba":
+        size = attention["block_size"]
+        keys = at % size + 1 + np.minimum(at // size, attention["topk"] - 1) * size
+    full = spec.get("full_layers", 0) / run["config"]["model"]["layers"]
+    return float(full + (1 - full) * keys.sum() / (at + 1).sum())
+
+
+def commit_of(results: dict[str, Any], run: Run) -> str:
+    """The commit that ran; results that do not say so for each run say it once for all."""
+    return str(run.get("commit") or results["commit"])
+
+
 def smoothed(curve: Sequence[float | None]) -> np.ndarray:
     """Means of `SMOOTH` neighbouring steps (fewer where the curve is shorter)."""
     width = min(SMOOTH, len(curve))
     return np.convolve([math.nan if x is None else x for x in curve], np.ones(width) / width, "valid")
 
 
-def seconds_to(run: Run, loss: float) -> float | None:
-    """GPU seconds on windows of full length until the smoothed curve is at `loss` or below; None if it never is."""
+def long_steps_to(run: Run, loss: float) -> int | None:
+    """Steps on windows of full length until the smoothed curve is at `loss` or below; None if it never is."""
     below = np.flatnonzero(smoothed(run["loss_curve"]) <= loss)
-    if not below.size or not run.get("seconds_per_step"):
+    return max(0, int(below[0]) + SMOOTH - first_long_step(run)) if below.size else None
+
+
+def seconds_to(run: Run, loss: float) -> float | None:
+    """GPU seconds of `long_steps_to`."""
+    steps = long_steps_to(run, loss)
+    if steps is None or not run.get("seconds_per_step"):
         return None
-    return float(max(0, below[0] + SMOOTH - first_long_step(run)) * run["seconds_per_step"] * run["gpus"])
+    return float(steps * run["seconds_per_step"] * run["gpus"])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def fold(text: str) -> str:
+    """A paragraph in lines of the page's length."""
+    return textwrap.fill(text, 130, break_long_words=False, break_on_hyphens=False)

@@ -11,51 +11,75 @@ from .summary import (
     SMOOTH,
     STUDENT_T,
     Run,
+    answer_loss,
     arms,
+    commit_of,
     every_run,
     first_long_step,
+    fold,
     gaps,
+    interval,
+    long_steps_to,
     mean_and_error,
     seconds_to,
+    share_of_keys,
     shown,
     spread_of_gaps,
     table,
 )
 
 
+def target_loss(runs: list[Run]) -> float:
+    """The training loss that every run reaches."""
+    return max((float(np.mean(r["loss_curve"][-SMOOTH:])) for r in runs), default=math.nan)
+
+
 def loss_table(results: dict[str, Any], runs: list[Run]) -> str:
     found = arms(runs)
-    full = found.get("full", {})
-    target = max((float(np.mean(r["loss_curve"][-SMOOTH:])) for r in runs), default=math.nan)
-    rows = []
+    full, target, rows = found.get("full", {}), target_loss(runs), []
     for arm, seeds in found.items():
         each = list(seeds.values())
-        seconds = [s for s in (seconds_to(r, target) for r in each) if s is not None]
-        speeds = [r["tokens_per_second"] / 1e3 for r in each if r["tokens_per_second"]]
-        peak = [r["peak_memory_bytes"] for r in each if r.get("peak_memory_bytes")]
+        steps = [s for s in (long_steps_to(r, target) for r in each) if s is not None]
+        gap = [shown(gaps(seeds, full, key), sign=True) for key in ("eval_loss", "trailing_2k")]
         rows.append(
             [
                 arm,
                 ", ".join(map(str, sorted(seeds))),
+                f"{100 * share_of_keys(each[0]):.0f}",
                 shown([r["eval_loss"] for r in each]),
-                "0" if arm == "full" else shown(gaps(seeds, full), sign=True),
-                "0" if arm == "full" else shown(gaps(seeds, full, "trailing_2k"), sign=True),
-                shown(speeds, 0),
+                *(["0", "0"] if arm == "full" else gap),
+                shown([x for x in map(answer_loss, each) if x is not None], 2),
+                shown(steps, 0),
+            ]
+        )
+    head = ["arm", "seeds", "% of keys", "held-out loss", "gap to full", "gap to full, last 2K of a window"]
+    return table([*head, "second answers, end of training", f"long steps to loss {target:.3f}"], rows)
+
+
+def speed_table(results: dict[str, Any], runs: list[Run]) -> str:
+    """A row per commit and arm: speeds of two commits do not compare arms."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((commit_of(results, run), run["arm"]), []).append(run)
+    rows, target, order = [], target_loss(runs), list(dict.fromkeys(commit_of(results, run) for run in runs))
+    for (commit, arm), each in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
+        seconds = [s for s in (seconds_to(r, target) for r in each) if s is not None]
+        peak = [r["peak_memory_bytes"] for r in each if r.get("peak_memory_bytes")]
+        rows.append(
+            [
+                f"`{commit[:7]}`",
+                arm,
+                ", ".join(str(r["seed"]) for r in sorted(each, key=lambda r: int(r["seed"]))),
+                shown([r["tokens_per_second"] / 1e3 for r in each if r["tokens_per_second"]], 0),
                 shown(seconds, 0),
                 f"{max(peak) / 2**30:.1f}" if peak else "–",
             ]
         )
-    head = [
-        "arm",
-        "seeds",
-        "held-out loss",
-        "gap to full",
-        "gap to full, last 2K of a window",
-        "K tokens/s",
-        f"GPU s to loss {target:.3f}",
-        "peak GiB",
-    ]
-    return table(head, rows)
+    text = table(["commit", "arm", "seeds", "K tokens/s", f"GPU s to loss {target:.3f}", "peak GiB"], rows)
+    alone = [f"`{commit[:7]}`" for commit in order if (commit, "full") not in groups]
+    if alone:
+        text += f"\n\nFull attention did not run at {' and '.join(alone)}: no arm's speed there stands beside it."
+    return text
 
 
 def answer(results: dict[str, Any], runs: list[Run]) -> str:
@@ -65,70 +89,80 @@ def answer(results: dict[str, Any], runs: list[Run]) -> str:
     full, rows = found.get("full", {}), []
     for arm, seeds in found.items():
         values = gaps(seeds, full)
-        interval = "–"
-        if arm != "full" and len(values) > 1:
-            width = STUDENT_T[min(len(values), len(STUDENT_T) - 1)] * mean_and_error(values)[1]
-            interval = f"{np.mean(values) - width:+.3f} to {np.mean(values) + width:+.3f}"
+        between = interval(values) if arm != "full" else None
         answered = [r["answered"] for r in seeds.values() if r["answered"] is not None]
         rows.append(
-            [arm, str(len(seeds)), "0" if arm == "full" else shown(values, sign=True), interval, shown(answered, 0)]
+            [
+                arm,
+                str(len(seeds)),
+                "0" if arm == "full" else shown(values, sign=True),
+                "–" if between is None else f"{between[0]:+.3f} to {between[1]:+.3f}",
+                shown(answered, 0),
+            ]
         )
     text = table(["arm", "seeds", "gap of held-out loss, nats", "95 % interval", f"% answered at {length:,}"], rows)
     spread = spread_of_gaps(runs)
     if spread is not None and any(len(seeds) == 1 for seeds in found.values()):
-        text += (
-            "\n\nOne seed has no error bar; gaps of the other arms have a standard deviation of "
-            f"{spread[0]:.4f} between seeds."
+        width = STUDENT_T[min(spread[1] + 1, len(STUDENT_T) - 1)] * spread[0]
+        by_arm = [
+            float(np.std(v, ddof=1)) for v in (gaps(x, full) for a, x in found.items() if a != "full") if len(v) > 1
+        ]
+        text += "\n\n" + fold(
+            "One seed has no error bar. Gaps of the arms with several have a standard deviation between seeds of "
+            f"{min(by_arm):.4f} to {max(by_arm):.4f} by arm, {spread[0]:.4f} pooled ({spread[1]} degrees of freedom). If the "
+            f"pooled one holds for every arm, the 95 % interval of a single seed is ± {width:.3f}, and that of two seeds "
+            f"± {width / 2**0.5:.3f}."
         )
     return text
 
 
+def plain_arm(runs: list[Run], run: Run, attention: dict[str, Any]) -> Run | None:
+    """The run of the same seed whose layers have this attention from the first step to the last."""
+    spec = {"attention": attention} | {k: v for k, v in run["spec"].items() if k == "full_layers"}
+    if attention == {"kind": "full"}:
+        spec.pop("full_layers", None)
+    return next((r for r in runs if r["spec"] == spec and r["seed"] == run["seed"]), None)
+
+
 def switch_table(results: dict[str, Any], runs: list[Run]) -> str:
+    """Training loss across the switch, beside that of the two arms that have one attention throughout, on the same batches."""
     rows = []
     for run in runs:
         if "switch" not in run["spec"]:
             continue
         at = round(run["spec"]["switch"]["at"] * run["steps"])
-        base = next(
-            (
-                r
-                for r in runs
-                if r["arm"] == run["arm"].replace("hybrid_90_full", "moba_512_3").replace("full_90_moba", "full")
-                and r["seed"] == run["seed"]
-            ),
-            None,
-        )
-        curve = np.array(run["loss_curve"])
-        before, after = curve[max(0, at - 50) : at].mean(), curve[at : at + 50].mean()
-        first = curve[at : at + 3]
-        noise = float(np.std(np.diff(curve[max(0, at - 100) : at])))
-        paired = "–"
-        if base is not None and base["arm"] != run["arm"]:
-            other = np.array(base["loss_curve"])
-            paired = " ".join(f"{d:+.4f}" for d in first - other[at : at + 3])
+        curve = np.array(run["loss_curve"], float)
+        kept, taken = (plain_arm(runs, run, part["attention"]) for part in (run["spec"], run["spec"]["switch"]))
+
+        def beside(other: Run | None, first: int, last: int | None, curve: np.ndarray = curve) -> np.ndarray:
+            if other is None:
+                return np.array([])
+            return curve[first:last] - np.array(other["loss_curve"][first:last], float)
+
         rows.append(
             [
                 run["arm"],
                 str(run["seed"]),
                 str(at),
-                f"{before:.4f}",
-                " ".join(f"{x:.3f}" for x in first),
-                f"{after:.4f}",
-                f"{noise:.4f}",
-                paired,
+                f"{curve[max(0, at - 50) : at].mean():.4f}",
+                " ".join(f"{x:.3f}" for x in curve[at : at + 3]),
+                f"{curve[at : at + 50].mean():.4f}",
+                f"{float(np.std(np.diff(curve[max(0, at - 100) : at]))):.4f}",
+                " ".join(f"{d:+.4f}" for d in beside(kept, at, at + 3)) or "–",
+                *(
+                    f"{x.mean():+.4f}" if x.size else "–"
+                    for x in (beside(taken, at, at + 50), beside(taken, -50, None))
+                ),
             ]
         )
     if not rows:
         return "No hybrid run is in the results yet."
-    head = [
-        "arm",
-        "seed",
-        "step",
-        "mean of 50 before",
-        "three steps from the switch on",
-        "mean of 50 after",
+    head = ["arm", "seed", "step", "mean of 50 before", "three steps from the switch on", "mean of 50 after"]
+    head += [
         "standard deviation between neighbouring steps",
-        "difference to the arm that did not switch, same batches",
+        "three steps, difference to the arm that did not switch",
+        "50 after, difference to the arm that was so throughout",
+        "last 50 steps, same difference",
     ]
     return table(head, rows)
 
@@ -164,9 +198,14 @@ def against_window(results: dict[str, Any], runs: list[Run]) -> str:
         for arm, seeds in found.items():
             loss, answered = (gaps(seeds, found[window], key) for key in ("eval_loss", "answered"))
             if arm.startswith("moba") and len(loss) > 1:
+                of_loss, of_answered = interval(loss), interval(answered)
+                assert of_loss is not None
+                assert of_answered is not None
                 lines.append(
                     f"- `{arm}` − `{window}`, {len(loss)} seeds: {shown(loss, sign=True)} nats, "
-                    f"{shown(answered, 1, sign=True)} points of retrieval."
+                    f"{shown(answered, 1, sign=True)} points of retrieval\n"
+                    f"  (95 % intervals {of_loss[0]:+.3f} to {of_loss[1]:+.3f} and "
+                    f"{of_answered[0]:+.0f} to {of_answered[1]:+.0f})."
                 )
     return "Against the sliding window, same seeds:\n\n" + "\n".join(lines) if lines else ""
 

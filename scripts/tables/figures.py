@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.learning.summary import arms, finished, gaps, mean_and_error
-
+from .learning import learning_figures
 from .text import Entry
 from .trials import trial_figures
 
@@ -40,7 +39,7 @@ def figures(results: Path) -> Figures:
         "training_speed": lambda: _micro_batches(content("training_speed")),
         "training_scaling": lambda: _two_gpus(content("training_scaling"), content("training_speed")),
         "decode": lambda: _decode(content("decode")),
-        "learning": lambda: _learning(content("learning")),
+        "learning": lambda: learning_figures(content("learning")),
     }
     found = {f"{file}.{name}": text for file, make in of_file.items() for name, text in make().items()}
     return found | trial_figures(content("trials"))
@@ -151,9 +150,3 @@ def _decode(content: dict[str, Any]) -> Figures:
         "step_4096": f"{step_4096:.1f}",
         "larger_split": _percent(1 - larger / step),
     }
-
-
-def _learning(content: dict[str, Any]) -> Figures:
-    found = arms(finished(content))
-    means = [mean_and_error(gaps(found[arm], found["full"]))[0] for arm in ("hybrid_90_full", "moba_512_3_last2_full")]
-    return {"gap_of_full_parts": f"{min(means):.2f} to {max(means):.2f} nats"}
