@@ -71,6 +71,7 @@ class Caches:
         self.keys = [normal(1, tokens, kv_heads, HEAD_DIM) for _ in range(layers)]
         self.values = [normal(1, tokens, kv_heads, HEAD_DIM) for _ in range(layers)]
         self.q = normal(1, 1, q_heads, HEAD_DIM)
+        self.captured: list[Callable[[], list[Tensor]]] = []  # a graph reads the caches that its step holds
         self.tokens = CachedTokens.of(None, samples=1, queries=1, slots=tokens, offset=self.last, device=device)
 
     @torch.no_grad()
@@ -131,6 +132,7 @@ class Caches:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs[0] = step()
+        self.captured.append(step)
         return graph.replay, lambda: outputs[0]
 
     def _sdpa(self) -> list[Tensor]:
