@@ -56,6 +56,19 @@ def store_layout(rows: int, dim: int, warps: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
+def in_turns(index, units, per_head, HEADS: gl.constexpr):
+    """Kv head and unit that come at `index` in the order of programs: units of HEADS heads in turns, then of the next HEADS.
+
+    There are `units` in all, `per_head` of each head. Every (head, unit) comes at one index below `units`.
+    """
+    first_head = index // (HEADS * per_head) * HEADS
+    first = first_head * per_head
+    # The last heads may be fewer. Not `units // per_head - first_head`: a loop would keep that quotient in a register.
+    heads = gl.minimum(units - first, HEADS * per_head) // per_head
+    return first_head + (index - first) % heads, (index - first) // heads
+
+
+@gluon.jit
 def decode(code, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
     """Token and head in the group of entries, 32 bits each, so that a product with a stride is one wide multiplication."""
     return code >> (HEAD_BITS + SLOT_BITS), (code >> SLOT_BITS) & ((1 << HEAD_BITS) - 1)

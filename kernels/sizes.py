@@ -12,6 +12,9 @@ LOG2E = 1.4426950408889634
 ITEMS_PER_PROGRAM = 16
 """Work items per program, about, of kernels that request an item's rows while they compute another."""
 
+ROWS_AT_ONCE = 32 << 20
+"""Most bytes of gathered rows of the kv heads that take turns. The rows stay in L2, 50 MB on Hopper, beside keys and results."""
+
 
 def cdiv(a: int, b: int) -> int:
     """`a / b`, rounded up."""
@@ -31,6 +34,22 @@ def programs_for(n_items: int, resident: int) -> int:
     """
     waves = max(1, n_items // (resident * ITEMS_PER_PROGRAM))
     return min(n_items, waves * resident)
+
+
+def heads_at_once(kv_heads: int, head_bytes: int) -> int:
+    """Kv heads whose programs take turns: a power of two, at most `kv_heads`; 1 where each head's programs follow the last's.
+
+    A head's first blocks have the most rows, so its programs begin with the longest. Head by head, the longest programs of the
+    last head start when few others are left. In turns, the longest of several heads come first and only short ones last. But rows
+    are read once per selected block, so those of all heads that take turns must stay in L2: with long sequences there is one.
+    A power of two, because each number is compiled apart.
+
+    Args:
+        kv_heads: kv heads being processed.
+        head_bytes: bytes of the rows that a kv head's programs gather: q, and in backward dout.
+    """
+    most = min(kv_heads, ROWS_AT_ONCE // max(head_bytes, 1))
+    return 1 << (most.bit_length() - 1) if most else 1
 
 
 def padded(size: int) -> int:

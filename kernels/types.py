@@ -137,7 +137,8 @@ class RoutingLists:
             `token << (head_bits + slot_bits) | head in the kv head's group << slot_bits | slot`. Ascending by
             (head, token) inside a bin.
         item_bin, item_start, item_end: int32 `[items]`: item i covers entries `[item_start, item_end)` of bin
-            `item_bin`. Items are in order of bins; unused items have bin -1. The torch backend makes no items.
+            `item_bin`. Items are in order of bins, those of bin b from item `pointer[b] // rows_per_item + b` on; unused
+            items, between bins and at the end, have bin -1. The torch backend makes no items.
     """
 
     shape: ListShape

@@ -37,17 +37,17 @@ def dkdv_dq_kernel(
     lse_head, lse_token, delta_head, delta_token, dq_head, dq_token, dq_slot, start_head, n_bins, n_blocks, group, scale,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, KEYS: gl.constexpr,
     ROWS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
-    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr,
+    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of one block of KEYS keys over the rows of its bin or of one segment of it, and their partial dq.
 
     Reads 4 * KEYS * D bytes of K and V once and 4 * D + 16 bytes per row; writes 2 * KEYS * D sums and 2 * D bytes per row.
-    Work units are those of `portable_kernels.dkdv_kernel`. dS goes through shared memory to be an operand of dS^T K. The
-    store of a tile's dq overlaps with the next tile's S^T.
+    Work units are those of `portable_kernels.dkdv_kernel`, bins of HEADS kv heads in turns. dS goes through shared memory to be
+    an operand of dS^T K. The store of a tile's dq overlaps with the next tile's S^T.
     """
     STAGES: gl.constexpr = AHEAD + 1
     CODES: gl.constexpr = AHEAD + 2  # stages of the entries, which are last read when the tile's dq is stored
-    unit = work_unit(n_bins, 1)
+    unit = work_unit(gl.program_id(0), n_bins, n_blocks, 1, HEADS)
     bin_, begin, count, first_key, held = unit_bounds(
         unit, pointer, segment_bin, start, length, n_bins, n_blocks, start_head, SEGMENT
     )
@@ -167,6 +167,6 @@ def dkdv_dq_kernel(
         )  # fmt: skip
     async_copy.wait_group(0)
     store_dkdv(
-        dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, 0, dk_row, dk_head, dv_row, dv_head,
-        n_bins, n_blocks, start_head, D, KEYS, TILES, ACCUMULATE, WARPS,
+        dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, dk_row, dk_head, dv_row, dv_head,
+        n_bins, n_blocks, start_head, D, KEYS, TILES, ACCUMULATE, WARPS, HEADS,
     )  # fmt: skip

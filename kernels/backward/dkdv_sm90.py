@@ -48,16 +48,16 @@ def dkdv_kernel(
     lse_head, lse_token, delta_head, delta_token, dq_head, dq_token, dq_slot, start_head, n_bins, n_blocks, group, scale,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, KEYS: gl.constexpr,
     ROWS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
-    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, LAST: gl.constexpr,
+    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, LAST: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of KEYS keys of one block, over the rows of its bin or of one segment of it.
 
     Reads 4 * KEYS * D bytes of K and V once and 4 * D + 16 bytes per row; writes 2 * KEYS * D sums. Work units are those of
-    `portable_kernels.dkdv_kernel`. The products of a tile's dV and dK overlap with the next tile's S^T, so a stage is free
-    two tiles later: AHEAD + 2 stages.
+    `portable_kernels.dkdv_kernel`, bins of HEADS kv heads in turns. The products of a tile's dV and dK overlap with the next
+    tile's S^T, so a stage is free two tiles later: AHEAD + 2 stages.
     """
     STAGES: gl.constexpr = AHEAD + 2
-    unit = work_unit(n_bins, TILES)
+    unit = work_unit(gl.program_id(0), n_bins, n_blocks, TILES, HEADS)
     tile = gl.program_id(0) % TILES
     bin_, begin, count, first_key, held = unit_bounds(
         unit, pointer, segment_bin, start, length, n_bins, n_blocks, start_head, SEGMENT
@@ -181,8 +181,7 @@ def dkdv_kernel(
             )  # fmt: skip
     dv_sum, p_left, dk_sum, ds_left = warpgroup_mma_wait(0, deps=(dv_sum, p_left, dk_sum, ds_left))
     async_copy.wait_group(0)
-    tile = gl.program_id(0) % TILES
     store_dkdv(
-        dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, tile, dk_row, dk_head, dv_row, dv_head,
-        n_bins, n_blocks, start_head, D, KEYS, TILES, ACCUMULATE, WARPS,
+        dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, dk_row, dk_head, dv_row, dv_head,
+        n_bins, n_blocks, start_head, D, KEYS, TILES, ACCUMULATE, WARPS, HEADS,
     )  # fmt: skip

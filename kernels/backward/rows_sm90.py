@@ -1,10 +1,14 @@
 """What the Gluon kernels of the backward share: gathered rows with their scalars, work units, and stores of dK and dV."""
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-from ..gluon_rows import decode, gather, offset_of
+from ..gluon_rows import decode, gather, in_turns, offset_of
+
+_READ_AGAIN = gl.constexpr(not triton.__version__.startswith(("3.6.", "3.7.")))
+"""Triton 3.8 keeps more registers across a kernel's loop, and `dkdv_kernel` would spill what follows from the program's index."""
 
 
 @gluon.jit
@@ -36,11 +40,18 @@ def load_scalars(
 
 
 @gluon.jit
-def work_unit(n_bins, TILES: gl.constexpr):
-    """Bin or segment of a program, as `segments.work_unit`: segments take longest and come first."""
-    index = gl.program_id(0) // TILES
+def work_unit(program, n_bins, n_blocks, TILES: gl.constexpr, HEADS: gl.constexpr):
+    """Bin or segment of a program, by its index `program`.
+
+    Segments take longest and come first. Then come bins, of HEADS kv heads in turns: with one head, as `segments.work_unit`.
+    """
+    index = program // TILES
     n_segments = gl.num_programs(0) // TILES - n_bins
-    return gl.where(index < n_segments, index + n_bins, index - n_segments)
+    bin_ = index - n_segments
+    if HEADS > 1:
+        kv_head, block = in_turns(gl.maximum(bin_, 0), n_bins, n_blocks, HEADS)
+        bin_ = kv_head * n_blocks + block
+    return gl.where(index < n_segments, index + n_bins, bin_)
 
 
 @gluon.jit
@@ -62,9 +73,21 @@ def unit_bounds(unit, pointer, segment_bin, start, length, n_bins, n_blocks, sta
 
 
 @gluon.jit
-def _unit_again(segment_bin, start, length, n_bins, n_blocks, start_head, TILES: gl.constexpr):
+def _program_again():
+    """The program's index; with _READ_AGAIN read by an instruction that the compiler does not merge with an earlier one."""
+    if _READ_AGAIN:
+        program = gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        program = gl.program_id(0)
+    return program
+
+
+@gluon.jit
+def _unit_again(
+    program, segment_bin, start, length, n_bins, n_blocks, start_head, TILES: gl.constexpr, HEADS: gl.constexpr
+):
     """`(unit, segment, kv head, first key, keys)` of a program that has something to do."""
-    unit = work_unit(n_bins, TILES)
+    unit = work_unit(program, n_bins, n_blocks, TILES, HEADS)
     c = gl.maximum(unit - n_bins, 0)
     bin_ = gl.where(unit >= n_bins, gl.load(segment_bin + c, mask=unit >= n_bins, other=0), unit)
     first_key = gl.load(start + (bin_ // n_blocks).to(gl.int64) * start_head + bin_ % n_blocks)
@@ -93,12 +116,17 @@ def _store_sums(
 
 @gluon.jit
 def store_dkdv(
-    dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, tile, dk_row, dk_head, dv_row, dv_head,
+    dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, dk_row, dk_head, dv_row, dv_head,
     n_bins, n_blocks, start_head,
     D: gl.constexpr, KEYS: gl.constexpr, TILES: gl.constexpr, ACCUMULATE: gl.constexpr, WARPS: gl.constexpr,
+    HEADS: gl.constexpr,
 ):  # fmt: skip
     """Store a program's sums. The work unit is looked up again: values kept from the start would spill."""
-    unit, c, kv_head, first_key, held = _unit_again(segment_bin, start, length, n_bins, n_blocks, start_head, TILES)
+    program = _program_again()
+    tile = program % TILES
+    unit, c, kv_head, first_key, held = _unit_again(
+        program, segment_bin, start, length, n_bins, n_blocks, start_head, TILES, HEADS
+    )
     STORE: gl.constexpr = gl.BlockedLayout([1, 4], [max(128 // D, 1), min(D // 4, 32)], [WARPS, 1], [1, 0])
     _store_sums(
         dk_sum * scale, dk, sums, unit >= n_bins, c, first_key, kv_head, tile, held, dk_row, dk_head,

@@ -13,7 +13,7 @@ from ..configs import GluonConfig
 from ..descriptors import gluon_dtype
 from ..gpu import gpu_of
 from ..launch import launch_kernel
-from ..sizes import programs_for
+from ..sizes import heads_at_once, programs_for
 from .call import Call
 from .dkdv_dq_sm90 import dkdv_dq_kernel
 from .dkdv_sm90 import dkdv_kernel
@@ -38,7 +38,7 @@ def launch_dkdv(call: Call, config: GluonConfig) -> None:
     kernel, last = (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LAST": config.last})
     launch_kernel(kernel, ((shape.n_bins + call.n_segments) * tiles,),
         *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), AHEAD=config.ahead, TILES=tiles, **last,
-        SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate, num_warps=config.num_warps,
+        HEADS=_heads(call), SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate, num_warps=config.num_warps,
     )  # fmt: skip
     sum_segments(call, sums, config.keys, tiles)
 
@@ -53,6 +53,14 @@ def launch_dq(call: Call, config: GluonConfig) -> None:
         launch_kernel(dq_kernel, (programs,),
             *call.dq_arguments(), n_items, **call.bits(), **_constants(call, config), num_warps=config.num_warps
         )  # fmt: skip
+
+
+def _heads(call: Call) -> int:
+    """Kv heads whose bins take turns. Programs gather q and dout, `[T, Hq, D]` each."""
+    tokens, _, dim = call.q.shape
+    shape = call.lists.shape
+    row_bytes = 2 * dim * call.q.element_size()
+    return heads_at_once(shape.kv_heads, tokens * shape.group_size * row_bytes)
 
 
 def _constants(call: Call, config: GluonConfig) -> dict:

@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import configs
 from ..descriptors import gluon_dtype, gluon_tile_descriptor, head_step
 from ..launch import launch_kernel
-from ..sizes import head_stride
-from ..types import KVPart, Partials, QueryRows, RoutingLists
+from ..sizes import cdiv, head_stride, heads_at_once
+from ..types import KVPart, ListShape, Partials, QueryRows, RoutingLists
 from .hold_rows_sm90 import hold_rows_kernel, own_blocks_kernel
 from .scale import base_2
 from .stream_rows_sm90 import stream_rows_kernel
@@ -35,10 +35,14 @@ def attend(q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, scale:
     sizes = (shape.group_size, factor, part.start.stride(0), q.stride(0), q.stride(1))
     strides = (part.k.stride(0), head_stride(part.k), part.v.stride(0), head_stride(part.v))
     if small:
+        heads = heads_at_once(shape.kv_heads, tokens * shape.group_size * dim * q.element_size())
+        per_head = programs_per_head(shape, tokens)
+        programs = n_items if heads == 1 else shape.kv_heads * per_head
         if n_items:
-            launch_kernel(stream_rows_kernel, (n_items,),
+            launch_kernel(stream_rows_kernel, (programs,),
                 q, part.k, part.v, part.start, part.length, rows.position, *listed, tokens, shape.n_blocks, *sizes,
-                *strides, KEYS=block_size, **bits, **constants,
+                *strides, lists.pointer, per_head, n_items, KEYS=block_size, HEADS=heads,
+                ITEM=shape.rows_per_item, **bits, **constants,
             )  # fmt: skip
         return
     if shape.rows_per_item > config.rows:
@@ -54,3 +58,11 @@ def attend(q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, scale:
             q, part.k, part.v, *tiles, part.start, part.length, rows.own_tiles, partials.out, partials.lse, rows.offset,
             tokens, own_tiles, q_heads, *sizes, *strides, KEYS=config.keys, **constants,
         )  # fmt: skip
+
+
+def programs_per_head(shape: ListShape, tokens: int) -> int:
+    """Programs of `stream_rows_kernel` per kv head where heads take turns.
+
+    No head has more work items for `tokens` rows, those that stay unused between its bins included.
+    """
+    return cdiv(tokens * shape.group_size * shape.topk, shape.rows_per_item) + shape.n_blocks

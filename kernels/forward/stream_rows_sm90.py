@@ -17,6 +17,7 @@ from ..gluon_rows import (
     decode,
     gather,
     gather_layout,
+    in_turns,
     line_layout,
     offset_of,
     product_layout,
@@ -32,15 +33,45 @@ def _limits(position, code, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TO
     return gl.load(position + (code >> (HEAD_BITS + SLOT_BITS)), mask=own, other=KEYS - 1)
 
 
+@gluon.jit
+def _item(
+    item_bin, item_start, item_end, pointer, n_blocks, per_head, n_items, HEADS: gl.constexpr, ITEM: gl.constexpr
+):
+    """Bin, first entry and entries of a program's work item; bin -1 where there is none.
+
+    With HEADS > 1, items of HEADS kv heads in turns: `per_head` programs each, at least as many as any head has items. A head's
+    items begin where those of its first bin do, see `RoutingLists`.
+    """
+    item = gl.program_id(0)
+    if HEADS > 1:
+        head, number = in_turns(item, gl.num_programs(0), per_head, HEADS)
+        first_bin = head * n_blocks
+        item = gl.load(pointer + first_bin) // ITEM + first_bin + number
+        there = item < n_items
+        bin_ = gl.load(item_bin + item, mask=there, other=-1)
+        begin = gl.load(item_start + item, mask=there, other=0)
+        end = gl.load(item_end + item, mask=there, other=0)
+        bin_ = gl.where(bin_ < first_bin + n_blocks, bin_, -1)  # the next head's programs compute its items
+    else:
+        bin_ = gl.load(item_bin + item)
+        begin = gl.load(item_start + item)
+        end = gl.load(item_end + item)
+    return bin_, begin, end - begin
+
+
 @gluon.jit(
-    do_not_specialize=["tokens", "n_blocks", "start_head"],
-    do_not_specialize_on_alignment=["start", "length", "position", "entry", "item_bin", "item_start", "item_end"],
-)
+    do_not_specialize=["tokens", "n_blocks", "start_head", "per_head", "n_items"],
+    do_not_specialize_on_alignment=[
+        "start", "length", "position", "entry", "item_bin", "item_start", "item_end", "pointer",
+    ],
+)  # fmt: skip
 def stream_rows_kernel(
     q, k, v, start, length, position, entry, item_bin, item_start, item_end, out, lse,
-    tokens, n_blocks, group, scale, start_head, q_token, q_head, k_row, k_head, v_row, v_head,
+    tokens, n_blocks, group, scale, start_head, q_token, q_head, k_row, k_head, v_row, v_head, pointer,
+    per_head, n_items,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, KEYS: gl.constexpr,
     ROWS: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr, NEGATIVE: gl.constexpr,
+    HEADS: gl.constexpr, ITEM: gl.constexpr,
 ):  # fmt: skip
     """One program: one work item, ROWS of its rows at a time past the block's K and V, which stay in shared memory.
 
@@ -51,10 +82,7 @@ def stream_rows_kernel(
     the stage that S has read, compute the weights, issue O = P V and the next tile's S, store O while that S runs.
     """
     CODES: gl.constexpr = 4  # stages: entries of tile i are written at tile i - 2 and last read when tile i is stored
-    item = gl.program_id(0)
-    bin_ = gl.load(item_bin + item)
-    begin = gl.load(item_start + item)
-    count = gl.load(item_end + item) - begin
+    bin_, begin, count = _item(item_bin, item_start, item_end, pointer, n_blocks, per_head, n_items, HEADS, ITEM)
     safe = gl.maximum(bin_, 0)
     kv_head = (safe // n_blocks).to(gl.int64)
     first_key = gl.load(start + kv_head * start_head + safe % n_blocks)

@@ -27,8 +27,15 @@ def descriptor(constants: dict, dtype: str) -> str:
     return f"tensordesc<{dtype}[1, {constants['KEYS']}, {constants['D']}],{layout!r}>"
 
 
-def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[dict, dict, dict]:
-    """Types, constants and alignment attributes of a call with contiguous tensors."""
+ONES = ("group", "lse_token", "delta_token")
+"""Integers that are 1 where q heads are as many as kv heads and rows of scalars are contiguous. Triton compiles 1 as a constant."""
+LAUNCHES = ((4, 1, ()), (4, 8, ()), (1, 1, ONES), (1, 8, ONES))
+"""Of Hopper kernels that take kv heads in turns: q heads per kv head, kv heads at once, and integers that are 1."""
+
+
+def signature_of(kernel, constants: dict, dtype: str, gradient: str, ones=()) -> tuple[dict, dict, dict]:
+    """Types, constants and alignment attributes of a call with contiguous tensors, whose integers `ones` are 1."""
+    constants = constants | dict.fromkeys(ones, 1)
     types, aligned = {}, []
     for p in kernel.params:
         if p.name in constants:
@@ -58,9 +65,11 @@ def signature_of(kernel, constants: dict, dtype: str, gradient: str) -> tuple[di
     return types, values, {(i,): compiling.ALIGNED for i in aligned}
 
 
-def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], warps: int, gradient="fp32") -> dict:
+def build(
+    kernel, constants: dict, dtype: str, capability: tuple[int, int], warps: int, gradient="fp32", ones=()
+) -> dict:
     constants = {p.name: constants[p.name] for p in kernel.params if p.name in constants}
-    types, values, attributes = signature_of(kernel, constants, dtype, gradient)
+    types, values, attributes = signature_of(kernel, constants, dtype, gradient, ones)
     gluon = getattr(kernel, "is_gluon", lambda: False)()
     if gluon:
         from triton.experimental.gluon._runtime import GluonASTSource
@@ -88,9 +97,16 @@ def build_portable(dim, value_dim, block_size, dtype, capability, accumulate=Fal
         "dkdv": build(portable_kernels.dkdv_kernel, constants, dtype, capability, dkdv.num_warps),
         "sum_segments": build(segments.sum_segments_kernel, constants, dtype, capability, 8),
     }
+    no_group = {"HEAD_BITS": 0}
+    built["dkdv, group 1"] = build(
+        portable_kernels.dkdv_kernel, constants | no_group, dtype, capability, dkdv.num_warps, ones=ONES
+    )
     if dq is not None:
         constants = common | tile_constants(dq)
         built["dq"] = build(portable_kernels.dq_kernel, constants, dtype, capability, dq.num_warps)
+        built["dq, group 1"] = build(
+            portable_kernels.dq_kernel, constants | no_group, dtype, capability, dq.num_warps, ones=ONES
+        )
     return built
 
 
@@ -149,12 +165,18 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
     common = constants_of(dim, dim, block_size) | {"DTYPE": element, "ACCUMULATE": accumulate}
     dkdv, dq = configs.sm90_dkdv(dim, block_size), configs.SM90_DQ
     constants = common | tile_constants(dkdv) | {"TILES": block_size // dkdv.keys}
-    if dkdv.keys == block_size:
-        return {"dkdv_dq": build(sm90.dkdv_dq_kernel, constants, dtype, capability, dkdv.num_warps)}
-    return {
-        "dkdv": build(sm90.dkdv_kernel, constants, dtype, capability, dkdv.num_warps),
-        "dq": build(sm90.dq_kernel, common | tile_constants(dq), dtype, capability, dq.num_warps),
-    }
+    name, kernel = ("dkdv_dq", sm90.dkdv_dq_kernel) if dkdv.keys == block_size else ("dkdv", sm90.dkdv_kernel)
+    built = {}
+    for group, heads, ones in LAUNCHES:
+        more = {"HEAD_BITS": (group - 1).bit_length(), "HEADS": heads}
+        launched = constants | more
+        built[f"{name}, group {group}, {heads} at once"] = build(
+            kernel, launched, dtype, capability, dkdv.num_warps, ones=ones
+        )
+        if name == "dkdv" and heads == 1:
+            launched = common | more | tile_constants(dq)
+            built[f"dq, group {group}"] = build(sm90.dq_kernel, launched, dtype, capability, dq.num_warps, ones=ones)
+    return built
 
 
 BUILDERS = {"portable": build_portable, "small": build_small, "moving": build_moving, "hopper": build_hopper}

@@ -85,25 +85,39 @@ def build_attend(dim, dim_v, block_size, dtype, capability) -> dict[str, dict]:
     return built
 
 
-def build_hopper(dim, block_size, dtype) -> dict[str, dict]:
-    """What `forward.sm90` launches for these sizes."""
+def build_launched(dim, block_size, dtype, _capability) -> dict[str, dict]:
+    """`build_hopper` with as many q heads as kv heads, with kv heads in turns, and with both."""
+    launches = [launch[:2] for launch in compile_backward.LAUNCHES[1:] if block_size <= configs.SMALL_BLOCK] or [(1, 1)]
+    return {
+        f"{name}, group {group}, {heads} at once": usage
+        for group, heads in launches
+        for name, usage in build_hopper(dim, block_size, dtype, group, heads).items()
+    }
+
+
+def build_hopper(dim, block_size, dtype, group=4, heads=1) -> dict[str, dict]:
+    """What `forward.sm90` launches for these sizes, `group` q heads per kv head, and `heads` kv heads in turns."""
     from moba_cp.kernels.descriptors import gluon_dtype
     from moba_cp.kernels.forward import sm90
 
     small = block_size <= configs.SMALL_BLOCK
     config = configs.SM90_STREAM_ROWS if small else configs.SM90_HOLD_ROWS
     constants = {
-        "D": dim, "HEAD_BITS": 2, "SLOT_BITS": 3, "TOPK": 8, "ROWS": config.rows, "WARPS": config.num_warps,
+        "D": dim, "HEAD_BITS": (group - 1).bit_length(), "SLOT_BITS": 3, "TOPK": 8, "ROWS": config.rows, "WARPS": config.num_warps,
         "DTYPE": gluon_dtype(compiling.DTYPES[dtype]), "NEGATIVE": False,
     }  # fmt: skip
     if small:
         kernels = {"hopper stream": sm90.stream_rows_kernel}
-        constants |= {"KEYS": block_size}
+        constants |= {"KEYS": block_size, "HEADS": heads, "ITEM": 2048}
     else:
         kernels = {"hopper hold": sm90.hold_rows_kernel, "hopper own": sm90.own_blocks_kernel}
         constants |= {"KEYS": config.keys, "TILES": block_size // config.keys}
+    # `hold_rows_kernel` takes steps from one head to the next, other kernels strides.
+    ones = {name: ("group", "k_head", "v_head") if name == "hopper hold" else ("group",) for name in kernels}
     return {
-        name: compile_backward.build(kernel, constants, dtype, (9, 0), config.num_warps)
+        name: compile_backward.build(
+            kernel, constants, dtype, (9, 0), config.num_warps, ones=ones[name] if group == 1 else ()
+        )
         for name, kernel in kernels.items()
     }
 
@@ -121,7 +135,7 @@ def build_merge(dim, topk, dtype, capability) -> dict[str, dict]:
     }
 
 
-BUILDERS = {"attend": build_attend, "merge": build_merge}
+BUILDERS = {"attend": build_attend, "launched": build_launched, "merge": build_merge}
 
 if __name__ == "__main__":
     compiling.main(BUILDERS)

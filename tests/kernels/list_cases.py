@@ -19,12 +19,11 @@ def make_lists(selected: Tensor, n_blocks: int, kv_heads: int, block_size: int) 
     entry = torch.full((selected.numel(),), -1, dtype=torch.int32, device=key.device)
     entry[: order.numel()] = code[order].to(torch.int32)
     ends = pointer.tolist()
-    items = [
-        (bin_, at, min(at + shape.rows_per_item, end))
-        for bin_, (begin, end) in enumerate(zip(ends, ends[1:]))
-        for at in range(begin, end, shape.rows_per_item)
-    ]
-    items += [(-1, 0, 0)] * 3
+    per_item = shape.rows_per_item
+    items = [(-1, 0, 0)] * (selected.numel() // per_item + shape.n_bins + 3)
+    for bin_, (begin, end) in enumerate(zip(ends, ends[1:])):
+        for number, at in enumerate(range(begin, end, per_item)):
+            items[begin // per_item + bin_ + number] = (bin_, at, min(at + per_item, end))
     return RoutingLists(
         shape, pointer, entry, *torch.tensor(items, dtype=torch.int32, device=key.device).T.contiguous()
     )

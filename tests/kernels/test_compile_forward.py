@@ -61,6 +61,15 @@ def test_hopper_gluon(sizes):
         assert not any(usage["spill"] or usage["serialised"] for usage in used.values()), (case, used)
 
 
+@pytest.mark.parametrize("sizes", [((128, 128), (128, 512)), heavy(((64, 128), (64, 64), (128, 4096)))], ids=str)
+def test_hopper_gluon_in_turns_and_without_groups(sizes):
+    """Kv heads that take turns, and a group of 1, which Triton compiles as a constant: no spills, nothing serialised."""
+    cases = [["launched", dim, block, "bf16", [9, 0]] for dim, block in sizes]
+    for case, kernels in zip(cases, build(cases), strict=True):
+        assert len(kernels) == (3 if case[2] <= 128 else 2), kernels
+        assert not any(usage["spill"] or usage["serialised"] for usage in kernels.values()), (case, kernels)
+
+
 def test_hopper_merge():
     most = 0 if triton.__version__.startswith("3.6.") else 8  # Triton 3.7 spills two registers at D = 96
     check([["merge", dim, 8, "bf16", [9, 0]] for dim in (64, 96, 128, 192, 256)], most)

@@ -11,7 +11,7 @@ import torch
 from tests.kernels import interpreter
 
 forward = pytest.importorskip("moba_cp.kernels.forward")
-from moba_cp.kernels import configs, dispatch  # noqa: E402
+from moba_cp.kernels import configs, dispatch, sizes  # noqa: E402
 from moba_cp.kernels.forward import portable  # noqa: E402
 from moba_cp.kernels.gpu import gpu_of  # noqa: E402
 from moba_cp.kernels.types import KVPart  # noqa: E402
@@ -125,6 +125,9 @@ HOPPER = {
     "(128, 8)": dict(lengths=[9000], block_size=128, topk=8),
     "(128, 3) GQA": dict(lengths=[3001, 1, 999], block_size=128, topk=3, q_heads=8, kv_heads=2),
     "(128, 1)": dict(lengths=[300, 200], block_size=128, topk=1),
+    "(128, 4), 3 kv heads": dict(lengths=[3001, 1, 999], block_size=128, topk=4, q_heads=6, kv_heads=3),
+    "(128, 8), 5 kv heads": dict(lengths=[9000], block_size=128, topk=8, q_heads=5, kv_heads=5),
+    "hot block, 3 kv heads": dict(lengths=[9000], block_size=128, topk=3, q_heads=12, kv_heads=3, hot=True),
     "(128, 5), D 64": dict(lengths=[5000], block_size=128, topk=5, dim=64),
     "(64, 5), D 64, MQA": dict(lengths=[2000], block_size=64, topk=5, q_heads=6, kv_heads=1, dim=64),
     "hot block": dict(lengths=[9000], block_size=128, topk=3, hot=True),
@@ -175,6 +178,17 @@ class TestOnGpu:
         by_parts = attend(case, without(parts, slice(1, None, 2)), variant="sm90")
         attend(case, without(parts, slice(0, None, 2)), by_parts, variant="sm90")
         assert_same_bits(by_parts, whole)
+
+    @pytest.mark.parametrize("heads", [(8, 8), (12, 3), (10, 5)], ids=str)
+    def test_order_of_programs_changes_no_bit(self, heads, monkeypatch):
+        """Kv heads take turns in short calls; rows of 0 bytes at once stand for a long one."""
+        q_heads, kv_heads = heads
+        case = gpu_case(lengths=[4000, 129, 1], block_size=128, topk=5, q_heads=q_heads, kv_heads=kv_heads)
+        in_turns, kept = attend(case), without(case.part, slice(1, None, 2))
+        some_in_turns = attend(case, kept)
+        monkeypatch.setattr(sizes, "ROWS_AT_ONCE", 0)
+        assert_same_bits(attend(case), in_turns)
+        assert_same_bits(attend(case, kept), some_in_turns)
 
     @pytest.mark.parametrize("block_size", [128, 512])
     def test_strides_without_provable_alignment(self, block_size):

@@ -78,6 +78,9 @@ def check(selected, n_blocks, kv_heads, block_size):
     ]
     items = list(zip(*(x.tolist() for x in (actual.item_bin, actual.item_start, actual.item_end)), strict=True))
     assert [item for item in items if item[0] != -1] == wanted
+    for bin_ in range(kv_heads * n_blocks):  # where kernels look for a bin's items
+        if pointer[bin_ + 1] > pointer[bin_]:
+            assert items[pointer[bin_] // per_item + bin_][:2] == (bin_, pointer[bin_])
     return actual
 
 

@@ -25,3 +25,16 @@ def test_programs_for():
                 assert programs % resident == 0
             if programs > resident:
                 assert sizes.ITEMS_PER_PROGRAM <= n_items / programs < 2 * sizes.ITEMS_PER_PROGRAM
+
+
+def test_heads_at_once():
+    """The largest power of two of kv heads whose rows fit, and at least one head."""
+    for heads in (1, 2, 3, 7, 8, 16):
+        for row_bytes in (0, 1, 2 << 20, 4 << 20, 11 << 20, 32 << 20, 1 << 40):
+            at_once = sizes.heads_at_once(heads, row_bytes)
+            assert at_once & (at_once - 1) == 0
+            fits = [n for n in (1, 2, 4, 8, 16) if n <= heads and n * row_bytes <= sizes.ROWS_AT_ONCE]
+            assert at_once == max(fits, default=1)
+    q_bytes = 2 * 128  # one row of q, bf16; backward gathers dout too
+    assert [sizes.heads_at_once(16, tokens * q_bytes) for tokens in (8192, 32768, 131072)] == [16, 4, 1]
+    assert [sizes.heads_at_once(16, tokens * 2 * q_bytes) for tokens in (8192, 32768, 131072)] == [8, 2, 1]

@@ -1,0 +1,102 @@
+"""Order of programs where kv heads take turns: every work unit and every work item has exactly one program.
+
+The functions of the Gluon kernels run on Python integers, one program after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.list_cases import make_lists
+
+pytest.importorskip("triton.experimental.gluon")
+from moba_cp.kernels import gluon_rows  # noqa: E402
+from moba_cp.kernels.backward import rows_sm90  # noqa: E402
+from moba_cp.kernels.forward import sm90, stream_rows_sm90  # noqa: E402
+
+
+@dataclass
+class Pointer:
+    """A pointer to one of some integers."""
+
+    values: list[int]
+    index: int = 0
+
+    def __add__(self, offset: int) -> Pointer:
+        return Pointer(self.values, self.index + offset)
+
+
+def load(pointer: Pointer, mask: bool = True, other: int | None = None) -> int | None:
+    assert not mask or 0 <= pointer.index < len(pointer.values)
+    return pointer.values[pointer.index] if mask else other
+
+
+def on_host(jitted: Any, program: int, programs: int) -> Callable:
+    """A Gluon function on Python integers, as program `program` of `programs`."""
+    language = SimpleNamespace(
+        maximum=max, minimum=min, where=lambda condition, a, b: a if condition else b, load=load,
+        program_id=lambda axis: program, num_programs=lambda axis: programs,
+    )  # fmt: skip
+    language.constexpr = int
+    in_turns = FunctionType(gluon_rows.in_turns.fn.__code__, {"gl": language})
+    return FunctionType(jitted.fn.__code__, {"gl": language, "in_turns": in_turns})
+
+
+@pytest.mark.parametrize("tiles", [1, 4])
+@pytest.mark.parametrize("segments", [0, 5])
+@pytest.mark.parametrize("at_once", [1, 2, 4, 16])
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 16, 17])
+def test_every_work_unit_has_its_programs(heads, at_once, segments, tiles):
+    """Segments first, then each bin once: the first blocks of all heads that take turns before their second blocks."""
+    for n_blocks in (1, 2, 7):
+        n_bins = heads * n_blocks
+        programs = (n_bins + segments) * tiles
+        units = [
+            on_host(rows_sm90.work_unit, 0, programs)(program, n_bins, n_blocks, tiles, at_once)
+            for program in range(programs)
+        ]
+        assert units == [unit for unit in units[::tiles] for _ in range(tiles)], "neighbours share a unit"
+        assert units[: segments * tiles : tiles] == [n_bins + c for c in range(segments)]
+        wanted = [
+            head * n_blocks + block
+            for first in range(0, heads, at_once)
+            for block in range(n_blocks)
+            for head in range(first, min(first + at_once, heads))
+        ]
+        assert units[segments * tiles :: tiles] == wanted
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 16])
+@pytest.mark.parametrize(("heads", "group"), [(1, 3), (2, 1), (3, 2), (5, 1), (17, 1)])
+def test_every_work_item_has_one_program(heads, group, at_once):
+    torch.manual_seed(heads)
+    tokens, n_blocks, topk = 500, 5, 3
+    order = torch.rand(heads * group, tokens, n_blocks).argsort(2)[:, :, :topk]
+    selected = torch.where(torch.rand(order.shape) < 0.2, -1, order)
+    selected[:group] = 0  # one long bin, and a head without any others
+    lists = make_lists(selected, n_blocks, heads, 512)
+    n_items = lists.item_bin.numel()
+    per_head = sm90.programs_per_head(lists.shape, tokens)
+    programs = heads * per_head if at_once > 1 else n_items
+    pointers = [Pointer(x.tolist()) for x in (lists.item_bin, lists.item_start, lists.item_end, lists.pointer)]
+    found = []
+    for program in range(programs):
+        item = on_host(stream_rows_sm90._item, program, programs)
+        bin_, begin, count = item(*pointers, n_blocks, per_head, n_items, at_once, lists.shape.rows_per_item)
+        if bin_ >= 0:
+            found.append((bin_, begin, begin + count))
+    used = [item for item in zip(*(p.values for p in pointers[:3]), strict=True) if item[0] >= 0]
+    assert sorted(found) == used
+    assert len(used) > heads * n_blocks
+    if at_once == 1:
+        assert found == used
+    # The heads that take turns begin together, each with the first item of its first bin.
+    firsts = [h * n_blocks for h in range(min(at_once, heads))]
+    firsts = [b for b in firsts if lists.pointer[b + 1] > lists.pointer[b]]
+    assert [bin_ for bin_, _, _ in found[: len(firsts)]] == firsts
