@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moba_cp import config
+from moba_cp.kernels import sizes
 from moba_cp.parallel import agreement, cost, home, plan_cache
 
 pytest.importorskip("typer")
@@ -48,12 +49,21 @@ ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
             "17 GB written and 17 GB read, 11.5 ms",
             "more than the 7.6 ms",
             "4 KB, which takes as long as the product",
+            "4 KB in 32 clocks",
         ),
         "docs/huggingface.md": (
             "SDPA's 537 MB",
             "SDPA reads 537 MB",
             "58 MB | 15 MB | 443 MB",
             "0.5 MB | 2.1 MB | 0.1 MB",
+        ),
+    },
+    "computed by a list scheduler, as the sentence says": {
+        "docs/kernels.md": (
+            "| dkdv, (512, 8), 8K | 88 % | 99 % | 97 % | 99.7 % |",
+            "| dkdv_dq, (128, 8), 8K | 83 % | 99 % | 96 % | 99.7 % |",
+            "| attention, (128, 8), 8K | 78 % | 96 % | 96 % | |",
+            "a tile for each of those: 7 % of its time",
         ),
     },
     "a target, or what a test holds": {
@@ -73,6 +83,7 @@ ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
             "`PATIENCE_S` (0.3 s)",
             "`GRACE_S` (2 s)",
         ),
+        "docs/kernels.md": ("`ROWS_AT_ONCE` (32 MiB)",),
         "docs/scaling.md": ("`exchange_bytes` of 4 GiB",),
         "docs/launching.md": ("10 minutes by default over NCCL",),
     },
@@ -176,6 +187,8 @@ def test_constants_are_those_of_the_code() -> None:
     ):
         assert text in page
         assert value, text
+    assert "`ROWS_AT_ONCE` (32 MiB)" in (ROOT / "docs" / "kernels.md").read_text()
+    assert sizes.ROWS_AT_ONCE == 32 << 20
 
 
 def test_figures_are_filled_or_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def descriptor(constants: dict, dtype: str) -> str:
 
 
 ONES = ("group", "lse_token", "delta_token")
-"""Integers that are 1 where q heads are as many as kv heads and rows of scalars are contiguous. Triton compiles 1 as a constant."""
+"""Integers that are 1 where kv heads are as many as q heads and rows of scalars are contiguous: Triton compiles constants."""
 LAUNCHES = ((4, 1, ()), (4, 8, ()), (1, 1, ONES), (1, 8, ONES))
 """Of Hopper kernels that take kv heads in turns: q heads per kv head, kv heads at once, and integers that are 1."""
 

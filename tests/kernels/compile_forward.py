@@ -103,8 +103,8 @@ def build_hopper(dim, block_size, dtype, group=4, heads=1) -> dict[str, dict]:
     small = block_size <= configs.SMALL_BLOCK
     config = configs.SM90_STREAM_ROWS if small else configs.SM90_HOLD_ROWS
     constants = {
-        "D": dim, "HEAD_BITS": (group - 1).bit_length(), "SLOT_BITS": 3, "TOPK": 8, "ROWS": config.rows, "WARPS": config.num_warps,
-        "DTYPE": gluon_dtype(compiling.DTYPES[dtype]), "NEGATIVE": False,
+        "D": dim, "HEAD_BITS": (group - 1).bit_length(), "SLOT_BITS": 3, "TOPK": 8, "ROWS": config.rows,
+        "WARPS": config.num_warps, "DTYPE": gluon_dtype(compiling.DTYPES[dtype]), "NEGATIVE": False,
     }  # fmt: skip
     if small:
         kernels = {"hopper stream": sm90.stream_rows_kernel}
