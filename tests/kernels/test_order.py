@@ -16,9 +16,9 @@ import torch
 from tests.kernels.list_cases import make_lists
 
 pytest.importorskip("triton.experimental.gluon")
-from moba_cp.kernels import gluon_rows  # noqa: E402
-from moba_cp.kernels.backward import rows_sm90  # noqa: E402
-from moba_cp.kernels.forward import sm90, stream_rows_sm90  # noqa: E402
+from moba_cp.kernels import gluon_rows
+from moba_cp.kernels.backward import rows_sm90
+from moba_cp.kernels.forward import sm90, stream_rows_sm90
 
 
 @dataclass
