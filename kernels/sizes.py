@@ -12,8 +12,9 @@ LOG2E = 1.4426950408889634
 ITEMS_PER_PROGRAM = 16
 """Work items per program, about, of kernels that request an item's rows while they compute another."""
 
-ROWS_AT_ONCE = 32 << 20
-"""Most bytes of gathered rows of the kv heads that take turns. The rows stay in L2, 50 MB on Hopper, beside keys and results."""
+ROWS_AT_ONCE, GROUPS_AT_ONCE = 32 << 20, 64 << 20
+"""Most bytes of gathered rows of the kv heads that take turns, with one q head of each counted, and with all. L2 has 50 MB on
+Hopper. Beyond the first number, heads without groups were slower; up to the second, groups of four were faster."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -36,19 +37,20 @@ def programs_for(n_items: int, resident: int) -> int:
     return min(n_items, waves * resident)
 
 
-def heads_at_once(kv_heads: int, head_bytes: int) -> int:
+def heads_at_once(kv_heads: int, group_size: int, q_bytes: int) -> int:
     """Kv heads whose programs take turns: a power of two, at most `kv_heads`; 1 where each head's programs follow the last's.
 
     A head's first blocks have the most rows, so its programs begin with the longest. Head by head, the longest programs of the
     last head start when few others are left. In turns, the longest of several heads come first and only short ones last. But rows
     are read once per selected block, so those of all heads that take turns must stay in L2: with long sequences there is one.
-    A power of two, because each number is compiled apart.
+    A power of two, because each number is compiled apart. Forward and backward take the same number.
 
     Args:
         kv_heads: kv heads being processed.
-        head_bytes: bytes of the rows that a kv head's programs gather: q, and in backward dout.
+        group_size: q heads per kv head.
+        q_bytes: bytes of one q head's rows of q; those of dout are as many.
     """
-    most = min(kv_heads, ROWS_AT_ONCE // max(head_bytes, 1))
+    most = min(kv_heads, ROWS_AT_ONCE // max(2 * q_bytes, 1), GROUPS_AT_ONCE // max(2 * q_bytes * group_size, 1))
     return 1 << (most.bit_length() - 1) if most else 1
 
 

@@ -56,11 +56,10 @@ def launch_dq(call: Call, config: GluonConfig) -> None:
 
 
 def _heads(call: Call) -> int:
-    """Kv heads whose bins take turns. Programs gather q and dout, `[T, Hq, D]` each."""
+    """Kv heads whose bins take turns."""
     tokens, _, dim = call.q.shape
     shape = call.lists.shape
-    row_bytes = 2 * dim * call.q.element_size()
-    return heads_at_once(shape.kv_heads, tokens * shape.group_size * row_bytes)
+    return heads_at_once(shape.kv_heads, shape.group_size, tokens * dim * call.q.element_size())
 
 
 def _constants(call: Call, config: GluonConfig) -> dict:

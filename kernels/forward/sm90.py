@@ -35,7 +35,7 @@ def attend(q: Tensor, part: KVPart, lists: RoutingLists, rows: QueryRows, scale:
     sizes = (shape.group_size, factor, part.start.stride(0), q.stride(0), q.stride(1))
     strides = (part.k.stride(0), head_stride(part.k), part.v.stride(0), head_stride(part.v))
     if small:
-        heads = heads_at_once(shape.kv_heads, tokens * shape.group_size * dim * q.element_size())
+        heads = heads_at_once(shape.kv_heads, shape.group_size, tokens * dim * q.element_size())
         per_head = programs_per_head(shape, tokens)
         programs = n_items if heads == 1 else shape.kv_heads * per_head
         if n_items:

@@ -30,11 +30,18 @@ def test_programs_for():
 def test_heads_at_once():
     """The largest power of two of kv heads whose rows fit, and at least one head."""
     for heads in (1, 2, 3, 7, 8, 16):
-        for row_bytes in (0, 1, 2 << 20, 4 << 20, 11 << 20, 32 << 20, 1 << 40):
-            at_once = sizes.heads_at_once(heads, row_bytes)
-            assert at_once & (at_once - 1) == 0
-            fits = [n for n in (1, 2, 4, 8, 16) if n <= heads and n * row_bytes <= sizes.ROWS_AT_ONCE]
-            assert at_once == max(fits, default=1)
-    q_bytes = 2 * 128  # one row of q, bf16; backward gathers dout too
-    assert [sizes.heads_at_once(16, tokens * q_bytes) for tokens in (8192, 32768, 131072)] == [16, 4, 1]
-    assert [sizes.heads_at_once(16, tokens * 2 * q_bytes) for tokens in (8192, 32768, 131072)] == [8, 2, 1]
+        for group in (1, 3, 4, 32):
+            for q_bytes in (0, 1, 1 << 20, 2 << 20, 11 << 20, 32 << 20, 1 << 40):
+                at_once = sizes.heads_at_once(heads, group, q_bytes)
+                assert at_once & (at_once - 1) == 0
+                fits = [
+                    n
+                    for n in (1, 2, 4, 8, 16)
+                    if n <= heads
+                    and 2 * n * q_bytes <= sizes.ROWS_AT_ONCE
+                    and 2 * n * group * q_bytes <= sizes.GROUPS_AT_ONCE
+                ]
+                assert at_once == max(fits, default=1)
+    row = 2 * 128  # bytes of one row of q, bf16
+    assert [sizes.heads_at_once(16, 1, tokens * row) for tokens in (8192, 16384, 32768, 65536)] == [8, 4, 2, 1]
+    assert [sizes.heads_at_once(8, 4, tokens * row) for tokens in (8192, 16384, 32768)] == [4, 2, 1]
