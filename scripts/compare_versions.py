@@ -51,9 +51,7 @@ class Case:
 
 
 def main(
-    versions: Annotated[
-        list[str], typer.Argument(help="NAME=FOLDER of each; the first one is what others are compared with")
-    ],
+    versions: Annotated[list[str], typer.Argument(help="NAME=FOLDER of each; the others are compared with the first")],
     out: Annotated[Path, typer.Option(help="JSON file, written after every turn")],
     cases: Annotated[str, typer.Option(help="tokens:q/kv heads:block size:topk, comma-separated")] = TABLES,
     comm: Annotated[str, typer.Option(help="exchange, where there are several ranks")] = "auto",
@@ -74,10 +72,7 @@ def main(
     wanted = [case_of(text, comm) for text in cases.split(",")]
     head = about(commit, "" if device == "cuda" else "CPU") | {
         "ranks": ranks,
-        "versions": {
-            name: git(folder, "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*") or name
-            for name, folder in folders.items()
-        },
+        "versions": {name: commit_of(folder) for name, folder in folders.items()},
     }
     results = Results(out, head, "results")
     with tempfile.TemporaryDirectory() as scratch:
@@ -237,6 +232,13 @@ def checkout(folder: str) -> Path:
     if not (path / "moba_cp" / "__init__.py").is_file():
         raise typer.BadParameter(f"{folder} holds no moba_cp")
     return path
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that a checkout holds, with "-dirty" if files differ from it; "" where the folder is no checkout of its own."""
+    if git(folder, "rev-parse", "--show-toplevel") != str(folder):
+        return ""
+    return git(folder, "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*") or ""
 
 
 def case_of(text: str, comm: str) -> Case:

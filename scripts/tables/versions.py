@@ -19,7 +19,7 @@ def versions_tables(contents: Sequence[dict[str, Any]]) -> str:
 
 def _table(content: dict[str, Any]) -> str:
     names = list(content["versions"])
-    before, after = (content["versions"][name][:10] for name in (names[0], names[-1]))
+    before, after = (content["versions"][name][:16] or name[:16] for name in (names[0], names[-1]))
     ranks = content["ranks"]
     lines = [
         f"{ranks} x {content['device']}, torch {content['torch']}, Triton {content['triton']}. Milliseconds per call at commit "
