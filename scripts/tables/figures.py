@@ -34,6 +34,7 @@ def figures(results: Path) -> Figures:
 
     of_file: dict[str, Callable[[], Figures]] = {
         "kernels": lambda: _kernels(content("kernels")),
+        "kernels_h200": lambda: _host_times(content("kernels_h200")),
         "scaling": lambda: _scaling(content("scaling")),
         "scaling_longest": lambda: _longest(content("scaling_longest")),
         "training_speed": lambda: _micro_batches(content("training_speed")),
@@ -55,6 +56,12 @@ def one(entries: Sequence[Entry], **wanted: object) -> Entry:
     if len(found) != 1:
         raise ValueError(f"{len(found)} entries with {wanted}, expected one")
     return found[0]
+
+
+def _host_times(content: dict[str, Any]) -> Figures:
+    entry = one(content["results"], tokens=8192, q_heads=16, kv_heads=16, block_size=128)
+    forward, both = (entry[f"{mode}_ms"]["host_ms"] for mode in ("forward", "forward_backward"))
+    return {"host_8k": f"{forward:.2f} / {both:.2f} ms"}
 
 
 def _whole(value: float) -> str:
@@ -137,7 +144,9 @@ def _two_gpus(content: dict[str, Any], alone: dict[str, Any]) -> Figures:
 
 def _decode(content: dict[str, Any]) -> Figures:
     results = content["results"]
-    step, step_4096 = (one(results, what="step", shipped=True, block_size=size)["us"]["median"] for size in (512, 4096))
+    step, step_128, step_4096 = (
+        one(results, what="step", shipped=True, block_size=size)["us"]["median"] for size in (512, 128, 4096)
+    )
     larger = one(results, what="step", block_size=512, split=512)["us"]["median"]
     first = one(results, what="sdpa", block_size=512)
     sdpa = first["us"]["median"]
@@ -147,6 +156,7 @@ def _decode(content: dict[str, Any]) -> Figures:
         "sdpa": f"{sdpa:.1f} us",
         "sdpa_rate": f"{read / sdpa / 1e6:.1f} TB/s",
         "step_512": f"{step:.1f}",
+        "step_128": f"{step_128:.1f}",
         "step_4096": f"{step_4096:.1f}",
         "larger_split": _percent(1 - larger / step),
     }
