@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from moba_cp.parallel.splits import COMMS
+from moba_cp.parallel.splits import COMMS, check_split
+
+DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
+"""Megatron's schedules of the learning rate that need nothing but what `OptimizerSection` has."""
+LONGEST_TIMEOUT = 1e9
+"""Seconds, 32 years. Beyond, Python's time differences overflow."""
 
 
 @dataclass
@@ -171,9 +177,13 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"moba.head_parallel must not be negative (0: comm decides), got {config.moba.head_parallel}")
     if not 0 <= config.moba.fraction <= 1:
         raise ValueError(f"moba.fraction must be between 0 and 1, got {config.moba.fraction}")
-    for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval"):
+    if data.seq_length < 1:
+        raise ValueError(f"data.seq_length must be at least 1, got {data.seq_length}")
+    for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval", "eval_batches"):
         if getattr(run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(run, name)}")
+    if not 0 <= run.seed < 1 << 32:
+        raise ValueError(f"run.seed must be from 0 to {(1 << 32) - 1}, got {run.seed}")
     for name in ("chunk_tokens", "loss_chunk"):
         if getattr(run, name) < 0:
             raise ValueError(f"run.{name} must not be negative (0: all at once), got {getattr(run, name)}")
@@ -185,11 +195,19 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"run.{name} must not be negative (0: never), got {getattr(run, name)}")
     if run.keep_checkpoints < 0:
         raise ValueError(f"run.keep_checkpoints must not be negative (0: all), got {run.keep_checkpoints}")
-    if not run.timeout_seconds > 0:
-        raise ValueError(f"run.timeout_seconds must be positive, got {run.timeout_seconds}")
+    if not 0 < run.timeout_seconds <= LONGEST_TIMEOUT:
+        raise ValueError(
+            f"run.timeout_seconds must be positive and at most {LONGEST_TIMEOUT:g}, got {run.timeout_seconds}"
+        )
     _divides("model.num_attention_heads", model.num_attention_heads, "model.hidden_size", model.hidden_size)
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
+    if model.hidden_size // model.num_attention_heads % 2:
+        raise ValueError(
+            f"model.hidden_size={model.hidden_size} over model.num_attention_heads={model.num_attention_heads} gives heads of "
+            f"{model.hidden_size // model.num_attention_heads}; rotary embedding needs an even size"
+        )
     _divides("parallel.tensor", parallel.tensor, "model.num_attention_heads", model.num_attention_heads)
+    _divides("parallel.tensor", parallel.tensor, "model.ffn_hidden_size", model.ffn_hidden_size)
     stages = parallel.pipeline * parallel.virtual_pipeline
     _divides("parallel.pipeline * virtual_pipeline", stages, "model.num_layers", model.num_layers)
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
@@ -211,8 +229,59 @@ def _check(config: TrainConfig) -> None:
             f"run.token_parts={run.token_parts} imitates parallel.context on one rank: it goes with parallel.context=1, "
             "without parallel.sequence and data.separate_documents"
         )
-    if config.optimizer.warmup_steps >= run.steps:
-        raise ValueError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below run.steps={run.steps}")
+    _check_attention(config)
+    _check_optimizer(config)
+
+
+def _check_attention(config: TrainConfig) -> None:
+    """Raise where the choice of layers does not fit the model, or the split of heads does not fit the ranks."""
+    moba, layers = config.moba, config.model.num_layers
+    if not 0 <= moba.full_last_layers <= layers:
+        raise ValueError(
+            f"moba.full_last_layers must be from 0 to model.num_layers={layers}, got {moba.full_last_layers}"
+        )
+    if moba.layer_pattern and moba.full_last_layers:
+        raise ValueError(
+            f"moba.layer_pattern={moba.layer_pattern} and moba.full_last_layers={moba.full_last_layers} exclude each other"
+        )
+    if moba.layer_pattern and (len(moba.layer_pattern) != layers or set(moba.layer_pattern) - {0, 1}):
+        raise ValueError(
+            f"moba.layer_pattern must have a 1 (MoBA) or a 0 (full) for each of model.num_layers={layers}, got "
+            f"{moba.layer_pattern}"
+        )
+    try:
+        heads = config.model.num_attention_heads // config.parallel.tensor
+        check_split(moba.comm, moba.head_parallel or None, heads, config.parallel.context)
+    except ValueError as error:
+        raise ValueError(
+            f"moba.comm={moba.comm}, moba.head_parallel={moba.head_parallel}, parallel.context={config.parallel.context}, "
+            f"parallel.tensor={config.parallel.tensor}: {error}"
+        ) from None
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    """Raise where the optimizer or Megatron's schedule would stop at a value, or run with one that means nothing."""
+    section, init_std = config.optimizer, config.model.init_std
+    _choose("optimizer.decay_style", section.decay_style, DECAY_STYLES)
+    if not 0 < section.lr < math.inf:
+        raise ValueError(f"optimizer.lr must be positive and finite, got {section.lr}")
+    if not 0 <= section.min_lr <= section.lr:
+        raise ValueError(f"optimizer.min_lr must be from 0 to optimizer.lr={section.lr}, got {section.min_lr}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(section, name) < 1:
+            raise ValueError(f"optimizer.{name} must be at least 0 and below 1, got {getattr(section, name)}")
+    for name, value in (
+        ("model.init_std", init_std),
+        ("optimizer.eps", section.eps),
+        ("optimizer.weight_decay", section.weight_decay),
+        ("optimizer.clip_grad", section.clip_grad),  # 0: no clipping
+    ):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if not 0 <= section.warmup_steps < config.run.steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={section.warmup_steps} must be below run.steps={config.run.steps}, and not negative"
+        )
 
 
 def _check_layers(config: TrainConfig) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +30,9 @@ class Reporter:
         tokens_per_step: tokens of a global batch.
         devices: GPUs (or, on CPU, processes) of the run.
         peak: FLOP/s that one device can reach, if known.
+
+    Raises:
+        OSError: the folder or a file in it cannot be written; also raised by what records metrics.
     """
 
     def __init__(
@@ -70,8 +75,9 @@ class Reporter:
     ) -> None:
         if self.active:
             self.bar.stop()
-            self.file.close()
-            self.writer.close()
+            with suppress(OSError) if error else nullcontext():  # a full disk must not hide what ended the run
+                self.file.close()
+                self.writer.close()
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -158,6 +164,17 @@ def read_metrics(directory: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines up to a step. A line that a killed run did not finish goes, too."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        shorter = path.with_name(path.name + ".tmp")
+        shorter.write_text("".join(line + "\n" for line in kept))
+        os.replace(shorter, path)
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of ``metrics.jsonl``; infinity where it is not one."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -21,7 +21,7 @@ import typer  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from examples.megatron_gpt import checkpoint, distributed, fit  # noqa: E402
+from examples.megatron_gpt import checkpoint, distributed, fit, run_folder  # noqa: E402
 from examples.megatron_gpt.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
 from examples.megatron_gpt.config import TrainConfig, load_config  # noqa: E402
 from examples.megatron_gpt.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
@@ -57,10 +57,12 @@ def main(
     except (RuntimeError, ValueError) as error:
         sys.exit(f"{config_file}: {error}")
     try:
-        with note_signals() as stop:
+        with note_signals() as stop, run_folder.held(config.run_directory):
             train(config, ranks, stop)
     except fit.OutOfMemoryError as error:  # on one rank: the others wait for it until torchrun ends them
         sys.exit(f"error: rank {dist.get_rank()}: {fit.explain(error, config, ranks)}")
+    except OSError as error:  # on one rank, as above: metrics could not be written, or text not be read
+        sys.exit(f"error: rank {dist.get_rank()}: {error}")
     except distributed.TrainingError as error:  # on every rank
         if ranks.is_reporter:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -115,7 +117,6 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
     batches = read(train_text, progress.consumed_samples, ahead=READ_AHEAD)
 
     schedule = MoBASchedule.by_fraction(config.moba.fraction, run.steps)
-    tokens_per_step = run.global_batch_size * data.seq_length
     settings = moba_settings(config)
     moba_layers = sum(settings.computes_moba(n + 1, config.model.num_layers) for n in range(config.model.num_layers))
 
@@ -126,15 +127,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
 
     peak = peak_flops(ranks.device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
     flops = 0
-    with Reporter(
-        config.run_directory,
-        ranks.is_reporter,
-        run.steps,
-        progress.step,
-        tokens_per_step,
-        dist.get_world_size(),
-        peak,
-    ) as reporter:
+    with _reporter(config, ranks, progress.step, peak) as reporter:
         reporter.say(describe(config, ranks, train_corpus))
         if warning:
             reporter.say(warning)
@@ -192,6 +185,27 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
                     layer.report, picture, layout=layer.layout, group=layer.group, title=title
                 )
             reporter.say(f"which blocks the last layer's queries select: {config.run_directory / 'routing.png'}")
+
+
+def _reporter(config: TrainConfig, ranks: distributed.Ranks, step: int, peak: float | None) -> Reporter:
+    """The reporter of a run that has done so many steps; if one rank cannot write its files, all end."""
+    tokens_per_step = config.run.global_batch_size * config.data.seq_length
+    made: Reporter | str
+    try:
+        made = Reporter(
+            config.run_directory,
+            ranks.is_reporter,
+            config.run.steps,
+            step,
+            tokens_per_step,
+            dist.get_world_size(),
+            peak,
+        )
+    except OSError as error:
+        made = f"metrics cannot be written: {error}"
+    distributed.agree(made if isinstance(made, str) else None)
+    assert isinstance(made, Reporter)
+    return made
 
 
 def describe(config: TrainConfig, ranks: distributed.Ranks, corpus: Corpus) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -14,9 +15,9 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from examples.megatron_gpt import checkpoint_files
+from examples.megatron_gpt import checkpoint_files, run_folder
 from examples.megatron_gpt.config import load_config
-from examples.megatron_gpt.progress import read_metrics
+from examples.megatron_gpt.progress import Reporter, read_metrics
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -143,6 +144,39 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_partial(tmp_pat
     target = tmp_path / "a" / "checkpoints" / "step_00000001"
     assert f"error: checkpoint {target} could not be written: " in output
     assert not list((tmp_path / "a" / "checkpoints").iterdir())
+
+
+def test_metrics_survive_a_line_that_a_killed_run_did_not_finish(tmp_path: Path) -> None:
+    whole = [{"kind": "train", "step": step, "loss": 1.0} for step in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in whole) + '{"kind": "train", "st'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with Reporter(tmp_path, True, total_steps=4, first_step=2, tokens_per_step=10) as reporter:
+        reporter.step(3, loss=0.5)
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
+    held = run_folder._lock(tmp_path / "a")
+    with pytest.raises(run_folder.FolderInUseError, match=rf"a is in use by another run \(process {os.getpid()} on "):
+        run_folder._lock(tmp_path / "a")
+    os.close(held)
+    os.close(run_folder._lock(tmp_path / "a"))
+
+
+@pytest.mark.heavy
+def test_a_folder_that_another_run_holds_or_that_cannot_be_made_ends_all_ranks_in_one_line(tmp_path: Path) -> None:
+    held = run_folder._lock(tmp_path / "a")
+    status, output = run(tmp_path, 2, "parallel.context=2")
+    os.close(held)
+    assert status
+    assert output.count(f"error: {tmp_path / 'a'} is in use by another run (process {os.getpid()} on ") == 1
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["lock"]
+
+    (tmp_path / "file").write_text("")
+    status, output = run(tmp_path / "file", 2, "parallel.context=2")
+    assert status
+    assert output.count("error: run.directory: ") == 1
+    assert "Traceback (most recent call last):\n  File" not in output.split("error: ")[0]
 
 
 @pytest.mark.heavy
