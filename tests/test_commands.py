@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from moba_cp.__main__ import main
 from moba_cp.commands import app, checks
 from moba_cp.commands.plan import read_model, read_tokens
+from moba_cp.commands.values import MOBA_KEYS
 from scripts.harness.training import torchrun
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +81,12 @@ def test_plan_calibrates_from_result_files(tmp_path: Path) -> None:
             "training.json is no result file",
         ),
         ({"--results": str(ROOT / "README.md")}, "README.md is no result file"),
+        (
+            {"--results": str(ROOT / "README.md"), "--device": "h200"},
+            "--device h200 names a calibration, and --results",
+        ),
+        ({"--tokens": "\u00b2"}, "'\u00b2'"),
+        ({"--model": "\u0663/\u0661"}, "'\u0663/\u0661'"),
     ],
 )
 def test_plan_refuses_by_name(change: dict[str, str], text: str) -> None:
@@ -104,6 +112,16 @@ def test_sizes_are_read() -> None:
         ("model: {num_attention_heads: 4}", "hidden_size must be a positive integer, got None"),
         ("model: {num_attention_heads: 4, hidden_size: 8}\nmoba: {topk: 0}", "topk must be a positive integer, got 0"),
         ("model: {num_attention_heads: 4", "is not YAML"),
+        (
+            "model: {num_attention_heads: 12, hidden_size: 1000}",
+            "hidden_size=1000 must be a multiple of num_attention_heads=12",
+        ),
+        ("model: {num_attention_heads: 4, hidden_size: 8}\nmoba: {blocksize: 128}", "moba has no key 'blocksize'"),
+        (
+            "model: {num_attention_heads: 4, hidden_size: 8, num_query_group: 2}",
+            "'num_query_group', did you mean 'num_query_groups'",
+        ),
+        ("model: {num_attention_heads: 4, hidden_size: 8, num_key_value_heads: 2}", "did you mean 'num_query_groups'"),
         ("sweeps: []", "must have a section `model`"),
         ("just text", "must have a section `model`"),
     ],
@@ -124,6 +142,35 @@ def test_plan_shows_the_own_block_size_of_a_short_sequence() -> None:
     status, text = invoke("plan", "--model", "32/8", "--tokens", "600", "--gpus", "1")
     assert status == 0, text
     assert "*(512, 8)" in text
+
+
+@pytest.mark.parametrize("size", ["--block-size", "--topk"])
+def test_plan_takes_sizes_beyond_the_sequence_as_full_attention(size: str) -> None:
+    """More than covers the sequence means the same: no time, memory or budget grows with it."""
+    given = ["--model", "16/16", "--tokens", "64K", "--gpus", "2", "--topk", "4", "--block-size", "16384"]
+    texts = []
+    for value in {"--block-size": (65536, 99_999_999_999), "--topk": (4, 99_999_999_999)}[size]:
+        status, text = invoke("plan", *given, size, str(value))
+        assert status == 0, text
+        texts.append(text.split("recommended")[1].split("alternatives")[0])
+    assert texts[0] == texts[1]
+
+
+def test_plan_says_where_half_of_the_gpus_would_be_faster() -> None:
+    given = ["--model", "32/8", "--tokens", "1M", "--block-size", "512", "--topk", "8"]
+    status, text = invoke("plan", *given, "--gpus", "64")
+    assert status == 0, text
+    assert re.search(
+        r"half of the GPUs would take less: \S+ instead of \S+ ms, by a2a\+ring, U = 8, since each GPU receives", text
+    )
+    assert "half of the GPUs" not in invoke("plan", *given, "--gpus", "8")[1]
+
+
+def test_keys_of_moba_are_those_of_the_trainer() -> None:
+    pytest.importorskip("omegaconf")
+    from examples.megatron_gpt.config import MoBASection
+
+    assert set(MOBA_KEYS) == {field.name for field in fields(MoBASection)}
 
 
 def test_doctor_refuses_bad_heads() -> None:

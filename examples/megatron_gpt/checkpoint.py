@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,6 +26,12 @@ from .distributed import TrainingError, agree, largest
 from .model import Trainer
 
 # Optimizer state as one tensor per parameter, whatever the sizes of the parallel groups.
+MAY_CHANGE = {
+    "model.rotary_base": "",
+    "data.seq_length": ": the text is cut and drawn anew from here on",
+    "run.seed": ": the text is drawn anew from here on",
+}
+"""Settings that a resumed run may change, with what follows."""
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -38,7 +45,13 @@ class Progress:
 
 
 def save(
-    directory: Path, trainer: Trainer, progress: Progress, *, moba: dict[str, Any] | None = None, keep: int = 0
+    directory: Path,
+    trainer: Trainer,
+    progress: Progress,
+    *,
+    moba: dict[str, Any] | None = None,
+    sizes: dict[str, Any] | None = None,
+    keep: int = 0,
 ) -> Path:
     """Write a checkpoint; every rank must call this. Returns its folder.
 
@@ -47,6 +60,7 @@ def save(
         trainer: what to save.
         progress: recorded with it.
         moba: settings of attention, from :func:`.model.moba_record`; recorded with it.
+        sizes: the model and how its text is read, from :func:`.model.sizes_record`; recorded with it.
         keep: checkpoints that stay, this one included; 0 for all.
 
     Raises:
@@ -63,7 +77,11 @@ def save(
             files.prepare(directory, name)
     unfinished = directory / f"{name}.tmp"
     with _together(directory, name):
-        state = _sharded_state(trainer, is_loading=False) | {"progress": asdict(progress), "moba": moba}
+        state = _sharded_state(trainer, is_loading=False) | {
+            "progress": asdict(progress),
+            "moba": moba,
+            "sizes": sizes,
+        }
         dist_checkpointing.save(state, str(unfinished), content_metadata=_FORMAT)
     with _together(directory, name):
         if is_first:
@@ -103,6 +121,7 @@ def load_latest(
     corpus: str,
     *,
     moba: dict[str, Any] | None = None,
+    sizes: dict[str, Any] | None = None,
     allow_moba_change: bool = False,
     notes: list[str] | None = None,
 ) -> Progress | None:
@@ -113,11 +132,13 @@ def load_latest(
         trainer: what to restore.
         corpus: fingerprint of the training text.
         moba: settings of attention, from :func:`.model.moba_record`; None: do not compare them.
+        sizes: the model and how its text is read, from :func:`.model.sizes_record`; None: do not compare them.
         allow_moba_change: report other settings in ``notes`` instead of refusing them.
         notes: receives what the user should know, one line each.
 
     Raises:
-        TrainingError: no checkpoint is whole, or the chosen one was trained on other text or with other settings.
+        TrainingError: no checkpoint is whole, or the chosen one holds another model, or was trained on other text or with other
+            settings.
     """
     notes = [] if notes is None else notes
     path = _choose(directory, notes)
@@ -129,9 +150,15 @@ def load_latest(
         raise TrainingError(
             f"the training text has changed since {path} was saved: resuming would not continue that run"
         )
+    _compare_sizes(path, common.get("sizes"), sizes, notes)
     _compare_moba(path, common.get("moba"), moba, allow_moba_change, notes)
     _allocate_adam_state(trainer.optimizer)
-    state = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(path))
+    problem, state = None, {}
+    try:
+        state = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(path))
+    except (CheckpointingException, CheckpointException) as error:  # torch's is no Exception
+        problem = f"checkpoint {path} does not fit this model: {_cause(error)}"
+    agree(problem)
     for number, chunk in enumerate(unwrap_model(trainer.model)):
         chunk.load_state_dict(state[f"model{number}"])
     _load_optimizer(trainer.optimizer, state["optimizer"])
@@ -153,6 +180,20 @@ def _choose(directory: Path, notes: list[str]) -> Path | None:
         raise TrainingError(problem)
     notes.extend(said)
     return path
+
+
+def _compare_sizes(path: Path, saved: dict[str, Any] | None, wanted: dict[str, Any] | None, notes: list[str]) -> None:
+    """Refuse another model. Note what may change in the middle of a run, and what it changes."""
+    if saved is None or wanted is None:
+        return
+    changes = {name: f"{name} {saved[name]} -> {wanted[name]}" for name in saved if saved[name] != wanted.get(name)}
+    refused = [text for name, text in changes.items() if name.startswith("model.") and name not in MAY_CHANGE]
+    if refused:
+        raise TrainingError(f"{path} holds another model: {', '.join(refused)}; choose another run.name")
+    notes.extend(
+        f"{path} was trained with {text.replace(' -> ', ', now ')}" + MAY_CHANGE.get(name, "")
+        for name, text in changes.items()
+    )
 
 
 def _compare_moba(

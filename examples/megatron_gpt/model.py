@@ -203,6 +203,12 @@ def moba_record(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def sizes_record(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says about the model and how its text is read, by key of the configuration."""
+    model = {f"model.{name}": value for name, value in vars(config.model).items() if name != "init_std"}
+    return model | {"data.seq_length": config.data.seq_length, "run.seed": config.run.seed}
+
+
 def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
     section = config.optimizer
     return OptimizerConfig(

@@ -25,7 +25,7 @@ from examples.megatron_gpt import checkpoint, distributed, fit, run_folder  # no
 from examples.megatron_gpt.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
 from examples.megatron_gpt.config import TrainConfig, load_config  # noqa: E402
 from examples.megatron_gpt.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
-from examples.megatron_gpt.model import build, count_parameters, moba_record, moba_settings  # noqa: E402
+from examples.megatron_gpt.model import build, count_parameters, moba_record, moba_settings, sizes_record  # noqa: E402
 from examples.megatron_gpt.progress import Reporter  # noqa: E402
 from examples.megatron_gpt.signals import Stop, note_signals  # noqa: E402
 from examples.megatron_gpt.step import evaluate, last_layer_report, routing, train_step  # noqa: E402
@@ -103,13 +103,14 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
     with fit.doing("building the model"):
         trainer = build(config, ranks)
     checkpoints = config.run_directory / "checkpoints"
-    moba, notes, restored = moba_record(config), list[str](), None
+    moba, sizes, notes, restored = moba_record(config), sizes_record(config), list[str](), None
     if run.resume:
         restored = checkpoint.load_latest(
             checkpoints,
             trainer,
             train_corpus.fingerprint,
             moba=moba,
+            sizes=sizes,
             allow_moba_change=run.allow_moba_change,
             notes=notes,
         )
@@ -168,7 +169,9 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
             due = (run.save_interval and step % run.save_interval == 0) or (run.save_last and step == run.steps)
             if due or stopped:
                 with reporter.pause():
-                    path = checkpoint.save(checkpoints, trainer, progress, moba=moba, keep=run.keep_checkpoints)
+                    path = checkpoint.save(
+                        checkpoints, trainer, progress, moba=moba, sizes=sizes, keep=run.keep_checkpoints
+                    )
                     reporter.say(f"saved {path}")
             if stopped:
                 reporter.say(f"stopped by {stop.name or 'a signal to another rank'} after step {step}")

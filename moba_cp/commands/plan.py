@@ -20,6 +20,7 @@ from ..planning.advice import (
     label,
     options,
     recomputation,
+    slower_than_half,
     visiting_pays_from,
     with_default_budgets,
 )
@@ -53,7 +54,10 @@ def plan(
     wanted_share: Annotated[
         float, typer.Option(help="MoBAReport.wanted_share; 1 is uniform routing", min=0, max=1)
     ] = 1.0,
-    device: Annotated[str, typer.Option(help=f"calibrated GPU: {', '.join(known())}")] = DEFAULT,
+    device: Annotated[
+        str | None,
+        typer.Option(help=f"calibrated GPU: {', '.join(known())}; default: {DEFAULT}, or that of the results"),
+    ] = None,
     results: Annotated[list[Path] | None, typer.Option(help="calibrate from these result files", exists=True)] = None,
     save: Annotated[Path | None, typer.Option(help="write the calibration there, as JSON")] = None,
 ) -> None:
@@ -70,8 +74,12 @@ def plan(
             wanted_share=wanted_share,
         )
         cluster = Cluster(gpus, gpus_per_node, link, fabric, memory)
+        if results and device is not None:
+            raise ValueError(f"--device {device} names a calibration, and --results makes one: give one of them")
         calibration = (
-            calibrate(*read(results), Cluster(1, link=link, fabric=fabric)) if results else Calibration.of(device)
+            calibrate(*read(results), Cluster(1, link=link, fabric=fabric))
+            if results
+            else Calibration.of(DEFAULT if device is None else device)
         )
         if save is not None:
             save.write_text(calibration.to_json())
@@ -149,6 +157,7 @@ def recommended(best: Option, layer: Layer, cluster: Cluster, calibration: Calib
     return [
         f"recommended: {arguments}: heads over U = {split.head_parallel}, sequence over S = {split.sequence_ranks}",
         *(f"  {line}" for line in saved_by_budgets(best, layer, cluster, calibration)),
+        *(f"  {line}" for line in faster_with_half(best, layer, cluster, calibration)),
         f"  layout: {layout}",
         f"  auto would choose: {by_auto}",
         f"  recomputation: {recomputation(best, layers, cluster)}",
@@ -170,6 +179,19 @@ def saved_by_budgets(best: Option, layer: Layer, cluster: Cluster, calibration: 
     sizes = ", ".join(f"{name} {value / 2**30:g} GiB" for name, value in changed.items())
     untried = ["a workspace above the default has not run on a GPU yet"] * ("workspace_bytes" in changed)
     return [f"{sizes}: {travel}{times:.1f} ms with the defaults", *untried]
+
+
+def faster_with_half(best: Option, layer: Layer, cluster: Cluster, calibration: Calibration) -> list[str]:
+    """Where half of the GPUs would take less time, how much, and why."""
+    found = slower_than_half(best, layer, cluster, calibration)
+    if found is None:
+        return []
+    few = found.few
+    why = f", since each GPU receives {found.reason}" if found.reason else ""
+    return [
+        f"half of the GPUs would take less: {few.milliseconds:.1f} instead of {best.milliseconds:.1f} ms, by "
+        f"{label(few.split)}{why}"
+    ]
 
 
 def parts(option: Option) -> list[str]:

@@ -121,7 +121,7 @@ def visiting_pays_from(layer: Layer) -> float:
     With uniform routing a row visits topk - 1 earlier blocks: its query there and its partial result back, 2 D numbers each, for
     every q head; keys and values of everybody take 2 D numbers per kv head and token of the other ranks.
     """
-    return 2 * layer.q_heads / layer.kv_heads * max(1, layer.topk - 1)
+    return 2 * layer.q_heads / layer.kv_heads * max(1, layer.slots - 1)
 
 
 def recomputation(option: Option, layers: int, cluster: Cluster) -> str:
@@ -184,6 +184,15 @@ def slower(best: Mapping[int, Option]) -> list[Slower]:
             reason = f"{after:.1f} GiB from other nodes, {before:.1f} before" if after > before else ""
             found.append(Slower(few, many, reason))
     return found
+
+
+def slower_than_half(best: Option, layer: Layer, cluster: Cluster, calibration: Calibration) -> Slower | None:
+    """What `slower` says of the cluster and half of its GPUs; None where these are not faster, or do not fill their nodes."""
+    half = cluster.gpus // 2
+    if cluster.gpus % 2 or (half > cluster.gpus_per_node and half % cluster.gpus_per_node) or not best.fits:
+        return None
+    found = fastest(layer, cluster, calibration, [half]) | {cluster.gpus: best}
+    return next(iter(slower(found)), None)
 
 
 def passes_of(option: Option) -> tuple[Bytes, Bytes]:

@@ -49,8 +49,8 @@ def memory(layer: Layer, split: Split) -> Memory:
     heads, kv_heads = layer.q_heads_of(split.head_parallel), layer.kv_heads_of(split.head_parallel)
     rows = wide_tokens * heads
     blocks = -(-layer.tokens // layer.block_size)
-    selected = rows * layer.topk * (2 if blocks < 1 << 15 else 4)
-    lists = rows * layer.topk * 4
+    selected = rows * layer.slots * (2 if blocks < 1 << 15 else 4)
+    lists = rows * layer.slots * 4
     sums = rows * 4
     saved = 2 * q + 2 * kv + selected + lists + sums
     parts = {

@@ -65,6 +65,13 @@ class Layer:
         """Tokens of a document."""
         return self.document or self.tokens
 
+    @property
+    def slots(self) -> int:
+        """Partial results per row, as the pipeline keeps them: `topk`, but no more than the blocks of a document, rounded up to a
+        power of two."""
+        blocks = -(-self.length // self.block_size)
+        return min(self.topk, 1 << (blocks - 1).bit_length())
+
     def q_heads_of(self, head_parallel: int) -> int:
         """q heads of a rank where q heads are split: at least one."""
         return max(1, self.q_heads // head_parallel)
@@ -215,6 +222,7 @@ def busiest(layer: Layer, split: Split) -> Work:
 @lru_cache(maxsize=4096)
 def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) -> tuple[int, int, int]:
     """Keys, pairs and candidates of one document and q head on the busiest rank."""
+    block_size, topk = min(block_size, length), min(topk, length)  # larger values mean the same, and do not fit 64 bits
     if layout == "balanced":
         low, high = (x[:, 0] for x in balanced_cuts(np.array([length]), size, block_size, topk))
         start, end = np.concatenate([low[:-1], high[1:]]), np.concatenate([low[1:], high[:-1]])
@@ -255,7 +263,7 @@ class Divided(NamedTuple):
 
 def partial_bytes(layer: Layer) -> int:
     """Bytes of the partial results of one row and q head: a vector and a sum for each selected block."""
-    return layer.topk * (layer.head_dim * layer.itemsize + 4)
+    return layer.slots * (layer.head_dim * layer.itemsize + 4)
 
 
 def ranges(layer: Layer, split: Split) -> Divided:

@@ -15,8 +15,10 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from examples.megatron_gpt import checkpoint_files, run_folder
+from examples.megatron_gpt import checkpoint, checkpoint_files, run_folder
 from examples.megatron_gpt.config import load_config
+from examples.megatron_gpt.distributed import TrainingError
+from examples.megatron_gpt.model import sizes_record
 from examples.megatron_gpt.progress import Reporter, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +128,10 @@ def test_resuming_with_other_moba_settings_and_from_a_truncated_checkpoint(tmp_p
     assert status
     assert "moba.topk 4 -> 2; run.allow_moba_change=true resumes all the same" in output
 
+    status, output = run(tmp_path, 1, "model.tie_embeddings=true", "run.steps=3")
+    assert status
+    assert "holds another model: model.tie_embeddings False -> True; choose another run.name" in output
+
     largest = max((checkpoints / "step_00000002").iterdir(), key=lambda p: p.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     status, output = run(tmp_path, 1, "moba.topk=2", "run.allow_moba_change=true", "run.steps=3")
@@ -144,6 +150,21 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_partial(tmp_pat
     target = tmp_path / "a" / "checkpoints" / "step_00000001"
     assert f"error: checkpoint {target} could not be written: " in output
     assert not list((tmp_path / "a" / "checkpoints").iterdir())
+
+
+def test_another_model_is_refused_and_other_lengths_are_noted() -> None:
+    saved = sizes_record(load_config(ROOT / "configs" / "quickstart.yaml", []))
+    change = ["model.num_layers=3", "data.seq_length=2048", "model.init_std=0.1"]
+    wanted = sizes_record(load_config(ROOT / "configs" / "quickstart.yaml", change))
+    notes: list[str] = []
+    with pytest.raises(TrainingError, match=r"step_2 holds another model: model.num_layers 2 -> 3; choose another"):
+        checkpoint._compare_sizes(Path("step_2"), saved, wanted, notes)
+    assert not notes
+    checkpoint._compare_sizes(Path("step_2"), saved, wanted | {"model.num_layers": 2}, notes)
+    assert notes == [
+        "step_2 was trained with data.seq_length 1024, now 2048: the text is cut and drawn anew from here on"
+    ]
+    checkpoint._compare_sizes(Path("step_2"), None, wanted, notes)  # saved before sizes were recorded
 
 
 def test_metrics_survive_a_line_that_a_killed_run_did_not_finish(tmp_path: Path) -> None:
