@@ -207,6 +207,13 @@ def test_twice_the_gpus_take_longer_only_for_a_stated_reason(blocks: tuple[int, 
             assert "GiB from other nodes" in found.reason
 
 
+def test_kv_heads_that_ranks_share_count_as_the_copies_that_a_call_makes() -> None:
+    layer = Layer(1 << 20, 10, 5, 512, 8)
+    assert [layer.kv_heads_of(size) for size in (1, 2, 5, 10)] == [5, 5, 1, 1]
+    split = Split(2, 2)
+    assert busiest(layer, split).kv_rows == 5 * layer.tokens
+
+
 def test_heads_that_do_not_divide_are_not_split() -> None:
     assert {s.head_parallel for s in advice.splits(Layer(1 << 20, 6, 2, 512, 8), Cluster(8), ("zigzag",))} == {1, 2}
 

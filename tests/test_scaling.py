@@ -181,6 +181,8 @@ def written(tmp_path: Path, **change: object) -> Path:
         ({"layout": "spiral"}, "spiral"),
         ({"color": 1}, "unknown color"),
         ({"heads": [["4/2"]]}, "pairs like"),
+        ({"heads": [[5, 2]]}, r"kv heads divide query heads, got \[5, 2\]"),
+        ({"heads": [[4, 0]]}, r"heads must be positive, .* got \[4, 0\]"),
         ({"tokens": None}, "tokens_per_rank"),
         ({"tokens_per_rank": [64]}, "not both"),
         ({"comm": None}, "lacks 'comm'"),
@@ -209,6 +211,12 @@ def test_a_file_of_another_form_is_named(tmp_path: Path, text: str, expected: st
     (tmp_path / "sweeps.yaml").write_text(text)
     with pytest.raises(ValueError, match=expected):
         load_plan(tmp_path / "sweeps.yaml", 2)
+
+
+def test_equal_work_is_the_share_of_a_rank_also_where_kv_heads_are_copied(tmp_path: Path) -> None:
+    """Two ranks with 5 of 10 q heads each need kv heads 0 to 2 and 2 to 4: each works with a regular 5/5, copies among them."""
+    plan = load_plan(written(tmp_path, heads=[[10, 5], [8, 4]], ranks=[2], baselines=["equal_work"]), 2)
+    assert [(case.q_heads, case.kv_heads) for case in plan.cases if case.baseline] == [(5, 5), (4, 2)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "scaling").glob("*.yaml")), ids=lambda p: p.stem)

@@ -14,6 +14,7 @@ from ..config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
 from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, balanced_cuts, candidates_before, keys_before, pairs_before
 from ..parallel.cost import BETWEEN_BYTES_PER_MS, INSIDE_BYTES_PER_MS
 from ..parallel.exchanges.registry import EXCHANGES
+from ..parallel.heads import head_split
 from ..parallel.layout import SequenceLayout
 
 MOST_TOKENS = 1 << 32
@@ -77,8 +78,8 @@ class Layer:
         return max(1, self.q_heads // head_parallel)
 
     def kv_heads_of(self, head_parallel: int) -> int:
-        """kv heads of a rank where q heads are split: at least one."""
-        return max(1, self.kv_heads // head_parallel)
+        """kv heads that a rank works with where q heads are split, copies among them."""
+        return max(1, head_split(self.q_heads, self.kv_heads, head_parallel).kv_heads)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import numpy as np
 
 from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.config import DEFAULT_EXCHANGE_BYTES
+from moba_cp.parallel.heads import head_split
 from moba_cp.parallel.splits import COMMS
 
 from .records import REPOSITORY
@@ -163,7 +164,7 @@ def load_plan(path: Path, world: int) -> Plan:
     left_out: list[str] = []
     for name in ("iterations", "seconds"):
         value = content.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"{path}: {name} must be a positive number, got {value!r}")
     for sweep in content["sweeps"]:
         if not isinstance(sweep, dict):
@@ -207,7 +208,7 @@ def _cases(sweep: dict[str, Any], layout: str, world: int, left_out: list[str]) 
             left_out.append(f"{name}: {count} ranks")
             continue
         for tokens in sweep.get("tokens") or [n * count for n in sweep["tokens_per_rank"]]:
-            for q_heads, kv_heads in (_pair(x, "heads") for x in sweep["heads"]):
+            for q_heads, kv_heads in (_heads(x) for x in sweep["heads"]):
                 for block_size, topk in (_pair(x, "blocks") for x in sweep["blocks"]):
                     for routing in sweep.get("routing", ["uniform"]):
                         _one_of("routing", routing, ROUTINGS)
@@ -237,8 +238,8 @@ def _variants(first: Case, sweep: dict[str, Any], head_parallel: list[int | None
         if baseline == "equal_work":
             if first.q_heads % first.ranks:
                 continue
-            heads = first.q_heads // first.ranks, max(1, first.kv_heads // first.ranks)
-            found.append(replace(first, q_heads=heads[0], kv_heads=heads[1], baseline=baseline))
+            share = head_split(first.q_heads, first.kv_heads, first.ranks)
+            found.append(replace(first, q_heads=share.q_heads, kv_heads=share.kv_heads, baseline=baseline))
         elif baseline != "dense_heads" or first.q_heads % first.ranks == 0:
             found.append(replace(first, baseline=baseline))
     return found
@@ -275,6 +276,14 @@ def _known(where: str, given: dict[str, Any], allowed: set[str]) -> None:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _heads(given: Any) -> tuple[int, int]:
+    """A pair of query and kv heads, of which the second divides the first."""
+    q_heads, kv_heads = _pair(given, "heads")
+    if min(q_heads, kv_heads) < 1 or q_heads % kv_heads:
+        raise ValueError(f"heads must be positive, and kv heads divide query heads, got {given!r}")
+    return q_heads, kv_heads
 
 
 def _pair(given: Any, name: str) -> tuple[int, int]:
