@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.config import DEFAULT_EXCHANGE_BYTES
 from scripts import scaling
-from scripts.harness import definition, sweep
+from scripts.harness import definition, dense_case, layer_case, sweep, teams
 from scripts.harness.inputs import draw_global
 from scripts.harness.sweep import load_plan
 from scripts.tables.layer import layer_tables
@@ -167,9 +167,42 @@ def written(tmp_path: Path, **change: object) -> Path:
     import yaml
 
     one = {"name": "x", "tokens": [256], "heads": [[4, 2]], "blocks": [[32, 3]], "comm": ["ring"]}
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "sweeps.yaml"
     path.write_text(yaml.safe_dump({"sweeps": [{k: v for k, v in (one | change).items() if v is not None}]}))
     return path
+
+
+def odd_cases(rank: int, world: int, folder: Path) -> list[tuple[object, ...]]:
+    """Three ranks, of which one is in no team of two: a refused case, 5 kv heads over two ranks, 2 kv heads over three."""
+    path = written(folder / str(rank), heads=[[5, 5], [10, 5]], ranks=[2], comm=["a2a"], baselines=["dense_heads"])
+    three = written(
+        folder / f"{rank} three", heads=[[6, 2]], tokens=[255, 256], ranks=[3], comm=["a2a"], baselines=["dense_heads"]
+    )
+    found: list[tuple[object, ...]] = []
+    for plan in (load_plan(path, 3), load_plan(three, 3)):
+        groups = teams.make_teams({case.ranks for case in plan.cases})
+        for case in plan.cases:
+            module = dense_case if case.dense else layer_case
+            try:
+                module.measure(case, groups[case.ranks], torch.device("cpu"), 1, 0.1)
+                found.append((case.q_heads, case.ranks, case.tokens, case.baseline, "measured"))
+            except ValueError as error:
+                found.append((case.q_heads, case.ranks, case.tokens, case.baseline, str(error)))
+    return found
+
+
+def test_what_two_ranks_refuse_ends_the_case_on_a_third_that_is_in_no_team(tmp_path: Path) -> None:
+    found = run_ranks(3, odd_cases, tmp_path)
+    members, idle = found[0], found[2]
+    assert [case[:4] for case in members] == [case[:4] for case in idle]
+    refused = "comm='a2a' on 2 ranks needs q heads that 2 divides, got 5"
+    assert [case[4].split(";")[0] for case in members] == [
+        refused, "measured", "measured",  # 10/5 over two ranks: each kv head has two copies
+        "measured", "measured",  # 6/2 over three, 255 tokens
+        "measured", "dense baselines cut 256 tokens into equal parts, not into 3",
+    ]  # fmt: skip
+    assert idle[0][4] == "another rank failed"
 
 
 @pytest.mark.parametrize(

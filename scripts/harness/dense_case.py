@@ -8,6 +8,7 @@ and back. Both hold bf16 tensors of equal parts of one sequence; GQA stays GQA w
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .inputs import draw_inputs
 from .layer_case import record
 from .sweep import Case
-from .teams import Team, time_teams
+from .teams import Team, prepare, time_teams
 from .timing import over_all
 
 LONGEST_S = 60.0
@@ -29,9 +30,16 @@ LONGEST_S = 60.0
 
 
 def measure(case: Case, team: Team, device: torch.device, iterations: int, seconds: float) -> dict[str, Any]:
-    """Times of the slowest rank, and peak memory; every rank of the job calls alike."""
-    calls: dict[str, Callable[[], None] | None] = {"forward": None, "forward_backward": None}
-    if team.rank is not None:
+    """Times of the slowest rank, and peak memory; every rank of the job calls alike.
+
+    Raises:
+        ValueError, torch.OutOfMemoryError: the case cannot run here, or did not fit; on every rank of the job.
+    """
+    if case.tokens % case.ranks:
+        raise ValueError(f"dense baselines cut {case.tokens} tokens into equal parts, not into {case.ranks}")
+
+    def inputs() -> dict[str, Callable[[], None] | None]:
+        assert team.rank is not None
         q, k, v, dout = draw_inputs(case.tokens // case.ranks, case.q_heads, case.kv_heads, 1 + team.rank, device)
         leaves = [x.requires_grad_() for x in (q, k, v)]
         attend = _ring(case, team, device) if case.baseline == "dense_ring" else _heads(case, team, device)
@@ -45,7 +53,9 @@ def measure(case: Case, team: Team, device: torch.device, iterations: int, secon
                 x.grad = None
             attend(q, k, v, dout)
 
-        calls = {"forward": forward, "forward_backward": both}
+        return {"forward": forward, "forward_backward": both}
+
+    calls = prepare(inputs, team, device) or {"forward": None, "forward_backward": None}
     found: dict[str, Any] = {}
     for name, call in calls.items():
         if name == "forward_backward" and not case.backward:
@@ -102,7 +112,7 @@ def _ring(case: Case, team: Team, device: torch.device) -> Attend:
 
 def _heads(case: Case, team: Team, device: torch.device) -> Attend:
     size, group = team.size, team.group
-    copies = max(1, size // case.kv_heads)  # of kv heads where ranks are more than these
+    copies = size // math.gcd(size, case.kv_heads)  # of each kv head: as few as give all ranks equally many
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None) -> None:
         parts = (_HeadsIn.apply(x, size, group) for x in (q, *(x.repeat_interleave(copies, 1) for x in (k, v))))

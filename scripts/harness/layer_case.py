@@ -17,7 +17,7 @@ from moba_cp.report import MoBAReport
 from . import definition
 from .inputs import correlate, draw_global
 from .sweep import Case
-from .teams import Team, time_teams
+from .teams import Team, prepare, time_teams
 from .timing import Times, over_all, stage_milliseconds
 
 EXPOSED = ("wait", "return gradients")
@@ -37,9 +37,16 @@ def measure(case: Case, team: Team, device: torch.device, iterations: int, secon
             received, forward and backward, and of that from other nodes.
         peak_gib_forward, peak_gib_forward_backward: the most of any rank, inputs and shared memory included.
         output_error and what else `definition.check_rows` gives; fingerprint: of the bits of output and dq.
+
+    Raises:
+        ValueError, torch.OutOfMemoryError: the call was refused, or did not fit; on every rank of the job.
     """
-    work = _Layer(case, team, device) if team.rank is not None else None
-    found: dict[str, Any] = work.first_call() if work else {}
+
+    def first() -> tuple[_Layer, dict[str, Any]]:
+        layer = _Layer(case, team, device)
+        return layer, layer.first_call()
+
+    work, found = prepare(first, team, device) or (None, {})
     shared = work.shared_bytes() if work else 0
     timed = {"forward": work.forward if work else None}
     if case.backward:

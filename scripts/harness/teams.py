@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from .definition import Ranks
-from .timing import Times, from_common_start
+from .timing import Times, from_common_start, over_all
+
+Prepared = TypeVar("Prepared")
 
 TIMEOUT = timedelta(minutes=4)
 """After which ranks that wait for one that failed end the job."""
@@ -73,6 +75,25 @@ def first_rank_says(value: Any) -> Any:
     said = [value]
     dist.broadcast_object_list(said)
     return said[0]
+
+
+def prepare(make: Callable[[], Prepared], team: Team, device: torch.device) -> Prepared | None:
+    """What `make` returns on ranks in a team, None on others. What it refuses on any rank ends the case on all of them, also on
+    those in no team, which would go on to keep time alone.
+
+    Raises:
+        ValueError, torch.OutOfMemoryError: of this rank's `make`; or a ValueError, where another rank's raised.
+    """
+    made: Prepared | None = None
+    refused: Exception | None = None
+    if team.rank is not None:
+        try:
+            made = make()
+        except (ValueError, torch.OutOfMemoryError) as error:
+            refused = error
+    if over_all(float(refused is not None), device):
+        raise refused or ValueError("another rank failed")
+    return made
 
 
 def time_teams(call: Callable[[], Any] | None, device: torch.device, iterations: int, seconds: float) -> Times:
