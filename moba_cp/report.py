@@ -36,7 +36,8 @@ class MoBAReport:
         once_bytes: the least `exchange_bytes` with which they would cross once in forward, and in backward; 0 where they do with
             any.
         traffic: collectives and bytes of this rank by stage, and which of these came from other nodes; the backward pass adds
-            its own when it runs. The report's own collectives are not in it. Heads travel as "heads in" and "heads out".
+            its own when it runs. The report's own collectives are not in it, nor the small messages by which ranks agree on the
+            call and find out which nodes they are on. Heads travel as "heads in" and "heads out".
         lower_bound_bytes: int64 `[P]`, fewest bytes of keys and values each rank must receive in forward for this
             routing: each wanted (block, kv head) pair that is at home elsewhere, once.
         visible_bytes: int64 `[P]`, the same if every block a rank can see were wanted.
