@@ -173,6 +173,21 @@ def test_keys_of_moba_are_those_of_the_trainer() -> None:
     assert set(MOBA_KEYS) == {field.name for field in fields(MoBASection)}
 
 
+@pytest.mark.parametrize(("rank", "text"), [("0", "MASTER_ADDR expected, but not set"), ("x", "'x'")])
+def test_doctor_names_an_environment_that_is_half_set(monkeypatch: pytest.MonkeyPatch, rank: str, text: str) -> None:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    status, output = invoke("doctor", "--megabytes", "1")
+    assert status == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("[PROBLEM]")]
+    assert f"rank {rank}: joining the other ranks: ValueError" in line
+    assert text in line
+    assert "-> start all ranks by torchrun" in line
+    assert output.splitlines()[-1] == "1 problem"
+
+
 def test_doctor_refuses_bad_heads() -> None:
     for heads, text in (("16", "'16'"), ("32/5", "5 and 32")):
         status, output = invoke("doctor", "--heads", heads)

@@ -7,7 +7,7 @@ torchrun --nproc-per-node 4 -m moba_cp doctor                # also collectives,
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch.distributed as dist
 import typer
@@ -36,11 +36,17 @@ def doctor(
             show(finding)
         print("\nFor collectives and what `auto` chooses: torchrun --nproc-per-node <GPUs> -m moba_cp doctor")
         end(findings)
-    device = join()
+    try:
+        device = join()
+    except (ValueError, RuntimeError, OSError) as error:
+        cure = "start all ranks by torchrun --nproc-per-node <GPUs> -m moba_cp doctor, or unset RANK and WORLD_SIZE"
+        fail(findings, "joining the other ranks", error, cure)
     try:
         findings += group_findings(device, tokens_per_gpu, pair, megabytes << 20)
         everyone: list[list[Finding]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, findings)
+    except (ValueError, RuntimeError) as error:
+        fail(findings, "working together", error, "see the first rank that failed, and NCCL_DEBUG=WARN")
     finally:
         leave()
     shown: list[Finding] = []
@@ -54,6 +60,18 @@ def doctor(
     end([finding for of_rank in everyone for finding in of_rank], quiet=int(os.environ["RANK"]) != 0)
 
 
+def fail(findings: list[Finding], what: str, error: Exception, cure: str) -> NoReturn:
+    """Show what this rank has found, and as a problem what ended it; every rank that failed shows its own.
+
+    Raises:
+        typer.Exit: always, with status 1.
+    """
+    problem = Finding("problem", what, f"{type(error).__name__}: {' '.join(str(error).split())}", cure)
+    for finding in [*findings, problem]:
+        show(finding, f"rank {os.environ['RANK']}: ")
+    end([*findings, problem])
+
+
 def show(finding: Finding, where: str = "") -> None:
     """One line, and the cure below it."""
     print(
@@ -62,7 +80,7 @@ def show(finding: Finding, where: str = "") -> None:
     )
 
 
-def end(findings: list[Finding], quiet: bool = False) -> None:
+def end(findings: list[Finding], quiet: bool = False) -> NoReturn:
     """The verdict as the last line and the exit status.
 
     Raises:
