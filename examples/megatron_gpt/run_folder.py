@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from .distributed import agree
 
 LOCK = "lock"
 """File in the folder, locked by rank 0 as long as its process lives. The lock ends with the process, the file stays."""
+OTHER_HOST_SECONDS = 100.0
+"""NFS gives up the locks of a dead host after 90 seconds."""
 
 
 @contextmanager
@@ -48,20 +51,28 @@ class FolderInUseError(RuntimeError):
 
 
 def _lock(directory: Path) -> int:
-    """Descriptor of the locked file; closing it unlocks."""
+    """Descriptor of the locked file; closing it unlocks.
+
+    A network file system may keep the lock of a host that died for a while, and the run that takes its place starts at once. So
+    this waits for another host's lock, up to `OTHER_HOST_SECONDS`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise FolderInUseError(
-            f"{directory} is in use by another run ({holder}): wait for it, or choose another run.name"
-        ) from None
-    except OSError:  # no locks on this file system
-        return descriptor
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    here, deadline = f"on {platform.node()}", time.monotonic() + OTHER_HOST_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            if holder.endswith(here) or time.monotonic() > deadline:
+                os.close(descriptor)
+                raise FolderInUseError(
+                    f"{directory} is in use by another run ({holder}): wait for it, or choose another run.name"
+                ) from None
+            time.sleep(min(1.0, OTHER_HOST_SECONDS))
+        except OSError:  # no locks on this file system
+            return descriptor
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+    os.write(descriptor, f"process {os.getpid()} {here}\n".encode())
     return descriptor

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -142,6 +143,10 @@ def test_resuming_with_other_moba_settings_and_from_a_truncated_checkpoint(tmp_p
     assert "moba.topk4->2" in text
     assert (checkpoints / "latest").read_text() == "step_00000003\n"
 
+    status, output = run(tmp_path, 1, "moba.topk=2", "run.steps=2")
+    assert status == 0, output
+    assert "run.steps=2 are done: a larger run.steps trains on" in output
+
 
 @pytest.mark.heavy
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_partial(tmp_path: Path) -> None:
@@ -182,6 +187,17 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
         run_folder._lock(tmp_path / "a")
     os.close(held)
     os.close(run_folder._lock(tmp_path / "a"))
+
+
+def test_a_lock_of_another_host_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = run_folder._lock(tmp_path)
+    os.pwrite(held, b"process 7 on elsewhere\n".ljust(200), 0)
+    monkeypatch.setattr(run_folder, "OTHER_HOST_SECONDS", 0.0)
+    with pytest.raises(run_folder.FolderInUseError, match=r"in use by another run \(process 7 on elsewhere\)"):
+        run_folder._lock(tmp_path)
+    monkeypatch.setattr(run_folder, "OTHER_HOST_SECONDS", 60.0)
+    threading.Timer(0.2, os.close, [held]).start()
+    os.close(run_folder._lock(tmp_path))
 
 
 @pytest.mark.heavy
