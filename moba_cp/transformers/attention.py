@@ -16,6 +16,7 @@ from ..cached import CachedTokens, CentroidCache, moba_attention_cached
 from ..config import MoBAConfig
 from ..dense import causal_attention
 from ..parallel.layout import SequenceLayout
+from ..tracing import infer_output, without_numbers
 from . import kept, masks
 from .settings import settings_of
 
@@ -50,7 +51,7 @@ def moba_attention_forward(
         scaling: factor on the scores; None for `D ** -0.5`.
         dropout: must be 0.
         position_ids: `[samples or 1, queries]`. Without a mask and a cache, a document begins wherever a position is not one
-            more than the position before it.
+            more than the position before it; with padding, wherever positions do not increase from one content token to the next.
         cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, where documents begin; instead of positions, for one sample.
         moba_layout, moba_group: the sample is this rank's part of a sequence under context parallelism. They reach this
             function as arguments of the model's forward pass.
@@ -66,7 +67,14 @@ def moba_attention_forward(
     _refuse(module, dropout, kwargs)
     settings, moba = settings_of(module)
     config = _config(settings.block_size, settings.topk, scaling)
+    cached_key = key
+    query, key, value = _as_autocast_wants(query, key, value)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [samples, tokens, heads, head size]
+    if without_numbers(q, k, v):
+        return infer_output(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, q.shape[:2]), None
+    documents = None
+    if attention_mask is not None and masks.is_of_documents(attention_mask, q.shape[1]):
+        documents, attention_mask = attention_mask, None
     if moba_layout is not None:
         if attention_mask is not None or q.shape[0] != 1 or q.shape[1] != k.shape[1]:
             raise ValueError(
@@ -79,7 +87,7 @@ def moba_attention_forward(
                 f"{q.shape[1]} queries and {k.shape[1]} keys need the mask of moba_mask, got none: cross-attention, or a "
                 "cache that transformers makes no masks for"
             )
-        ends = _documents(q, cast(int, module.layer_idx), position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        ends = _documents(q, cast(int, module.layer_idx), documents, position_ids, cu_seq_lens_q, cu_seq_lens_k)
         layout = SequenceLayout.contiguous(ends, 1)
         out = _attend(moba, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), config, layout)
         kept.hook(module)
@@ -92,13 +100,28 @@ def moba_attention_forward(
     kept.hook(module)
     decoding = q.shape[1] == 1 and k.shape[1] > 1
     if not decoding and tokens.host.whole:
-        return _prefill(moba, q, k, v, config, tokens), None
+        ends = _ends_of_content(tokens, cast(int, module.layer_idx), position_ids)
+        return _prefill(moba, q, k, v, config, tokens, ends), None
     if not moba or (decoding and settings.decode == "full"):
         return _full_from_cache(query, key, value, tokens, scaling), None
     centroids = moba_centroids if moba_centroids is not None else CentroidCache()
+    if centroids.values is not None and centroids.values.dtype != k.dtype:  # autocast was switched in between
+        centroids = CentroidCache()
     out = moba_attention_cached(q, k, v, config, tokens=tokens, centroids=centroids)
-    kept.keep(key, centroids)
+    kept.keep(cached_key, centroids)
     return out, None
+
+
+def _as_autocast_wants(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, `tensors` in its dtype, as for torch's own attention; fp64 stays.
+
+    Projections leave q, k and v in autocast's dtype, but rotary embeddings in fp32 take q and k out of it again.
+    """
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 @lru_cache(maxsize=64)
@@ -110,7 +133,9 @@ def _config(block_size: int, topk: int, scaling: float | None) -> MoBAConfig:
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for what MoBA attention does not compute."""
     if dropout:
-        raise ValueError(f"MoBA attention has no dropout, got {dropout}: set config.attention_dropout to 0")
+        raise ValueError(
+            f"MoBA attention has no dropout, got {dropout}: set config.attention_dropout, or what the model calls it, to 0"
+        )
     for name in REFUSED:
         if kwargs.get(name) is not None:
             raise ValueError(f"MoBA attention has no {name}, got {_shown(kwargs[name])}")
@@ -145,12 +170,19 @@ def _attend(
 def _documents(
     q: Tensor,
     layer: int,
+    documents: Tensor | None,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
 ) -> Sequence[int]:
-    """Ends of the documents of `q` `[samples, tokens, Hq, D]` of one layer, samples one after the other, from 0."""
+    """Ends of the documents of `q` `[samples, tokens, Hq, D]` of one layer, samples one after the other, from 0. `documents`: a
+    mask that tells them apart."""
     samples, tokens = q.shape[:2]
+    for name, x in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if cu_seq_lens_q is None and cu_seq_lens_k is not None:
+        raise ValueError("give cu_seq_lens_q with cu_seq_lens_k: queries and keys have the same documents")
     if cu_seq_lens_q is not None:
         if samples != 1:
             raise ValueError(f"cu_seq_lens are for one sample, got {samples}")
@@ -160,6 +192,9 @@ def _documents(
         if ends != of_keys:
             raise ValueError(f"queries and keys must have the same documents, got {ends} and {of_keys}")
         return ends
+    if documents is not None:
+        begin = _on_host(documents, layer, "begins", lambda x: x.flatten().nonzero()[:, 0].tolist())
+        return [*begin, samples * tokens]
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != tokens:
         return [tokens * i for i in range(samples + 1)]
     begins = _on_host(position_ids, layer, "begins", _begins)
@@ -179,6 +214,19 @@ def _begins(position_ids: Tensor) -> list[list[int]]:
     return found
 
 
+def _ends_of_content(tokens: CachedTokens, layer: int, position_ids: Tensor | None) -> Sequence[int]:
+    """Ends of the documents of a padded batch, padding left out, samples one after the other, from 0."""
+    content = tokens.host.query_position >= 0  # [samples, queries]
+    ends = {0, *np.cumsum(tokens.host.lengths).tolist()}
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == content.shape[1]:
+        rows = np.array(_on_host(position_ids, layer, "positions", lambda x: x.tolist()))
+        if len(rows) not in (1, len(content)):
+            raise ValueError(f"position_ids are of {len(rows)} samples, the queries of {len(content)}")
+        position = np.broadcast_to(rows, content.shape)[content]
+        ends |= set((np.flatnonzero(np.diff(position) <= 0) + 1).tolist())
+    return sorted(ends)
+
+
 def _on_host(x: Tensor, layer: int, name: str, read: Callable[[Tensor], list[Any]]) -> list[Any]:
     """`read(x)` for one layer. Reading from a GPU waits for it, so what a layer read is kept with the tensor for the layers after
     it. A layer that does not come after the last one begins another forward pass, and reads again: writes by `broadcast`,
@@ -196,10 +244,13 @@ def _on_host(x: Tensor, layer: int, name: str, read: Callable[[Tensor], list[Any
     return found[2]
 
 
-def _prefill(moba: bool, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, tokens: CachedTokens) -> Tensor:
-    """Attention of whole samples, padding left out; differentiable. `k` and `v` may have slots that are not used yet."""
+def _prefill(
+    moba: bool, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, tokens: CachedTokens, ends: Sequence[int]
+) -> Tensor:
+    """Attention of whole samples, padding left out, within documents that end at `ends`; differentiable. `k` and `v` may have
+    slots that are not used yet."""
     host, (samples, queries) = tokens.host, q.shape[:2]
-    layout = SequenceLayout.contiguous([0, *np.cumsum(host.lengths).tolist()], 1)
+    layout = SequenceLayout.contiguous(ends, 1)
     at = np.flatnonzero(host.query_position.ravel() >= 0)
     if at.size == samples * queries:
         q, k, v = (x[:, :queries].flatten(0, 1) for x in (q, k, v))

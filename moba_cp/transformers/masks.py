@@ -1,7 +1,9 @@
-"""The mask function: what a model's forward pass tells every attention layer about padding and the cache.
+"""The mask function: what a model's forward pass tells every attention layer about documents, padding and the cache.
 
 transformers calls it once per forward pass and hands its result to every layer as `attention_mask`. It is None where there is
-no padding and no cached token, else one int32 tensor `[samples, 1, 1, 2 + queries + 2 * slots]` that holds `CachedTokens`:
+one document per sample, no padding and no cached token. Where transformers finds packed documents, it is an int16 tensor
+`[samples, 1, 1, queries]`, 1 where a document begins. Else it is an int32 tensor `[samples, 1, 1, 2 + queries + 2 * slots]` that
+holds `CachedTokens`:
 
     lengths (1) | before (1) | query_position (queries) | slots (slots) | slot_position (slots)
 
@@ -19,6 +21,8 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from ..cached import CachedTokens
+from ..tracing import without_numbers
+from .settings import check_configured
 
 
 @torch.compiler.disable
@@ -32,6 +36,7 @@ def moba_mask(
     attention_mask: Tensor | None = None,
     cache_position: Tensor | None = None,
     device: torch.device | None = None,
+    config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask function that `register` gives to transformers; version 4 passes `cache_position`, version 5 `q_offset`.
@@ -41,9 +46,10 @@ def moba_mask(
         q_offset: slot of the first query.
         kv_offset: first slot whose key is kept; other than 0 under sliding windows only.
         mask_function: which keys a query sees; must be the causal one, or that of packed documents.
-        attention_mask: bool `[batch_size, slots or fewer]`, False for padding.
+        attention_mask: bool `[batch_size, slots or fewer]`, False for padding; missing slots are padding.
         cache_position: slots of the queries.
         device: of the result.
+        config: the model's, with the settings of `configure`. A model that has attention of its own must not run without a mask.
         **kwargs: `local_size`, `allow_is_bidirectional_skip` and `use_vmap` tell masks apart that are refused.
 
     Raises:
@@ -54,16 +60,22 @@ def moba_mask(
     if q_length is None:
         raise ValueError("the mask function needs q_length or cache_position, got neither")
     _check_causal(mask_function, attention_mask, kv_offset, kwargs)
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must have shape [samples, tokens], got {tuple(attention_mask.shape)}")
-    if q_length == kv_length:  # no cached token
-        if attention_mask is None or bool(attention_mask.all()):
-            return None
-        q_offset = 0
+    if config is not None:
+        check_configured(config.get_text_config(decoder=True))
     if attention_mask is not None:
         device = attention_mask.device
+        if attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must have shape [samples, tokens], got {tuple(attention_mask.shape)}")
         if attention_mask.shape[1] > kv_length:
             raise ValueError(f"attention_mask {tuple(attention_mask.shape)} is longer than the {kv_length} keys")
+        if without_numbers(attention_mask):
+            return None
+    if q_length == kv_length:  # no cached token
+        if attention_mask is None and mask_function is not causal_mask_function:
+            return _begins(mask_function, batch_size, q_length, device)
+        if attention_mask is None or (attention_mask.shape[1] == kv_length and bool(attention_mask.all())):
+            return None
+        q_offset = 0
     if device is None:
         device = q_offset.device if isinstance(q_offset, Tensor) else torch.device("cpu")
     return pack(
@@ -87,6 +99,20 @@ def _check_causal(
         raise ValueError(
             f"MoBA attention takes no or_mask_function, and_mask_function or blocks of its own, got {name}"
         )
+
+
+def _begins(mask_function: Callable[..., Any], samples: int, queries: int, device: torch.device | None) -> Tensor:
+    """int16 `[samples, 1, 1, queries]`: 1 where a token does not see the one before it."""
+    sample, query = (torch.arange(n, device=device) for n in (samples, queries))
+    sees = mask_function(sample[:, None], sample.new_zeros(()), query[None, 1:], query[None, :-1])
+    begins = torch.ones(samples, queries, dtype=torch.int16, device=device)
+    begins[:, 1:] = ~sees
+    return begins[:, None, None]
+
+
+def is_of_documents(mask: Tensor, queries: int) -> bool:
+    """Whether `mask` tells packed documents apart; see `_begins`."""
+    return mask.dtype == torch.int16 and mask.shape[1:] == (1, 1, queries)
 
 
 def pack(tokens: CachedTokens) -> Tensor:

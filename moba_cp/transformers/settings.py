@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ..config import MoBAConfig
 from ..validation import check_config
@@ -79,13 +79,13 @@ def configure(
 
     Args:
         model_or_config: a model of transformers, or a config to make one from. Of a model with several configs, that of its
-            text model is meant.
+            text model is meant: other parts, such as a vision tower, keep their attention.
         config: block size and top-k. The scale of the scores is the model's own, so `softmax_scale` must be None.
         layer_pattern, full_last, decode: see `Settings`.
 
     Raises:
         TypeError, ValueError: an argument is not as said, or the model has another number of layers; or the model's config asks
-            for what MoBA attention does not compute.
+            for what MoBA attention does not compute; or the model does not take its attention from transformers' interface.
     """
     check_config(config)
     if config.softmax_scale is not None:
@@ -102,11 +102,47 @@ def configure(
     for name in ("sliding_window", "attn_logit_softcapping", "attention_chunk_size"):
         if getattr(text, name, None) is not None:
             raise ValueError(f"MoBA attention has no {name}, but the model's config says {getattr(text, name)!r}")
+    if getattr(whole, "is_encoder_decoder", False):
+        raise ValueError(f"MoBA attention is causal, but {type(whole).__name__} is of an encoder and a decoder")
+    _check_interface(model_or_config if is_model else None, text)
     setattr(text, IMPLEMENTATION, asdict(settings))
-    if is_model:
+    if is_model and whole is text:
         model_or_config.set_attn_implementation(IMPLEMENTATION)
     else:
-        model_or_config._attn_implementation = IMPLEMENTATION
+        text._attn_implementation = IMPLEMENTATION
+
+
+def _check_interface(model: Any, text: PretrainedConfig) -> None:
+    """The classes of a model, or those that its config stands for, call the attention that the config names.
+
+    Others would ignore MoBA, or compute attention of their own without the causal mask, which MoBA does not make.
+
+    Raises:
+        ValueError: a class has attention of its own.
+    """
+    if model is None:
+        classes: list[Any] = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)]
+    else:
+        classes = [type(x) for x in model.modules() if isinstance(x, PreTrainedModel) and x.config is text]
+    for kind in classes:
+        can_set = getattr(kind, "_can_set_attn_implementation", None)
+        if can_set is not None and not can_set():
+            raise ValueError(f"{kind.__name__} does not take its attention from transformers' attention interface")
+
+
+def check_configured(config: Any) -> dict[str, Any]:
+    """What `configure` wrote into the config of a text model.
+
+    Raises:
+        ValueError: it wrote nothing.
+    """
+    kept = getattr(config, IMPLEMENTATION, None)
+    if not isinstance(kept, dict):
+        raise ValueError(
+            f"the model's config has no MoBA settings (config.{IMPLEMENTATION} is {kept!r}): call "
+            "moba_cp.transformers.configure(model, MoBAConfig(...)) first"
+        )
+    return kept
 
 
 def settings_of(module: Any) -> tuple[Settings, bool]:
@@ -121,11 +157,7 @@ def settings_of(module: Any) -> tuple[Settings, bool]:
     known = getattr(module, "_moba_settings", None)
     if known is not None and known[0] == (kept, layers):
         return known[1]
-    if not isinstance(kept, dict):
-        raise ValueError(
-            f"the model's config has no MoBA settings (config.{IMPLEMENTATION} is {kept!r}): call "
-            "moba_cp.transformers.configure(model, MoBAConfig(...)) first"
-        )
+    kept = check_configured(module.config)
     try:
         settings = Settings(**kept)
     except TypeError as error:
