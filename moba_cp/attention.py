@@ -8,12 +8,12 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import pipeline, wide
 from .compiled import compiled_attention, compiled_varlen, fits_a_graph
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .derivatives import can_refuse, first_derivative_only, no_forward_mode
 from .outside_graphs import outside_graphs
 from .parallel import backward_order
 from .parallel.comm import CommGroup, process_group_of
@@ -183,7 +183,7 @@ def moba_attention(
                 return_report=return_report, workspace_bytes=workspace_bytes, exchange_bytes=exchange_bytes,
             )  # fmt: skip
         return compiled_attention(
-            q, k, v, config, layout.description, ranks, comm, selection, check_selection, routing, return_selection,
+            q, k, v, config, layout.described, ranks, comm, selection, check_selection, routing, return_selection,
             workspace_bytes, exchange_bytes,
         )  # fmt: skip
     prepared = prepare(
@@ -267,11 +267,12 @@ class _MoBAFunction(torch.autograd.Function):
         tensors: list[Tensor] = []
         ctx.call, ctx.group, ctx.kept = call, group, take_tensors(done.kept, tensors)
         ctx.save_for_backward(*tensors)
+        can_refuse(ctx, (q, k, v), tensors)
         ctx.mark_non_differentiable(done.selected)
         return done.out, done.selected, done.route
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
         group: CommGroup = ctx.group
         if group.size > 1:
@@ -279,3 +280,5 @@ class _MoBAFunction(torch.autograd.Function):
         with as_given(dout):
             gradients = wide.run_backward(ctx.call, put_tensors(ctx.kept, ctx.saved_tensors), dout)
         return *gradients, None, None, None
+
+    jvp = staticmethod(no_forward_mode)

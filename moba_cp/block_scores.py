@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import MoBAConfig
+from .derivatives import first_derivative_only
 from .kernels.torch_backend import accumulate_dtype
 from .outside_graphs import outside_graphs
 from .parallel import agreement, backward_order
@@ -159,10 +159,11 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, number: int) -> Tensor:
         ctx.group, ctx.number = group, number
+        ctx.linked = True  # linear: its gradient depends on the incoming one only
         return _summed(x, group)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         backward_order.check(ctx.group, ctx.number, gradient.device)
         return _summed(gradient, ctx.group), None, None

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import checked_scale
+from .derivatives import can_refuse, first_derivative_only, no_forward_mode, refuse_transforms
 from .kernels import dense
 from .kernels.torch_backend import accumulate_dtype
 from .outside_graphs import outside_graphs
@@ -101,6 +101,7 @@ def causal_attention(
         check_layout(layout)
         check_comm(comm, COMMS)
         check_tensors(q, k, v)
+        refuse_transforms(q=q, k=k, v=v)
         check_placement(q, layout, group)
         check_split(comm, head_parallel, q.shape[1], layout.cp_size)
         softmax_scale = checked_scale(softmax_scale)
@@ -166,6 +167,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+        inputs = (q, k, v)
         q, k, v = (unit_stride(x) for x in (q, k, v))
         ctx.call = call
         if call.wide is not None:
@@ -174,10 +176,11 @@ class _CausalAttention(torch.autograd.Function):
             out, lse = _attend(call, q, k, v)
             saved = (q, k, v, out, lse)
         ctx.save_for_backward(*saved)
+        can_refuse(ctx, inputs, saved)
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         saved, dout = ctx.saved_tensors, dout.contiguous()
@@ -188,6 +191,8 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v, out, lse = saved
         gradients = _attend_backward(call, q, k, v, out, lse, dout)
         return *(x.to(dout.dtype) for x in gradients), None
+
+    jvp = staticmethod(no_forward_mode)
 
 
 def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

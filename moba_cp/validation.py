@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import MoBAConfig
+from .derivatives import refuse_transforms
 from .kernels import backend_for
 from .parallel import agreement
 from .parallel.comm import backends_of, check_group
@@ -118,6 +119,7 @@ def check_call(
     check_integer("workspace_bytes", workspace_bytes, least=1)
     check_integer("exchange_bytes", exchange_bytes, least=0)
     check_tensors(q, k, v)
+    refuse_transforms(q=q, k=k, v=v)
     backend_for(q.device, q.dtype).check_sizes(dim=q.shape[2], dim_v=v.shape[2], block_size=config.block_size)
     check_split(comm, head_parallel, q.shape[1], layout.cp_size)
     check_placement(q, layout, group)

@@ -1,0 +1,85 @@
+"""What attention cannot be differentiated by, refused by name: second derivatives, forward mode, `torch.func` transforms.
+
+torch's own `once_differentiable` refuses a second derivative only where the incoming gradient requires one and the graph is
+walked as a whole. Otherwise the gradients come back as constants, and a gradient penalty is silently wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TWICE = (
+    "attention of moba_cp has no second derivatives: trying to differentiate twice a function that was marked with "
+    "@once_differentiable"
+)
+
+
+def refuse_transforms(**named: Tensor) -> None:
+    """No argument is inside a transform of `torch.func`, which autograd functions of fixed shapes do not follow.
+
+    Raises:
+        TypeError: an argument is batched, or tracks gradients, by such a transform.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return
+    of = torch._C._functorch
+    for name, x in named.items():
+        if of.is_batchedtensor(x) or of.is_gradtrackingtensor(x):
+            raise TypeError(
+                f"{name} must not be inside a torch.func transform (vmap, grad, vjp, jvp, ...): use torch.autograd, and pack a "
+                "batch as documents of one layout"
+            )
+
+
+def can_refuse(ctx: Any, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    """Note in forward whether `saved` holds the inputs themselves, so that their gradients can carry a refusal to them."""
+    needed = [x for x, wanted in zip(inputs, ctx.needs_input_grad, strict=False) if wanted]
+    ctx.linked = all(any(x is y for y in saved) for x in needed)
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` of a `torch.autograd.Function`, with gradients that refuse to be differentiated again.
+
+    Forward calls `can_refuse`. Where it saved other tensors than its inputs, `create_graph=True` is refused at once.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, *incoming: Any) -> Any:
+        given = [x for x in incoming if isinstance(x, Tensor)]
+        if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in given):  # as is_grads_batched=True makes them
+            raise RuntimeError("attention of moba_cp takes one gradient at a time, got is_grads_batched=True")
+        again = torch.is_grad_enabled()
+        if again and not ctx.linked:
+            raise RuntimeError(f"{_TWICE}; here create_graph=True is refused already")
+        with torch.no_grad():
+            gradients = backward(ctx, *incoming)
+        if not again:
+            return gradients
+        count = sum(isinstance(x, Tensor) for x in gradients)
+        held = [x for x in (*given, *ctx.saved_tensors) if x.requires_grad]
+        linked = iter(_Twice.apply(count, *(x for x in gradients if isinstance(x, Tensor)), *held))
+        return tuple(next(linked) if isinstance(x, Tensor) else x for x in gradients)
+
+    return refusing
+
+
+class _Twice(torch.autograd.Function):
+    """The first `count` tensors as they are; they depend on all of `tensors`, and refuse a derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> None:
+        raise RuntimeError(_TWICE)
+
+
+def no_forward_mode(ctx: Any, *tangents: object) -> None:
+    """`jvp` of an autograd function that has none."""
+    raise NotImplementedError("attention of moba_cp has no forward-mode derivative (jvp)")

@@ -1,0 +1,105 @@
+"""Derivatives that attention does not have are refused by name, however they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import moba_cp
+from moba_cp.dense import causal_attention
+from tests.ranks import run_ranks
+
+LAYOUT, CONFIG = moba_cp.SequenceLayout.contiguous([0, 13, 40], 1), moba_cp.MoBAConfig(8, 3)
+ATTENTIONS = {
+    "moba": lambda q, k, v: moba_cp.moba_attention(q, k, v, CONFIG, layout=LAYOUT),
+    "full": lambda q, k, v: causal_attention(q, k, v, None, layout=LAYOUT),
+}
+
+
+def tensors(**settings: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(40, heads, 4, dtype=torch.float64, **settings) for heads in (4, 2, 2)]
+
+
+@pytest.fixture(params=ATTENTIONS)
+def attention(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    return ATTENTIONS[request.param]
+
+
+@pytest.mark.parametrize("loss", [Tensor.sum, lambda out: out.square().sum()], ids=["sum", "square"])
+@pytest.mark.parametrize("unit_stride", [True, False], ids=["unit stride", "copied"])
+def test_a_penalty_on_gradients_is_not_silently_wrong(
+    attention: Callable[..., Tensor], loss: Callable[[Tensor], Tensor], unit_stride: bool
+) -> None:
+    """Also where the penalty has other derivatives, and `autograd.grad` asks for some inputs only."""
+    q, k, v = tensors(requires_grad=True)
+    if not unit_stride:
+        k = k.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+    def penalty(of: Tensor) -> None:
+        (first,) = torch.autograd.grad(loss(attention(q, k, v)), of, create_graph=True)
+        torch.autograd.grad(first.square().sum() + of.pow(3).sum(), of)
+
+    for of in (q, k):
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            penalty(of)
+
+
+def test_a_graph_of_gradients_that_nobody_differentiates(attention: Callable[..., Tensor]) -> None:
+    q, k, v = tensors(requires_grad=True)
+    kept = torch.autograd.grad(attention(q, k, v).sum(), (q, k, v), create_graph=True)
+    plain = torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
+    for x, y in zip(kept, plain, strict=True):
+        assert torch.equal(x, y)
+
+
+def heads_split(rank: int, size: int) -> None:
+    layout = moba_cp.SequenceLayout.zigzag([0, 80], size)
+    q, k, v = tensors(requires_grad=True)
+    out = moba_cp.moba_attention(q, k, v, CONFIG, layout=layout, comm="a2a")
+    torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def scores(rank: int, size: int) -> None:
+    """Bilinear in the gates, so that the gradient of one depends on the other."""
+    layout = moba_cp.SequenceLayout.zigzag([0, 80], size)
+    q_gate, k_gate, _ = tensors(requires_grad=True)
+    blocks = torch.zeros(4, 40, 1, dtype=torch.int32)
+    found = moba_cp.block_scores(q_gate, k_gate, blocks, CONFIG, layout=layout)
+    (first,) = torch.autograd.grad(found.sum(), k_gate, create_graph=True)
+    torch.autograd.grad(first.square().sum() + q_gate.sum(), q_gate)
+
+
+@pytest.mark.parametrize("function", [heads_split, scores])
+def test_several_ranks(function: Callable[[int, int], None]) -> None:
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        run_ranks(2, function)
+
+
+def test_transforms_of_torch_func(attention: Callable[..., Tensor]) -> None:
+    q, k, v = tensors()
+    batch = [x.expand(2, *x.shape) for x in (q, k, v)]
+    asked: list[Callable[[], object]] = [
+        lambda: torch.vmap(attention)(*batch),
+        lambda: torch.func.grad(lambda x: attention(q, x, v).sum())(k),
+        lambda: torch.func.vjp(lambda x: attention(x, k, v), q),
+        lambda: torch.func.jacrev(lambda x: attention(x, k, v))(q),
+    ]
+    for ask in asked:
+        with pytest.raises(TypeError, match="must not be inside a torch.func transform"):
+            ask()
+
+
+def test_forward_mode_and_batched_gradients(attention: Callable[..., Tensor]) -> None:
+    q, k, v = tensors()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            attention(dual, k, v)
+    q.requires_grad_()
+    out = attention(q, k, v)
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.autograd.grad(out, q, torch.ones(2, *out.shape, dtype=out.dtype), is_grads_batched=True)
