@@ -1,6 +1,6 @@
 """Calls of attention under `torch.compile` and `torch.export`: what is traced, down to the operators of `operators.py`.
 
-Objects stay out of the graph. A layout enters as an int64 tensor (`SequenceLayout.description`), a group by its name, a
+Objects stay out of the graph. A layout enters as an int64 tensor (`SequenceLayout.described`), a group by its name, a
 configuration as numbers. So a graph serves every layout and number of tokens. Arguments are checked when the operator runs.
 """
 
@@ -29,7 +29,7 @@ def compiled_attention(
     k: Tensor,
     v: Tensor,
     config: MoBAConfig,
-    description: object,
+    described: Tensor,
     group: dist.ProcessGroup | None,
     comm: str,
     selection: Tensor | None,
@@ -39,11 +39,11 @@ def compiled_attention(
     workspace_bytes: int,
     exchange_bytes: int,
 ) -> Tensor | tuple[Tensor, Selection]:
-    """`moba_attention` with `layout.description`, as a graph records it."""
+    """`moba_attention` with `layout.described`, as a graph records it."""
     q_gate, k_gate = (None, None) if routing is None else (x.detach() for x in routing)
     gradients = needs_gradients(q, k, v)
     out, _, _, blocks, weights, _ = torch.ops.moba_cp.attention(
-        q, k, v, torch.as_tensor(description, device="cpu"), selection, q_gate, k_gate, config.block_size, config.topk,
+        q, k, v, described, selection, q_gate, k_gate, config.block_size, config.topk,
         config.softmax_scale, "" if group is None else group.group_name, comm, check_selection, return_selection, gradients,
         workspace_bytes, exchange_bytes, None,
     )  # fmt: skip

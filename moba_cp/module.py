@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,6 +64,15 @@ class MoBAAttention(nn.Module):
         self.workspace_bytes, self.exchange_bytes = workspace_bytes, exchange_bytes
         _check_fits(layout, self)
         self.layout = layout
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoBAAttention:
+        """A copy with the same process group, as for averaged weights: groups cannot be copied."""
+        if self.group is not None:
+            memo[id(self.group)] = self.group
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, layout: SequenceLayout | None = None) -> Tensor:
         """Attention of this rank's tokens.
@@ -142,7 +153,7 @@ class MoBAAttention(nn.Module):
 class _Described:
     """Stands for a layout while a graph is recorded, which reads nothing else of one."""
 
-    description: Tensor
+    described: Tensor
 
 
 def batch_layout(batch: int, length: int, cp_size: int) -> SequenceLayout:

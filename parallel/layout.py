@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .balance import balanced_runs
-from .partition import Kind, Partition, chunked, describe, expand_runs, merge_adjacent, partition_of
+from .partition import Kind, Partition, as_tensor, chunked, describe, expand_runs, merge_adjacent, partition_of
 
 MOST_TOKENS = 1 << 48
 """Token numbers times ranks, and sums of such products, stay inside int64."""
@@ -41,7 +41,7 @@ class SequenceLayout:
         cu_seqlens: `(0, end of document 0, end of document 1, ...)`; documents may be empty.
         cp_size: number of ranks.
         partition: which rank holds which tokens, as a rule or as lists of runs.
-        description: all of it as one int64 array, for graphs that take a layout as a tensor; see `from_description`.
+        description: all of it as one int64 array, see `from_description`; `described` is the same memory as a tensor, for graphs.
 
     Example:
         >>> layout = SequenceLayout.zigzag([0, 5, 12], cp_size=2)   # each document is cut into 4 chunks
@@ -54,6 +54,7 @@ class SequenceLayout:
     def __init__(self, cu_seqlens: np.ndarray, partition: Partition) -> None:
         self.partition = partition
         self.description = describe(cu_seqlens, partition)
+        self.described = as_tensor(self.description)
         self._ends = cu_seqlens.size
         self._local_tokens: dict[int, int] = {}
 
@@ -284,6 +285,14 @@ class SequenceLayout:
         h = hashlib.blake2b(digest_size=16)
         h.update(np.int64(self.cu_seqlens_array.size).tobytes() + self.cu_seqlens_array.tobytes() + self.partition.key)
         return h.digest()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the tensor: pickled, it would be a second copy, and between processes a file descriptor."""
+        return {name: value for name, value in self.__dict__.items() if name != "described"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.described = as_tensor(self.description)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SequenceLayout) and self.digest == other.digest

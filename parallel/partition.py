@@ -16,6 +16,9 @@ from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _SLAB = 1 << 20
 """Most numbers in a temporary matrix."""
@@ -306,6 +309,12 @@ class Kind(IntEnum):
     ZIGZAG = 1
     ZIGZAG_PER_DOCUMENT = 2
     LISTED = 3
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """An ordinary tensor on `array`, also under `torch.inference_mode` and modes that record or fake tensors."""
+    with torch.inference_mode(False), _disable_current_modes():
+        return torch.from_numpy(array)
 
 
 def head_of_description(kind: Kind, size: int) -> int:

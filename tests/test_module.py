@@ -147,6 +147,24 @@ def test_the_module_shards_batches_and_packed_tokens() -> None:
     assert alone(*whole).shape == (3, 24, 4, 4)
 
 
+def copied_on_rank(rank: int, size: int) -> Tensor:
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
+    model_ = nn.ModuleList([MoBAAttention(CONFIG, group=mesh["cp"]), MoBAAttention(CONFIG, group=mesh["cp"])])
+    model_[0].layout = SequenceLayout.contiguous([0, 5, 8], size)
+    copied = copy.deepcopy(model_)
+    assert copied[0] is not model_[0]
+    assert copied[0].group is model_[0].group
+    assert copied[0].layout == model_[0].layout
+    q = torch.arange(4 * 4 * 4.0).view(4, 4, 4).sin()
+    assert torch.equal(copied[0](q, q, q), model_[0](q, q, q))
+    return copied[1](q[None], q[None], q[None]) - model_[1](q[None], q[None], q[None])
+
+
+def test_copies_share_the_group() -> None:
+    """As models under averaged weights are copied, modules of several ranks too."""
+    assert all(not difference.any() for difference in run_ranks(2, copied_on_rank))
+
+
 def test_the_module_says_what_it_cannot_do() -> None:
     module, q = MoBAAttention(CONFIG), torch.zeros(8, 2, 4)
     with pytest.raises(ValueError, match=r"need a layout, got \(8, 2, 4\)"):

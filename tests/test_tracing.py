@@ -3,6 +3,7 @@ behind."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -82,6 +83,21 @@ def test_one_graph_serves_every_layout(dynamic: bool | None) -> None:
         assert torch.equal(compiled(*qkv, layout), f(*qkv, layout))
     with pytest.raises(ValueError, match="gives rank 0 61 tokens, but q has 60"):
         compiled(*inputs(60), layout)
+
+
+def test_a_graph_in_inference_mode() -> None:
+    """Layouts made in it or outside: they enter as ordinary tensors either way."""
+    torch._dynamo.reset()
+    compiled = torch.compile(moba_cp.moba_attention, backend="aot_eager", fullgraph=True)
+    outside = SequenceLayout.contiguous([0, 20, 40], 1)
+    with torch.inference_mode():
+        for layout in (outside, SequenceLayout.contiguous([0, 9, 40], 1), pickle.loads(pickle.dumps(outside))):
+            qkv = inputs(40)
+            expected = moba_cp.moba_attention(*qkv, CONFIG, layout=layout)
+            assert torch.equal(compiled(*qkv, CONFIG, layout=layout), expected)
+            assert not layout.described.is_inference()
+    qkv = inputs(40)
+    assert torch.equal(compiled(*qkv, CONFIG, layout=layout), moba_cp.moba_attention(*qkv, CONFIG, layout=layout))
 
 
 def test_lengths_on_the_device_are_part_of_the_graph() -> None:
