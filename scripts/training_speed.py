@@ -84,8 +84,8 @@ def main(
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """Train with each attention in turn, and write speed, memory, loss and profile."""
-    runs = [(name, _asked_for(name)) for name in attention]
     plain = ["run.steps=1000", "run.resume=false", *(overrides or [])]
+    runs = [(name, asked, _settings(config, plain, asked)) for name, asked in ((x, _asked_for(x)) for x in attention)]
     ranks = distributed.start(load_config(config, plain))
     here = about(commit) | {"megatron_core": megatron_core_version()}
     content: dict[str, Any] = {"about": here, "config": config.name, "runs": []}
@@ -93,8 +93,7 @@ def main(
     if keep and out.exists():
         earlier = json.loads(out.read_text())
         content = earlier | {"runs": [{"about": earlier["about"]} | run for run in earlier["runs"]]}
-    for name, asked in runs:
-        settings = load_config(config, [*plain, *asked.changes, *asked.own])
+    for name, asked, settings in runs:
         entry: dict[str, Any] = {
             "label": asked.label or label,
             "attention": name.split()[0],
@@ -168,12 +167,14 @@ class Asked:
     """What a value of `--attention` asks for.
 
     Attributes:
+        full: whether it is full attention.
         changes: overrides for its kind of attention.
         own: its own overrides.
         steps, warmup: timed steps and steps before them; None where it does not say.
         label: empty where it has none.
     """
 
+    full: bool
     changes: tuple[str, ...]
     own: tuple[str, ...]
     steps: int | None
@@ -190,6 +191,8 @@ def _asked_for(attention: str) -> Asked:
         raise typer.BadParameter(
             f"--attention {attention!r}: ranks join once, so keys of parallel are the same for all"
         )
+    if kind == "full" and any(change.startswith(("moba.full_last_layers", "moba.layer_pattern")) for change in own):
+        raise typer.BadParameter(f"--attention {attention!r}: full attention is full in every layer")
     sizes = {"full": 0, "moba": 2}.get(kind, 0)
     counts = numbers[sizes:]
     if kind not in ("full", "moba") or len(numbers) < sizes or len(counts) > 2 or not all(map(str.isdecimal, numbers)):
@@ -199,11 +202,19 @@ def _asked_for(attention: str) -> Asked:
     if counts and int(counts[0]) < 1:
         raise typer.BadParameter(f"--attention {attention!r}: at least one step must be timed")
     if kind == "full":
-        changes = ("moba.fraction=1", "moba.full_last_layers=-1")
+        changes = ("moba.fraction=1",)
     else:
         changes = (f"moba.block_size={numbers[0]}", f"moba.topk={numbers[1]}")
     steps, warmup = ([int(count) for count in counts] + [None, None])[:2]
-    return Asked(changes, own, steps, warmup, labels[-1] if labels else "")
+    return Asked(kind == "full", changes, own, steps, warmup, labels[-1] if labels else "")
+
+
+def _settings(config: Path, plain: list[str], asked: Asked) -> TrainConfig:
+    """The trainer's configuration of a run; for full attention, with every layer full."""
+    settings = load_config(config, [*plain, *asked.changes, *asked.own])
+    if asked.full:
+        settings.moba.full_last_layers, settings.moba.layer_pattern = settings.model.num_layers, []
+    return settings
 
 
 def _measure(
@@ -216,8 +227,6 @@ def _measure(
     check: bool,
 ) -> dict[str, Any]:
     run, data = config.run, config.data
-    if config.moba.full_last_layers < 0:
-        config.moba.full_last_layers = config.model.num_layers
     corpus, _ = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
     text = PackedText(corpus, data.seq_length, run.seed)
     sharding = Sharding(

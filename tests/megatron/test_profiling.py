@@ -120,6 +120,20 @@ def test_what_an_attention_asks_for() -> None:
     full = training_speed._asked_for("full:1:0 model.num_layers=2 label=last_two")
     assert full.own == ("model.num_layers=2",)
     assert (full.steps, full.warmup, full.label) == (1, 0, "last two")
-    for wrong in ("", "moba:512", "moba:512:8:1:1:1", "full:x", "half", "full:0", "full parallel.context=2"):
+    config = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    for plain_too in ([], ["moba.layer_pattern=[1,0]"]):
+        settings = training_speed._settings(config, plain_too, full)
+        assert (settings.moba.full_last_layers, settings.moba.layer_pattern) == (2, [])
+    assert training_speed._settings(config, ["moba.full_last_layers=1"], plain).moba.full_last_layers == 1
+    for wrong in (
+        "",
+        "moba:512",
+        "moba:512:8:1:1:1",
+        "full:x",
+        "half",
+        "full:0",
+        "full parallel.context=2",
+        "full moba.full_last_layers=1",
+    ):
         with pytest.raises(typer.BadParameter, match="--attention"):
             training_speed._asked_for(wrong)

@@ -134,7 +134,7 @@ def test_every_timed_run_is_checked_and_compared(tmp_path: Path) -> None:
         assert entry["loss_against"]["largest_loss_difference"] < 1e-5
 
 
-@pytest.mark.parametrize("recompute", ["none", "all_but_attention"])
+@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.heavy), "all_but_attention"])
 def test_rounding_of_bf16_is_no_mistake(tmp_path: Path, recompute: str) -> None:
     """After a few steps of a model values are nearly alike, so that delta from a rounded output is most of dq's error."""
     line = ("--attention", "moba:48:3", "--attention", "full:1:1", "--warmup", "4")
