@@ -57,7 +57,7 @@ def main(
     except (RuntimeError, ValueError) as error:
         sys.exit(f"{config_file}: {error}")
     try:
-        with note_signals() as stop, run_folder.held(config.run_directory):
+        with note_signals() as stop, run_folder.held(config.run_directory, config.run.timeout_seconds):
             train(config, ranks, stop)
     except fit.OutOfMemoryError as error:  # on one rank: the others wait for it until torchrun ends them
         sys.exit(f"error: rank {dist.get_rank()}: {fit.explain(error, config, ranks)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -182,29 +183,70 @@ def test_metrics_survive_a_line_that_a_killed_run_did_not_finish(tmp_path: Path)
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
-    held = run_folder._lock(tmp_path / "a")
+    held = run_folder.lock(tmp_path / "a", 60)
     with pytest.raises(run_folder.FolderInUseError, match=rf"a is in use by another run \(process {os.getpid()} on "):
-        run_folder._lock(tmp_path / "a")
-    os.close(held)
-    os.close(run_folder._lock(tmp_path / "a"))
+        run_folder.lock(tmp_path / "a", 60)
+    run_folder.unlock(held)
+    run_folder.unlock(run_folder.lock(tmp_path / "a", 60))
 
 
-def test_a_lock_of_another_host_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = run_folder._lock(tmp_path)
+def test_a_lock_of_another_host_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    held = run_folder.lock(tmp_path, 0)
     os.pwrite(held, b"process 7 on elsewhere\n".ljust(200), 0)
-    monkeypatch.setattr(run_folder, "OTHER_HOST_SECONDS", 0.0)
     with pytest.raises(run_folder.FolderInUseError, match=r"in use by another run \(process 7 on elsewhere\)"):
-        run_folder._lock(tmp_path)
-    monkeypatch.setattr(run_folder, "OTHER_HOST_SECONDS", 60.0)
-    threading.Timer(0.2, os.close, [held]).start()
-    os.close(run_folder._lock(tmp_path))
+        run_folder.lock(tmp_path, 0)
+    capfd.readouterr()
+    threading.Timer(0.2, run_folder.unlock, [held]).start()
+    run_folder.unlock(run_folder.lock(tmp_path, 60))
+    assert "is locked by process 7 on elsewhere: waiting up to 60 s" in capfd.readouterr().err
+    assert (tmp_path / run_folder.LOCK).read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # the child only reads and writes pipes
+def test_a_lock_ends_with_its_process_though_a_child_outlives_it(tmp_path: Path) -> None:
+    (hear, tell), (end, keep) = os.pipe(), os.pipe()
+    held = run_folder.lock(tmp_path, 60)
+    child = os.fork()
+    if not child:
+        os.close(keep)
+        os.write(tell, b".")
+        os.read(end, 1)
+        os._exit(0)
+    assert os.read(hear, 1) == b"."
+    with pytest.raises(run_folder.FolderInUseError):
+        run_folder.lock(tmp_path, 60)
+    os.close(held)  # as the kernel does where the process is killed
+    run_folder._held.discard(held)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0), "the child lives"
+    run_folder.unlock(run_folder.lock(tmp_path, 60))
+    os.close(keep)
+    os.waitpid(child, 0)
+    for descriptor in (hear, tell, end):
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_named_and_other_errors_are_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+) -> None:
+    def fail(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", fail)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            run_folder.lock(tmp_path, 60)
+        assert not run_folder._held
+        return
+    run_folder.unlock(run_folder.lock(tmp_path, 60))
+    assert "is on a file system without locks" in capfd.readouterr().err
 
 
 @pytest.mark.heavy
 def test_a_folder_that_another_run_holds_or_that_cannot_be_made_ends_all_ranks_in_one_line(tmp_path: Path) -> None:
-    held = run_folder._lock(tmp_path / "a")
+    held = run_folder.lock(tmp_path / "a", 60)
     status, output = run(tmp_path, 2, "parallel.context=2")
-    os.close(held)
+    run_folder.unlock(held)
     assert status
     assert output.count(f"error: {tmp_path / 'a'} is in use by another run (process {os.getpid()} on ") == 1
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["lock"]
