@@ -25,13 +25,13 @@ from . import checkpoint_files as files
 from .distributed import TrainingError, agree, largest
 from .model import Trainer
 
-# Optimizer state as one tensor per parameter, whatever the sizes of the parallel groups.
 MAY_CHANGE = {
     "model.rotary_base": "",
     "data.seq_length": ": the text is cut and drawn anew from here on",
     "run.seed": ": the text is drawn anew from here on",
 }
 """Settings that a resumed run may change, with what follows."""
+# Optimizer state as one tensor per parameter, whatever the sizes of the parallel groups.
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
