@@ -46,9 +46,9 @@ def doctor(
         everyone: list[list[Finding]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, findings)
     except (ValueError, RuntimeError) as error:
+        # Does not leave the group: over NCCL that may wait for ranks that wait for this one.
         fail(findings, "working together", error, "see the first rank that failed, and NCCL_DEBUG=WARN")
-    finally:
-        leave()
+    leave()
     shown: list[Finding] = []
     for rank, of_rank in enumerate(everyone):
         for finding in of_rank:
