@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -185,24 +186,31 @@ class Version:
                 raise SystemExit(f"{name} imports moba_cp from {answer['package']}, not from {folder}")
 
     def send(self, request: dict[str, Any]) -> None:
-        """To every rank; `receive` gets the answers."""
+        """To every rank; `receive` gets the answers, or says which process has ended."""
         for process in self.processes:
             assert process.stdin is not None
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
+            with suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
 
     def receive(self) -> list[dict[str, Any]]:
         """One answer of each rank.
 
         Raises:
-            SystemExit: a process has ended; with the end of what it printed.
+            SystemExit: a process has ended; with the end of what each that has ended printed.
         """
         answers = []
-        for process, log in zip(self.processes, self.logs, strict=True):
+        for process in self.processes:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
-                raise SystemExit(f"{self.name} ended with {process.wait()}:\n{log.read_text()[-2000:]}")
+                process.wait()  # others may have ended before, and why is in their logs
+                ended = [(p.poll(), log.read_text()[-2000:]) for p, log in zip(self.processes, self.logs, strict=True)]
+                raise SystemExit(
+                    "\n".join(
+                        f"{self.name} ended with {status}:\n{text}" for status, text in ended if status is not None
+                    )
+                )
             answers.append(json.loads(line))
         return answers
 
@@ -210,7 +218,8 @@ class Version:
         """End the processes."""
         for process in self.processes:
             assert process.stdin is not None
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
         for process in self.processes:
             try:
                 process.wait(30)

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 
 HEAD_DIM = {"cuda": 128, "cpu": 16}
 MODES = ("forward", "forward_backward")
+TIMEOUT = timedelta(minutes=4)
+"""After which a rank that waits for one that failed ends."""
 PORTION = 1 << 24
 """Elements that are hashed at once."""
 FACTOR = 0x1E3779B97F4A7C15
-"""Odd, about 2^63 over the golden ratio: factors of nearby elements differ in all bits."""
+"""2^64 over the golden ratio, without its highest bit so that int64 holds it. Factors of nearby elements differ in many bits."""
 
 
 def main() -> None:
@@ -38,7 +41,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     if ranks > 1:
         backend = "nccl" if name == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+        files = dist.FileStore(store, ranks)
+        dist.init_process_group(backend, store=files, rank=rank, world_size=ranks, timeout=TIMEOUT)
     answer({"package": os.path.dirname(moba_cp.__file__)})
     calls: dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]] = {}
     for line in sys.stdin:
