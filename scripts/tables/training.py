@@ -106,11 +106,15 @@ def _long_run_text(content: dict[str, Any]) -> str:
     if resumed.get("loss"):
         first, last = resumed["first_step"], resumed["first_step"] + len(resumed["loss"]) - 1
         lines.append(
-            f"- Killed, and resumed from the checkpoint after step {setup['saved_after']} over {resumed['ranks']} GPUs: losses "
-            f"of steps {first} to {last} differ by at most {resumed['largest_difference']:.1e} from those of the killed run, "
-            f"the first by {resumed['difference'][0]:.1e}."
+            f"- Killed, and resumed from the checkpoint after step {setup['saved_after']} over {_gpus(resumed['ranks'])}: "
+            f"losses of steps {first} to {last} differ by at most {resumed['largest_difference']:.1e} from those of the killed "
+            f"run, the first by {resumed['difference'][0]:.1e}."
         )
     return "\n".join(lines)
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count != 1 else ''}"
 
 
 def long_run_plot(content: dict[str, Any], path: Path) -> None:
@@ -120,7 +124,9 @@ def long_run_plot(content: dict[str, Any], path: Path) -> None:
     axis.plot(range(1, content["steps"] + 1), content["loss"], label="one GPU, killed", color="C0")
     if resumed["loss"]:
         steps = range(resumed["first_step"], resumed["first_step"] + len(resumed["loss"]))
-        axis.plot(steps, resumed["loss"], "o", markersize=3, label=f"resumed over {resumed['ranks']} GPUs", color="C1")
+        axis.plot(
+            steps, resumed["loss"], "o", markersize=3, label=f"resumed over {_gpus(resumed['ranks'])}", color="C1"
+        )
     axis.set(xlabel="step", ylabel="loss, nats per byte", title=content["about"]["device"])
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
