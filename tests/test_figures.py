@@ -85,7 +85,7 @@ ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "docs/kernels.md": ("`ROWS_AT_ONCE` (32 MiB)", "`GROUPS_AT_ONCE` (64 MiB)"),
         "docs/scaling.md": ("`exchange_bytes` of 4 GiB",),
-        "docs/launching.md": ("10 minutes by default over NCCL",),
+        "docs/launching.md": ("10 minutes by default over NCCL", "waits up to 100 seconds"),
     },
 }
 

@@ -200,6 +200,8 @@ def test_a_lock_of_another_host_is_waited_for(tmp_path: Path, capfd: pytest.Capt
     run_folder.unlock(run_folder.lock(tmp_path, 60))
     assert "is locked by process 7 on elsewhere: waiting up to 60 s" in capfd.readouterr().err
     assert (tmp_path / run_folder.LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    page = (ROOT / "docs" / "launching.md").read_text()
+    assert f"waits up to {run_folder.OTHER_HOST_SECONDS:.0f} seconds, or half of `run.timeout_seconds`" in page
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # the child only reads and writes pipes
