@@ -201,9 +201,8 @@ def _asked_for(attention: str) -> Asked:
         )
     if counts and int(counts[0]) < 1:
         raise typer.BadParameter(f"--attention {attention!r}: at least one step must be timed")
-    if kind == "full":
-        changes = ("moba.fraction=1",)
-    else:
+    changes: tuple[str, ...] = ("moba.fraction=1",)
+    if kind == "moba":
         changes = (f"moba.block_size={numbers[0]}", f"moba.topk={numbers[1]}")
     steps, warmup = ([int(count) for count in counts] + [None, None])[:2]
     return Asked(kind == "full", changes, own, steps, warmup, labels[-1] if labels else "")
