@@ -87,7 +87,7 @@ def transfers(results: dict[str, Any], runs: list[Run]) -> str:
 
 
 def _saving(shares: dict[str, dict[int, float]]) -> str:
-    wanted = {ranks: min(known[ranks] for known in shares.values() if ranks in known) for ranks in shares_of(shares)}
+    wanted = {ranks: min(known[ranks] for known in shares.values() if ranks in known) for ranks in _numbers_of(shares)}
     whole = [ranks for ranks, share in wanted.items() if share >= WHOLE]
     least = min(wanted.values())
     text = f"Where fewer blocks are wanted, `fetch` and `pull` receive less; the least share here is {least:.2f}."
@@ -99,6 +99,6 @@ def _saving(shares: dict[str, dict[int, float]]) -> str:
     return text
 
 
-def shares_of(shares: dict[str, dict[int, float]]) -> list[int]:
+def _numbers_of(shares: dict[str, dict[int, float]]) -> list[int]:
     """Numbers of ranks that some arm has a share for."""
     return sorted({ranks for known in shares.values() for ranks in known})
