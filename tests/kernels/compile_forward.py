@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from triton.compiler import ASTSource
-
 from moba_cp.kernels import configs, merge
 from moba_cp.kernels.forward import portable_kernels
 from moba_cp.kernels.gpu import gpu_of_capability
@@ -19,29 +17,25 @@ FP32_POINTERS = {"lse", "merged_lse"}
 
 def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], num_warps: int, descriptors=()) -> dict:
     """Build `kernel`. A parameter that is neither constant nor known by name is a tensor of `dtype` or a stride."""
-    signature, aligned = {}, []
-    parameters = kernel.params
-    for p in parameters:
-        if p.name in constants:
-            signature[p.name] = "constexpr"
-        elif p.name in descriptors:
+
+    def type_of(p) -> str:
+        if p.name in descriptors:
             tile = (1, constants["KEYS"], constants["D_PADDED" if p.name[0] == "k" else "DV_PADDED"])
-            signature[p.name] = f"tensordesc<{dtype}{list(tile)}>"
-        elif p.name in INT32_POINTERS:
-            signature[p.name] = "*i32"
-        elif p.name in FP32_POINTERS:
-            signature[p.name] = "*fp32"
-        elif p.name == "scale":
-            signature[p.name] = "fp32"
-        elif p.name in INTEGERS or ("_" in p.name and not p.name.endswith("_tiles")):
-            signature[p.name] = "i32"
-        else:
-            signature[p.name] = f"*{dtype}"
-        if not (p.do_not_specialize or p.do_not_specialize_on_alignment) and signature[p.name] in ("i32", f"*{dtype}"):
-            aligned.append(p.num)
-    attrs = {(i,): compiling.ALIGNED for i in aligned}
-    constexprs = {(p.num,): constants[p.name] for p in parameters if p.name in constants}
-    source = ASTSource(kernel, signature, constexprs, attrs)
+            return f"tensordesc<{dtype}{list(tile)}>"
+        if p.name in INT32_POINTERS:
+            return "*i32"
+        if p.name in FP32_POINTERS:
+            return "*fp32"
+        if p.name == "scale":
+            return "fp32"
+        if p.name in INTEGERS or ("_" in p.name and not p.name.endswith("_tiles")):
+            return "i32"
+        return f"*{dtype}"
+
+    def is_aligned(p, kind: str) -> bool:
+        return not (p.do_not_specialize or p.do_not_specialize_on_alignment) and kind in ("i32", f"*{dtype}")
+
+    source = compiling.source_of(kernel, constants, type_of, is_aligned)
     return compiling.build(source, capability, num_warps=num_warps)
 
 

@@ -17,11 +17,31 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ALIGNED = [["tt.divisibility", 16]]
 """Attribute of a pointer or stride that is a multiple of 16."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def source_of(
+    kernel, constants: dict[str, Any], type_of: Callable[[Any], str], is_aligned: Callable[[Any, str], bool]
+) -> ASTSource:
+    """A call of `kernel`, to build.
+
+    Args:
+        kernel: what `triton.jit` made.
+        constants: by name; its other parameters are arguments.
+        type_of: Triton's type of an argument, by its parameter.
+        is_aligned: whether an argument is a multiple of 16, by its parameter and type.
+    """
+    types = {p.name: "constexpr" if p.name in constants else type_of(p) for p in kernel.params}
+    attributes = {
+        (p.num,): ALIGNED for p in kernel.params if types[p.name] != "constexpr" and is_aligned(p, types[p.name])
+    }
+    values = {(p.num,): constants[p.name] for p in kernel.params if p.name in constants}
+    return ASTSource(kernel, types, values, attributes)
 
 
 def build(source, capability: tuple[int, int], *, products: bool = False, **options: Any) -> dict[str, Any]:

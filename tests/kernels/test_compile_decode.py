@@ -13,12 +13,26 @@ from moba_cp.kernels.sizes import next_power_of_2, padded  # noqa: E402
 from moba_cp.kernels.types import COUNT_TILE  # noqa: E402
 from tests.kernels import compiling, interpreter  # noqa: E402
 
+TYPES = (
+    dict.fromkeys(("slots", "before", "lengths", "count", "position", "keys", "arrived"), "*i32")
+    | dict.fromkeys(("partial", "partial_lse"), "*fp32")
+    | dict.fromkeys(("q", "k", "v", "out", "centroids"), "*bf16")
+    | {"selected": "*i16", "scale_log2": "fp32"}
+)
+"""Of parameters that are neither constants nor int32 numbers."""
+
+
+def type_of(parameter) -> str:
+    return TYPES.get(parameter.name, "i32")
+
+
+def is_aligned(parameter, kind: str) -> bool:
+    name = parameter.name
+    return kind == "*bf16" or (kind == "i32" and name.startswith(("q_s", "q_head", "k_", "v_")) and name != "q_heads")
+
 
 def built(capability: int):
     """(name, registers and memory) of the kernels as they are launched for the published settings."""
-    from triton.compiler import ASTSource
-
-    integer_pointers = {"slots", "before", "lengths", "count", "position", "keys", "arrived"}
     for dim, block_size, topk in ((128, 512, 8), (64, 4096, 12), (256, 100, 3)):
         select = configs.decode_select(dim, block_size, 2, 4, 1024)
         attend = configs.decode_attend(dim, dim, block_size, 4)
@@ -35,27 +49,7 @@ def built(capability: int):
             (decode.select_kernel, {**means, **chosen, **selects}, 4),
             (decode.attend_selected_kernel, {**sizes, **chosen, **attends}, attend.num_warps),
         ):
-            signature, attributes = {}, {}
-            for index, parameter in enumerate(kernel.params):
-                name = parameter.name
-                if name in constants:
-                    signature[name] = "constexpr"
-                elif name in integer_pointers:
-                    signature[name] = "*i32"
-                elif name == "selected":
-                    signature[name] = "*i16"
-                elif name in ("partial", "partial_lse"):
-                    signature[name] = "*fp32"
-                elif name in ("q", "k", "v", "out", "centroids"):
-                    signature[name] = "*bf16"
-                    attributes[(index,)] = compiling.ALIGNED
-                elif name == "scale_log2":
-                    signature[name] = "fp32"
-                else:
-                    signature[name] = "i32"
-                    if name.startswith(("q_s", "q_head", "k_", "v_")) and name != "q_heads":
-                        attributes[(index,)] = compiling.ALIGNED
-            source = ASTSource(kernel, signature, constants, attributes)
+            source = compiling.source_of(kernel, constants, type_of, is_aligned)
             yield f"{kernel.__name__} {constants}", compiling.build(source, divmod(capability, 10), num_warps=warps)
 
 

@@ -90,8 +90,6 @@ def gate_constants(dim: int, n_blocks: int, topk: int, gpu):
 
 def usage(kernel, element: str, constants: dict, capability: int) -> dict[str, int]:
     """Build `kernel`; see `compiling.build`."""
-    from triton.compiler import ASTSource
-
     from tests.kernels import compiling
 
     options = {key: constants[key] for key in ("num_warps", "maxnreg") if key in constants}
@@ -104,20 +102,16 @@ def usage(kernel, element: str, constants: dict, capability: int) -> dict[str, i
         ("start", "own_block", "first_block", "again_count", "again_row", "count", "faults"), "i32"
     )
     elements |= dict.fromkeys(("begin_of", "pointer", "item_bin", "item_start", "item_end"), "i32")
-    signature, attributes = {}, {}
-    for index, parameter in enumerate(kernel.params):
+
+    def type_of(parameter) -> str:
+        return f"*{elements[parameter.name]}" if parameter.name in elements else "i32"
+
+    def is_aligned(parameter, kind: str) -> bool:
         name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in elements:
-            signature[name] = f"*{elements[name]}"
-            attributes[(index,)] = compiling.ALIGNED
-        else:
-            signature[name] = "i32"
-            stride = name.startswith(("q_token", "q_head", "c_", "k_", "selected_"))
-            if stride and name != "q_heads" and not parameter.do_not_specialize:
-                attributes[(index,)] = compiling.ALIGNED
-    source = ASTSource(kernel, signature, constants, attributes)
+        stride = name.startswith(("q_token", "q_head", "c_", "k_", "selected_"))
+        return kind != "i32" or (stride and name != "q_heads" and not parameter.do_not_specialize)
+
+    source = compiling.source_of(kernel, constants, type_of, is_aligned)
     return compiling.build(source, divmod(capability, 10), **{"num_warps": 4, **options})
 
 
