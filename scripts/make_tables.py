@@ -55,7 +55,7 @@ def main(
     training_plot(content("context_parallel_training"), RESULTS / "context_parallel_training.png")
     for file in sorted(RESULTS.glob("long_run*.json")):
         long_run_plot(json.loads(file.read_text()), file.with_suffix(".png"))
-    if scaling := scaling_contents():
+    if scaling := contents("scaling"):
         scaling_plot(scaling, RESULTS / "scaling.png")
     profile_plot(content("training_speed"), RESULTS / "training_profile.png")
 
@@ -74,25 +74,21 @@ def blocks() -> dict[str, str]:
         "results:kernels": kernels_table(about, results, dense),
         "results:floors": floors_table(content("kernels"), content("kernels_512k")),
         "results:kernels_h200": kernels_table(*load([KERNELS_H200])),
-        "results:layer": layer_tables([json.loads(file.read_text()) for file in sorted(RESULTS.glob("layer*.json"))]),
+        "results:layer": layer_tables(contents("layer")),
         "results:training": training_table(content("context_parallel_training")),
-        "results:long_run": long_run_text(
-            [json.loads(file.read_text()) for file in sorted(RESULTS.glob("long_run*.json"))]
-        ),
+        "results:long_run": long_run_text(contents("long_run")),
         "results:speed": speed_table(content("training_speed")),
         "results:training_scaling": gpus_table(content("training_scaling"), content("training_speed")),
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
-        "results:soak": soak_table([json.loads(file.read_text()) for file in sorted(RESULTS.glob("soak*.json"))]),
-        "results:versions": versions_tables(
-            [json.loads(file.read_text()) for file in sorted(RESULTS.glob("versions*.json"))]
-        ),
+        "results:soak": soak_table(contents("soak")),
+        "results:versions": versions_tables(contents("versions")),
         "results:decode": decode_table(content("decode")),
         "results:fsdp": if_measured("fsdp", fsdp_table),
         "results:compile": if_measured("compile", compile_table),
-        "results:scaling": scaling_tables(scaling_contents()) or NOT_MEASURED,
-        "results:longest": longest_table(scaling_contents()) or NO_LONGEST,
+        "results:scaling": scaling_tables(contents("scaling")) or NOT_MEASURED,
+        "results:longest": longest_table(contents("scaling")) or NO_LONGEST,
         "results:predictions": predictions_table(RESULTS),
         "results:clusters": clusters_table(Calibration.default()),
         "results:balance": balance_table(),
@@ -109,15 +105,15 @@ def kernel_files() -> list[Path]:
 
 def scaling_headline() -> str:
     """The picture and the longest contexts, for the README."""
-    if not scaling_contents():
+    if not contents("scaling"):
         return NOT_MEASURED
     picture = "![Time of one layer by tokens and GPUs, and its efficiency](docs/results/scaling.png)"
-    return "\n\n".join(filter(None, [picture, longest_table(scaling_contents(), fastest=True)]))
+    return "\n\n".join(filter(None, [picture, longest_table(contents("scaling"), fastest=True)]))
 
 
-def scaling_contents() -> list[dict[str, Any]]:
-    """Of every scaling*.json; none where nothing was measured yet."""
-    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("scaling*.json"))]
+def contents(name: str) -> list[dict[str, Any]]:
+    """Of every file `name*.json`; none where nothing was measured yet."""
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{name}*.json"))]
 
 
 def if_measured(name: str, table: Callable[[dict[str, Any]], str]) -> str:
