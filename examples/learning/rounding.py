@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .summary import Run, every_run, first_long_step, fold, mean_and_error, table
+from .summary import Run, every_run, first_long_step, fold, loss_apart, mean_and_error, switch_step, table
 
 EARLY = 150
 """Long steps that are compared by themselves: about as many as a run over two ranks had before it was stopped."""
@@ -29,9 +29,8 @@ class Twins:
     same: int
 
     def difference(self, first: int, last: int) -> np.ndarray:
-        """Training loss of `run` minus that of `other`, steps `first` to `last - 1`."""
-        both = (np.array(r["loss_curve"][first:last], float) for r in (self.run, self.other))
-        return np.subtract(*both)
+        """`loss_apart` of the two."""
+        return loss_apart(self.run, self.other, first, last)
 
     @property
     def name(self) -> str:
@@ -111,6 +110,5 @@ def _start(run: Run) -> tuple[Any, ...]:
 
 
 def _switch(run: Run) -> int:
-    """The step in which the attention changes, or the number of steps."""
-    at = run["spec"].get("switch", {"at": 1.0})["at"]
-    return min(len(run["loss_curve"]), round(at * run["config"]["optimizer"]["steps"]))
+    """`switch_step`, or how many steps there are where the run was stopped before."""
+    return min(len(run["loss_curve"]), switch_step(run))

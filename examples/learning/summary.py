@@ -80,6 +80,18 @@ def first_long_step(run: Run) -> int:
     return round(short["share"] * run["config"]["optimizer"]["steps"]) if short else 0
 
 
+def switch_step(run: Run) -> int:
+    """The first step after the attention changed; the number of steps where it does not change."""
+    at = run["spec"].get("switch", {"at": 1.0})["at"]
+    return round(at * run["config"]["optimizer"]["steps"])
+
+
+def loss_apart(run: Run, other: Run, first: int, last: int | None) -> np.ndarray:
+    """Training loss of `run` minus that of `other`, steps `first` to `last - 1`; None for all steps from `first` on."""
+    both = (np.array(r["loss_curve"][first:last], float) for r in (run, other))
+    return np.subtract(*both)
+
+
 def answer_loss(run: Run) -> float | None:
     """Training loss of answers that the window tells, over the last `SMOOTH` steps; None where windows hold no pairs."""
     if "pairs" not in run:

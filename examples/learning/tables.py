@@ -20,11 +20,13 @@ from .summary import (
     gaps,
     interval,
     long_steps_to,
+    loss_apart,
     mean_and_error,
     seconds_to,
     share_of_keys,
     shown,
     spread_of_gaps,
+    switch_step,
     table,
 )
 
@@ -130,15 +132,14 @@ def switch_table(results: dict[str, Any], runs: list[Run]) -> str:
     for run in runs:
         if "switch" not in run["spec"]:
             continue
-        at = round(run["spec"]["switch"]["at"] * run["steps"])
+        at = switch_step(run)
         curve = np.array(run["loss_curve"], float)
         kept, taken = (plain_arm(runs, run, part["attention"]) for part in (run["spec"], run["spec"]["switch"]))
-
-        def beside(other: Run | None, first: int, last: int | None, curve: np.ndarray = curve) -> np.ndarray:
-            if other is None:
-                return np.array([])
-            return curve[first:last] - np.array(other["loss_curve"][first:last], float)
-
+        began = [] if kept is None else loss_apart(run, kept, at, at + 3).tolist()
+        later = [
+            np.array([]) if taken is None else loss_apart(run, taken, first, last)
+            for first, last in ((at, at + 50), (-50, None))
+        ]
         rows.append(
             [
                 run["arm"],
@@ -148,11 +149,8 @@ def switch_table(results: dict[str, Any], runs: list[Run]) -> str:
                 " ".join(f"{x:.3f}" for x in curve[at : at + 3]),
                 f"{curve[at : at + 50].mean():.4f}",
                 f"{float(np.std(np.diff(curve[max(0, at - 100) : at]))):.4f}",
-                " ".join(f"{d:+.4f}" for d in beside(kept, at, at + 3)) or "–",
-                *(
-                    f"{x.mean():+.4f}" if x.size else "–"
-                    for x in (beside(taken, at, at + 50), beside(taken, -50, None))
-                ),
+                " ".join(f"{d:+.4f}" for d in began) or "–",
+                *(f"{x.mean():+.4f}" if x.size else "–" for x in later),
             ]
         )
     if not rows:

@@ -13,9 +13,11 @@ from examples.learning.summary import (
     arms,
     finished,
     gaps,
+    loss_apart,
     mean_and_error,
     share_of_keys,
     shown,
+    switch_step,
     table,
 )
 from examples.learning.tables import percent_answered, plain_arm
@@ -102,6 +104,6 @@ def _steps_at_switch(runs: list[Run], arm: str) -> str:
         other = plain_arm(runs, run, run["spec"]["attention"])
         if other is None:
             raise ValueError(f"no run of seed {run['seed']} has {run['spec']['attention']} throughout")
-        at = round(run["spec"]["switch"]["at"] * run["steps"])
-        sizes += [abs(float(np.subtract(run["loss_curve"][i], other["loss_curve"][i]))) for i in range(at, at + 3)]
+        at = switch_step(run)
+        sizes += np.abs(loss_apart(run, other, at, at + 3)).tolist()
     return f"{min(sizes):.2f} to {max(sizes):.2f} nats"
