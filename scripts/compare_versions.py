@@ -95,7 +95,7 @@ def measure(
             version.send({"what": "bits", "case": asdict(case)})
     hashes = {version.name: [version.receive() for _ in wanted] for version in running}
     names = [version.name for version in running]
-    times: list[dict[str, list[Times]]] = [{name: [] for name in names} for _ in wanted]
+    times: list[dict[str, list[ModeTimes]]] = [{name: [] for name in names} for _ in wanted]
     for number, case in enumerate(wanted):
         first = hashes[names[0]][number]
         same = {
@@ -121,16 +121,16 @@ def measure(
         print(json.dumps(entry))
 
 
-Times = dict[str, dict[str, float]]
+ModeTimes = dict[str, dict[str, float]]
 """What `harness.version_rank.time_modes` returns."""
 
 
-def slowest(ranks: list[Times]) -> Times:
+def slowest(ranks: list[ModeTimes]) -> ModeTimes:
     """Of each time the largest of any rank."""
     return {mode: {name: max(rank[mode][name] for rank in ranks) for name in ranks[0][mode]} for mode in MODES}
 
 
-def summary(times: dict[str, list[Times]], first: str) -> dict[str, Any]:
+def summary(times: dict[str, list[ModeTimes]], first: str) -> dict[str, Any]:
     """Per version, mode and kind of time: quartiles of the milliseconds, and of their ratios to the first version's."""
     found: dict[str, Any] = {}
     for name, turns in times.items():

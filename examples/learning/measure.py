@@ -262,7 +262,7 @@ def wanted_share(per_group: np.ndarray, block_size: int, ranks: int) -> float | 
     """Share of (rank, kv head, earlier block of another rank) that some row of the rank selects; None where there are none.
 
     Args:
-        per_group: bool `[Hkv, T, blocks]`: whether some q head of the kv head selects the block in a row.
+        per_group: bool `[Hkv, T, blocks]`: per kv head and row, whether some q head of the group selects the block.
         block_size: tokens per block.
         ranks: of a contiguous split. A rank holds at least one block, else its own block's begin would count as another rank's.
     """

@@ -24,8 +24,8 @@ WHOLE = 0.995
 def recorded_shares(folder: Path, results: dict[str, Any]) -> dict[str, dict[int, float]]:
     """Wanted share by arm and number of ranks, mean over recorded layers, of the selection files beside the results.
 
-    A file is `selections_<arm>.npz` as a run writes it, or `selections_<plan>_<arm>.npz` as it is kept. A number of ranks is
-    left out where a rank holds less than a block.
+    A file is `selections_<arm>.npz` as a run writes it, or `selections_<plan>_<arm>.npz` as it is kept. Numbers
+    of ranks that leave a rank less than one block are left out.
     """
     found: dict[str, dict[int, float]] = {}
     names = f"selections_{Path(results['plan']).stem}_{{}}.npz", "selections_{}.npz"

@@ -95,7 +95,7 @@ def with_settings(spec: Spec, settings: MoBASettings, parts: LayerParts | None =
     """Copy of a spec in which every self-attention computes MoBA.
 
     Args:
-        spec: the spec of a layer or of a block.
+        spec: of one transformer layer, or of a stack of layers.
         settings: MoBA's.
         parts: what the layers consist of, to be checked against Megatron's configuration; None for a spec that whoever
             builds the model has chosen for it.
