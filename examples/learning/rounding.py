@@ -46,7 +46,7 @@ def twins(runs: list[Run]) -> list[Twins]:
     for run in runs:
         short = first_long_step(run)
         first = next(r for r in runs if r["seed"] == run["seed"])
-        if not short or run["gpus"] > 1 or run["loss_curve"][:short] == first["loss_curve"][:short]:
+        if not short or run["spec"].get("cp", 1) > 1 or run["loss_curve"][:short] == first["loss_curve"][:short]:
             continue
         alike = (r for r in runs if r["seed"] == run["seed"] and _start(r) == _start(run))
         other = next((r for r in alike if r["loss_curve"][:short] == first["loss_curve"][:short]), None)

@@ -1,4 +1,4 @@
-"""Take the runs of a plan in order of priority, one process per GPU, until all are done or the time is up.
+"""Take the runs of a plan in order of priority, one process per rank, until all are done or the time is up.
 
     python -m examples.learning.run --plan configs/learning/first.yaml --corpus .cache/learning --out out --time-limit 560
 
@@ -6,7 +6,8 @@
 its machine. `--previous` names an earlier file, whose finished runs are kept and not repeated, except those that lack a measure.
 Selections of seed 0 go to `<out>/selections_<arm>.npz`.
 Checkpoints of unfinished runs stay in `--work`: where that folder outlives the call, the next call resumes them, elsewhere they
-begin again. On a machine without a GPU runs go one after the other.
+begin again. On a machine without a GPU runs go one after the other. Where a run has more ranks than the machine has GPUs, its
+ranks share them: the same numbers, several times as slow, so its speed is left out of the result.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from .summary import every_run, finished
 from .task import Task, common_start, write_json
 
 MARGIN_S = 20
+SHARED_SLOWDOWN = 6.0
+"""How much longer a run takes, at a guess, whose ranks share GPUs: each collective waits for every rank's turn on the GPU."""
 """Between the deadline that runs are told and the limit: time to write a checkpoint and to stop. A run is started if it should
 end before its deadline, so that only a run that takes longer than others of its arm is cut."""
 
@@ -131,9 +134,7 @@ class Plan:
             spec, work, deadline = self.plan["arms"][run["arm"]], str(self.args.work), self.limit - MARGIN_S
             task = Task(name, run["arm"], spec, run["seed"], self.config, work, work, deadline)
             cp = spec.get("cp", 1)
-            wanted = cp if self.n_gpus else 1
-            if wanted > max(1, self.n_gpus):
-                continue
+            wanted = min(cp, self.n_gpus) if self.n_gpus else 1
             if self.start_is_under_way(task) or time.time() + self.expected(task) > deadline:
                 continue
             if wanted > len(self.free):
@@ -156,6 +157,8 @@ class Plan:
                     "TRITON_CACHE_DIR": str(self.args.work.resolve() / "triton"),
                     "TORCHINDUCTOR_COMPILE_THREADS": "8",
                 }
+                if cp > self.n_gpus > 0:  # NCCL refuses two ranks of one host on one GPU
+                    env |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
                 if not self.n_gpus:
                     env["OMP_NUM_THREADS"] = "1"  # tensors of a CPU run are too small for more
                 command = [sys.executable, "-u", "-m", "examples.learning.train", "--task", str(path)]
@@ -175,8 +178,14 @@ class Plan:
 
         The plan says one number for all; then a run takes as long as the last of its arm, else as the longest of other arms.
         Or it says one per arm, of a run that begins after the short windows, and one for these, `short_windows`; then the
-        largest ratio of a run's time to what was expected of it, if above 1, multiplies them all.
+        largest ratio of a run's time to what was expected of it, if above 1, multiplies them all. `SHARED_SLOWDOWN` is for a run
+        whose ranks share GPUs.
         """
+        if task.spec.get("cp", 1) > self.n_gpus > 0:
+            return SHARED_SLOWDOWN * self._expected_alone(task)
+        return self._expected_alone(task)
+
+    def _expected_alone(self, task: Task) -> float:
         usual = self.plan["expected_s"]
         if not isinstance(usual, dict):
             return self.took.get(task.arm, max(self.took.values(), default=usual))

@@ -59,7 +59,8 @@ def loss_table(results: dict[str, Any], runs: list[Run]) -> str:
 
 
 def speed_table(results: dict[str, Any], runs: list[Run]) -> str:
-    """A row per commit and arm: speeds of two commits do not compare arms."""
+    """A row per commit and arm: speeds of two commits do not compare arms. Ranks that share a GPU have no speed."""
+    runs = [r for r in runs if r["tokens_per_second"]]
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((commit_of(results, run), run["arm"]), []).append(run)
@@ -72,7 +73,7 @@ def speed_table(results: dict[str, Any], runs: list[Run]) -> str:
                 f"`{commit[:7]}`",
                 arm,
                 ", ".join(str(r["seed"]) for r in sorted(each, key=lambda r: int(r["seed"]))),
-                shown([r["tokens_per_second"] / 1e3 for r in each if r["tokens_per_second"]], 0),
+                shown([r["tokens_per_second"] / 1e3 for r in each], 0),
                 shown(seconds, 0),
                 f"{max(peak) / 2**30:.1f}" if peak else "–",
             ]
@@ -224,6 +225,8 @@ def context_parallel(results: dict[str, Any], runs: list[Run]) -> str:
             text += f", standard error between steps {error:.4f}"
             if first:
                 text += f"; {difference[max(0, first - 100) : first].mean():+.4f} at the end of the short windows"
+            if run["gpus"] < ranks:
+                text += f"; its {ranks} ranks shared {run['gpus']} GPU{'s' if run['gpus'] > 1 else ''}"
             lines.append(text + ("." if run.get("complete") else f". Stopped after {steps:,} steps."))
     head = "Training loss over several ranks minus that on one rank, one pair of runs each:\n\n"
     return head + "\n".join(lines) if lines else "No run over several ranks is in the results yet."

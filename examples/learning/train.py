@@ -1,6 +1,6 @@
 """One run: train a model with an arm's attention, measure it, write the result.
 
-Started by `examples.learning.run`, one process per GPU; `--task` names a JSON file with everything the run needs. Results go to
+Started by `examples.learning.run`, one process per rank; `--task` names a JSON file with everything the run needs. Results go to
 `<work>/results/<name>.json` (and `.npz` for selections), a checkpoint of an unfinished run to `<work>/checkpoints`.
 """
 
@@ -47,10 +47,11 @@ class Run:
         self.cp = task.spec.get("cp", 1)
         self.group, self.rank = None, 0
         cuda = torch.cuda.is_available()
+        self.gpus = min(self.cp, torch.cuda.device_count()) if cuda else self.cp
         if self.cp > 1:
             self.rank = int(os.environ["RANK"])
             if cuda:
-                torch.cuda.set_device(self.rank)
+                torch.cuda.set_device(self.rank % self.gpus)
             dist.init_process_group("nccl" if cuda else "gloo", rank=self.rank, world_size=self.cp)
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         data, optimizer = self.config["data"], self.config["optimizer"]
@@ -259,7 +260,9 @@ class Run:
         finite = bool(np.isfinite(curve).all())
         if finite and self.step > 100:
             self.diverged |= bool(curve[-20:].mean() > curve[80:100].mean() + 0.1)
-        rate = self.timed_steps * self.tokens_per_step / self.train_seconds if self.train_seconds else None
+        # Ranks that share a GPU wait for each other's turns on it: their time says nothing about attention.
+        timed = self.gpus == self.cp and self.timed_steps > 0
+        rate = self.timed_steps * self.tokens_per_step / self.train_seconds if timed else None
         cuda = self.device.type == "cuda"
         result: dict[str, Any] = {
             "arm": self.task.arm,
@@ -275,10 +278,10 @@ class Run:
             "hashes": self._hashes(),
             "attention_check": {k: round(v, 5) for k, v in self.errors.items()},
             "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "gpus": self.cp,
+            "gpus": self.gpus,
             "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
             "tokens_per_second": rate,
-            "seconds_per_step": self.train_seconds / self.timed_steps if self.timed_steps else None,
+            "seconds_per_step": self.train_seconds / self.timed_steps if timed else None,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
             "loss_curve": [round(float(x), 4) if math.isfinite(x) else None for x in curve],
             "gradient_norms": [

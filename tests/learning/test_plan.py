@@ -41,14 +41,16 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     return found
 
 
-def make_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list[tuple[str, int]], **changes: object) -> Plan:
+def make_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list[tuple[str, int]], gpus: int = 2, **changes: object
+) -> Plan:
     monkeypatch.chdir(ROOT)
     build(yaml.safe_load((ROOT / "configs/learning/corpus_tiny.yaml").read_text()), tmp_path)
     plan = yaml.safe_load((ROOT / "configs/learning/tiny.yaml").read_text()) | changes
     plan["runs"] = [{"arm": arm, "seed": seed} for arm, seed in runs]
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(plan))
-    monkeypatch.setattr(plans.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(plans.torch.cuda, "device_count", lambda: gpus)
     return Plan(Options(path, tmp_path, tmp_path / "out", tmp_path / "work", None, 1000.0, None, None, "none"))
 
 
@@ -77,6 +79,22 @@ def test_a_plan_takes_only_the_gpus_it_may_see(
     while made.start_one():
         pass
     assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == ["5", "3"]
+
+
+@pytest.mark.parametrize(("gpus", "visible", "hosts"), [(2, "0,1", [None, None]), (1, "0", ["rank 0", "rank 1"])])
+def test_ranks_share_a_gpu_where_there_are_not_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[dict[str, str]], gpus: int, visible: str,
+    hosts: list[str | None],
+) -> None:  # fmt: skip
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    made = make_plan(tmp_path, monkeypatch, [("moba_32_3_cp2", 0)], gpus=gpus)
+    assert made.start_one()
+    assert made.free == []
+    assert [env["RANK"] for env in started] == ["0", "1"]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == [visible] * 2
+    assert [env.get("NCCL_HOSTID") for env in started] == hosts
+    alone = made.plan["expected_s"]
+    assert made.running[0].expected == (alone if gpus == 2 else alone * plans.SHARED_SLOWDOWN)
 
 
 def test_time_expected_of_a_run_knows_the_short_windows(
