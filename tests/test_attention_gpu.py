@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, moba_attn_varlen, reference
 from moba_cp.parallel import cost
 from moba_cp.parallel.exchanges import pull
+from tests.gpu_ranks import run_gpu_ranks, share_gpus
 
 pytestmark = pytest.mark.gpu
 
@@ -151,34 +148,32 @@ def test_varlen_on_the_published_shapes_and_tolerances(batch: int, tokens: int, 
 TRANSPORTS = [("all_gather", 0.5), ("ring", 0.5), ("fetch", 0.5), ("pull", 0.0), ("pull", 2.0), ("auto", 0.5)]
 
 
-def _rank(rank: int, size: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device("cuda", rank))
+def transports(size: int) -> list[tuple[str, float]]:
+    """`TRANSPORTS` that ranks of these GPUs can use."""
+    return [each for each in TRANSPORTS if each[0] != "pull" or not share_gpus(size)]
+
+
+def _rank(rank: int, size: int) -> None:
     cost.PULL_BYTES = 0  # "auto" takes pull for the small cases too
     failures = []
     for case in CASES:
         alone = run(case, SequenceLayout.contiguous(case[0], 1), 0, "auto")
         for layout in layouts(case[0], size):
-            for comm, pull.WHOLE_SHARE in TRANSPORTS:
+            for comm, pull.WHOLE_SHARE in transports(size):
                 for workspace in (1 << 30, 1 << 18):
                     got = run(case, layout, rank, comm, workspace)
                     again = run(case, layout, rank, comm, workspace)
                     where = f"{case} {layout} {comm} whole from {pull.WHOLE_SHARE} workspace {workspace} rank {rank}"
                     failures += differences(got, again, [layout.shard(x, rank) for x in alone], where)
-    dist.destroy_process_group()
     assert not failures, f"{len(failures)} failures, the first:\n" + "\n".join(failures[:20])
 
 
-def _late(rank: int, size: int, port: int) -> None:
+def _late(rank: int, size: int) -> None:
     """Rank 1 comes to its backward late: what rank 0 sent is still under way while it works on later heads."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device("cuda", rank))
     case = ([0, 32768], 128, 4, 6, 6, 128, 128)
     layout = SequenceLayout.zigzag(case[0], size)
     q, k, v, dout = (layout.shard(x, rank) for x in make(case))
-    for comm, pull.WHOLE_SHARE in TRANSPORTS:
+    for comm, pull.WHOLE_SHARE in transports(size):
         results = []
         for cycles in (0, 200_000_000):  # about 0.1 s
             local = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -189,13 +184,9 @@ def _late(rank: int, size: int, port: int) -> None:
             out.backward(dout)
             results.append([x.grad for x in local])
         assert all(map(torch.equal, *results)), (comm, pull.WHOLE_SHARE)
-    dist.destroy_process_group()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.timeout(600)  # 320 calls, each some tenths of a second where both ranks share a GPU
 @pytest.mark.parametrize("on_rank", [_rank, _late], ids=["bits", "late"])
-def test_two_gpus_give_the_bits_of_one(on_rank: Callable) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(on_rank, (2, port), nprocs=2)
+def test_two_ranks_give_the_bits_of_one(on_rank: Callable) -> None:
+    run_gpu_ranks(2, on_rank)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import moba_cp
 from moba_cp import SequenceLayout
 from tests.cases import comms_for
+from tests.gpu_ranks import group_size, run_gpu_ranks, share_gpus
 from tests.saved_bits import CASES, PATH, BitsCase, all_alone, hashes
 
 pytestmark = [
@@ -38,17 +36,19 @@ def test_one_gpu() -> None:
 
 
 def comms(case: BitsCase, size: int) -> tuple[str, ...]:
-    """Every exchange, and heads split where they can be."""
-    return comms_for(case.heads[0], size)[1:]
+    """Every exchange that the ranks of these GPUs can use, and heads split where they can be."""
+    return tuple(x for x in comms_for(case.heads[0], size)[1:] if "pull" not in x or not share_gpus(size))
 
 
-def on_rank(rank: int, size: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", rank=rank, world_size=size, device_id=device)
+def cases_of(size: int) -> list[tuple[BitsCase, dict]]:
+    """Cases and what is saved of them; where ranks take turns on a GPU, every third, which has all of `_PROBLEMS`."""
+    return list(zip(CASES, saved(), strict=True))[:: 3 if share_gpus(size) else 1]
+
+
+def on_rank(rank: int, size: int, folder: str) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
     found = []
-    for number, case in enumerate(CASES):
+    for number, (case, _) in enumerate(cases_of(size)):
         cu, inputs = case.cu_seqlens, case.inputs()
         layouts = [
             SequenceLayout.zigzag(cu, size),
@@ -67,7 +67,6 @@ def on_rank(rank: int, size: int, port: int, folder: str) -> None:
                 found.append((comm, hashes(case, inputs, *whole)))
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 def gathered(x: torch.Tensor, layout: SequenceLayout, rank: int) -> torch.Tensor:
@@ -81,15 +80,11 @@ def gathered(x: torch.Tensor, layout: SequenceLayout, rank: int) -> torch.Tensor
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_groups(tmp_path: Path) -> None:
     """Every exchange on every case; the workspace is small enough for several ranges of heads and chunks of rows."""
-    size = 4 if torch.cuda.device_count() >= 4 else 2
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    mp.spawn(on_rank, (size, port, str(tmp_path)), nprocs=size)
-    expected = [x for case, x in zip(CASES, saved(), strict=True) for _ in comms(case, size)]
+    size = group_size()
+    run_gpu_ranks(size, on_rank, str(tmp_path))
+    expected = [x for case, x in cases_of(size) for _ in comms(case, size)]
     wrong = [
         (comm, right)
         for (comm, got), right in zip(json.loads((tmp_path / "found.json").read_text()), expected, strict=True)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from moba_cp import SequenceLayout
 from moba_cp.dense import causal_attention
 from moba_cp.kernels import dense
+from tests.gpu_ranks import run_gpu_ranks
 
 pytestmark = pytest.mark.gpu
 
@@ -130,10 +126,7 @@ def test_one_gpu_and_again(cu: list[int]) -> None:
     assert all(map(torch.equal, first, second))
 
 
-def _rank(rank: int, size: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device("cuda", rank))
+def _rank(rank: int, size: int) -> None:
     for cu in ([0, 2048], [0, 100, 100, 101, 1500]):
         inputs = make(cu, BIG)
         want = expected(cu, inputs)
@@ -148,12 +141,7 @@ def _rank(rank: int, size: int, port: int) -> None:
                 check(results["ring"], [layout.shard(x, rank) for x in want], BF16)
             for i in (0, 2, 3):  # dq is summed in no fixed order
                 assert torch.equal(results["ring"][i], results["all_gather"][i]), f"{layout} {i}"
-    dist.destroy_process_group()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_over_nccl() -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_rank, (2, port), nprocs=2)
+def test_two_ranks_over_nccl() -> None:
+    run_gpu_ranks(2, _rank)
