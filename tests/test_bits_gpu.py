@@ -41,8 +41,8 @@ def comms(case: BitsCase, size: int) -> tuple[str, ...]:
 
 
 def cases_of(size: int) -> list[tuple[BitsCase, dict]]:
-    """Cases and what is saved of them; where ranks take turns on a GPU, every third, which has all of `_PROBLEMS`."""
-    return list(zip(CASES, saved(), strict=True))[:: 3 if share_gpus(size) else 1]
+    """Cases and what is saved of them; where ranks take turns on a GPU, every ninth, which has all of `_PROBLEMS`."""
+    return list(zip(CASES, saved(), strict=True))[:: 9 if share_gpus(size) else 1]
 
 
 def on_rank(rank: int, size: int, folder: str) -> None:
