@@ -16,6 +16,7 @@ attention_backward  runs `pipeline.backward` from what `attention` returned
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -27,9 +28,11 @@ from torch.distributed import distributed_c10d
 
 from . import pipeline
 from .config import MoBAConfig
+from .derivatives import can_refuse, first_derivative_only
 from .kernels import backend_for
 from .kernels.torch_backend import accumulate_dtype
 from .kernels.types import selection_dtype
+from .outside_graphs import outside_graphs
 from .parallel import backward_order
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import CommGroup
@@ -51,8 +54,25 @@ _EXCHANGES = (LocalOnly.name, *EXCHANGES)
 _ROUTE_NUMBERS = 6
 """Of a route tensor: exchange, walks forward and backward, number of the call in its group, key of the layout (two)."""
 
+_LIBRARY = torch.library.Library("moba_cp", "FRAGMENT")
 
-@torch.library.custom_op("moba_cp::attention", mutates_args=())
+
+def _define(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function becomes the operator `moba_cp::<name>` for CPU and CUDA tensors; `register_fake` and
+    `register_autograd` follow. `torch.library.custom_op` does the same in more layers of Python, which each call passes."""
+
+    def define(function: Callable[..., Any]) -> Callable[..., Any]:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        outside = outside_graphs(function)
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, outside, key)
+        return function
+
+    return define
+
+
+@_define("attention")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -117,7 +137,7 @@ def attention(
     return saved.out, lse, selected, blocks, weights, _route_tensor(saved.route, call.number, made)
 
 
-@attention.register_fake
+@torch.library.register_fake("moba_cp::attention", lib=_LIBRARY)
 def _(
     q: Tensor, k: Tensor, v: Tensor, layout: Tensor, selection: Tensor | None, q_gate: Tensor | None,
     k_gate: Tensor | None, block_size: int, topk: int, softmax_scale: float | None, group: str, comm: str,
@@ -137,7 +157,7 @@ def _(
     return q.new_empty(tokens, q_heads, v.shape[2]), lse, selected, blocks, weights, route
 
 
-@torch.library.custom_op("moba_cp::attention_backward", mutates_args=())
+@_define("attention_backward")
 def attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -198,7 +218,7 @@ def attention_backward(
     return dq, dk.contiguous(), dv.contiguous()  # both may be views of one tensor
 
 
-@attention_backward.register_fake
+@torch.library.register_fake("moba_cp::attention_backward", lib=_LIBRARY)
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, selected: Tensor, layout: Tensor,
     route: Tensor, block_size: int, topk: int, softmax_scale: float | None, group: str, comm: str, workspace_bytes: int,
@@ -214,8 +234,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.gradients = gradients
     ctx.rest = (block_size, topk, scale, group, comm, workspace_bytes, exchange_bytes, max_seqlen)
     ctx.save_for_backward(q, k, v, out, lse, selected, layout, route)
+    can_refuse(ctx, (q, k, v), (q, k, v))
 
 
+@first_derivative_only
 def _backward(ctx: Any, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
     if not ctx.gradients:
         raise RuntimeError("moba_cp::attention was called with gradients=False, so it has no backward")
@@ -223,7 +245,7 @@ def _backward(ctx: Any, dout: Tensor, *no_gradient: object) -> tuple[Tensor | No
     return *gradients, *(None,) * 15
 
 
-attention.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("moba_cp::attention", _backward, setup_context=_save, lib=_LIBRARY)
 
 
 def _empty_extras(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -238,6 +238,19 @@ def test_the_operators_keep_the_rules_of_torch(gradients: bool) -> None:
         torch.library.opcheck(torch.ops.moba_cp.attention_backward, backward)
 
 
+def test_the_operators_have_no_second_derivatives() -> None:
+    """Also where the penalty depends on q in other ways. A batch of gradients is refused too."""
+    qkv, description = inputs(30), torch.from_numpy(SequenceLayout.contiguous([0, 30], 1).description)
+    rest = (None, None, None, 8, 2, None, "", "auto", True, False, True, 1 << 20, 1 << 20, None)
+    out = torch.ops.moba_cp.attention(*qkv, description, *rest)[0]
+    (first,) = torch.autograd.grad(out.sum(), qkv[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(first.square().sum() + qkv[0].pow(3).sum(), qkv[0])
+    out = torch.ops.moba_cp.attention(*qkv, description, *rest)[0]
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.autograd.grad(out, qkv[0], torch.ones(2, *out.shape), is_grads_batched=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_fake_tensors_infer_shapes_and_leave_nothing_behind(name: str, dtype: torch.dtype) -> None:
