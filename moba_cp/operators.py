@@ -1,9 +1,9 @@
 """Attention as operators of `torch.library`, for graphs: `torch.compile`, AOTAutograd, `torch.export`.
 
 Eager calls do not come here. What autograd saves between the two operators is tensors only, of shapes known when the graph is
-made: q, k, v, the output, its log-sum-exps (fp32, or fp64), and the selected blocks (int32, `topk` slots). Routing lists and
-requests to other ranks are made again in backward. An eager call saves blocks in 2 bytes per slot and lists in 4; a graph
-saves 4 in all.
+made: q, k, v, the output, its log-sum-exps (fp32, or fp64), and the selected blocks (int32, `topk` slots). The rest, routing
+lists above all, is attached to the memory of the selected blocks (`attached.py`); backward makes it again where that memory was
+not kept. A graph keeps 4 bytes per slot of blocks and 4 of lists, an eager call 2 and 4.
 
 ==========  ============================================================================================================
 operator    what it does
@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from . import pipeline
+from .attached import attach, attached
 from .config import MoBAConfig
 from .derivatives import can_refuse, first_derivative_only
 from .kernels import backend_for
 from .kernels.torch_backend import accumulate_dtype
-from .kernels.types import selection_dtype
 from .outside_graphs import outside_graphs
 from .parallel import backward_order
 from .parallel.blocks import home_plan, rank_plan
@@ -47,6 +47,7 @@ from .precision import as_given
 from .prepare import prepare
 from .selection import made_selection
 from .stages import Stages
+from .tracing import is_captured
 from .validation import check_longest, check_tensors
 
 _EXCHANGES = (LocalOnly.name, *EXCHANGES)
@@ -126,15 +127,20 @@ def attention(
     assert prepared is not None, "operators run on tensors that hold numbers"
     call = prepared.inner
     with torch.cuda.device_of(q), as_given(q):
-        saved = pipeline.forward(replace(call, keep_lists=False), q, k, v, prepared.routing)
-        rows = pipeline.device_rows(call.plan, q.device)
+        # A CUDA graph keeps its memory anyway, and its replays cost the host nothing.
+        call = replace(call, keep_lists=gradients and not is_captured(q))
+        saved = pipeline.forward(call, q, k, v, prepared.routing)
         lse, selected, blocks, weights = _empty_extras(q)
         if gradients:
-            lse, selected = saved.lse, _at_the_end(saved.selected.to(torch.int32), topk, -1)
+            lse, selected = saved.lse, _at_the_end(saved.selected, topk, -1, torch.int32)
         if return_selection:
-            found = made_selection(saved.selected, rows, prepared.routing)
-            blocks, weights = _at_the_end(found.blocks, topk, -1), _at_the_end(found.weights, topk, 0)
-    return saved.out, lse, selected, blocks, weights, _route_tensor(saved.route, call.number, made)
+            found = made_selection(saved.selected, pipeline.device_rows(call.plan, q.device), prepared.routing)
+            blocks = _at_the_end(found.blocks, topk, -1, found.blocks.dtype)
+            weights = _at_the_end(found.weights, topk, 0, found.weights.dtype)
+    route = _route_tensor(saved.route, call.number, made)
+    if call.keep_lists:
+        attach(selected, route, call, saved)
+    return saved.out, lse, selected, blocks, weights, route
 
 
 @torch.library.register_fake("moba_cp::attention", lib=_LIBRARY)
@@ -189,31 +195,20 @@ def attention_backward(
         ValueError: ranks run backward passes in different orders.
         RuntimeError: a rank did not take part within the group's timeout.
     """
-    name, forward_walks, backward_walks, number, *key = route.tolist()
-    made = _known_layout(tuple(key), layout, max_seqlen)
-    config = MoBAConfig(block_size, topk, softmax_scale)
-    comm_group = CommGroup(_group_of(group), made.cp_size)
-    if comm_group.size > 1:
-        backward_order.check(comm_group.group, number, dout.device)
-    plan = rank_plan(home_plan(made, block_size), comm_group.rank)
-    call = pipeline.Call(
-        config=config,
-        plan=plan,
-        comm=comm_group,
-        backend=backend_for(q.device, q.dtype),
-        requested=comm,
-        workspace_bytes=workspace_bytes,
-        exchange_bytes=exchange_bytes,
-        stage=Stages(q.device),
-        keep_lists=False,
-        number=number,
-        rounds=True,
-    )
+    left = attached(selected, route)
+    if left is None:
+        config = MoBAConfig(block_size, topk, softmax_scale)
+        call = _call_again(q, layout, route, config, group, comm, workspace_bytes, exchange_bytes, max_seqlen)
+    else:
+        call = left.call
+    if call.comm.size > 1:
+        backward_order.check(call.comm.group, call.number, dout.device)
     with torch.cuda.device_of(q), as_given(dout):
-        chosen = selected[:, :, topk - call.topk :].to(selection_dtype(call.n_blocks))
-        known = _route_of(_EXCHANGES[name], (forward_walks, backward_walks), call, chosen, k.shape[1])
+        chosen = selected if call.topk == topk else selected[:, :, topk - call.topk :].contiguous()
+        known = _route_again(call, route, chosen, k.shape[1]) if left is None else left.route
+        lists = () if left is None else left.lists
         # What a graph saved may come back in other strides.
-        saved = pipeline.Saved(pipeline.unit_stride(out), lse, chosen, (), known)
+        saved = pipeline.Saved(pipeline.unit_stride(out), lse, chosen, lists, known)
         dq, dk, dv = pipeline.backward(call, q, k, v, saved, dout)
     return dq, dk.contiguous(), dv.contiguous()  # both may be views of one tensor
 
@@ -259,10 +254,13 @@ def _empty_extras(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _at_the_end(x: Tensor, slots: int, fill: int) -> Tensor:
-    """`x` `[H, T, n]` as contiguous `[H, T, slots]`, filled up at the front."""
-    padded = x.new_full((*x.shape[:2], slots), fill)
-    padded[:, :, slots - x.shape[2] :] = x
+def _at_the_end(x: Tensor, slots: int, fill: int, dtype: torch.dtype) -> Tensor:
+    """`x` `[H, T, n]` as contiguous `[H, T, slots]` of `dtype`, filled up at the front; `x` itself where it is that already."""
+    missing = slots - x.shape[2]
+    if not missing:
+        return x.to(dtype, memory_format=torch.contiguous_format)
+    padded = x.new_full((*x.shape[:2], slots), fill, dtype=dtype)
+    padded[:, :, missing:] = x
     return padded
 
 
@@ -302,8 +300,32 @@ def _route_tensor(route: Route, number: int, layout: SequenceLayout) -> Tensor:
     return torch.tensor([_EXCHANGES.index(route.name), *route.walks, number, *key], device="cpu")
 
 
-def _route_of(name: str, walks: tuple[int, int], call: pipeline.Call, selected: Tensor, kv_heads: int) -> Route:
-    """The route of a forward pass, with what its exchange asks for made again."""
+def _call_again(
+    q: Tensor, layout: Tensor, route: Tensor, config: MoBAConfig, group: str, comm: str, workspace_bytes: int,
+    exchange_bytes: int, max_seqlen: int | None,
+) -> pipeline.Call:  # fmt: skip
+    """The call of a forward pass that left nothing but tensors."""
+    *_, number, first, second = route.tolist()
+    made = _known_layout((first, second), layout, max_seqlen)
+    comm_group = CommGroup(_group_of(group), made.cp_size)
+    return pipeline.Call(
+        config=config,
+        plan=rank_plan(home_plan(made, config.block_size), comm_group.rank),
+        comm=comm_group,
+        backend=backend_for(q.device, q.dtype),
+        requested=comm,
+        workspace_bytes=workspace_bytes,
+        exchange_bytes=exchange_bytes,
+        stage=Stages(q.device),
+        keep_lists=False,
+        number=number,
+    )
+
+
+def _route_again(call: pipeline.Call, route: Tensor, selected: Tensor, kv_heads: int) -> Route:
+    """The route of such a forward pass, with what its exchange asks for made again."""
+    index, *both = route.tolist()[:3]
+    name, walks = _EXCHANGES[index], (both[0], both[1])
     if name not in (Fetch.name, Pull.name):
         return Route(name, "", walks)
     mine = call.backend.wanted_pairs(selected, n_blocks=call.n_blocks, kv_heads=kv_heads)
