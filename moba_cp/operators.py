@@ -16,6 +16,7 @@ attention_backward  runs `pipeline.backward` from what `attention` returned
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -45,8 +46,8 @@ from .parallel.plan_cache import PLANS, Memo
 from .parallel.wanted import exchange_wanted
 from .precision import as_given
 from .prepare import prepare
-from .selection import made_selection
-from .stages import Stages
+from .selection import BY_Q_AND_K, made_selection
+from .stages import Stages, is_timed
 from .tracing import is_captured
 from .validation import check_longest, check_tensors
 
@@ -111,33 +112,40 @@ def attention(
         TypeError, ValueError, RuntimeError: as `moba_attention`.
     """
     config = MoBAConfig(block_size, topk, softmax_scale)
-    check_tensors(q, k, v)
-    if max_seqlen is None:
-        made = _layout_of(layout)
+    key, made = _layout_of(layout, max_seqlen)
+    captured = is_captured(q)
+    source = BY_Q_AND_K
+    if (
+        made.cp_size == 1
+        and not (group or captured or return_selection or is_timed())
+        and all(x is None for x in (selection, q_gate, k_gate))
+    ):
+        call = _decided(q, k, v, config, made, comm, workspace_bytes, exchange_bytes, gradients)
     else:
-        made = SequenceLayout.contiguous(layout.cpu(), 1)
-        check_longest(max_seqlen, made)
-    routing = None
-    if q_gate is not None or k_gate is not None:
-        routing = cast(tuple[Tensor, Tensor], (q_gate, k_gate))  # one alone is refused like any other bad routing
-    prepared = prepare(
-        q, k, v, config, made, _group_of(group), comm, 1, selection, check_selection, routing, return_selection, False,
-        workspace_bytes, exchange_bytes, gradients,
-    )  # fmt: skip
-    assert prepared is not None, "operators run on tensors that hold numbers"
-    call = prepared.inner
+        routing = None
+        if q_gate is not None or k_gate is not None:
+            routing = cast(tuple[Tensor, Tensor], (q_gate, k_gate))  # one alone is refused like any other bad routing
+        prepared = prepare(
+            q, k, v, config, made, _group_of(group), comm, 1, selection, check_selection, routing, return_selection, False,
+            workspace_bytes, exchange_bytes, gradients,
+        )  # fmt: skip
+        assert prepared is not None, "operators run on tensors that hold numbers"
+        call, source = prepared.inner, prepared.routing
+    if captured:  # a CUDA graph keeps its memory for good, and its replays make lists at no cost to the host
+        call = replace(call, keep_lists=False)
     with torch.cuda.device_of(q), as_given(q):
-        # A CUDA graph keeps its memory anyway, and its replays cost the host nothing.
-        call = replace(call, keep_lists=gradients and not is_captured(q))
-        saved = pipeline.forward(call, q, k, v, prepared.routing)
-        lse, selected, blocks, weights = _empty_extras(q)
+        saved = pipeline.forward(call, q, k, v, source)
         if gradients:
             lse, selected = saved.lse, _at_the_end(saved.selected, topk, -1, torch.int32)
-        if return_selection:
-            found = made_selection(saved.selected, pipeline.device_rows(call.plan, q.device), prepared.routing)
+        else:
+            lse, selected = _nothing_saved(q)
+        if not return_selection:
+            blocks, weights = _nothing_selected(q)
+        else:
+            found = made_selection(saved.selected, pipeline.device_rows(call.plan, q.device), source)
             blocks = _at_the_end(found.blocks, topk, -1, found.blocks.dtype)
             weights = _at_the_end(found.weights, topk, 0, found.weights.dtype)
-    route = _route_tensor(saved.route, call.number, made)
+    route = _route_tensor(saved.route, call.number, key)
     if call.keep_lists:
         attach(selected, route, call, saved)
     return saved.out, lse, selected, blocks, weights, route
@@ -152,7 +160,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_tensors(q, k, v)
     tokens, q_heads, _ = q.shape
-    lse, selected, blocks, weights = _empty_extras(q)
+    (lse, selected), (blocks, weights) = _nothing_saved(q), _nothing_selected(q)
     if gradients:
         lse = q.new_empty(q_heads, tokens, dtype=accumulate_dtype(q.dtype))
         selected = q.new_empty(q_heads, tokens, topk, dtype=torch.int32)
@@ -243,15 +251,14 @@ def _backward(ctx: Any, dout: Tensor, *no_gradient: object) -> tuple[Tensor | No
 torch.library.register_autograd("moba_cp::attention", _backward, setup_context=_save, lib=_LIBRARY)
 
 
-def _empty_extras(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-sum-exps, selected blocks, blocks and weights where nobody asked for them."""
-    acc = accumulate_dtype(q.dtype)
-    return (
-        q.new_empty(0, 0, dtype=acc),
-        q.new_empty(0, 0, 0, dtype=torch.int32),
-        q.new_empty(0, 0, 0, dtype=torch.int32),
-        q.new_empty(0, 0, 0, dtype=acc),
-    )
+def _nothing_saved(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps and selected blocks where no backward follows."""
+    return q.new_empty(0, 0, dtype=accumulate_dtype(q.dtype)), q.new_empty(0, 0, 0, dtype=torch.int32)
+
+
+def _nothing_selected(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks and weights where nobody asked for them."""
+    return q.new_empty(0, 0, 0, dtype=torch.int32), q.new_empty(0, 0, 0, dtype=accumulate_dtype(q.dtype))
 
 
 def _at_the_end(x: Tensor, slots: int, fill: int, dtype: torch.dtype) -> Tensor:
@@ -264,12 +271,39 @@ def _at_the_end(x: Tensor, slots: int, fill: int, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _layout_of(description: Tensor) -> SequenceLayout:
-    array = description.numpy()
-    return _kept(_key(array)).get("layout", lambda: SequenceLayout.from_description(array))
+def _decided(
+    q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, layout: SequenceLayout, comm: str, workspace_bytes: int,
+    exchange_bytes: int, gradients: bool,
+) -> pipeline.Call:  # fmt: skip
+    """A call on one rank that selects by q and k. Checked and planned once: later calls with equal numbers and tensors of equal
+    shape, dtype and device find it beside the plan."""
+    plan = home_plan(layout, config.block_size)
+    tensors = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
+
+    def make() -> pipeline.Call:
+        prepared = prepare(
+            q, k, v, config, layout, None, comm, 1, None, True, None, False, False, workspace_bytes, exchange_bytes, gradients
+        )  # fmt: skip
+        assert prepared is not None, "operators run on tensors that hold numbers"
+        return prepared.inner
+
+    name = ("call in a graph", config, comm, workspace_bytes, exchange_bytes, gradients, tensors)
+    return PLANS.beside((layout, config.block_size, plan.keeps_rows), plan, name, make)
 
 
-def _known_layout(key: tuple[int, ...], layout: Tensor, max_seqlen: int | None) -> SequenceLayout:
+def _layout_of(layout: Tensor, max_seqlen: int | None) -> tuple[tuple[int, int], SequenceLayout]:
+    """The layout that the argument `layout` stands for, and the key under which it is kept."""
+    if max_seqlen is None:
+        array = layout.numpy()
+        key = _key(array)
+        return key, _kept(key).get("layout", lambda: SequenceLayout.from_description(array))
+    made = SequenceLayout.contiguous(layout.cpu(), 1)
+    check_longest(max_seqlen, made)
+    key = _key(made.description)
+    return key, _kept(key).get("layout", lambda: made)
+
+
+def _known_layout(key: tuple[int, int], layout: Tensor, max_seqlen: int | None) -> SequenceLayout:
     """The layout of a forward pass; made of `layout` again where it has been dropped meanwhile."""
 
     def make() -> SequenceLayout:
@@ -280,12 +314,12 @@ def _known_layout(key: tuple[int, ...], layout: Tensor, max_seqlen: int | None) 
     return _kept(key).get("layout", make)
 
 
-def _key(description: np.ndarray) -> tuple[int, ...]:
-    digest = hashlib.blake2b(description.tobytes(), digest_size=16).digest()
-    return tuple(np.frombuffer(digest, dtype=np.int64).tolist())
+def _key(description: np.ndarray) -> tuple[int, int]:
+    first, second = struct.unpack("qq", hashlib.blake2b(description.tobytes(), digest_size=16).digest())
+    return first, second
 
 
-def _kept(key: tuple[int, ...]) -> Memo:
+def _kept(key: tuple[int, int]) -> Memo:
     """Where the layout with this key is kept: like plans, the latest ones, and counted."""
     return PLANS.get(("layout of a graph", key), Memo)
 
@@ -294,10 +328,9 @@ def _group_of(name: str) -> dist.ProcessGroup | None:
     return distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
 
-def _route_tensor(route: Route, number: int, layout: SequenceLayout) -> Tensor:
-    key = _key(layout.description)
-    _kept(key).get("layout", lambda: layout)
-    return torch.tensor([_EXCHANGES.index(route.name), *route.walks, number, *key], device="cpu")
+def _route_tensor(route: Route, number: int, key: tuple[int, int]) -> Tensor:
+    numbers = (_EXCHANGES.index(route.name), *route.walks, number, *key)
+    return torch.from_numpy(np.array(numbers, dtype=np.int64))  # a third of the time of `torch.tensor`
 
 
 def _call_again(

@@ -53,6 +53,11 @@ def time_stages() -> Iterator[StageTimer]:
         _active.reset(token)
 
 
+def is_timed() -> bool:
+    """Whether `time_stages` is active here."""
+    return _active.get() is not None
+
+
 class _Range:
     """An NVTX range. Not a generator, and made once per name: a call enters about fifteen of these, and their time counts for
     short sequences."""
