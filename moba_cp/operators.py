@@ -115,9 +115,11 @@ def attention(
     key, made = _layout_of(layout, max_seqlen)
     captured = is_captured(q)
     source = BY_Q_AND_K
+    ranks = _group_of(group)
     if (
         made.cp_size == 1
-        and not (group or captured or return_selection or is_timed())
+        and (ranks is None or ranks.size() == 1)
+        and not (captured or return_selection or is_timed())
         and all(x is None for x in (selection, q_gate, k_gate))
     ):
         call = _decided(q, k, v, config, made, comm, workspace_bytes, exchange_bytes, gradients)
@@ -126,7 +128,7 @@ def attention(
         if q_gate is not None or k_gate is not None:
             routing = cast(tuple[Tensor, Tensor], (q_gate, k_gate))  # one alone is refused like any other bad routing
         prepared = prepare(
-            q, k, v, config, made, _group_of(group), comm, 1, selection, check_selection, routing, return_selection, False,
+            q, k, v, config, made, ranks, comm, 1, selection, check_selection, routing, return_selection, False,
             workspace_bytes, exchange_bytes, gradients,
         )  # fmt: skip
         assert prepared is not None, "operators run on tensors that hold numbers"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch._functorch.config
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +21,7 @@ from moba_cp.config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
 from moba_cp.kernels import torch_backend
 from moba_cp.parallel.plan_cache import PLANS
 from moba_cp.stages import time_stages
+from tests.ranks import run_ranks
 
 CONFIG = MoBAConfig(8, 3)
 LAYOUTS = [SequenceLayout.contiguous(cu, 1) for cu in ([0, 40], [0, 13, 40])]
@@ -226,6 +228,28 @@ def test_a_call_is_checked_and_planned_once(prepared: list[tuple[int, ...]]) -> 
     PLANS.clear()
     outputs(q, k, v)
     assert prepared[-1] == (40, 4, 4)
+
+
+def group_of_one(rank: int, size: int) -> tuple[int, str]:
+    """How often the operator plans three calls with a group by name, and what it says of one that does not fit the layout."""
+    planned, prepare = [], operators.prepare
+    operators.prepare = lambda *args: (planned.append(1), prepare(*args))[1]
+    alone = dist.new_subgroups(group_size=1)[0].group_name
+    q, k, v = tensors()
+    call = lambda group: torch.ops.moba_cp.attention(  # noqa: E731
+        q, k, v, LAYOUTS[0].described, None, None, None, 8, 3, None, group, "auto", True, False, True, 1 << 30, 1 << 30, None
+    )  # fmt: skip
+    for _ in range(3):
+        gradients(call(alone)[0], [q, k, v])
+    with pytest.raises(ValueError, match="ranks") as refused:
+        call(dist.group.WORLD.group_name)
+    return len(planned), str(refused.value)
+
+
+def test_a_group_of_one_rank_is_no_group() -> None:
+    for planned, refused in run_ranks(2, group_of_one):
+        assert planned == 2  # the last one was refused
+        assert "the layout is for 1 ranks, but the group has 2" in refused
 
 
 def test_stages_are_timed_of_calls_that_are_known(prepared: list[tuple[int, ...]]) -> None:
