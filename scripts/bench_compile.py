@@ -3,6 +3,8 @@
     python -m scripts.bench_compile --out docs/results/compile.json
 
 Eager and compiled calls take turns. Times are milliseconds on the device, back to back, and on the host until the call returns.
+Attention's operators are also called by themselves, without graph and autograd: that is what they cost inside a larger graph, and
+the rest of a compiled call is torch's, once per graph.
 Outputs and gradients of the timed calls are compared; the program fails where they differ by more than `DIFFERENCES`.
 """
 
@@ -17,6 +19,7 @@ import typer
 from torch import Tensor
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, set_layout
+from moba_cp.config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
 
 from .harness import limits, options
 from .harness.inputs import draw_inputs
@@ -63,7 +66,10 @@ def main(
             turns = rotary(torch.arange(tokens, device=place), block.head_dim, x.dtype)
             calls.append(("block", lambda x, b=block, t=turns: b(x, *t), [x], torch.randn_like(x)))
         for what, function, arguments, gradient in calls:
-            measure = lambda f=function, a=arguments, g=gradient: _in_turns(f, a, g, backend, rounds, iterations, place)  # noqa: E731
+            alone = _operators(inputs, dout, config, layout) if what == "attention" else {}
+            measure = lambda f=function, a=arguments, g=gradient, others=alone: _in_turns(  # noqa: E731
+                f, a, g, others, backend, rounds, iterations, place
+            )
             results.attempt("results", {"what": what} | case, measure)
         torch.compiler.reset()
     if results.failed:
@@ -73,11 +79,34 @@ def main(
         limits.end(limits.broken(some, {"largest_difference": limit}))
 
 
+def _operators(
+    inputs: list[Tensor], dout: Tensor, config: MoBAConfig, layout: SequenceLayout
+) -> dict[str, dict[str, Callable[[], None]]]:
+    """The operators of a call of attention, called by themselves: forward, and both."""
+    described, sizes = layout.described, (config.block_size, config.topk, config.softmax_scale, "", "auto")
+    most = (DEFAULT_WORKSPACE_BYTES, DEFAULT_EXCHANGE_BYTES, None)
+
+    def attend(gradients: bool) -> tuple[Tensor, ...]:
+        return torch.ops.moba_cp.attention(*inputs, described, None, None, None, *sizes, True, False, gradients, *most)
+
+    @torch.no_grad()
+    def forward() -> None:
+        attend(False)
+
+    @torch.no_grad()
+    def both() -> None:
+        out, lse, selected, _, _, route = attend(True)
+        torch.ops.moba_cp.attention_backward(dout, *inputs, out, lse, selected, described, route, *sizes, *most)
+
+    return {"operators": {"forward": forward, "forward_backward": both}}
+
+
 def _in_turns(
-    function: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, backend: str, rounds: int, iterations: int,
-    device: torch.device,
+    function: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, others: dict[str, dict[str, Callable[[], None]]],
+    backend: str, rounds: int, iterations: int, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
-    """Milliseconds of `function` eager and compiled, by what runs; and the largest relative differences between them."""
+    """Milliseconds of `function` eager and compiled, and of `others`, by what runs; and the largest relative differences between
+    eager and compiled."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     variants = {"eager": function, "compiled": torch.compile(function, backend=backend, fullgraph=True)}
     last: dict[str, list[Tensor]] = {}
@@ -98,8 +127,8 @@ def _in_turns(
 
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
-        for name in variants:
-            for what, call in calls(name).items():
+        for name, passes in ({name: calls(name) for name in variants} | others).items():
+            for what, call in passes.items():
                 found = time_calls(call, device, iterations=iterations)
                 times.setdefault(f"{what}_{name}_ms", []).extend(found.all)
                 times.setdefault(f"{what}_{name}_host_ms", []).extend(found.host)

@@ -153,7 +153,7 @@ def test_bench_compile_compares_bits(tmp_path: Path) -> None:
     (entry,) = found["results"]
     assert entry["bitwise_equal"]
     for what in ("forward", "forward_backward"):
-        for name in ("eager", "compiled"):
+        for name in ("eager", "compiled", "operators"):
             assert entry[f"{what}_{name}_ms"]["count"] == entry[f"{what}_{name}_host_ms"]["count"] == 2
 
 

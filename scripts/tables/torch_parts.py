@@ -53,4 +53,15 @@ def compile_table(content: dict[str, Any]) -> str:
                 cells.append(f"{eager['median']:.2f} / {compiled['median']:.2f} ({spread})")
         same = "none" if result["bitwise_equal"] else f"{result['largest_difference']:.0e}"
         lines.append("| " + " | ".join([*cells, same]) + " |")
+    alone = [
+        f"({result['block_size']}, {result['topk']}) {result['forward_operators_host_ms']['median']:.2f} and "
+        f"{result['forward_backward_operators_host_ms']['median']:.2f}"
+        for result in results
+        if "forward_operators_host_ms" in result
+    ]
+    if alone:
+        lines += [
+            "",
+            f"On the host, attention's operators by themselves, forward, and with backward: {'; '.join(alone)}.",
+        ]
     return "\n".join(lines)
