@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import moba_cp
-from moba_cp import MoBAConfig, SequenceLayout
+from moba_cp import MoBAConfig, SequenceLayout, operators
 from moba_cp.dense import causal_attention
 from moba_cp.kernels import torch_backend
 from tests.ranks import run_ranks
@@ -158,7 +158,8 @@ def test_one_graph_break(options: dict) -> None:
 def compiled_on_rank(rank: int, size: int, comms: list[str]) -> list[str]:
     """What differs from an eager call, in a graph without breaks; the group as a mesh, as a group, and by default."""
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
-    wrong = []
+    wrong, gathered, exchange_wanted = [], [], operators.exchange_wanted
+    operators.exchange_wanted = lambda *given: (gathered.append(comm), exchange_wanted(*given))[1]
     for number, comm in enumerate(comms):
         group = (mesh, dist.group.WORLD, None)[number % 3]
 
@@ -171,11 +172,14 @@ def compiled_on_rank(rank: int, size: int, comms: list[str]) -> list[str]:
             layout = SequenceLayout.zigzag(cu, size)
             qkv = [layout.shard(x.detach(), rank).requires_grad_() for x in inputs(cu[-1])]
             found, expected = (with_gradients(lambda *x, g=g, layout=layout: g(*x, layout), qkv) for g in (compiled, f))
+            wrong += [f"{comm}: backward gathers wanted pairs again" for _ in gathered]
             with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda x: x):  # backward decides again
                 again = with_gradients(lambda *x, layout=layout, compiled=compiled: compiled(*x, layout), qkv)
             wrong += [
                 f"{comm}, {cu}" for x, y in zip(found + again, expected * 2, strict=True) if not torch.equal(x, y)
             ]
+            wrong += [] if bool(gathered) == (comm == "fetch") else [f"{comm}: gathered for {gathered}"]
+            gathered.clear()
     return wrong
 
 
