@@ -47,7 +47,7 @@ def main(
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """One sequence over all ranks, parameters sharded over them as well; then every rank by itself."""
-    (sizes,), (pair,) = options.configs(config), options.heads(heads)
+    sizes, pair = options.single(options.configs, config), options.single(options.heads, heads)
     place = join(options.device(device_name))
     world = dist.get_world_size()
     case = {

@@ -44,13 +44,18 @@ def main(
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """Run every case and write the file."""
-    import transformers
+    try:
+        import transformers
+    except ImportError:
+        raise typer.BadParameter('transformers is not installed: pip install -e ".[scripts,transformers]"') from None
 
+    (q_heads, kv_heads), sizes = options.single(options.heads, heads), options.configs(configs)
+    if not 1 <= chunk <= tokens:
+        raise typer.BadParameter(f"--chunk must be from 1 to --tokens, got {chunk} and {tokens}")
     device = options.device(device_name)
-    ((q_heads, kv_heads),) = options.heads(heads)
     results = Results(out, {"about": about(commit) | {"transformers": transformers.__version__}}, "results")
     bench = Bench(tokens, chunk, q_heads, kv_heads, layers, iterations, device)
-    for config in (None, *(MoBAConfig(*pair) for pair in options.configs(configs))):
+    for config in (None, *(MoBAConfig(*pair) for pair in sizes)):
         case: dict[str, Any] = {"attention": "sdpa"} if config is None else {"attention": "moba"}
         case |= {"tokens": tokens, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM}
         if config is not None:

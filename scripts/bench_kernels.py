@@ -77,7 +77,7 @@ def main(
     budget: Annotated[float, typer.Option(help="seconds of timed calls for one figure")] = 6.0,
     seed: Annotated[int, typer.Option(help="of the timed inputs")] = 0,
     seeds: Annotated[int, typer.Option(help="inputs whose routing is checked, the timed ones among them", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="cuda; cpu tries the program")] = "cuda",
+    device: Annotated[str, typer.Option(help="cuda; cpu tries the program, without cuDNN")] = "cuda",
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
     dense: Annotated[bool, typer.Option(help="also dense attention")] = True,
     check: Annotated[bool, typer.Option(help="compare results with fp32")] = True,
@@ -86,16 +86,18 @@ def main(
     """Time the layer on one GPU, check what was timed, and write one JSON entry per configuration."""
     if quick:
         tokens, heads, iterations, budget = "131072", "16/16", 5, min(budget, 3.0)
+    lengths, pairs, sizes = options.integers(tokens), options.heads(heads), options.configs(configs)
     place = options.device(device)
+    backends = [name for name in DENSE if place.type == "cuda" or DENSE[name] != SDPBackend.CUDNN_ATTENTION]
     torch.backends.cuda.matmul.allow_tf32 = False
     head = {"about": about(commit) | {"seed": seed, "dtype": "bfloat16", "head_dim": HEAD_DIM}}
     results = Results(out, head, "results", "dense")
-    for q_heads, kv_heads in options.heads(heads):
-        for length in options.integers(tokens):
+    for q_heads, kv_heads in pairs:
+        for length in lengths:
             case = Case(length, q_heads, kv_heads, place, seed, seeds, iterations, budget, check)
-            for name in DENSE if dense else ():
+            for name in backends if dense else ():
                 results.attempt("dense", case.shape | {"name": name}, lambda: measure_dense(case, name))  # noqa: B023
-            for size, topk in options.configs(configs):
+            for size, topk in sizes:
                 shape = case.shape | {"block_size": size, "topk": topk}
                 results.attempt("results", shape, lambda: measure(case, MoBAConfig(size, topk)))  # noqa: B023
     print_table(results.content)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from torch import Tensor
 from moba_cp import CachedTokens, CentroidCache, MoBAConfig, SequenceLayout, moba_attention, moba_attention_cached
 from moba_cp.parallel.head_rows import put_heads, take_heads
 
+from .harness import options
 from .harness.records import REPOSITORY, about, write_json
 
 TOOLS = ("memcheck", "racecheck")
@@ -41,9 +43,12 @@ def main(
     ] = False,
 ) -> None:
     """Run small calls that take every kernel under compute-sanitizer. Exits with an error if a tool finds something."""
+    options.device("cuda")
     if only_cases:
         run_cases()
         return
+    if shutil.which("compute-sanitizer") is None:
+        raise typer.BadParameter("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
     cases = [sys.executable, "-m", "scripts.sanitize", "--only-cases"]
     subprocess.run(cases, check=True, cwd=REPOSITORY)  # compiles, so that the tools watch kernels alone
     tools = {}

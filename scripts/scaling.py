@@ -57,7 +57,7 @@ def main(
     config: Annotated[Path, typer.Argument(help="YAML file of sweeps, as in configs/scaling/", exists=True)],
     out: Annotated[Path, typer.Option(help="JSON file, written by rank 0 after every case")],
     previous: Annotated[
-        Path | None, typer.Option(help="take finished cases over from this file (it may be --out)")
+        Path | None, typer.Option(help="take finished cases over from this file, if it is there (it may be --out)")
     ] = None,
     time_limit: Annotated[float, typer.Option(help="seconds from the start; 0: no limit")] = 0.0,
     only: Annotated[str, typer.Option(help="measure only sweeps whose name contains this")] = "",
@@ -75,6 +75,8 @@ def main(
     except (ValueError, OSError) as error:
         dist.destroy_process_group()
         raise typer.BadParameter(str(error)) from None
+    if previous is not None and not done:
+        say(f"nothing to take over from {previous}")
     cases = [case for case in plan.cases if only in case.sweep]
     if plan.cases and not cases:
         names = "; ".join(dict.fromkeys(case.sweep for case in plan.cases))

@@ -29,6 +29,7 @@ from __future__ import annotations
 import cProfile
 import gc
 import json
+import os
 import pstats
 import statistics
 import time
@@ -44,6 +45,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import typer  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from examples.megatron_gpt import distributed, fit, profiling  # noqa: E402
 from examples.megatron_gpt.batches import Sharding, micro_batches, sequence_lengths  # noqa: E402
@@ -80,13 +82,21 @@ def main(
     profile: Annotated[bool, typer.Option(help="profile one more step")] = True,
     host_profile: Annotated[Path | None, typer.Option(help="file for Python's profile of one more step")] = None,
     check: Annotated[bool, typer.Option(help="check attention and the loss of the timed model")] = True,
-    against: Annotated[Path | None, typer.Option(help="results of the same training on other GPUs")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="results of the same training on other GPUs", exists=True, dir_okay=False)
+    ] = None,
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """Train with each attention in turn, and write speed, memory, loss and profile."""
     plain = ["run.steps=1000", "run.resume=false", *(overrides or [])]
-    runs = [(name, asked, _settings(config, plain, asked)) for name, asked in ((x, _asked_for(x)) for x in attention)]
-    ranks = distributed.start(load_config(config, plain))
+    asked_for = [(name, _asked_for(name)) for name in attention]
+    if "LOCAL_RANK" not in os.environ:
+        raise typer.BadParameter("start this with torchrun: torchrun --nproc-per-node N -m scripts.training_speed ...")
+    try:
+        runs = [(name, asked, _settings(config, plain, asked)) for name, asked in asked_for]
+        ranks = distributed.start(load_config(config, plain))
+    except (OSError, ValueError, RuntimeError, OmegaConfBaseException) as error:
+        raise typer.BadParameter(f"{config}: {error}") from None
     here = about(commit) | {"megatron_core": megatron_core_version()}
     content: dict[str, Any] = {"about": here, "config": config.name, "runs": []}
     others = json.loads(against.read_text())["runs"] if against is not None else []

@@ -47,12 +47,12 @@ def main(
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """Time every variant of every setting and write the file."""
+    (q_heads, kv_heads), pairs = options.single(options.heads, heads), options.configs(configs)
     device = options.device(device_name)
-    ((q_heads, kv_heads),) = options.heads(heads)
     results = Results(out, {"about": about(commit)}, "results")
     caches = Caches(tokens, q_heads, kv_heads, layers, device)
     sizes = {"tokens": tokens, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM, "layers": layers}
-    for pair in options.configs(configs):
+    for pair in pairs:
         for entry in caches.measure(MoBAConfig(*pair)):
             results.add("results", sizes | {"block_size": pair[0], "topk": pair[1]} | entry)
     limits.end(limits.broken(results.content["results"]))

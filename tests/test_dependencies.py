@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -43,6 +45,25 @@ def test_users_may_have_any_numpy() -> None:
     """Only the tests interpret kernels, which fails with numpy 2.3 and later."""
     assert str(DECLARED["numpy"]) == ""
     assert any(Requirement(text).name == "numpy" for text in PROJECT["optional-dependencies"]["test"])
+
+
+def test_learning_declares_what_its_programs_import() -> None:
+    """Not what some other package happens to bring."""
+    names, extras = set(), ["learning"]
+    for extra in extras:  # grows
+        for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
+            if requirement.name == "moba_cp":
+                extras += requirement.extras
+            else:
+                names.add({"pyyaml": "yaml"}.get(requirement.name, requirement.name))
+    imported = set()
+    for path in (ROOT / "examples" / "learning").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).partition(".")[0])
+    assert imported - names - set(DECLARED) - sys.stdlib_module_names == {"moba_cp", "examples"} & imported
 
 
 def test_the_package_says_what_it_is() -> None:

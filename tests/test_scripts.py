@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -76,8 +77,9 @@ def run(tmp_path: Path, *words: str, ranks: int = 0) -> dict:
 def test_bench_kernels_measures_and_checks(tmp_path: Path) -> None:
     found = run(
         tmp_path, "scripts.bench_kernels", "--device", "cpu", "--tokens", "300", "--heads", "4/2",
-        "--configs", "64:3", "--iterations", "2", "--seeds", "2", "--no-dense",
+        "--configs", "64:3", "--iterations", "2", "--seeds", "2",
     )  # fmt: skip
+    assert [entry["name"] for entry in found["dense"]] == ["dense flash"]  # cuDNN has no backend on the CPU
     assert {"device", "torch", "commit", "head_dim"} <= found["about"].keys()
     (entry,) = found["results"]
     assert entry["forward_ms"]["quartile_1"] <= entry["forward_ms"]["median"] <= entry["forward_ms"]["quartile_3"]
@@ -275,6 +277,14 @@ def test_times_have_a_median_and_a_spread() -> None:
 def test_bad_options_are_refused_by_name() -> None:
     with pytest.raises(typer.BadParameter, match="16x16"):
         options.heads("16x16")
+    with pytest.raises(typer.BadParameter, match="got 32/7"):
+        options.heads("16/16,32/7")
+    with pytest.raises(typer.BadParameter, match="got 0:8"):
+        options.configs("0:8")
+    with pytest.raises(typer.BadParameter, match="one pair, got '16/16,32/8'"):
+        options.single(options.heads, "16/16,32/8")
+    with pytest.raises(typer.BadParameter, match="at least 1, got '8192,0'"):
+        options.integers("8192,0")
     with pytest.raises(typer.BadParameter, match="many"):
         options.integers("8192,many")
     with pytest.raises(typer.BadParameter, match="skewed"):
@@ -287,6 +297,13 @@ def test_bad_options_are_refused_by_name() -> None:
         (bench_training, ("--device", "cpu", "--comm", "puls"), "got puls"),
         (bench_training, ("--device", "cpu", "--noise", "2,two"), "2,two"),
         (bench_training, ("--device", "cpu", "--", "model.layers=4"), "layers"),
+        (long_run, ("--device", "cpu", "--config", "configs/none.yaml"), "configs/none.yaml: [Errno 2]"),
+        (training_speed, ("configs/none.yaml", "--attention", "full"), "start this with torchrun"),
+        (bench_kernels, ("--device", "cpu", "--configs", "64"), "got '64'"),
+        (bench_huggingface, ("--device", "cpu", "--heads", "16/16,32/8"), "one pair, got '16/16,32/8'"),
+        (bench_huggingface, ("--device", "cpu", "--tokens", "64"), "got 4096 and 64"),
+        (tune_decode, ("--device", "cpu", "--configs", "64:0"), "got 64:0"),
+        (bench_fsdp, ("--device", "cpu", "--config", "512:8,128:8"), "one pair, got '512:8,128:8'"),
     ],
 )
 def test_bad_options_of_a_program_are_refused_before_it_starts(
@@ -299,6 +316,23 @@ def test_bad_options_of_a_program_are_refused_before_it_starts(
     assert result.exit_code == 2, result.output
     assert text in result.output
     assert not (tmp_path / "out.json").exists()
+
+
+def test_sanitize_asks_for_a_gpu_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    app = typer.Typer()
+    app.command()(sanitize.main)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "out.json")], terminal_width=200)
+    assert result.exit_code == 2, result.output
+    assert "no GPU is visible" in result.output
+
+
+def test_plain_training_says_how_it_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_plain = pytest.importorskip("examples.megatron_gpt.train_plain")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, text in (("quickstart", "start this with torchrun: "), ("none", "configs/none.yaml: [Errno 2]")):
+        with pytest.raises(SystemExit, match=re.escape(text)):
+            train_plain.main(Path(f"configs/{name}.yaml"))
 
 
 def test_a_model_that_no_run_has_is_refused(tmp_path: Path) -> None:

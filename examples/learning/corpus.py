@@ -73,13 +73,21 @@ app = typer.Typer(add_completion=False, help=__doc__)
 @app.command("fetch")
 def fetch_command(config: PLAN, out: OUT) -> None:
     """Download the packages."""
-    fetch(yaml.safe_load(config.read_text()), out / "downloads")
+    try:
+        fetch(yaml.safe_load(config.read_text()), out / "downloads")
+    except FileNotFoundError as error:
+        sys.exit(f"packages are downloaded by pip and apt-get: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"exit status {error.returncode} of {' '.join(map(str, error.cmd))}")
 
 
 @app.command("build")
 def build_command(config: PLAN, out: OUT) -> None:
     """Make the corpus out of them, and show what it holds."""
-    facts = build(yaml.safe_load(config.read_text()), out)
+    try:
+        facts = build(yaml.safe_load(config.read_text()), out)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from None
     print(json.dumps({k: v for k, v in facts.items() if k not in DETAILS}, indent=1))
 
 

@@ -44,7 +44,9 @@ TEMPLATE = Path(__file__).with_name("learning.md.in")
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="what the runs wrote")] = Path("docs/results/learning.json"),
+    results: Annotated[Path, typer.Option(help="what the runs wrote", exists=True, dir_okay=False)] = Path(
+        "docs/results/learning.json"
+    ),
     docs: Annotated[Path, typer.Option(help="folder of the page and its pictures")] = Path("docs"),
 ) -> None:
     """Write the page and its pictures."""

@@ -343,7 +343,8 @@ def execute(task: Task) -> None:
             if measured:
                 result["lacks"] = list(MEASURES)
             write_json(path, result)
-            print(f"{task.name}: {result['tokens_per_second']} tokens/s, {run.step} steps", flush=True)
+            speed = result["tokens_per_second"]  # None on a CPU, and where ranks share a GPU
+            print(f"{task.name}: {run.step} steps" + (f", {speed} tokens/s" if speed else ""), flush=True)
             if measured:
                 result |= run.measures()
                 result["lacks"].remove("held-out loss")

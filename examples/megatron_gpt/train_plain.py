@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ if not __package__:  # run by its path: the package is found from the repository
 import torch
 import typer
 from megatron.core.utils import unwrap_model
+from omegaconf.errors import OmegaConfBaseException
 
 from examples.megatron_gpt import distributed
 from examples.megatron_gpt.config import load_config
@@ -31,8 +33,13 @@ def main(
 
     Weights and learning rates are those of Megatron; the rest is torch. Losses go to the run's metrics.jsonl.
     """
-    config = load_config(config_file, overrides or [])
-    ranks = distributed.start(config)
+    try:
+        config = load_config(config_file, overrides or [])
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(f"start this with torchrun: torchrun --nproc-per-node 1 {sys.argv[0]} {config_file}")
+        ranks = distributed.start(config)
+    except (OSError, RuntimeError, ValueError, OmegaConfBaseException) as error:
+        sys.exit(f"{config_file}: {error}")
     trainer = build(config, ranks)
     run, data = config.run, config.data
     train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import typer
@@ -11,9 +11,12 @@ import typer
 def integers(text: str) -> list[int]:
     """ "8192,32768" -> [8192, 32768]."""
     try:
-        return [int(part) for part in text.split(",")]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"expected integers separated by commas, got {text!r}") from None
+    if min(found) < 1:
+        raise typer.BadParameter(f"expected numbers of at least 1, got {text!r}")
+    return found
 
 
 def pairs(text: str, separator: str) -> list[tuple[int, int]]:
@@ -26,12 +29,28 @@ def pairs(text: str, separator: str) -> list[tuple[int, int]]:
 
 def heads(text: str) -> list[tuple[int, int]]:
     """Query and key-value heads: "16/16,32/8"."""
-    return pairs(text, "/")
+    found = pairs(text, "/")
+    for q_heads, kv_heads in found:
+        if min(q_heads, kv_heads) < 1 or q_heads % kv_heads:
+            raise typer.BadParameter(f"kv heads must divide q heads, got {q_heads}/{kv_heads}")
+    return found
 
 
 def configs(text: str) -> list[tuple[int, int]]:
     """Block sizes and topk: "128:8,512:8"."""
-    return pairs(text, ":")
+    found = pairs(text, ":")
+    for block_size, topk in found:
+        if min(block_size, topk) < 1:
+            raise typer.BadParameter(f"block size and topk must be at least 1, got {block_size}:{topk}")
+    return found
+
+
+def single(read: Callable[[str], list[tuple[int, int]]], text: str) -> tuple[int, int]:
+    """The one pair that `read` (`heads` or `configs`) finds: `single(heads, "32/8")` is (32, 8)."""
+    found = read(text)
+    if len(found) != 1:
+        raise typer.BadParameter(f"expected one pair, got {text!r}")
+    return found[0]
 
 
 def choices(text: str, known: Iterable[str]) -> list[str]:

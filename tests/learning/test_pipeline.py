@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,19 @@ import pytest
 
 pytest.importorskip("yaml")
 
+import typer
 import yaml
+from typer import testing
 
+from examples.learning import report
 from examples.learning.corpus import Corpus, build
+from examples.learning.corpus import app as corpus_app
 from examples.learning.run import Options, Plan
 from tests.programs import run_program
 
 ROOT = Path(__file__).parents[2]
+report_app = typer.Typer()
+report_app.command()(report.main)
 
 
 @pytest.mark.slow
@@ -96,3 +103,32 @@ def test_runs_that_the_time_does_not_hold_are_not_started(
     shown = run_plan(*folders, "--time-limit", 20, "--only", "full")
     assert "not started: full seed 0" in shown
     assert json.loads((tmp_path / "learning.json").read_text())["runs"] == []
+
+
+@pytest.mark.parametrize(
+    ("app", "words", "text"),
+    [
+        (report_app, ("--results", "none.json"), "'none.json' does not exist"),
+        (corpus_app, ("build", "--config", "configs/learning/corpus.yaml", "--out", "OUT"), "run the command `fetch`"),
+    ],
+)
+def test_a_program_says_what_is_missing_in_a_sentence(
+    app: typer.Typer, words: tuple[str, ...], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    line = [str(tmp_path) if word == "OUT" else word for word in words]
+    result = testing.CliRunner().invoke(app, line, terminal_width=400)
+    assert result.exit_code == 2, result.output
+    assert text in result.output
+
+
+def test_a_failed_download_takes_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(command: list[str], **_: object) -> None:
+        raise subprocess.CalledProcessError(100, command)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("examples.learning.corpus.subprocess.run", fails)
+    line = ["fetch", "--config", "configs/learning/corpus.yaml", "--out", str(tmp_path)]
+    result = testing.CliRunner().invoke(corpus_app, line)
+    assert isinstance(result.exception, SystemExit)
+    assert "exit status 100 of " in str(result.exception.code) + result.output
