@@ -13,7 +13,10 @@ from moba_cp.transformers import configure
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
 if len(sys.argv) > 1:
-    model, moba = AutoModelForCausalLM.from_pretrained(sys.argv[1]), MoBAConfig(block_size=512, topk=8)
+    try:
+        model, moba = AutoModelForCausalLM.from_pretrained(sys.argv[1]), MoBAConfig(block_size=512, topk=8)
+    except OSError as error:
+        raise SystemExit(f"no model could be loaded from {sys.argv[1]!r}: {str(error).splitlines()[0]}") from None
 else:  # a small random one
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=512, num_hidden_layers=4, initializer_range=0.1, eos_token_id=None, **sizes)

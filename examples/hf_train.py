@@ -16,6 +16,8 @@ from moba_cp.transformers import configure
 VOCABULARY, TOKENS, STEPS = 64, 512, int(os.environ.get("STEPS", "10"))
 DOCUMENTS = [0, 200, 512]  # two packed documents per step; they do not see each other
 
+if "RANK" not in os.environ:
+    raise SystemExit("start this with torchrun: torchrun --nproc-per-node 2 examples/hf_train.py")
 cuda = torch.cuda.is_available()
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 if cuda:
