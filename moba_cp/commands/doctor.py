@@ -20,9 +20,13 @@ STATUS = {"ok": "  ok  ", "note": " note ", "problem": "PROBLEM"}
 
 
 def doctor(
-    tokens_per_gpu: Annotated[int, typer.Option(help="of the call that `auto` is asked about", min=1)] = 131072,
+    tokens_per_gpu: Annotated[
+        int, typer.Option(help="of the call that `auto` is asked about; at most 256 on a CPU", min=1)
+    ] = 131072,
     heads: Annotated[str, typer.Option(help="query/kv heads of that call")] = "16/16",
-    megabytes: Annotated[int, typer.Option(help="size of the transfers that are timed", min=1)] = 256,
+    megabytes: Annotated[
+        int, typer.Option(help="size of the transfers that are timed; at most 8 on a CPU", min=1)
+    ] = 256,
 ) -> None:
     """Look at this machine: one line per finding, and the cure of each problem. Ends with status 1 if there is a problem."""
     try:
