@@ -271,6 +271,7 @@ def test_a_failure_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
 def test_times_have_a_median_and_a_spread() -> None:
     assert Times((3.0, 1.0, 2.0)).record() == {"median": 2.0, "quartile_1": 1.0, "quartile_3": 3.0, "count": 3}
     assert Times((3.0,), (1.0,)).record()["quartile_3"] == 3.0
+    assert Times((1.0, 9.0)).quartiles == (1.0, 9.0)  # statistics.quantiles extrapolates: -1 and 11
     assert len(time_calls(lambda: None, CPU, iterations=4).all) == 4
 
 

@@ -38,7 +38,7 @@ class Times:
         if len(self.all) == 1:
             return self.all[0], self.all[0]
         first, _, third = statistics.quantiles(self.all, n=4)
-        return first, third
+        return max(first, min(self.all)), min(third, max(self.all))  # of two values, quartiles would lie outside
 
     def record(self) -> dict[str, float]:
         """For JSON: `median`, `quartile_1`, `quartile_3`, `count`, and `host_ms` (a median) where it was measured."""
