@@ -46,10 +46,10 @@ def main(
     commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
 ) -> None:
     """Eager against compiled, forward alone and with backward, on one device."""
-    ((q_heads, kv_heads),) = options.heads(heads)
+    (q_heads, kv_heads), pairs = options.single(options.heads, heads), options.configs(configs)
     place = options.device(device_name)
     results = Results(out, {"about": about(commit) | {"backend": backend}}, "results")
-    for sizes in options.configs(configs):
+    for sizes in pairs:
         config, layout = MoBAConfig(*sizes), SequenceLayout.contiguous([0, tokens], 1)
         case = {
             "tokens": tokens, "q_heads": q_heads, "kv_heads": kv_heads, "block_size": sizes[0], "topk": sizes[1],
