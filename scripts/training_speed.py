@@ -301,6 +301,7 @@ def _measure(
         _profile_host(lambda: train_step(trainer, batches, config, ranks), host_profile)
     if profile and cuda:
         result["profile"] = _profiled(lambda: train_step(trainer, batches, config, ranks))
+    batches.close()
     return result
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -70,7 +71,7 @@ def micro_batches(
     sharding: Sharding,
     separate_documents: bool = False,
     ahead: int = 0,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch]:
     """Micro-batches of this process from sample number ``consumed`` on, without end.
 
     Args:
@@ -83,7 +84,7 @@ def micro_batches(
         ahead: so many micro-batches are read by a thread before they are asked for; 0: each when it is asked for.
     """
 
-    def read() -> Iterator[MicroBatch]:
+    def read() -> Generator[MicroBatch]:
         make, begin = _packed if separate_documents else _unpacked, consumed
         while True:
             first = begin + sharding.dp_rank * micro_batch_size
@@ -92,13 +93,15 @@ def micro_batches(
             yield batch.pinned() if sharding.device.type == "cuda" else batch
             begin += micro_batch_size * sharding.dp_size
 
-    for batch in read_ahead(read(), ahead) if ahead else read():
-        yield batch.to(sharding.device)
+    with closing(read_ahead(read(), ahead) if ahead else read()) as batches:
+        for batch in batches:
+            yield batch.to(sharding.device)
 
 
-def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
+def read_ahead(items: Iterator[T], count: int) -> Generator[T]:
     """The items, up to ``count`` of them made by a thread before they are asked for. What making one raises is raised here, in
-    its turn. Closing the iterator ends the thread."""
+    its turn. Closing the iterator ends the thread, and must come before the program's end: a thread in the middle of a torch
+    operation while Python shuts down aborts the process."""
     made: queue.Queue[tuple[bool, Any]] = queue.Queue(count)
     closed = threading.Event()
 
@@ -120,7 +123,8 @@ def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
         except BaseException as error:
             put((False, error))
 
-    threading.Thread(target=work, name="read ahead", daemon=True).start()
+    thread = threading.Thread(target=work, name="read ahead", daemon=True)
+    thread.start()
     try:
         while True:
             is_item, value = made.get()
@@ -132,6 +136,7 @@ def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
                 raise value
     finally:
         closed.set()
+        thread.join()
 
 
 def sequence_lengths(text: PackedText, first: int, count: int, separate_documents: bool) -> list[int]:

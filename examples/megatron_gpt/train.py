@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +96,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
         sequence_shards=parallel.tensor if parallel.sequence else 1,
     )
 
-    def read(text: PackedText, consumed: int, ahead: int = 0) -> Iterator[MicroBatch]:
+    def read(text: PackedText, consumed: int, ahead: int = 0) -> Generator[MicroBatch]:
         return micro_batches(text, run.micro_batch_size, consumed, sharding, data.separate_documents, ahead)
 
     # Model, optimizer, and where the last attempt got to.
@@ -128,7 +129,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
 
     peak = peak_flops(ranks.device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
     flops = 0
-    with _reporter(config, ranks, progress.step, peak) as reporter:
+    with closing(batches), _reporter(config, ranks, progress.step, peak) as reporter:
         reporter.say(describe(config, ranks, train_corpus))
         if warning:
             reporter.say(warning)
