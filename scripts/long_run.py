@@ -19,7 +19,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch.distributed import TCPStore
 
 from .harness import limits, options, training
 from .harness.records import REPOSITORY, about, megatron_core_version, write_json
@@ -165,7 +165,10 @@ def _train(
     line, environment = training.command(config, changes, len(gpus), device)
     # Without torchrun, whose processes outlive it when it is killed.
     line = [sys.executable, *line[len(training.torchrun(len(gpus))) :]]
-    environment |= {"WORLD_SIZE": str(len(gpus)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    # The ranks meet at a store of this process, as at one of torchrun's agent.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment |= {"WORLD_SIZE": str(len(gpus)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     if device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     path, end = output / "run" / "metrics.jsonl", time.monotonic() + seconds
@@ -186,13 +189,6 @@ def _train(
             process.kill()
             process.wait()
     return logged(path, number)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def logged(path: Path, number: int) -> list[dict[str, Any]]:

@@ -7,13 +7,14 @@ Results are the same. Ranks that share a GPU cannot read each other's memory: `p
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests.programs import hosted_store
 
 
 def group_size() -> int:
@@ -28,14 +29,14 @@ def share_gpus(size: int) -> bool:
 
 def run_gpu_ranks(size: int, function: Callable[..., None], *args: Any) -> None:
     """Call `function(rank, size, *args)`, a module-level function, on each of `size` ranks, and raise what one of them raises."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_on_rank, (size, port, function, args), nprocs=size)
+    store, variables = hosted_store(size, 600.0)  # noqa: RUF059 # lives while its name does
+    mp.spawn(_on_rank, (size, variables, function, args), nprocs=size)
 
 
-def _on_rank(rank: int, size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+def _on_rank(
+    rank: int, size: int, variables: dict[str, str], function: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    os.environ |= variables | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     if share_gpus(size):
         os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
     device = torch.device("cuda", rank % torch.cuda.device_count())

@@ -68,14 +68,9 @@ def run_program(*words: object, ranks: int = 0, timeout: float = 240.0, **enviro
     common = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     common |= {"OMP_NUM_THREADS": "1", **environment}
     with tempfile.TemporaryDirectory() as folder:
-        store = None
         if ranks:
-            # Held here, as by torchrun's agent: no port is chosen that another process takes first.
-            store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout), wait_for_workers=False)
-            common |= {
-                "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-            }  # fmt: skip
+            store, variables = hosted_store(ranks, timeout)  # noqa: RUF059 # lives while its name does
+            common |= variables
         files = [Path(folder, str(rank)) for rank in range(max(1, ranks))]
         errors = [file.with_suffix(".errors") for file in files]
         running = [
@@ -101,6 +96,19 @@ def run_program(*words: object, ranks: int = 0, timeout: float = 240.0, **enviro
         said = f"{' '.join(map(str, words))}: exit codes {codes}, within {timeout:g} s"
         assert not failed, f"{said}\n{printed[-10000:]}{wrong[-10000:]}"
         return printed
+
+
+def hosted_store(ranks: int, timeout: float) -> tuple[dist.TCPStore, dict[str, str]]:
+    """A store that ranks meet at, held by this process as by torchrun's agent: no port is chosen that another process takes
+    before a rank does. And the variables, the same on all ranks, with which ``init_process_group`` finds it. For one group:
+    ranks that meet again need another store.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout), wait_for_workers=False)
+    variables = {
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    return store, variables
 
 
 def _main(words: list[str], environment: dict[str, str], output: str, errors: str) -> None:

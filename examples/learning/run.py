@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
+from torch.distributed import TCPStore
 
 from .attention import phases
 from .corpus import DETAILS, Corpus
@@ -62,6 +62,8 @@ class Started:
     gpus: list[int]
     began: float
     expected: float
+    store: TCPStore
+    """Where the ranks meet, held by this process as by torchrun's agent."""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     trained: bool = False
 
@@ -144,15 +146,16 @@ class Plan:
             path = self.args.work / "tasks" / f"{name}.json"
             write_json(path, asdict(task))
             (self.args.work / "results" / f"{name}.json").unlink(missing_ok=True)
-            started = Started(task, gpus, time.time(), self.expected(task) / self.slowdown)
-            port = free_port()
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            started = Started(task, gpus, time.time(), self.expected(task) / self.slowdown, store)
             for rank in range(cp):
                 env = os.environ | {
                     "CUDA_VISIBLE_DEVICES": ",".join(self.devices[i] for i in gpus) if self.n_gpus else "",
                     "RANK": str(rank),
                     "WORLD_SIZE": str(cp),
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
+                    "MASTER_PORT": str(store.port),
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
                     "TORCHINDUCTOR_CACHE_DIR": str(self.args.work.resolve() / "inductor"),
                     "TRITON_CACHE_DIR": str(self.args.work.resolve() / "triton"),
                     "TORCHINDUCTOR_COMPILE_THREADS": "8",
@@ -254,12 +257,6 @@ def head_commit() -> str:
     """The commit of the working tree, or "unknown" outside one."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def main(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -18,6 +17,7 @@ pytest.importorskip("megatron.core")
 
 from examples.megatron_gpt import progress
 from examples.megatron_gpt.progress import Reporter, read_metrics
+from tests.programs import hosted_store
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -37,24 +37,21 @@ def by_torchrun(directory: Path, processes: int, *overrides: str) -> str:
     return done.stdout + done.stderr
 
 
-def main_on_rank(rank: int, size: int, port: int, directory: str, overrides: list[str]) -> None:
+def main_on_rank(rank: int, variables: dict[str, str], directory: str, overrides: list[str]) -> None:
     """The script in a process that has it imported, started as torchrun would."""
     from examples.megatron_gpt import train
 
     os.chdir(directory)
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "CUDA_VISIBLE_DEVICES": ""}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= variables | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
     with open(Path(directory) / f"printed{rank}", "w") as printed, redirect_stdout(printed):
         train.main(QUICKSTART, [*SMALL, f"run.directory={directory}", *overrides])
 
 
 def by_ranks(directory: Path, processes: int, *overrides: str) -> str:
     """The same without torchrun and its imports; what was printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (processes, port, str(directory), list(overrides))
+    store, variables = hosted_store(processes, 240.0)  # noqa: RUF059 # lives while its name does
+    arguments = (variables, str(directory), list(overrides))
     torch.multiprocessing.start_processes(main_on_rank, arguments, nprocs=processes, start_method="forkserver")
     return "".join((directory / f"printed{rank}").read_text() for rank in range(processes))
 

@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("megatron.core")
 
+from tests.programs import hosted_store
+
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SMALL = [
     "model.num_layers=4",
@@ -33,12 +35,12 @@ INTERLEAVED = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 class Run:
     """One training run of this process, from its start or from the newest checkpoint in a folder."""
 
-    def __init__(self, directory: Path, text: Any, overrides: list[str], port: int, resume: bool) -> None:
+    def __init__(self, directory: Path, text: Any, overrides: list[str], store: dict[str, str], resume: bool) -> None:
         from examples.megatron_gpt import checkpoint, distributed, model
         from examples.megatron_gpt.batches import Sharding, micro_batches
         from examples.megatron_gpt.config import load_config
 
-        os.environ["MASTER_PORT"] = str(port)
+        os.environ |= store
         self.directory = directory
         self.config = load_config(QUICKSTART, [*SMALL, *overrides])
         self.ranks = distributed.start(self.config)
@@ -64,7 +66,7 @@ class Run:
         save(self.directory, self.trainer, self.progress)
 
 
-def train(rank: int, directory: str, ports: list[int]) -> None:
+def train(rank: int, directory: str, stores: list[dict[str, str]]) -> None:
     """What one process found, as a JSON file in ``directory``."""
     from examples.megatron_gpt import distributed
     from examples.megatron_gpt.data import Corpus, PackedText
@@ -73,14 +75,14 @@ def train(rank: int, directory: str, ports: list[int]) -> None:
     from moba_cp.megatron.schedule import moba_layers
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     if any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     text = PackedText(Corpus.find([str(Path(__file__).parent / "*.py")]), 112, seed=0)
     folder = Path(directory)
     found: dict[str, Any] = {}
 
-    run = Run(folder, text, INTERLEAVED, ports[0], resume=False)
+    run = Run(folder, text, INTERLEAVED, stores[0], resume=False)
     chunks = [moba_layers(chunk) for chunk in run.trainer.model]
     found["layers"] = [[layer.layer_number for layer in layers] for layers in chunks]
     found["moba"] = [[layer.computes_moba for layer in layers] for layers in chunks]
@@ -93,32 +95,23 @@ def train(rank: int, directory: str, ports: list[int]) -> None:
     found["switched"] = [layer.computes_moba for layer in moba_layers(run.trainer.model)]
     distributed.stop()
 
-    run = Run(folder, text, INTERLEAVED, ports[1], resume=True)
+    run = Run(folder, text, INTERLEAVED, stores[1], resume=True)
     found["resumed"] = [run.step(), run.step()]
     distributed.stop()
 
-    run = Run(folder, text, [], ports[2], resume=True)  # two data-parallel processes with all layers each
+    run = Run(folder, text, [], stores[2], resume=True)  # two data-parallel processes with all layers each
     found["whole"] = [run.step(), run.step()]
     found["whole_evaluation"] = evaluate(run.trainer, run.unseen, run.config, run.ranks)
     distributed.stop()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 @pytest.mark.slow
 def test_model_chunks_train_like_the_whole_model_and_resume_exactly(tmp_path: Path) -> None:
     # Not the pool of ranks: Megatron's checkpoint writer starts processes of its own.
-    torch.multiprocessing.start_processes(train, (str(tmp_path), free_ports(3)), nprocs=2, start_method="forkserver")
+    stores = [hosted_store(2, 240.0) for _ in range(3)]
+    arguments = (str(tmp_path), [variables for _, variables in stores])
+    torch.multiprocessing.start_processes(train, arguments, nprocs=2, start_method="forkserver")
     first, last = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert (first["layers"], last["layers"]) == ([[1], [3]], [[2], [4]])
     assert (first["moba"], last["moba"]) == ([[False], [True]], [[True], [False]])
