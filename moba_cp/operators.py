@@ -46,8 +46,8 @@ from .parallel.plan_cache import PLANS, Memo
 from .parallel.wanted import exchange_wanted
 from .precision import as_given
 from .prepare import prepare
-from .selection import BY_Q_AND_K, made_selection
-from .stages import Stages, is_timed
+from .selection import made_selection
+from .stages import Stages
 from .tracing import is_captured
 from .validation import check_longest, check_tensors
 
@@ -114,25 +114,15 @@ def attention(
     config = MoBAConfig(block_size, topk, softmax_scale)
     key, made = _layout_of(layout, max_seqlen)
     captured = is_captured(q)
-    source = BY_Q_AND_K
-    ranks = _group_of(group)
-    if (
-        made.cp_size == 1
-        and (ranks is None or ranks.size() == 1)
-        and not (captured or return_selection or is_timed())
-        and all(x is None for x in (selection, q_gate, k_gate))
-    ):
-        call = _decided(q, k, v, config, made, comm, workspace_bytes, exchange_bytes, gradients)
-    else:
-        routing = None
-        if q_gate is not None or k_gate is not None:
-            routing = cast(tuple[Tensor, Tensor], (q_gate, k_gate))  # one alone is refused like any other bad routing
-        prepared = prepare(
-            q, k, v, config, made, ranks, comm, 1, selection, check_selection, routing, return_selection, False,
-            workspace_bytes, exchange_bytes, gradients,
-        )  # fmt: skip
-        assert prepared is not None, "operators run on tensors that hold numbers"
-        call, source = prepared.inner, prepared.routing
+    routing = None
+    if q_gate is not None or k_gate is not None:
+        routing = cast(tuple[Tensor, Tensor], (q_gate, k_gate))  # one alone is refused like any other bad routing
+    prepared = prepare(
+        q, k, v, config, made, _group_of(group), comm, 1, selection, check_selection, routing, return_selection, False,
+        workspace_bytes, exchange_bytes, gradients,
+    )  # fmt: skip
+    assert prepared is not None, "operators run on tensors that hold numbers"
+    call, source = prepared.inner, prepared.routing
     if captured:  # a CUDA graph keeps its memory for good, and its replays make lists at no cost to the host
         call = replace(call, keep_lists=False)
     with torch.cuda.device_of(q), as_given(q):
@@ -271,26 +261,6 @@ def _at_the_end(x: Tensor, slots: int, fill: int, dtype: torch.dtype) -> Tensor:
     padded = x.new_full((*x.shape[:2], slots), fill, dtype=dtype)
     padded[:, :, missing:] = x
     return padded
-
-
-def _decided(
-    q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, layout: SequenceLayout, comm: str, workspace_bytes: int,
-    exchange_bytes: int, gradients: bool,
-) -> pipeline.Call:  # fmt: skip
-    """A call on one rank that selects by q and k. Checked and planned once: later calls with equal numbers and tensors of equal
-    shape, dtype and device find it beside the plan."""
-    plan = home_plan(layout, config.block_size)
-    tensors = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
-
-    def make() -> pipeline.Call:
-        prepared = prepare(
-            q, k, v, config, layout, None, comm, 1, None, True, None, False, False, workspace_bytes, exchange_bytes, gradients
-        )  # fmt: skip
-        assert prepared is not None, "operators run on tensors that hold numbers"
-        return prepared.inner
-
-    name = ("call in a graph", config, comm, workspace_bytes, exchange_bytes, gradients, tensors)
-    return PLANS.beside((layout, config.block_size, plan.keeps_rows), plan, name, make)
 
 
 def _layout_of(layout: Tensor, max_seqlen: int | None) -> tuple[tuple[int, int], SequenceLayout]:

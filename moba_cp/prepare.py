@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import pipeline, wide
 from .config import MoBAConfig
+from .derivatives import refuse_transforms
 from .kernels import backend_for
 from .parallel import agreement, backward_order
 from .parallel.blocks import HomePlan, home_plan, rank_plan
@@ -18,10 +19,11 @@ from .parallel.comm import CommGroup
 from .parallel.cost import CallSizes
 from .parallel.exchanges import EXCHANGES
 from .parallel.layout import SequenceLayout
+from .parallel.plan_cache import PLANS
 from .parallel.topology import host
 from .precision import as_given
 from .selection import BY_Q_AND_K, Routing, check_routing, make_routing, place, routing_fact
-from .stages import Stages
+from .stages import Stages, is_timed
 from .tracing import is_captured, without_numbers
 from .validation import RefusedTogether, call_facts, check_call, check_capture, check_flags
 
@@ -81,9 +83,66 @@ def prepare(
 ) -> Prepared | None:
     """Check the arguments of `moba_attention`, agree with the other ranks, and plan; None where tensors hold no numbers.
 
+    A plain call on one rank is prepared once: later calls with equal arguments, and tensors of equal shapes, dtype and device,
+    find it beside their plan.
+
     Args:
         gradients: whether there will be a backward pass. The others are those of `moba_attention`.
     """
+
+    numbers = (workspace_bytes, exchange_bytes, 1 if head_parallel is None else head_parallel)
+    known = (
+        selection is routing is None
+        and return_selection is return_report is False
+        and isinstance(check_selection, bool)
+        # Exact classes: other values may equal valid ones, and would be found instead of refused.
+        and layout.__class__ is SequenceLayout
+        and config.__class__ is MoBAConfig
+        and comm.__class__ is str
+        and all(x.__class__ is int for x in numbers)
+        and all(_is_plain(x) for x in (q, k, v))
+        and layout.cp_size == 1
+        and (group is None or (isinstance(group, dist.ProcessGroup) and group.size() == 1))
+        and not (without_numbers(q, k, v) or is_captured(q) or is_timed())
+    )
+    make = lambda: _prepare(  # noqa: E731
+        q, k, v, config, layout, None if known else group, comm, head_parallel, selection, check_selection, routing,
+        return_selection, return_report, workspace_bytes, exchange_bytes, gradients,
+    )  # fmt: skip
+    if not known:
+        return make()
+    refuse_transforms(q=q, k=k, v=v)
+    plan = home_plan(layout, config.block_size)
+    tensors = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
+    name = ("call on one rank", config, comm, numbers, gradients, tensors)
+    return PLANS.beside((layout, config.block_size, plan.keeps_rows), plan, name, make)
+
+
+def _is_plain(x: object) -> bool:
+    """Whether `x` is a dense tensor, of no class of its own."""
+    plain = x.__class__ is Tensor or x.__class__ is torch.nn.Parameter
+    return plain and isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    layout: SequenceLayout,
+    group: dist.ProcessGroup | None,
+    comm: str,
+    head_parallel: int | None,
+    selection: Tensor | None,
+    check_selection: bool,
+    routing: tuple[Tensor, Tensor] | None,
+    return_selection: bool,
+    return_report: bool,
+    workspace_bytes: int,
+    exchange_bytes: int,
+    gradients: bool,
+) -> Prepared | None:
+    """`prepare`, each time anew."""
     inferred = without_numbers(q, k, v)
     with RefusedTogether(layout, group, q, k, v):
         check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch._functorch.config
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -19,9 +18,6 @@ from moba_cp import MoBAConfig, SequenceLayout, operators
 from moba_cp.attached import attached
 from moba_cp.config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
 from moba_cp.kernels import torch_backend
-from moba_cp.parallel.plan_cache import PLANS
-from moba_cp.stages import time_stages
-from tests.ranks import run_ranks
 
 CONFIG = MoBAConfig(8, 3)
 LAYOUTS = [SequenceLayout.contiguous(cu, 1) for cu in ([0, 40], [0, 13, 40])]
@@ -187,76 +183,3 @@ def test_nothing_is_left_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
     found = outputs(*qkv)
     assert attached(found[2], found[5]) is None
     assert equal(gradients(found[0], qkv), gradients(eager(*qkv), qkv))
-
-
-@pytest.fixture
-def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes of q of the calls that were checked and planned, in turn; none is known at the start."""
-    shapes: list[tuple[int, ...]] = []
-    prepare = operators.prepare
-    monkeypatch.setattr(operators, "prepare", lambda q, *rest: (shapes.append(tuple(q.shape)), prepare(q, *rest))[1])
-    PLANS.clear()
-    yield shapes
-    PLANS.clear()
-
-
-def test_a_call_is_checked_and_planned_once(prepared: list[tuple[int, ...]]) -> None:
-    """Until its shapes, its dtype, its numbers or whether gradients follow differ; what is bad is refused each time."""
-    q, k, v = tensors()
-    for _ in range(3):
-        outputs(q, k, v)
-    outputs(*(x.detach().requires_grad_() for x in (q, k, v)), SequenceLayout.contiguous(torch.tensor([0, 40]), 1))
-    assert len(prepared) == 1
-    before = PLANS.kept_bytes().host
-    others: list[Callable[[], object]] = [
-        lambda: outputs(q[:, :2], k, v),
-        lambda: outputs(q.double(), k.double(), v.double()),
-        lambda: outputs(q, k, v, topk=2),
-        torch.no_grad()(lambda: outputs(q, k, v)),
-        lambda: outputs(q, k, v, LAYOUTS[1]),
-    ]
-    for count, other in enumerate(others, start=2):
-        for _ in range(2):
-            other()
-        assert len(prepared) == count
-    assert PLANS.kept_bytes().host > before
-    for _ in range(2):
-        with pytest.raises(ValueError, match="gives rank 0 40 tokens, but q has 39"):
-            outputs(q[1:], k[1:], v[1:])
-        with pytest.raises(TypeError, match="q, k and v must have one dtype"):
-            outputs(q, k.double(), v)
-    PLANS.clear()
-    outputs(q, k, v)
-    assert prepared[-1] == (40, 4, 4)
-
-
-def group_of_one(rank: int, size: int) -> tuple[int, str]:
-    """How often the operator plans three calls with a group by name, and what it says of one that does not fit the layout."""
-    planned, prepare = [], operators.prepare
-    operators.prepare = lambda *args: (planned.append(1), prepare(*args))[1]
-    alone = dist.new_subgroups(group_size=1)[0].group_name
-    q, k, v = tensors()
-    call = lambda group: torch.ops.moba_cp.attention(  # noqa: E731
-        q, k, v, LAYOUTS[0].described, None, None, None, 8, 3, None, group, "auto", True, False, True, 1 << 30, 1 << 30, None
-    )  # fmt: skip
-    for _ in range(3):
-        gradients(call(alone)[0], [q, k, v])
-    with pytest.raises(ValueError, match="ranks") as refused:
-        call(dist.group.WORLD.group_name)
-    return len(planned), str(refused.value)
-
-
-def test_a_group_of_one_rank_is_no_group() -> None:
-    for planned, refused in run_ranks(2, group_of_one):
-        assert planned == 2  # the last one was refused
-        assert "the layout is for 1 ranks, but the group has 2" in refused
-
-
-def test_stages_are_timed_of_calls_that_are_known(prepared: list[tuple[int, ...]]) -> None:
-    """A known call has no timer."""
-    qkv = tensors()
-    outputs(*qkv)
-    with time_stages():
-        outputs(*qkv)
-    outputs(*qkv)
-    assert len(prepared) == 2
