@@ -89,6 +89,12 @@ def build_command(config: PLAN, out: OUT) -> None:
     except FileNotFoundError as error:
         raise typer.BadParameter(str(error)) from None
     print(json.dumps({k: v for k, v in facts.items() if k not in DETAILS}, indent=1))
+    wanted = yaml.safe_load(config.read_text()).get("fingerprint", facts["fingerprint"])
+    if facts["fingerprint"] != wanted:
+        sys.exit(
+            f"the tokens' fingerprint is {facts['fingerprint']}, {config} says {wanted}: results over these tokens cannot be "
+            f"compared with results over those. What was built stays in {out}"
+        )
 
 
 @app.command("pairs")
@@ -141,12 +147,14 @@ def counting_losses(corpus: Corpus, length: int) -> dict[str, float]:
 
 
 def fetch(config: dict[str, Any], folder: Path) -> None:
-    """Download the packages by name: wheels into `folder/wheels`, Debian packages into `folder/debs`."""
-    for kind, name, command in (
-        ("wheel", "wheels", [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]),
-        ("deb", "debs", ["apt-get", "download"]),
+    """Download the packages by name and version: wheels into `folder/wheels`, Debian packages into `folder/debs`."""
+    for kind, name, equals, command in (
+        ("wheel", "wheels", "==", [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]),
+        ("deb", "debs", "=", ["apt-get", "download"]),
     ):
-        packages = [s[kind] for s in config["sources"] if kind in s]
+        packages = [
+            equals.join([s[kind], s["version"]]) if "version" in s else s[kind] for s in config["sources"] if kind in s
+        ]
         (folder / name).mkdir(parents=True, exist_ok=True)
         if packages:
             subprocess.run([*command, *packages], cwd=folder / name, check=True)
@@ -178,6 +186,7 @@ def build(config: dict[str, Any], out: Path) -> dict[str, Any]:
         sources.append(
             {
                 "name": name,
+                "version": source.get("version"),
                 "licence": source["licence"],
                 "files": len(files),
                 "characters": kept,
@@ -240,11 +249,12 @@ def read_source(source: dict[str, Any], downloads: Path) -> Iterator[tuple[str, 
         if "folder" in source:
             root = Path(name)
         elif "wheel" in source:
-            archive = fetched(downloads / "wheels", f"{name.replace('-', '_')}-*.whl")
+            archive = fetched(downloads / "wheels", f"{name.replace('-', '_')}-{source.get('version', '*')}-*.whl")
             zipfile.ZipFile(archive).extractall(scratch)
             root = Path(scratch)
         else:
-            archive = fetched(downloads / "debs", f"{name}_*.deb")
+            version = source.get("version", "*").replace(":", "%3a")  # as apt-get names the file
+            archive = fetched(downloads / "debs", f"{name}_{version}_*.deb")
             subprocess.run(["dpkg", "-x", str(archive), scratch], check=True)
             root = Path(scratch)
             for inner in root.rglob("linux-source-*.tar.xz"):

@@ -18,7 +18,7 @@ import yaml
 from typer import testing
 
 from examples.learning import report
-from examples.learning.corpus import Corpus, build
+from examples.learning.corpus import Corpus, build, fetch, read_source
 from examples.learning.corpus import app as corpus_app
 from examples.learning.run import Options, Plan
 from tests.programs import run_program
@@ -81,7 +81,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         Plan(options)
     with pytest.raises(ValueError, match=r"tiny\.yaml has no run of fulll, only of broken, full, "):
         Plan(replace(options, only=["fulll"]))
-    with pytest.raises(FileNotFoundError, match=r"must hold one sympy-\*\.whl, has 0: run the command `fetch` first"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold one sympy-\*-\*\.whl, has 0: run the command `fetch` first"
+    ):
         build({"sources": [{"wheel": "sympy", "licence": "", "megabytes": 1, "paths": []}]}, tmp_path / "new")
 
 
@@ -120,6 +122,30 @@ def test_a_program_says_what_is_missing_in_a_sentence(
     result = testing.CliRunner().invoke(app, line, terminal_width=400)
     assert result.exit_code == 2, result.output
     assert text in " ".join(result.output.replace("│", " ").split())  # in a box, whose lines end where the path is long
+
+
+def test_versions_of_packages_are_fetched_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("examples.learning.corpus.subprocess.run", lambda line, **_: asked.extend(line))
+    sources = [{"wheel": "mypy", "version": "2.4.1"}, {"wheel": "numpy"}, {"deb": "git-doc", "version": "1:2.39-0"}]
+    fetch({"sources": sources}, tmp_path)
+    assert {"mypy==2.4.1", "numpy", "git-doc=1:2.39-0"} <= set(asked)
+    (tmp_path / "debs" / "git-doc_1%3a2.40-0_all.deb").touch()
+    with pytest.raises(FileNotFoundError, match=r"must hold one git-doc_1%3a2\.39-0_\*\.deb, has 0"):
+        next(read_source(sources[2], tmp_path))
+
+
+def test_a_corpus_of_other_text_is_named(tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "configs/learning/corpus_tiny.yaml").read_text())
+    path = tmp_path / "other.yaml"
+    line = ["build", "--config", str(path), "--out", str(tmp_path)]
+    path.write_text(yaml.safe_dump(config | {"train_tokens": 20_000, "fingerprint": "0" * 64}))
+    result = testing.CliRunner().invoke(corpus_app, line)
+    assert result.exit_code == 1
+    fingerprint = json.loads((tmp_path / "corpus.json").read_text())["fingerprint"]
+    assert f"the tokens' fingerprint is {fingerprint}, {path} says {'0' * 64}" in result.output
+    path.write_text(yaml.safe_dump(config | {"train_tokens": 20_000, "fingerprint": fingerprint}))
+    assert testing.CliRunner().invoke(corpus_app, line).exit_code == 0
 
 
 def test_a_failed_download_takes_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
