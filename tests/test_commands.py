@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from moba_cp.__main__ import main
 from moba_cp.commands import app, checks
 from moba_cp.commands.plan import read_model, read_tokens
 from moba_cp.commands.values import MOBA_KEYS
-from scripts.harness.training import torchrun
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[1]
 
@@ -228,14 +227,11 @@ def test_wrong_attention_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.cure
 
 
-def test_doctor_under_torchrun() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    line = [*torchrun(2), "-m", "moba_cp", "doctor", "--megabytes", "4"]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("python:") == 1  # one rank speaks
+def test_doctor_over_ranks() -> None:
+    printed = run_program("moba_cp", "doctor", "--megabytes", 4, ranks=2)
+    assert printed.count("python:") == 1  # one rank speaks
     for what in ("ranks: 2", "all-to-all", "auto: ", "symmetric memory"):
-        assert what in done.stdout
+        assert what in printed
 
 
 def test_without_typer_it_says_what_to_install(

@@ -25,18 +25,6 @@ SMALL = ["data.seq_length=192", "run.steps=4", "run.eval_interval=4", "run.eval_
 SMALL += [f"data.paths=[{ROOT}/examples]"]  # the default, the standard library, takes seconds to list
 
 
-def by_torchrun(directory: Path, processes: int, *overrides: str) -> str:
-    """Run the script over ``processes`` processes on CPU; what it printed."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    script = [str(ROOT / "examples" / "megatron_gpt" / "train.py"), str(QUICKSTART)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [*launch, *script, *SMALL, f"run.directory={directory}", *overrides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=directory)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def main_on_rank(rank: int, variables: dict[str, str], directory: str, overrides: list[str]) -> None:
     """The script in a process that has it imported, started as torchrun would."""
     from examples.megatron_gpt import train
@@ -49,11 +37,24 @@ def main_on_rank(rank: int, variables: dict[str, str], directory: str, overrides
 
 
 def by_ranks(directory: Path, processes: int, *overrides: str) -> str:
-    """The same without torchrun and its imports; what was printed."""
+    """Run the script over ``processes`` processes on CPU, as torchrun would; what it printed."""
     store, variables = hosted_store(processes, 240.0)  # noqa: RUF059 # lives while its name does
     arguments = (variables, str(directory), list(overrides))
     torch.multiprocessing.start_processes(main_on_rank, arguments, nprocs=processes, start_method="forkserver")
     return "".join((directory / f"printed{rank}").read_text() for rank in range(processes))
+
+
+def by_a_program(directory: Path, *overrides: str) -> None:
+    """The same as a program of its own, to its very end, on one process."""
+    store, variables = hosted_store(1, 240.0)  # noqa: RUF059 # lives while its name does
+    environment = (
+        os.environ | variables | {"RANK": "0", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    )
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(ROOT / "examples" / "megatron_gpt" / "train.py"), str(QUICKSTART), *SMALL]
+    command += [f"run.directory={directory}", *overrides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=directory)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -81,7 +82,7 @@ def test_losses_do_not_depend_on_context_parallelism_and_resuming_is_exact(tmp_p
 
     # One process instead of two, from the same checkpoint: equal to rounding.
     (run / "checkpoints" / "latest").write_text("step_00000002\n")
-    by_torchrun(tmp_path, 1, "run.name=a", "parallel.context=1", "run.routing_picture=false", "run.save_last=false")
+    by_a_program(tmp_path, "run.name=a", "parallel.context=1", "run.routing_picture=false", "run.save_last=false")
     unsharded = read_metrics(run)
     assert len(unsharded) == 4
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(unsharded, through, strict=True)) < 1e-5
