@@ -47,6 +47,7 @@ def test_plan_recommends_and_shows_its_parts() -> None:
     ):
         assert part in text
     assert "*(4096, 12)" in text
+    assert "least memory of those that fit and are within 3% of the least time" in text  # it need not be the fastest
     assert "Sending queries to blocks" in text
 
 

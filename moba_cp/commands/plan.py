@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ..planning.advice import (
+    ALIKE,
     Option,
     automatic,
     block_sizes,
@@ -106,14 +107,15 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
         "",
         *parts(best),
         "",
-        "alternatives, forward+backward ms, GiB:",
+        "alternatives, forward+backward ms, GiB; recommended is the least memory of those that fit and are within "
+        f"{ALIKE:.0%} of the least time:",
     ]
     lines += [
         f"  {label(option.split):24} {option.milliseconds:10.1f} {option.memory.peak:8.1f}"
         + "  does not fit" * (not option.fits)
         for option in alternatives(found)[:7]
     ]
-    lines += ["", "block sizes, each with its fastest split: forward / forward+backward ms, GiB:"]
+    lines += ["", "block sizes, each as recommended: forward / forward+backward ms, GiB:"]
     for block_size, topk, option in block_sizes(layer, cluster, calibration):
         mark = "*" if (block_size, topk) == (layer.block_size, layer.topk) else " "
         prediction = option.prediction
