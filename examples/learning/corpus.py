@@ -36,10 +36,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-import yaml
 
 from .duplicates import Duplicates
 from .needles import Sentences, needles, training_facts
+from .reading import PACKAGES, read_yaml
 
 SUFFIXES = {
     ".c",
@@ -73,8 +73,9 @@ app = typer.Typer(add_completion=False, help=__doc__)
 @app.command("fetch")
 def fetch_command(config: PLAN, out: OUT) -> None:
     """Download the packages."""
+    packages = _packages(config)
     try:
-        fetch(yaml.safe_load(config.read_text()), out / "downloads")
+        fetch(packages, out / "downloads")
     except FileNotFoundError as error:
         sys.exit(f"packages are downloaded by pip and apt-get: {error}")
     except subprocess.CalledProcessError as error:
@@ -84,8 +85,9 @@ def fetch_command(config: PLAN, out: OUT) -> None:
 @app.command("build")
 def build_command(config: PLAN, out: OUT) -> None:
     """Make the corpus out of them, and show what it holds."""
+    packages = _packages(config)
     try:
-        facts = build(yaml.safe_load(config.read_text()), out)
+        facts = build(packages, out)
     except FileNotFoundError as error:
         raise typer.BadParameter(str(error)) from None
     print(json.dumps({k: v for k, v in facts.items() if k not in DETAILS}, indent=1))
@@ -95,6 +97,18 @@ def build_command(config: PLAN, out: OUT) -> None:
             f"the tokens' fingerprint is {facts['fingerprint']}, {config} says {wanted}: results over these tokens cannot be "
             f"compared with results over those. What was built stays in {out}"
         )
+
+
+def _packages(config: Path) -> dict[str, Any]:
+    """The entries of a file of packages.
+
+    Raises:
+        BadParameter: it is of another kind.
+    """
+    try:
+        return read_yaml(config, PACKAGES, "configs/learning/corpus_tiny.yaml")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command("pairs")

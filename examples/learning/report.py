@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .pictures import answered, pictures
+from .reading import RESULTS, read_json
 from .rounding import rounding_table
 from .summary import (
     Run,
@@ -50,16 +51,24 @@ def main(
     docs: Annotated[Path, typer.Option(help="folder of the page and its pictures")] = Path("docs"),
 ) -> None:
     """Write the page and its pictures."""
-    found = load(results)
+    try:
+        found = load(results)
+        text = page(found)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     docs.mkdir(parents=True, exist_ok=True)
-    (docs / "learning.md").write_text(page(found))
+    (docs / "learning.md").write_text(text)
     pictures(found, docs)
 
 
 def load(results: Path) -> dict[str, Any]:
     """A results file, with what files beside it have: what counting words gets, what recorded selections want, and what was
-    read out of the results."""
-    found: dict[str, Any] = json.loads(results.read_text())
+    read out of the results.
+
+    Raises:
+        ValueError: it is no file of results.
+    """
+    found = read_json(results, RESULTS, "docs/results/learning.json")
     found["wanted"] = recorded_shares(results.parent, found)
     counted = results.with_name("learning_bigram.json")
     if counted.exists():
@@ -71,7 +80,11 @@ def load(results: Path) -> dict[str, Any]:
 
 
 def page(results: dict[str, Any]) -> str:
-    """The text of the page; its tables come from `results` alone."""
+    """The text of the page; its tables come from `results` alone.
+
+    Raises:
+        ValueError: no run is finished.
+    """
     done = finished(results)
     if not done:
         raise ValueError("results hold no finished run")

@@ -24,11 +24,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from torch.distributed import TCPStore
 
 from .attention import phases
 from .corpus import DETAILS, Corpus
+from .reading import PLAN, read_yaml
 from .summary import every_run, finished
 from .task import Task, common_start, write_json
 
@@ -73,7 +73,7 @@ class Plan:
 
     def __init__(self, args: Options) -> None:
         self.args, self.limit = args, time.time() + args.time_limit
-        self.plan = yaml.safe_load(args.plan.read_text())
+        self.plan = read_yaml(args.plan, PLAN, "configs/learning/tiny.yaml")
         if args.steps:
             self.plan["optimizer"]["steps"] = args.steps
         self.config = {key: self.plan[key] for key in ("model", "data", "optimizer", "measures")}

@@ -17,7 +17,7 @@ import typer
 import yaml
 from typer import testing
 
-from examples.learning import report
+from examples.learning import report, run
 from examples.learning.corpus import Corpus, build, fetch, read_source
 from examples.learning.corpus import app as corpus_app
 from examples.learning.run import Options, Plan
@@ -85,6 +85,36 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         FileNotFoundError, match=r"must hold one sympy-\*-\*\.whl, has 0: run the command `fetch` first"
     ):
         build({"sources": [{"wheel": "sympy", "licence": "", "megabytes": 1, "paths": []}]}, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("program", "argument", "file", "text"),
+    [
+        (
+            "run",
+            "--plan",
+            "configs/quickstart.yaml",
+            "lacks measures, arms, runs, which configs/learning/tiny.yaml has",
+        ),
+        ("run", "--plan", "README.md", "README.md is not YAML: "),
+        ("corpus", "--config", "configs/quickstart.yaml", "lacks sources, vocabulary, document_bytes, "),
+        (
+            "report",
+            "--results",
+            "docs/results/kernels.json",
+            "lacks plan, corpus, runs, which docs/results/learning.json",
+        ),
+        ("report", "--results", "README.md", "README.md is not JSON: "),
+    ],
+)
+def test_a_file_of_another_kind_is_named(program: str, argument: str, file: str, text: str, tmp_path: Path) -> None:
+    main = {"run": typer.Typer(), "report": typer.Typer(), "corpus": corpus_app}[program]
+    if program != "corpus":
+        main.command()({"run": run.main, "report": report.main}[program])
+    words = ["build", "--out", str(tmp_path)] if program == "corpus" else []
+    shown = testing.CliRunner().invoke(main, [*words, argument, str(ROOT / file)], terminal_width=300)
+    assert shown.exit_code == 2
+    assert text in " ".join(shown.output.replace("│", " ").split())
 
 
 def test_another_corpus_is_not_taken_for_the_one_in_the_work_folder(tmp_path: Path) -> None:
