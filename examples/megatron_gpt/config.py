@@ -164,22 +164,22 @@ def _check(config: TrainConfig) -> None:
     _choose("run.recompute", run.recompute, ("none", "all_but_attention", "selective", "full"))
     _choose("run.layers", run.layers, ("auto", "long", "megatron"))
     _choose("run.device", run.device, ("auto", "cpu", "cuda"))
-    for section in (model, config.moba, parallel):
-        for name, value in vars(section).items():
+    for section, values in (("model", model), ("moba", config.moba), ("parallel", parallel)):
+        for name, value in vars(values).items():
             if (
                 name not in ("full_last_layers", "head_parallel")
                 and isinstance(value, int)
                 and not isinstance(value, bool)
                 and value < 1
             ):
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{section}.{name} must be at least 1, got {value}")
     if config.moba.head_parallel < 0:
         raise ValueError(f"moba.head_parallel must not be negative (0: comm decides), got {config.moba.head_parallel}")
     if not 0 <= config.moba.fraction <= 1:
         raise ValueError(f"moba.fraction must be between 0 and 1, got {config.moba.fraction}")
     if data.seq_length < 1:
         raise ValueError(f"data.seq_length must be at least 1, got {data.seq_length}")
-    for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval", "eval_batches"):
+    for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval", "eval_batches", "token_parts"):
         if getattr(run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(run, name)}")
     if not 0 <= run.seed < 1 << 32:
@@ -220,10 +220,8 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"data.eval_fraction must be between 0 and 1, got {data.eval_fraction}")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
-    if run.token_parts < 1 or data.seq_length % (2 * run.token_parts):
-        raise ValueError(
-            f"run.token_parts={run.token_parts} must be at least 1, and twice it divide {data.seq_length} tokens"
-        )
+    if run.token_parts > 1:
+        _divides("2 * run.token_parts", 2 * run.token_parts, "data.seq_length", data.seq_length)
     if run.token_parts > 1 and (parallel.context > 1 or parallel.sequence or data.separate_documents):
         raise ValueError(
             f"run.token_parts={run.token_parts} imitates parallel.context on one rank: it goes with parallel.context=1, "

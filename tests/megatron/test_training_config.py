@@ -42,6 +42,10 @@ def test_the_300m_model_is_that_large() -> None:
     assert weights == 327_548_928
 
 
+def test_an_odd_length_is_for_one_rank() -> None:
+    assert load_config(QUICKSTART, ["data.seq_length=1023"]).data.seq_length == 1023
+
+
 def test_overrides_change_single_keys() -> None:
     config = load_config(QUICKSTART, ["run.steps=7", "data.paths=[a.txt]", "run.name=x", "run.directory=/y"])
     assert (config.run.steps, config.data.paths, str(config.run_directory)) == (7, ["a.txt"], "/y/x")
@@ -60,7 +64,7 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
         (["run.precision=fp16"], "run.precision must be one of.*'fp16'"),
         (["run.routing_interval=-1"], "run.routing_interval must not be negative .0: never., got -1"),
         (["moba.comm=pul"], "moba.comm must be one of.*'auto'.*got 'pul'"),
-        (["moba.topk=0"], "topk must be at least 1, got 0"),
+        (["moba.topk=0"], "moba.topk must be at least 1, got 0"),
         (
             ["data.seq_length=1026", "parallel.context=2"],
             "seq_length=1026 must be a multiple of 2 . parallel.context=4",
@@ -77,8 +81,8 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
             ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
             "model.num_layers=2 must be a multiple of parallel.pipeline . virtual_pipeline=4",
         ),
-        (["run.token_parts=0"], "token_parts=0 must be at least 1"),
-        (["run.token_parts=5", "data.seq_length=192"], "token_parts=5 .* divide 192"),
+        (["run.token_parts=0"], "run.token_parts must be at least 1, got 0"),
+        (["run.token_parts=5", "data.seq_length=192"], r"data.seq_length=192 must be a multiple of 2 \* run.token_parts=10"),
         (["run.token_parts=2", "parallel.context=2"], "token_parts=2 imitates parallel.context"),
         (["run.steps=3"], "warmup_steps=5 must be below run.steps=3"),
         (["optimizer.warmup_steps=-1"], "warmup_steps=-1 must be below .* and not negative"),
