@@ -10,7 +10,8 @@ cudnn     bf16 and fp16 on sm_90 and sm_100, head sizes up to 128 in multiples o
           call (``steady``): about twice as fast as flash, but it compiles for each new length
 flash     bf16 and fp16 on GPUs from sm_80, head sizes up to 256
 cpu       every dtype on the CPU
-math      the rest (fp32 and fp64 on GPUs, larger heads): plain matrix products in fp32 or fp64, some rows at a time
+math      the rest (fp32 and fp64 on GPUs, larger heads; scales of 0 and below, with which the others give NaN): plain
+          matrix products in fp32 or fp64, some rows at a time
 ========  =============================================================================================================
 
 Head sizes that flash and cpu refuse (``Dv != D``; on GPUs, not a multiple of 8) are padded with zeros, which add nothing to a
@@ -130,7 +131,7 @@ def _expand(k: Tensor, v: Tensor, heads: slice, kv_heads: slice) -> tuple[Tensor
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, steady: bool) -> tuple[Tensor, Tensor]:
     """Output `[n, H, Dv]` in the dtype of `q` (`math`: fp32 or fp64), and log-sum-exp `[H, n]`."""
-    kernel = choose_kernel(q, k, v, causal, steady)
+    kernel = choose_kernel(q, k, v, scale, causal, steady)
     if kernel == "math":
         return _math_forward(q, k, v, scale, causal)
     heads_first = _prepared(kernel, q, k, v)
@@ -155,7 +156,7 @@ def _backward(
     steady: bool,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv of the shapes of `q`, `k`, `v`."""
-    kernel = choose_kernel(q, k, v, causal, steady)
+    kernel = choose_kernel(q, k, v, scale, causal, steady)
     if kernel == "math":
         return _math_backward(q, k, v, out, lse, dout, scale, causal)
     q_, k_, v_, out_, dout_ = _prepared(kernel, q, k, v, out, dout)
@@ -179,11 +180,13 @@ def _backward(
     return tuple(g[0].transpose(0, 1)[..., : x.shape[2]] for g, x in zip(gradients, (q, k, v), strict=True))
 
 
-def choose_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, steady: bool) -> str:
+def choose_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, steady: bool) -> str:
     """The kernel for `q` `[n, H, D]`, `k` `[m, H, D]`, `v` `[m, H, Dv]`, by the table above.
 
     torch's own switches (``torch.backends.cuda.enable_cudnn_sdp``, ``torch.nn.attention.sdpa_kernel``, ...) apply.
     """
+    if scale <= 0:
+        return "math"
     if q.device.type != "cuda":
         return "cpu"
     if q.dtype not in (torch.bfloat16, torch.float16):

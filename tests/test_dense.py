@@ -51,6 +51,13 @@ def test_low_precision_sums_in_fp32(dtype: torch.dtype, tolerance: float) -> Non
         assert_close(whole(layout, [of_rank[name] for of_rank in per_rank]), expected, tolerance)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_of_zero_and_below(scale: float) -> None:
+    case = replace(CASE, softmax_scale=scale)
+    layout = SequenceLayout.contiguous(case.cu_seqlens, 1)
+    assert_close(full_on_rank(0, case, layout), reference(case), 1e-13)
+
+
 def nan_on_rank(rank: int, world_size: int) -> bool:
     """The last document is NaN; the others must be finite, gradients as well."""
     layout = SequenceLayout.zigzag(CASE.cu_seqlens, world_size)

@@ -75,4 +75,4 @@ def test_cuda_operators_accept_what_they_are_given(
 
 def test_other_dtypes_and_devices_have_a_kernel() -> None:
     q, k, v, _ = make(2, 2, 8, 8)
-    assert dense.choose_kernel(q, k, v, True, True) == "cpu"
+    assert dense.choose_kernel(q, k, v, SCALE, True, True) == "cpu"
