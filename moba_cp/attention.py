@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import pipeline, wide
-from .compiled import compiled_attention, compiled_varlen, fits_a_graph
+from .compiled import compiled_attention, compiled_varlen, fits_a_graph, fits_the_schema
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .derivatives import can_refuse, first_derivative_only, no_forward_mode
 from .outside_graphs import outside_graphs
@@ -176,7 +176,10 @@ def moba_attention(
     """
     ranks = process_group_of(group)
     if torch.compiler.is_compiling():
-        if return_report or not fits_a_graph(config.topk, comm, head_parallel):
+        plain = fits_the_schema(
+            (q, k, v), (check_selection, return_selection, return_report), (workspace_bytes, exchange_bytes)
+        )
+        if return_report or not plain or not fits_a_graph(config.topk, comm, head_parallel):
             return _outside_the_graph(
                 q, k, v, config, layout=layout, group=ranks, comm=comm, head_parallel=head_parallel, selection=selection,
                 check_selection=check_selection, routing=routing, return_selection=return_selection,

@@ -6,6 +6,8 @@ configuration as numbers. So a graph serves every layout and number of tokens. A
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +24,16 @@ MOST_SLOTS = 128
 def fits_a_graph(topk: int, comm: str = "auto", head_parallel: int | None = None) -> bool:
     """Whether such a call can be part of a graph. What is saved of a call that splits heads has sizes that its layout decides."""
     return topk <= MOST_SLOTS and not comm.startswith(HEADS) and head_parallel in (None, 1)
+
+
+def fits_the_schema(tensors: Iterable[object], flags: Iterable[object], numbers: Iterable[object]) -> bool:
+    """Whether arguments are of the types that the operator's schema names. It would convert others, or refuse them on one rank
+    alone, while the graph is recorded."""
+    return (
+        all(isinstance(x, Tensor) for x in tensors)
+        and all(isinstance(x, bool) for x in flags)
+        and all(isinstance(x, int) and not isinstance(x, bool) for x in numbers)
+    )
 
 
 def compiled_attention(

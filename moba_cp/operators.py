@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import distributed_c10d
 
 from . import pipeline
@@ -150,8 +151,11 @@ def _(
     check_selection: bool, return_selection: bool, gradients: bool, workspace_bytes: int, exchange_bytes: int,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    check_tensors(q, k, v)
-    tokens, q_heads, _ = q.shape
+    if not isinstance(
+        q, FakeTensor
+    ):  # on meta; what is refused while a graph is recorded, other ranks would not hear of
+        check_tensors(q, k, v)
+    tokens, q_heads = q.shape[:2]
     (lse, selected), (blocks, weights) = _nothing_saved(q), _nothing_selected(q)
     if gradients:
         lse = q.new_empty(q_heads, tokens, dtype=accumulate_dtype(q.dtype))
@@ -160,7 +164,7 @@ def _(
         blocks = q.new_empty(q_heads, tokens, topk, dtype=torch.int32)
         weights = q.new_empty(q_heads, tokens, topk, dtype=accumulate_dtype(q.dtype))
     route = torch.empty(_ROUTE_NUMBERS, dtype=torch.int64, device="cpu")
-    return q.new_empty(tokens, q_heads, v.shape[2]), lse, selected, blocks, weights, route
+    return q.new_empty(tokens, q_heads, v.shape[-1]), lse, selected, blocks, weights, route
 
 
 @_define("attention_backward")

@@ -51,6 +51,10 @@ def node(rank: int, **bad: Any) -> object:
         return attention(rank, comm="a2a+ring", head_parallel=2)
 
 
+def compiled(rank: int, **bad: Any) -> object:
+    return torch.compile(moba_cp.moba_attention, backend="eager")(**good_call(rank) | bad)
+
+
 META = {"q": zeros(8, 4, 8, device="meta"), "k": zeros(8, 2, 8, device="meta"), "v": zeros(8, 2, 4, device="meta")}
 FP8 = [zeros(8, heads, 8, dtype=torch.float8_e4m3fn) for heads in (4, 2)]
 
@@ -66,6 +70,9 @@ ALONE: dict[str, tuple[Callable[..., object], dict[str, Any], str]] = {
     "blocks apart": (scores, {"blocks": BLOCKS.to("meta")}, "blocks meta"),
     "heads": (picture, {"heads": "a"}, "heads must be an int or a list of ints, got 'a'"),
     "path": (picture, {"path": None}, "expected str, bytes or os.PathLike object, not NoneType"),
+    "two dtypes in a graph": (compiled, {"q": zeros(8, 4, 8, dtype=torch.float32)}, "q, k and v must have one dtype"),
+    "flag in a graph": (compiled, {"check_selection": None}, "check_selection must be True or False, got None"),
+    "size in a graph": (compiled, {"workspace_bytes": 1e9}, "workspace_bytes must be an int, got 1000000000.0"),
     "no report": (histogram, {"report": None}, "report must be a MoBAReport, got NoneType"),
 }
 
