@@ -151,9 +151,8 @@ def _(
     check_selection: bool, return_selection: bool, gradients: bool, workspace_bytes: int, exchange_bytes: int,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if not isinstance(
-        q, FakeTensor
-    ):  # on meta; what is refused while a graph is recorded, other ranks would not hear of
+    # Of what is refused while a graph is recorded, other ranks would not hear. Tensors on meta meet no other check.
+    if not isinstance(q, FakeTensor):
         check_tensors(q, k, v)
     tokens, q_heads = q.shape[:2]
     (lse, selected), (blocks, weights) = _nothing_saved(q), _nothing_selected(q)
