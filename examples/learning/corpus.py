@@ -91,7 +91,7 @@ def build_command(config: PLAN, out: OUT) -> None:
     except FileNotFoundError as error:
         raise typer.BadParameter(str(error)) from None
     print(json.dumps({k: v for k, v in facts.items() if k not in DETAILS}, indent=1))
-    wanted = yaml.safe_load(config.read_text()).get("fingerprint", facts["fingerprint"])
+    wanted = packages.get("fingerprint", facts["fingerprint"])
     if facts["fingerprint"] != wanted:
         sys.exit(
             f"the tokens' fingerprint is {facts['fingerprint']}, {config} says {wanted}: results over these tokens cannot be "
