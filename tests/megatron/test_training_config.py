@@ -82,7 +82,10 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
             "model.num_layers=2 must be a multiple of parallel.pipeline . virtual_pipeline=4",
         ),
         (["run.token_parts=0"], "run.token_parts must be at least 1, got 0"),
-        (["run.token_parts=5", "data.seq_length=192"], r"data.seq_length=192 must be a multiple of 2 \* run.token_parts=10"),
+        (
+            ["run.token_parts=5", "data.seq_length=192"],
+            r"data.seq_length=192 must be a multiple of 2 \* run.token_parts=10",
+        ),
         (["run.token_parts=2", "parallel.context=2"], "token_parts=2 imitates parallel.context"),
         (["run.steps=3"], "warmup_steps=5 must be below run.steps=3"),
         (["optimizer.warmup_steps=-1"], "warmup_steps=-1 must be below .* and not negative"),
