@@ -16,6 +16,7 @@ from .norm import TorchNorm
 from .parts import LayerParts
 from .settings import BACKENDS, DEFAULT_MOBA, FULL_ATTENTION_COMMS, MoBASettings
 from .swap import with_settings
+from .te import require_te
 
 _DEFAULTS = MoBASettings(DEFAULT_MOBA)
 
@@ -140,6 +141,7 @@ def layer_spec_from_arguments(arguments: argparse.Namespace) -> ModuleSpec:
 
     Raises:
         ValueError: mixture of experts, or an implementation other than ``local`` and ``transformer_engine``.
+        ImportError: ``transformer_engine`` is not installed.
     """
     if getattr(arguments, "num_experts", None):
         raise ValueError(
@@ -152,6 +154,7 @@ def layer_spec_from_arguments(arguments: argparse.Namespace) -> ModuleSpec:
     name = "python -m moba_cp.megatron.pretrain with this version of Megatron"
     implementation = getattr(arguments, "transformer_impl", "local")
     if implementation == "transformer_engine":
+        require_te("--transformer-impl transformer_engine, the default,", "--transformer-impl local")
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         spec = get_gpt_layer_with_transformer_engine_spec(**norms)

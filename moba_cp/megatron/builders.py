@@ -30,6 +30,7 @@ from moba_cp import MoBAConfig
 from .norm import TorchNorm
 from .settings import DEFAULT_MOBA, MoBASettings
 from .swap import Swap, with_settings
+from .te import require_te
 
 
 def moba_spec_builder(moba_config: MoBAConfig = DEFAULT_MOBA, *, base: Any = None, **settings: Any) -> SpecBuilder:
@@ -155,6 +156,8 @@ def _default(config: TransformerConfig, vp_stage: int | None) -> Any:
         raise ValueError(
             f"transformer_impl={config.transformer_impl!r} is not supported, only 'local' and 'transformer_engine' are"
         )
+    if with_te:
+        require_te("transformer_impl='transformer_engine'", "transformer_impl='local' (--transformer-impl local)")
     if config.num_moe_experts is not None:
         stage = {} if vp_stage is None else {"vp_stage": vp_stage}
         return gpt_layer_specs.get_gpt_decoder_block_spec(

@@ -24,7 +24,7 @@ import torch
 import typing_extensions
 from torch.overrides import TorchFunctionMode
 
-from .launch import run_script
+from .launch import check_script, run_script
 
 _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
@@ -163,11 +163,12 @@ def main(arguments: list[str]) -> None:
     """Run the script ``arguments[0]`` with the other arguments, as if it had been started itself on a machine with GPUs.
 
     Raises:
-        SystemExit: no script.
+        SystemExit: no script, or no ``megatron.training``.
         RuntimeError: a GPU is visible, or another version of Megatron-Core than the script's is in use.
     """
     if not arguments:
         sys.exit("which script? python -m moba_cp.megatron.cpu SCRIPT [ARGUMENT...]")
+    check_script(arguments[0], needs_training=True)
     use_cpu_as_cuda(training_scripts=True)
     run_script(arguments[0], arguments[1:])
 

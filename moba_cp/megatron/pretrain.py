@@ -24,7 +24,7 @@ import megatron.core
 
 from .arguments import add_moba_arguments, layer_spec_from_arguments, settings_from_arguments
 from .core_attention import MoBACoreAttention
-from .launch import run_script
+from .launch import check_script, run_script
 from .spec import moba_spec_builder
 from .swap import is_pipelined
 
@@ -38,11 +38,12 @@ def main(arguments: list[str]) -> None:
     """Run ``arguments[0]`` with the other arguments, minus MoBA's, plus ``--spec``.
 
     Raises:
-        SystemExit: no script, or wrong flags.
+        SystemExit: no script, no ``megatron.training`` for ``--moba-cpu``, or wrong flags.
         ValueError: a combination that is not supported, ``--spec`` among them, or a script that ignores the spec.
         RuntimeError: another version of Megatron-Core than the script's is in use.
     """
     flags, script, rest = split(arguments)
+    check_script(script, needs_training=flags.moba_cpu)
     if flags.moba_cpu:
         from .cpu import use_cpu_as_cuda
 

@@ -1,4 +1,4 @@
-"""Transformer Engine's attention for layers that compute full causal attention."""
+"""Transformer Engine: whether it is there, and its attention for layers that compute full causal attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .settings import COMM_PREFIX, MoBASettings
+
+
+def require_te(what: str, instead: str) -> None:
+    """Raise where Transformer Engine is not installed.
+
+    Args:
+        what: needs it.
+        instead: the setting that does not.
+
+    Raises:
+        ImportError: it is not installed; Megatron's own specs then end in a NameError.
+    """
+    from megatron.core.extensions import transformer_engine as extension
+
+    if not extension.HAVE_TE:
+        raise ImportError(f"{what} needs Transformer Engine: pip install 'transformer_engine[pytorch]', or set {instead}")
 
 
 def build_te_attention(
@@ -29,11 +45,7 @@ def build_te_attention(
     from megatron.core.extensions import transformer_engine as extension
 
     where = f"MoBA attention, layer {layer_number}: full_attention_backend='te'"
-    if not extension.HAVE_TE:
-        raise ImportError(
-            f"{where} needs Transformer Engine: pip install 'transformer_engine[pytorch]', or set "
-            "full_attention_backend='torch'"
-        )
+    require_te(where, "full_attention_backend='torch'")
     other = {settings.partition, settings.packed_partition} - {"zigzag", None}
     if other and config.context_parallel_size > 1:
         raise ValueError(

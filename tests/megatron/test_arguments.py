@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 
 pytest.importorskip("megatron.core")
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+import moba_cp.megatron.cpu as cpu
 import moba_cp.megatron.pretrain as pretrain
 from moba_cp import MoBAConfig
 from moba_cp.megatron import MoBACoreAttention, MoBASettings, TorchNorm
@@ -125,6 +129,28 @@ def test_a_script_with_another_megatron_of_its_own_is_refused(tmp_path: Path) ->
     (tmp_path / "megatron" / "core").mkdir(parents=True)
     with pytest.raises(RuntimeError, match=rf"is in use: put {tmp_path} first on PYTHONPATH"):
         run_script(str(tmp_path / "pretrain_any.py"), [])
+
+
+def test_what_a_script_lacks_is_said_before_anything_is_prepared(tmp_path: Path) -> None:
+    script = tmp_path / "pretrain_any.py"
+    for main in (pretrain.main, cpu.main):
+        with pytest.raises(SystemExit, match=rf"{script} is no file: give the path of Megatron-LM's pretrain_gpt.py"):
+            main([str(script)])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is not None, reason="Megatron-LM is here")
+def test_megatron_core_alone_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "pretrain_any.py"
+    script.touch()
+    for main, flags in ((pretrain.main, ["--moba-cpu"]), (cpu.main, [])):
+        with pytest.raises(SystemExit, match="put the folder of Megatron-LM first on PYTHONPATH"):
+            main([str(script), *flags])
+
+
+@pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is here")
+def test_a_missing_transformer_engine_is_named() -> None:
+    with pytest.raises(ImportError, match=r"pip install 'transformer_engine\[pytorch\]', or set --transformer-impl local"):
+        layer_spec_from_arguments(parse(transformer_impl="transformer_engine"))
 
 
 def test_a_second_spec_is_refused() -> None:
