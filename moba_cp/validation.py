@@ -203,7 +203,10 @@ def _check_group(layout: SequenceLayout, group: dist.ProcessGroup | None) -> int
         return 0
     check_group(group)
     if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(f"the layout is for {layout.cp_size} ranks, but torch.distributed is not initialized")
+        raise ValueError(
+            f"the layout is for {layout.cp_size} ranks, but torch.distributed is not initialized: start with torchrun and call "
+            "torch.distributed.init_process_group, or make the layout for cp_size=1"
+        )
     size = dist.get_world_size(group)
     if size != layout.cp_size:
         raise ValueError(f"the layout is for {layout.cp_size} ranks, but the group has {size}")

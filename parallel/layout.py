@@ -363,7 +363,7 @@ def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndar
     if array.ndim != 1 or array.size < 1:
         raise ValueError(f"cu_seqlens must be one-dimensional and not empty, got shape {array.shape}")
     if array[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {array[0]}")
+        raise ValueError(f"cu_seqlens must start at 0, got {array[0]}: it holds boundaries of documents, not lengths")
     down = np.flatnonzero(np.diff(array) < 0)
     if down.size:
         i = int(down[0])

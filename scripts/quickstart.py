@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .harness import training
+from .harness.records import REPOSITORY
 from .tables.text import pyplot
 
 TOLERANCE = 1e-5
+CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
 console = Console()
 
 
@@ -46,6 +48,7 @@ def main(
     Takes about two minutes on two CPU cores. Uses two GPUs if there are two. Exits with an error if the losses of any
     step differ by more than 1e-5.
     """
+    check(overrides or [])
     runs = plan_runs(torch.cuda.device_count())
     for run in runs:
         shutil.rmtree(output / run.name, ignore_errors=True)
@@ -57,6 +60,22 @@ def main(
     console.print(f"TensorBoard      tensorboard --logdir {output}")
     if difference > TOLERANCE:
         sys.exit(f"the losses differ by {difference:.2e}, more than {TOLERANCE:.0e}")
+
+
+def check(overrides: list[str]) -> None:
+    """Refuse keys and values of which the first run would die, before folders of earlier runs are removed.
+
+    Raises:
+        BadParameter: the configuration does not take them, over two ranks.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    from examples.megatron_gpt.config import load_config
+
+    try:
+        load_config(CONFIG, [*overrides, "parallel.context=2"])
+    except (ValueError, OmegaConfBaseException) as error:
+        raise typer.BadParameter(f"{CONFIG}: {error}") from None
 
 
 def plan_runs(gpus: int) -> list[Run]:

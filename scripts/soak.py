@@ -70,9 +70,9 @@ class Drawn:
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="how long")] = 30.0,
+    minutes: Annotated[float, typer.Option(help="how long", min=0)] = 30.0,
     out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/soak.json"),
-    tokens: Annotated[int, typer.Option(help="of the longest sequence")] = 1024,
+    tokens: Annotated[int, typer.Option(help="of the longest sequence", min=64)] = 1024,
     seed: Annotated[int, typer.Option(help="of the calls")] = 0,
     count: Annotated[
         int, typer.Option("--samples", help="how often what ranks hold is noted, at most once a call", min=2)

@@ -51,6 +51,13 @@ def test_plan_recommends_and_shows_its_parts() -> None:
     assert "Sending queries to blocks" in text
 
 
+@pytest.mark.parametrize(("tokens", "warns"), [("31K", True), ("32K", False)])
+def test_plan_says_where_the_host_is_the_bound(tokens: str, warns: bool) -> None:
+    status, text = invoke("plan", "--model", "8/2", "--tokens", tokens, "--gpus", "1")
+    assert status == 0, text
+    assert ("below 32K tokens times are too short" in text) == warns
+
+
 def test_plan_calibrates_from_result_files(tmp_path: Path) -> None:
     saved = tmp_path / "calibration.json"
     results = [str(ROOT / "docs" / "results" / name) for name in ("layer.json", "kernels.json")]

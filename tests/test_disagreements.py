@@ -109,7 +109,9 @@ def test_refusals_stay_inside_their_group() -> None:
 
 
 def test_a_group_is_needed_for_more_than_one_rank() -> None:
-    with pytest.raises(ValueError, match="layout is for 2 ranks, but torch.distributed is not initialized"):
+    with pytest.raises(
+        ValueError, match="layout is for 2 ranks, but torch.distributed is not initialized: start with torchrun"
+    ):
         moba_cp.moba_attention(**good_call(0))
 
 

@@ -336,6 +336,26 @@ def test_plain_training_says_how_it_is_started(monkeypatch: pytest.MonkeyPatch) 
             train_plain.main(Path(f"configs/{name}.yaml"))
 
 
+def test_quickstart_refuses_a_key_before_it_removes_earlier_runs(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    (tmp_path / "cp1").mkdir()
+    app = typer.Typer()
+    app.command()(quickstart.main)
+    result = CliRunner().invoke(app, ["run.colour=red", "--output", str(tmp_path)], terminal_width=400)
+    assert result.exit_code == 2, result.output
+    assert "Key 'colour' not in 'RunConfig'" in " ".join(result.output.replace("│", " ").split())
+    assert (tmp_path / "cp1").exists()
+
+
+def test_soak_refuses_sizes_of_which_it_can_tell_nothing() -> None:
+    app = typer.Typer()
+    app.command()(soak.main)
+    for option, value in (("--minutes", "-1"), ("--tokens", "1")):
+        result = CliRunner().invoke(app, [option, value], terminal_width=400)
+        assert result.exit_code == 2, result.output
+        assert option in result.output
+
+
 def test_a_model_that_no_run_has_is_refused(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(parallel_equality.main)

@@ -26,7 +26,7 @@ from ..planning.advice import (
     with_default_budgets,
 )
 from ..planning.calibration import DEFAULT, Calibration, known
-from ..planning.measured import calibrate, read
+from ..planning.measured import SMALLEST_TOKENS, calibrate, read
 from ..planning.prediction import predict, walks
 from ..planning.sizes import Cluster, Layer
 from .values import read_model, read_tokens
@@ -99,6 +99,10 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
         f"({cluster.node} per node, {cluster.link:g} GB/s inside, {cluster.fabric:g} GB/s between nodes)",
         f"calibrated on {calibration.device}: {', '.join(calibration.sources)}",
     ]
+    if layer.tokens < SMALLEST_TOKENS:
+        lines.append(
+            f"below {SMALLEST_TOKENS // 1024}K tokens times are too short: the host is the bound, and is not counted"
+        )
     if not best.fits:
         lines.append(f"No split fits {cluster.memory:g} GiB; the least time would be:")
     lines += [

@@ -24,8 +24,8 @@ def check_script(script: str, needs_training: bool) -> None:
         sys.exit(f"{script} is no file: give the path of Megatron-LM's pretrain_gpt.py, or of a script like it")
     if needs_training and importlib.util.find_spec("megatron.training") is None:
         sys.exit(
-            f"megatron.training is not installed, {Path(megatron.core.__path__[0]).resolve()} comes without it: put the folder of "
-            "Megatron-LM first on PYTHONPATH"
+            f"megatron.training is not installed, {Path(megatron.core.__path__[0]).resolve()} comes without it: put the "
+            "folder of Megatron-LM first on PYTHONPATH"
         )
 
 

@@ -23,7 +23,9 @@ def require_te(what: str, instead: str) -> None:
     from megatron.core.extensions import transformer_engine as extension
 
     if not extension.HAVE_TE:
-        raise ImportError(f"{what} needs Transformer Engine: pip install 'transformer_engine[pytorch]', or set {instead}")
+        raise ImportError(
+            f"{what} needs Transformer Engine: pip install 'transformer_engine[pytorch]', or set {instead}"
+        )
 
 
 def build_te_attention(

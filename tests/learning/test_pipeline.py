@@ -26,6 +26,8 @@ from tests.programs import run_program
 ROOT = Path(__file__).parents[2]
 report_app = typer.Typer()
 report_app.command()(report.main)
+run_app = typer.Typer()
+run_app.command()(run.main)
 
 
 @pytest.mark.slow
@@ -87,36 +89,6 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         build({"sources": [{"wheel": "sympy", "licence": "", "megabytes": 1, "paths": []}]}, tmp_path / "new")
 
 
-@pytest.mark.parametrize(
-    ("program", "argument", "file", "text"),
-    [
-        (
-            "run",
-            "--plan",
-            "configs/quickstart.yaml",
-            "lacks measures, arms, runs, which configs/learning/tiny.yaml has",
-        ),
-        ("run", "--plan", "README.md", "README.md is not YAML: "),
-        ("corpus", "--config", "configs/quickstart.yaml", "lacks sources, vocabulary, document_bytes, "),
-        (
-            "report",
-            "--results",
-            "docs/results/kernels.json",
-            "lacks plan, corpus, runs, which docs/results/learning.json",
-        ),
-        ("report", "--results", "README.md", "README.md is not JSON: "),
-    ],
-)
-def test_a_file_of_another_kind_is_named(program: str, argument: str, file: str, text: str, tmp_path: Path) -> None:
-    main = {"run": typer.Typer(), "report": typer.Typer(), "corpus": corpus_app}[program]
-    if program != "corpus":
-        main.command()({"run": run.main, "report": report.main}[program])
-    words = ["build", "--out", str(tmp_path)] if program == "corpus" else []
-    shown = testing.CliRunner().invoke(main, [*words, argument, str(ROOT / file)], terminal_width=300)
-    assert shown.exit_code == 2
-    assert text in " ".join(shown.output.replace("│", " ").split())
-
-
 def test_another_corpus_is_not_taken_for_the_one_in_the_work_folder(tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "configs/learning/corpus_tiny.yaml").read_text())
     options = Options(
@@ -141,7 +113,20 @@ def test_runs_that_the_time_does_not_hold_are_not_started(
     ("app", "words", "text"),
     [
         (report_app, ("--results", "none.json"), "'none.json' does not exist"),
+        (
+            report_app,
+            ("--results", "docs/results/kernels.json"),
+            "lacks plan, corpus, runs, which docs/results/learning",
+        ),
+        (report_app, ("--results", "README.md"), "README.md is not JSON: "),
         (corpus_app, ("build", "--config", "configs/learning/corpus.yaml", "--out", "OUT"), "run the command `fetch`"),
+        (corpus_app, ("build", "--config", "configs/quickstart.yaml", "--out", "OUT"), "lacks sources, vocabulary, "),
+        (
+            run_app,
+            ("--plan", "configs/quickstart.yaml"),
+            "lacks measures, arms, runs, which configs/learning/tiny.yaml",
+        ),
+        (run_app, ("--plan", "README.md"), "README.md is not YAML: "),
     ],
 )
 def test_a_program_says_what_is_missing_in_a_sentence(

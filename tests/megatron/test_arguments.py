@@ -149,7 +149,9 @@ def test_megatron_core_alone_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is here")
 def test_a_missing_transformer_engine_is_named() -> None:
-    with pytest.raises(ImportError, match=r"pip install 'transformer_engine\[pytorch\]', or set --transformer-impl local"):
+    with pytest.raises(
+        ImportError, match=r"pip install 'transformer_engine\[pytorch\]', or set --transformer-impl local"
+    ):
         layer_spec_from_arguments(parse(transformer_impl="transformer_engine"))
 
 
