@@ -18,9 +18,10 @@ import yaml
 from typer import testing
 
 from examples.learning import report, run
-from examples.learning.corpus import Corpus, build, fetch, read_source
+from examples.learning.corpus import Corpus, build
 from examples.learning.corpus import app as corpus_app
 from examples.learning.run import Options, Plan
+from examples.learning.sources import fetch, read_source
 from tests.programs import run_program
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +142,7 @@ def test_a_program_says_what_is_missing_in_a_sentence(
 
 def test_versions_of_packages_are_fetched_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("examples.learning.corpus.subprocess.run", lambda line, **_: asked.extend(line))
+    monkeypatch.setattr("examples.learning.sources.subprocess.run", lambda line, **_: asked.extend(line))
     sources = [{"wheel": "mypy", "version": "2.4.1"}, {"wheel": "numpy"}, {"deb": "git-doc", "version": "1:2.39-0"}]
     fetch({"sources": sources}, tmp_path)
     assert {"mypy==2.4.1", "numpy", "git-doc=1:2.39-0"} <= set(asked)
@@ -168,7 +169,7 @@ def test_a_failed_download_takes_a_line(tmp_path: Path, monkeypatch: pytest.Monk
         raise subprocess.CalledProcessError(100, command)
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("examples.learning.corpus.subprocess.run", fails)
+    monkeypatch.setattr("examples.learning.sources.subprocess.run", fails)
     line = ["fetch", "--config", "configs/learning/corpus.yaml", "--out", str(tmp_path)]
     result = testing.CliRunner().invoke(corpus_app, line)
     assert isinstance(result.exception, SystemExit)
