@@ -43,7 +43,7 @@ def main(
     iterations: Annotated[int, typer.Option(help="calls of each in a round", min=1)] = 10,
     backend: Annotated[str, typer.Option(help="of torch.compile")] = "inductor",
     device_name: Annotated[str, typer.Option("--device", help="cuda, or cpu to try the program")] = "cuda",
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """Eager against compiled, forward alone and with backward, on one device."""
     (q_heads, kv_heads), pairs = options.single(options.heads, heads), options.configs(configs)

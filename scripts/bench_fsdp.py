@@ -44,7 +44,7 @@ def main(
     vocabulary: Annotated[int, typer.Option(help="its vocabulary")] = 8192,
     steps: Annotated[int, typer.Option(help="timed steps, after three others", min=1)] = 7,
     device_name: Annotated[str, typer.Option("--device", help="cuda, or cpu to try the program")] = "cuda",
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """One sequence over all ranks, parameters sharded over them as well; then every rank by itself."""
     sizes, pair = options.single(options.configs, config), options.single(options.heads, heads)

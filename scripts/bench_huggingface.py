@@ -41,7 +41,7 @@ def main(
     layers: Annotated[int, typer.Option(help="caches that a decoding step walks over")] = 8,
     iterations: Annotated[int, typer.Option(help="timed calls of each figure")] = 11,
     device_name: Annotated[str, typer.Option("--device", help="cuda, or cpu to try the program")] = "cuda",
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """Run every case and write the file."""
     try:

@@ -78,7 +78,7 @@ def main(
     seed: Annotated[int, typer.Option(help="of the timed inputs")] = 0,
     seeds: Annotated[int, typer.Option(help="inputs whose routing is checked, the timed ones among them", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cuda; cpu tries the program, without cuDNN")] = "cuda",
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
     dense: Annotated[bool, typer.Option(help="also dense attention")] = True,
     check: Annotated[bool, typer.Option(help="compare results with fp32")] = True,
     quick: Annotated[bool, typer.Option(help="128K tokens, 16/16 heads, 5 iterations")] = False,

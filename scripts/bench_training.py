@@ -100,7 +100,7 @@ def main(
     alone: Annotated[bool, typer.Option(help="runs of one process one after the other, not side by side")] = False,
     runs: Annotated[str, typer.Option(help="make these alone, and keep the others that OUT has; empty: all")] = "",
     seconds: Annotated[float, typer.Option(help="time for everything; what runs then is stopped")] = 540.0,
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """Train with CP = 2, with CP = 1, and with CP = 1 and other roundings; compare."""
     deadline = time.monotonic() + seconds

@@ -61,7 +61,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="of one case's forward or forward+backward in one turn")] = 0.4,
     limit: Annotated[float, typer.Option(help="seconds after which no further turn begins")] = 600.0,
     device: Annotated[str, typer.Option(help="cuda; cpu tries the program")] = "cuda",
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """Compare `versions`."""
     place = options.device(device)

@@ -57,7 +57,7 @@ def main(
     resume_seconds: Annotated[float, typer.Option(help="time limit of the resumed run")] = 300,
     shared: Annotated[bool, typer.Option(help="other work runs on the GPU: leave speed out")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """Train, kill, resume, compare."""
     options.device(device)

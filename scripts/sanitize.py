@@ -37,7 +37,7 @@ TOOLS = ("memcheck", "racecheck")
 def main(
     out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/sanitizer.json"),
     seconds: Annotated[int, typer.Option(help="limit of each tool")] = 300,
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
     only_cases: Annotated[
         bool, typer.Option("--only-cases", help="make the calls without a tool, write nothing")
     ] = False,

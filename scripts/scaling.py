@@ -62,7 +62,7 @@ def main(
     time_limit: Annotated[float, typer.Option(help="seconds from the start; 0: no limit")] = 0.0,
     only: Annotated[str, typer.Option(help="measure only sweeps whose name contains this")] = "",
     device: Annotated[str, typer.Option(help="cuda; cpu tries the program over gloo")] = "cuda",
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """Measure every case of the file on the ranks that torchrun started."""
     clock = Clock(time_limit)

@@ -81,7 +81,7 @@ def main(
     may_grow: Annotated[
         bool, typer.Option(help="end without an error if something grew: in a run of seconds, what loads late grows")
     ] = False,
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """Call for `minutes`; exits with an error if a result is wrong, a refusal is missed or something grows."""
     place = join(options.device(device))

@@ -55,7 +55,7 @@ from examples.megatron_gpt.model import Trainer, build, count_parameters, moba_s
 from examples.megatron_gpt.step import evaluate, train_step  # noqa: E402
 from moba_cp.megatron.flops import peak_flops, step_flops  # noqa: E402
 from moba_cp.training_memory import GIB, training_peak  # noqa: E402
-from scripts.harness import limits, training_check  # noqa: E402
+from scripts.harness import limits, options, training_check  # noqa: E402
 from scripts.harness.records import about, megatron_core_version, write_json  # noqa: E402
 
 LOSS_DIFFERENCES = {"loss_error": 2.0**-8, "first_loss_difference": 2.0**-8, "largest_loss_difference": 2.0**-5}
@@ -85,7 +85,7 @@ def main(
     against: Annotated[
         Path | None, typer.Option(help="results of the same training on other GPUs", exists=True, dir_okay=False)
     ] = None,
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """Train with each attention in turn, and write speed, memory, loss and profile."""
     plain = ["run.steps=1000", "run.resume=false", *(overrides or [])]

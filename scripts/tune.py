@@ -76,7 +76,7 @@ def main(
     budget: Annotated[
         float, typer.Option(help="seconds per (block size, topk); what does not fit is left out")
     ] = 300.0,
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """Time launch configurations of some kernels. `backward` first compiles in processes of its own on few tokens, so that a
     configuration that crashes stops nobody."""

@@ -44,7 +44,7 @@ def main(
     device_name: Annotated[
         str, typer.Option("--device", help="cuda; cpu tries the program, without variants")
     ] = "cuda",
-    commit: Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")] = "",
+    commit: options.Commit = "",
 ) -> None:
     """Time every variant of every setting and write the file."""
     (q_heads, kv_heads), pairs = options.single(options.heads, heads), options.configs(configs)

@@ -157,12 +157,6 @@ class Reporter:
             self.writer.add_scalar(f"{prefix}/{name}", value, step)
 
 
-def read_metrics(directory: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Lines of a run's ``metrics.jsonl`` of one kind, in the order written: train, eval, routing, model or moba."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
-
-
 def _drop_lines_after(path: Path, step: int) -> None:
     """Keep the lines up to a step. A line that a killed run did not finish goes, too."""
     if path.exists():

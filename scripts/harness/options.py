@@ -1,11 +1,14 @@
-"""Lists on the command line: "8192,32768", "16/16,32/8"."""
+"""What command lines of several programs share: lists such as "8192,32768" and "16/16,32/8", a device, a commit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Annotated
 
 import torch
 import typer
+
+Commit = Annotated[str, typer.Option(help="git commit to note, where the checkout has no .git")]
 
 
 def integers(text: str) -> list[int]:

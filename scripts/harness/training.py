@@ -60,6 +60,7 @@ def train(
 
 
 def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """What a run logged: one entry per step (``train``), evaluation (``eval``) or start (``model``)."""
+    """What a run logged, in the order written: one entry per step (``train``), evaluation (``eval``) or start (``model``,
+    ``moba``), or per layer (``routing``)."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]

@@ -16,7 +16,8 @@ import torch
 pytest.importorskip("megatron.core")
 
 from examples.megatron_gpt import progress
-from examples.megatron_gpt.progress import Reporter, read_metrics
+from examples.megatron_gpt.progress import Reporter
+from scripts.harness.training import metrics
 from tests.programs import hosted_store
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +62,10 @@ def by_a_program(directory: Path, *overrides: str) -> None:
 def test_losses_do_not_depend_on_context_parallelism_and_resuming_is_exact(tmp_path: Path) -> None:
     by_ranks(tmp_path, 2, "run.name=a", "parallel.context=2", "run.save_interval=2", "run.routing_interval=2")
     run = tmp_path / "a"
-    through = read_metrics(run)
+    through = metrics(run)
     assert [entry["step"] for entry in through] == [1, 2, 3, 4]
     assert all(entry["tflops_per_device"] > 0 for entry in through)
-    assert [(entry["step"], entry["layer"]) for entry in read_metrics(run, "routing")] == [
+    assert [(entry["step"], entry["layer"]) for entry in metrics(run, "routing")] == [
         (2, 1),
         (2, 2),
         (4, 1),
@@ -76,14 +77,14 @@ def test_losses_do_not_depend_on_context_parallelism_and_resuming_is_exact(tmp_p
     # The same sizes: the same bits.
     (run / "checkpoints" / "latest").write_text("step_00000002\n")
     assert "resumed after step 2" in by_ranks(tmp_path, 2, "run.name=a", "parallel.context=2")
-    resumed = read_metrics(run)
+    resumed = metrics(run)
     for name in ("loss", "grad_norm", "learning_rate"):
         assert [entry[name] for entry in resumed] == [entry[name] for entry in through]
 
     # One process instead of two, from the same checkpoint: equal to rounding.
     (run / "checkpoints" / "latest").write_text("step_00000002\n")
     by_a_program(tmp_path, "run.name=a", "parallel.context=1", "run.routing_picture=false", "run.save_last=false")
-    unsharded = read_metrics(run)
+    unsharded = metrics(run)
     assert len(unsharded) == 4
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(unsharded, through, strict=True)) < 1e-5
     assert max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(unsharded, through, strict=True)) < 1e-4
@@ -107,7 +108,7 @@ def test_mfu_is_the_share_of_the_peak_and_leaves_pauses_out(tmp_path: Path, monk
             now += 1.0
         now += 0.5
         reporter.step(2, flops=4e9, peak_memory=3 << 29, loss=1.0)
-    without, with_flops = read_metrics(tmp_path)
+    without, with_flops = metrics(tmp_path)
     assert "tflops_per_device" not in without
     assert "peak_memory_gib" not in without
     assert with_flops["peak_memory_gib"] == 1.5

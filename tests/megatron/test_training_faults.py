@@ -21,7 +21,8 @@ from examples.megatron_gpt import checkpoint, checkpoint_files, run_folder
 from examples.megatron_gpt.config import load_config
 from examples.megatron_gpt.distributed import TrainingError
 from examples.megatron_gpt.model import sizes_record
-from examples.megatron_gpt.progress import Reporter, read_metrics
+from examples.megatron_gpt.progress import Reporter
+from scripts.harness.training import metrics
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -115,7 +116,7 @@ def test_a_run_stops_at_nan_on_all_ranks_and_keeps_the_checkpoint_before(tmp_pat
     checkpoints = tmp_path / "a" / "checkpoints"
     saved = sorted(p.name for p in checkpoints.glob("*"))
     assert not [name for name in saved if name.endswith(".tmp")]
-    steps = [entry["step"] for entry in read_metrics(tmp_path / "a")]
+    steps = [entry["step"] for entry in metrics(tmp_path / "a")]
     assert len(steps) < 6
 
 
@@ -123,7 +124,7 @@ def test_a_run_stops_at_nan_on_all_ranks_and_keeps_the_checkpoint_before(tmp_pat
 def test_resuming_with_other_moba_settings_and_from_a_truncated_checkpoint(tmp_path: Path) -> None:
     assert run(tmp_path, 1)[0] == 0
     checkpoints = tmp_path / "a" / "checkpoints"
-    (entry,) = read_metrics(tmp_path / "a", "moba")
+    (entry,) = metrics(tmp_path / "a", "moba")
     assert (entry["block_size"], entry["topk"], entry["layers"]) == (48, 4, [1])
 
     status, output = run(tmp_path, 1, "moba.topk=2", "run.steps=3")
@@ -179,7 +180,7 @@ def test_metrics_survive_a_line_that_a_killed_run_did_not_finish(tmp_path: Path)
     (tmp_path / "metrics.jsonl").write_text(text)
     with Reporter(tmp_path, True, total_steps=4, first_step=2, tokens_per_step=10) as reporter:
         reporter.step(3, loss=0.5)
-    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+    assert [(line["step"], line["loss"]) for line in metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
