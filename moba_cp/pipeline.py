@@ -102,7 +102,16 @@ class Saved:
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Saved:
-    """Output, log-sum-exp and selected blocks of the local rows, which `routing` decides."""
+    """Output, log-sum-exp and selected blocks of the local rows, which `routing` decides.
+
+    Args:
+        call: decided once for forward and backward.
+        q, k, v: `[T, Hq, D]`, `[T, Hkv, D]`, `[T, Hkv, Dv]`: the local tokens.
+        routing: what selects blocks.
+
+    Returns:
+        the output `[T, Hq, Dv]` with all that backward needs.
+    """
     q, k, v = (readable(x) for x in (q, k, v))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
@@ -154,7 +163,16 @@ def _forward_chunk(
 
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of the local rows; dk and dv summed over every rank that used them."""
+    """dq, dk, dv of the local rows; dk and dv summed over every rank that used them.
+
+    Args:
+        call, q, k, v: of the forward pass.
+        saved: what it returned.
+        dout: `[T, Hq, Dv]`, the output's gradient.
+
+    Returns:
+        gradients in the shapes and the dtype of q, k and v.
+    """
     q, k, v, dout = readable(q), readable(k), readable(v), readable(dout)
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)

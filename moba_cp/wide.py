@@ -182,7 +182,7 @@ def widen(
 
 
 def run_forward(call: pipeline.Call | WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Done:
-    """Forward of a call, whether or not heads are split."""
+    """Forward of a call, whether or not heads are split; arguments as of `pipeline.forward`."""
     if isinstance(call, WideCall):
         return forward(call, q, k, v, routing)
     saved = pipeline.forward(call, q, k, v, routing)
@@ -190,7 +190,7 @@ def run_forward(call: pipeline.Call | WideCall, q: Tensor, k: Tensor, v: Tensor,
 
 
 def run_backward(call: pipeline.Call | WideCall, kept: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of a call whose forward kept `kept`."""
+    """dq, dk, dv of a call whose forward kept `kept`, in the shapes and the dtype of q, k and v; `dout` is `[T, Hq, Dv]`."""
     if isinstance(call, WideCall):
         return backward(call, kept, dout)
     q, k, v, saved = kept
@@ -222,7 +222,8 @@ def slabs_of(split: HeadSplit, head_bytes: int) -> tuple[Slab, ...]:
 
 
 def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Done:
-    """Output of the local tokens; a selection of their rows comes in with the heads, and weights go back."""
+    """Output `[T, Hq, Dv]` of the local tokens; arguments as of `pipeline.forward`. A selection of their rows comes in with the
+    heads, and weights go back."""
     split, transfer = call.split, call.transfer
     q, k, v = (pipeline.unit_stride(x) for x in (q, k, v))
     whole = q.new_empty(*q.shape[:2], v.shape[2])
@@ -255,7 +256,7 @@ def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -
 
 
 def backward(call: WideCall, slabs: Sequence[SavedSlab], dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of the local tokens."""
+    """dq, dk, dv of the local tokens, in the shapes and the dtype of q, k and v; `dout` is `[T, Hq, Dv]`."""
     split, transfer = call.split, call.transfer
     dout = pipeline.unit_stride(dout)
     first, kv_heads = slabs[0], split.kv_heads * split.size

@@ -179,7 +179,7 @@ def forward(call: WideDense, attend: Attend, q: Tensor, k: Tensor, v: Tensor) ->
 def backward(
     call: WideDense, attend_backward: AttendBackward, saved: tuple[Tensor, ...], dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of this rank's tokens, in the dtype of the inputs."""
+    """dq, dk, dv of this rank's tokens, in the shapes and the dtype of q, k and v; `dout` is `[T, Hq, D]`."""
     split = call.heads
     q, k, v, out, lse = saved
     share = Share(unit_stride(dout), slice(0, split.q_heads), split.q_heads)

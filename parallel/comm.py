@@ -65,18 +65,22 @@ class Traffic:
 
     @property
     def received_bytes(self) -> int:
+        """Received from other ranks, over all stages."""
         return sum(s.received_bytes for s in self.stages.values())
 
     @property
     def between_bytes(self) -> int:
+        """Of these, from other nodes."""
         return sum(s.between_bytes for s in self.stages.values())
 
     @property
     def sent_bytes(self) -> int:
+        """Sent to other ranks, over all stages."""
         return sum(s.sent_bytes for s in self.stages.values())
 
     @property
     def collectives(self) -> int:
+        """Number of collectives, over all stages."""
         return sum(s.collectives for s in self.stages.values())
 
 

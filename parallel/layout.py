@@ -175,10 +175,12 @@ class SequenceLayout:
 
     @property
     def cp_size(self) -> int:
+        """Ranks of the group."""
         return self.partition.size
 
     @property
     def cu_seqlens(self) -> tuple[int, ...]:
+        """Boundaries of the documents, in tokens: 0, then where each of them ends."""
         return tuple(self.cu_seqlens_array.tolist())
 
     @property
@@ -190,6 +192,7 @@ class SequenceLayout:
 
     @property
     def total_tokens(self) -> int:
+        """Tokens of all ranks."""
         return int(self.cu_seqlens_array[-1])
 
     @property
@@ -228,7 +231,8 @@ class SequenceLayout:
         return torch.from_numpy(expand_runs(self.runs_of(rank)))
 
     def shard(self, x: Tensor, rank: int, dim: int = 0) -> Tensor:
-        """The tokens of `rank` out of a global tensor, along `dim`.
+        """The tokens of `rank` out of a global tensor of any dtype, which has `total_tokens` along `dim`: a copy on its device,
+        `local_tokens(rank)` along `dim`, in the order that the rank holds them.
 
         Raises:
             TypeError: `x` is no tensor, or `rank` or `dim` no int.

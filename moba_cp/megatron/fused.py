@@ -122,7 +122,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm_pass(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum of ``x`` and ``y`` (without ``y``: ``x``), contiguous, and its norm; without a graph.
+    """The sum of ``x`` and ``y`` (without ``y``: ``x``), contiguous, and its norm; without a graph. Arguments as of
+    `add_rms_norm`; both results are ``[..., h]`` in the dtype of ``x``.
 
     Raises:
         ValueError: ``y`` is not like ``x``.
@@ -182,7 +183,7 @@ def norm_backward(
 
 
 def swiglu_pass(x: Tensor) -> Tensor:
-    """`swiglu` without a graph.
+    """`swiglu` without a graph: ``[..., 2 f]`` to ``[..., f]``.
 
     Raises:
         ValueError: ``x`` is not contiguous.
@@ -199,7 +200,7 @@ def swiglu_pass(x: Tensor) -> Tensor:
 
 
 def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
-    """Gradient of `swiglu`'s input.
+    """Gradient ``[..., 2 f]`` of `swiglu`'s input ``x``; ``dy`` is ``[..., f]``.
 
     Raises:
         ValueError: ``x`` is not contiguous.
@@ -219,7 +220,7 @@ def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
 def split_rotate_pass(
     mixed: Tensor, groups: int, dim: int, table: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_rotate` without a graph.
+    """`split_rotate` without a graph: the same shapes.
 
     Raises:
         ValueError: the table has another number of rows than `mixed` has tokens, or rotates more dimensions than a head has; or
@@ -243,7 +244,7 @@ def split_rotate_pass(
 
 
 def split_rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Gradient of `split_rotate`'s input, from those of its outputs.
+    """Gradient of `split_rotate`'s input, from those of its outputs; shapes as there.
 
     Raises:
         ValueError: the table is not contiguous.

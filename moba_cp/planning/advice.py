@@ -43,6 +43,7 @@ class Option:
 
     @property
     def milliseconds(self) -> float:
+        """Predicted, forward and backward of one layer."""
         return self.prediction.forward_backward_ms
 
 

@@ -37,6 +37,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
+        """GiB, the sum of `parts`."""
         return sum(self.parts.values())
 
 

@@ -71,10 +71,12 @@ class Prediction:
 
     @property
     def forward_ms(self) -> float:
+        """Milliseconds of one layer."""
         return sum(self.forward.values())
 
     @property
     def forward_backward_ms(self) -> float:
+        """Milliseconds of one layer, both passes."""
         return self.forward_ms + sum(self.backward.values())
 
 

@@ -156,6 +156,7 @@ class Split:
 
     @property
     def sequence_ranks(self) -> int:
+        """Ranks that split the sequence, S."""
         return self.ranks // self.head_parallel
 
     @property
