@@ -34,7 +34,7 @@ and may route rows whose scores nearly tie to other blocks; measured: 0.002."""
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON file, written after every case")],
+    out: Annotated[Path, typer.Option(help="JSON file, written after every case", dir_okay=False)],
     tokens: Annotated[int, typer.Option(help="tokens of the sequence")] = 8192,
     heads: Annotated[str, typer.Option(help="q/kv heads")] = "32/8",
     configs: Annotated[str, typer.Option(help="block size:topk, comma-separated")] = "512:3,512:8,128:8",

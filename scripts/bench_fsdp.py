@@ -35,7 +35,7 @@ order. Losses are means over all tokens, where rounding cancels; but AdamW turns
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON file, written by rank 0 after every case")],
+    out: Annotated[Path, typer.Option(help="JSON file, written by rank 0 after every case", dir_okay=False)],
     tokens: Annotated[int, typer.Option(help="tokens of the sequence")] = 65536,
     layers: Annotated[int, typer.Option(help="layers of the model")] = 8,
     hidden: Annotated[int, typer.Option(help="its hidden size")] = 2048,

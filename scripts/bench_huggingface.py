@@ -33,7 +33,7 @@ SAMPLED_ROWS = 16
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON file, written after every case")],
+    out: Annotated[Path, typer.Option(help="JSON file, written after every case", dir_okay=False)],
     tokens: Annotated[int, typer.Option(help="tokens in the cache")] = 131072,
     chunk: Annotated[int, typer.Option(help="queries of the chunk that is timed at the end of the cache")] = 4096,
     heads: Annotated[str, typer.Option(help="q/kv heads")] = "32/8",

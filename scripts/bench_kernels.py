@@ -69,7 +69,7 @@ class Case:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON file, written after every configuration")],
+    out: Annotated[Path, typer.Option(help="JSON file, written after every configuration", dir_okay=False)],
     tokens: Annotated[str, typer.Option(help="comma-separated")] = "8192,32768,131072,524288",
     heads: Annotated[str, typer.Option(help="q/kv heads, comma-separated")] = "16/16,32/8",
     configs: Annotated[str, typer.Option(help="block size:topk, comma-separated")] = "128:8,512:8,4096:12",

@@ -91,7 +91,9 @@ class Started:
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="keys of the configuration to change")] = None,
     config: Annotated[Path, typer.Option(help="YAML file")] = REPOSITORY / "configs" / "gpt_300m_128k.yaml",
-    out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/bench_training/context_parallel_training.json"),
+    out: Annotated[Path, typer.Option(help="JSON file", dir_okay=False)] = Path(
+        "runs/bench_training/context_parallel_training.json"
+    ),
     output: Annotated[Path, typer.Option(help="folder for the runs (replaced if there)")] = Path("runs/bench_training"),
     steps: Annotated[int, typer.Option(help="optimizer steps of each run")] = 60,
     comm: Annotated[str, typer.Option(help="values of comm= for CP = 2, comma-separated")] = "auto",

@@ -53,7 +53,7 @@ class Case:
 
 def main(
     versions: Annotated[list[str], typer.Argument(help="NAME=FOLDER of each; the others are compared with the first")],
-    out: Annotated[Path, typer.Option(help="JSON file, written after every turn")],
+    out: Annotated[Path, typer.Option(help="JSON file, written after every turn", dir_okay=False)],
     cases: Annotated[str, typer.Option(help="tokens:q/kv heads:block size:topk, comma-separated")] = TABLES,
     comm: Annotated[str, typer.Option(help="exchange, where there are several ranks")] = "auto",
     ranks: Annotated[int, typer.Option(help="processes, one per GPU", min=1)] = 1,

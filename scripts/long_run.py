@@ -47,7 +47,7 @@ by less than 1 % (docs/results/context_parallel_training.json)."""
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="keys of the configuration to change")] = None,
     config: Annotated[Path, typer.Option(help="YAML file")] = REPOSITORY / "configs" / "gpt_300m_128k.yaml",
-    out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/long_run/long_run.json"),
+    out: Annotated[Path, typer.Option(help="JSON file", dir_okay=False)] = Path("runs/long_run/long_run.json"),
     output: Annotated[Path, typer.Option(help="folder for the run (replaced if there)")] = Path("runs/long_run"),
     steps: Annotated[int, typer.Option(help="steps before the run is killed")] = 200,
     save_at: Annotated[int, typer.Option(help="step after which the checkpoint is written")] = 150,

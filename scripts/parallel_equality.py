@@ -168,9 +168,11 @@ class Curve:
 
 def main(
     output: Annotated[Path, typer.Option(help="new folder for the runs")] = Path("runs/parallel_equality"),
-    results: Annotated[Path | None, typer.Option(help="file for the figures; parallel_equality.json in OUTPUT")] = None,
-    steps: Annotated[int, typer.Option(help="steps to compare")] = 4,
-    processes: Annotated[int, typer.Option(help="leave out what needs more")] = 8,
+    results: Annotated[
+        Path | None, typer.Option(help="file for the figures; parallel_equality.json in OUTPUT", dir_okay=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="steps to compare", min=1)] = 4,
+    processes: Annotated[int, typer.Option(help="leave out what needs more", min=1)] = 8,
     only: Annotated[str, typer.Option(help="leave out models whose name does not contain this")] = "",
 ) -> None:
     """Train the quickstart model in fp32 on CPU in every way of splitting it, from one checkpoint per model, and compare.

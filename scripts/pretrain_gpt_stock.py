@@ -88,8 +88,8 @@ FAMILIES = (
 
 def main(
     megatron_lm: Annotated[Path, typer.Argument(help="a checkout of Megatron-LM", exists=True, file_okay=False)],
-    results: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
-    steps: Annotated[int, typer.Option(help="steps of each run")] = 5,
+    results: Annotated[Path | None, typer.Option(help="write the figures here", dir_okay=False)] = None,
+    steps: Annotated[int, typer.Option(help="steps of each run", min=1)] = 5,
 ) -> None:
     """Train a small GPT on mock data with MEGATRON_LM/pretrain_gpt.py as it is, with one process and with several.
 

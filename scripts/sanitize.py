@@ -35,7 +35,7 @@ TOOLS = ("memcheck", "racecheck")
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/sanitizer.json"),
+    out: Annotated[Path, typer.Option(help="JSON file", dir_okay=False)] = Path("runs/sanitizer.json"),
     seconds: Annotated[int, typer.Option(help="limit of each tool")] = 300,
     commit: options.Commit = "",
     only_cases: Annotated[

@@ -55,7 +55,7 @@ FIRST_FLOPS, FIRST_OVERHEAD_S = 2e14, 4.0
 
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file of sweeps, as in configs/scaling/", exists=True)],
-    out: Annotated[Path, typer.Option(help="JSON file, written by rank 0 after every case")],
+    out: Annotated[Path, typer.Option(help="JSON file, written by rank 0 after every case", dir_okay=False)],
     previous: Annotated[
         Path | None, typer.Option(help="take finished cases over from this file, if it is there (it may be --out)")
     ] = None,

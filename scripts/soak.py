@@ -71,7 +71,7 @@ class Drawn:
 
 def main(
     minutes: Annotated[float, typer.Option(help="how long", min=0)] = 30.0,
-    out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/soak.json"),
+    out: Annotated[Path, typer.Option(help="JSON file", dir_okay=False)] = Path("runs/soak.json"),
     tokens: Annotated[int, typer.Option(help="of the longest sequence", min=64)] = 1024,
     seed: Annotated[int, typer.Option(help="of the calls")] = 0,
     count: Annotated[

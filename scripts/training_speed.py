@@ -74,7 +74,7 @@ def main(
         list[str], typer.Option(help="moba:BLOCK_SIZE:TOPK[:STEPS[:WARMUP]] or full[:STEPS[:WARMUP]] [KEY=VALUE ...]")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="keys of the configuration to change")] = None,
-    out: Annotated[Path, typer.Option(help="JSON file")] = Path("runs/training_speed.json"),
+    out: Annotated[Path, typer.Option(help="JSON file", dir_okay=False)] = Path("runs/training_speed.json"),
     warmup: Annotated[int, typer.Option(help="steps before the timed ones")] = 3,
     steps: Annotated[int, typer.Option(help="timed steps")] = 5,
     label: Annotated[str, typer.Option(help="name of these runs")] = "",

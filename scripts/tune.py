@@ -67,7 +67,7 @@ class Subject:
 
 def main(
     kernels: Annotated[str, typer.Argument(help="forward, lists or backward")],
-    out: Annotated[Path, typer.Option(help="JSON file, written after every configuration")],
+    out: Annotated[Path, typer.Option(help="JSON file, written after every configuration", dir_okay=False)],
     configs: Annotated[str, typer.Option(help="block size:topk, comma-separated")] = "128:8,512:8,4096:12",
     tokens: Annotated[int, typer.Option(help="rows of the chunk")] = 131072,
     heads: Annotated[int, typer.Option(help="kv heads that times are scaled to")] = 16,

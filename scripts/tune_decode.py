@@ -36,7 +36,7 @@ VARIANTS: tuple[dict[str, int], ...] = (
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON file, written after every setting")],
+    out: Annotated[Path, typer.Option(help="JSON file, written after every setting", dir_okay=False)],
     tokens: Annotated[int, typer.Option(help="tokens in the cache")] = 131072,
     heads: Annotated[str, typer.Option(help="q/kv heads")] = "32/8",
     configs: Annotated[str, typer.Option(help="block size:topk, comma-separated")] = "512:8,128:8,4096:12",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import typing
 from dataclasses import fields
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def test_a_program_describes_itself_and_its_options(module) -> None:
     assert result.exit_code == 0, result.output
     assert "Usage" in result.output
     assert f"-m {module.__name__}" in (module.__doc__ or "")  # its first lines show how it is run
+
+
+@pytest.mark.parametrize("module", PROGRAMS, ids=lambda module: module.__name__)
+def test_a_folder_is_refused_as_the_file_of_results_before_anything_runs(module) -> None:
+    hints = typing.get_type_hints(module.main, include_extras=True)
+    for name in hints.keys() & {"out", "results"}:
+        option = next(x for x in typing.get_args(hints[name])[1:])
+        assert not option.dir_okay, name
 
 
 def run(tmp_path: Path, *words: str, ranks: int = 0) -> dict:

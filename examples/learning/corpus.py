@@ -95,6 +95,8 @@ def pairs_command(
 ) -> None:
     """Add training sentences to the `corpus.json` of a build that had none; tokens and fingerprint stay."""
     path = corpus / "corpus.json"
+    if not path.exists():
+        raise typer.BadParameter(f"{corpus} holds no corpus.json: the command `build` makes one")
     facts = json.loads(path.read_text())
     encode = load_tokenizer(facts["vocabulary"], corpus)
     if needles(encode) != facts["needles"]:
@@ -106,11 +108,14 @@ def pairs_command(
 @app.command("bigram")
 def bigram_command(
     corpus: Annotated[Path, typer.Option(help="folder of corpus.json and corpus.xz", exists=True)],
-    length: Annotated[int, typer.Option(help="tokens of a window")],
-    out: Annotated[Path, typer.Option(help="JSON file")],
+    length: Annotated[int, typer.Option(help="tokens of a window", min=2)],
+    out: Annotated[Path, typer.Option(help="JSON file", dir_okay=False)],
 ) -> None:
     """Held-out loss of counting: what any model of the same windows has to beat."""
-    made = Corpus(corpus)
+    try:
+        made = Corpus(corpus)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
     facts = {"fingerprint": made.facts["fingerprint"], "length": length} | counting_losses(made, length)
     out.write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts))

@@ -266,7 +266,7 @@ def main(
     work: Annotated[Path, typer.Option(help="caches, checkpoints, logs")] = Path(".cache/learning/work"),
     previous: Annotated[Path | None, typer.Option(help="results to go on from")] = None,
     time_limit: Annotated[float, typer.Option(help="seconds", show_default="none")] = 1e9,
-    steps: Annotated[int | None, typer.Option(help="instead of the plan's")] = None,
+    steps: Annotated[int | None, typer.Option(help="instead of the plan's", min=1)] = None,
     only: Annotated[list[str] | None, typer.Option(help="arm to run; the others wait for another call")] = None,
     commit: Annotated[str | None, typer.Option(help="recorded in the results where git does not know it")] = None,
 ) -> None:

@@ -365,7 +365,9 @@ def execute(task: Task) -> None:
         dist.destroy_process_group()
 
 
-def main(task: Annotated[Path, typer.Option(help="JSON file of the fields of `Task`")]) -> None:
+def main(
+    task: Annotated[Path, typer.Option(help="JSON file of the fields of `Task`", exists=True, dir_okay=False)],
+) -> None:
     """Execute one run."""
     execute(Task(**json.loads(task.read_text())))
 

@@ -60,7 +60,7 @@ def plan(
         typer.Option(help=f"calibrated GPU: {', '.join(known())}; default: {DEFAULT}, or that of the results"),
     ] = None,
     results: Annotated[list[Path] | None, typer.Option(help="calibrate from these result files", exists=True)] = None,
-    save: Annotated[Path | None, typer.Option(help="write the calibration there, as JSON")] = None,
+    save: Annotated[Path | None, typer.Option(help="write the calibration there, as JSON", dir_okay=False)] = None,
 ) -> None:
     """Predict time by stage, bytes by link and memory by part, and recommend how to split a layer over GPUs."""
     try:

@@ -128,6 +128,8 @@ def test_runs_that_the_time_does_not_hold_are_not_started(
             "lacks measures, arms, runs, which configs/learning/tiny.yaml",
         ),
         (run_app, ("--plan", "README.md"), "README.md is not YAML: "),
+        (corpus_app, ("pairs", "--corpus", "OUT"), "holds no corpus.json: the command `build` makes one"),
+        (corpus_app, ("bigram", "--corpus", "OUT", "--length", "64", "--out", "x.json"), "holds no corpus: "),
     ],
 )
 def test_a_program_says_what_is_missing_in_a_sentence(
