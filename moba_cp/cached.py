@@ -21,6 +21,7 @@ from .config import DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .decoding import Step, decode, made, most_slots, step_facts, strides_of
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
 from .kernels.types import COUNT_TILE
+from .outside_graphs import outside_graphs
 from .pipeline import readable, unit_stride
 from .precision import as_given
 from .prepare import needs_gradients
@@ -242,6 +243,7 @@ def moba_attention_cached(
 
     Equal to the rows of `moba_attention` over the whole content: a query at position p of its sample's content attends to its own
     block up to p, and to the best-scored complete blocks before. A selected block that decoding reads is read once per q head.
+    `torch.compile` breaks the graph once, at the call.
 
     Args:
         q: `[samples, queries, Hq, D]`, fp64, fp32, bf16 or fp16.
@@ -259,6 +261,8 @@ def moba_attention_cached(
     Raises:
         TypeError, ValueError: an argument is not as said, or a gradient is wanted.
     """
+    if torch.compiler.is_compiling():
+        return _outside_the_graph(q, k, v, config, tokens=tokens, centroids=centroids, workspace_bytes=workspace_bytes)
     facts = step_facts(q, k, v, config, tokens, workspace_bytes) if tokens.__class__ is CachedTokens else None
     before = centroids._step if centroids.__class__ is CentroidCache else Step()
     strides = None
@@ -298,6 +302,9 @@ def moba_attention_cached(
         out, run = decode(backend, q, k, v, config, tokens, centroids, bind=repeated and not is_captured(q))
         centroids._step = Step(facts, strides, run)
         return out
+
+
+_outside_the_graph = outside_graphs(moba_attention_cached)
 
 
 def _check_cache(q: Tensor, k: Tensor, v: Tensor, tokens: CachedTokens, centroids: CentroidCache | None) -> None:

@@ -116,6 +116,14 @@ def test_calls_in_inference_mode_and_outside_share_a_cache() -> None:
     check(torch.cat(outputs, 1), content, given)
 
 
+def test_compiled_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setitem(globals(), "moba_attention_cached", torch.compile(moba_attention_cached, backend="aot_eager"))
+    given, content = documents(), content_of("right")
+    cache, centroids = Cache(content, given), CentroidCache()
+    check(torch.cat([cache.attend(n, centroids) for n in (30, 8, 1, 1)], 1), content, given)
+
+
 def test_each_centroid_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the cache grows by one token and has other tensors each time."""
     computed = []
