@@ -16,6 +16,7 @@ the caller's stream had enqueued at its next `SideStream.mark`.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -61,7 +62,7 @@ class Memo:
         return self._made[key]
 
     def values(self) -> Iterator[Any]:
-        yield from self._made.values()
+        yield from tuple(self._made.values())  # other threads may add to it
 
     def __len__(self) -> int:
         return len(self._made)
@@ -81,27 +82,31 @@ class _Kept:
 
 
 class PlanCache:
-    """Plans by value, the most recently used last."""
+    """Plans by value, the most recently used last. Threads may share it; nothing is made while one holds its lock."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._plans: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._sizes: dict[Hashable, tuple[int, KeptBytes]] = {}  # with `_Kept.made` at that time
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The plan of `key`: kept, or made now."""
-        if key in self._plans:
-            self._plans.move_to_end(key)
-            return self._plans[key].plan
+        with self._lock:
+            kept = self._plans.get(key)
+            if kept is not None:
+                self._plans.move_to_end(key)
+                return kept.plan
         plan = make()
-        self._plans[key] = _Kept(plan, Memo())
-        total = self.kept_bytes()
-        while len(self._plans) > 1 and (
-            len(self._plans) > MOST_PLANS or total.host > MOST_HOST_BYTES or total.device > MOST_DEVICE_BYTES
-        ):
-            oldest, _ = self._plans.popitem(last=False)
-            _, dropped = self._sizes.pop(oldest)
-            total = KeptBytes(total.host - dropped.host, total.device - dropped.device)
-        return plan
+        with self._lock:
+            kept = self._plans.setdefault(key, _Kept(plan, Memo()))  # another thread's, if it was faster
+            total = self.kept_bytes()
+            while len(self._plans) > 1 and (
+                len(self._plans) > MOST_PLANS or total.host > MOST_HOST_BYTES or total.device > MOST_DEVICE_BYTES
+            ):
+                oldest, _ = self._plans.popitem(last=False)
+                _, dropped = self._sizes.pop(oldest)
+                total = KeptBytes(total.host - dropped.host, total.device - dropped.device)
+        return kept.plan
 
     def beside(self, key: Hashable, plan: object, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` returned the first time for `name`. It may refer to `plan`, the plan of `key`. Once the plan has been
@@ -111,15 +116,17 @@ class PlanCache:
 
     def kept_bytes(self) -> KeptBytes:
         """Bytes of all plans."""
-        for key, kept in self._plans.items():
-            if key not in self._sizes or self._sizes[key][0] != kept.made:
-                self._sizes[key] = kept.made, bytes_of(kept)
-        return sum((size for _, size in self._sizes.values()), KeptBytes(0, 0))
+        with self._lock:
+            for key, kept in self._plans.items():
+                if key not in self._sizes or self._sizes[key][0] != kept.made:
+                    self._sizes[key] = kept.made, bytes_of(kept)
+            return sum((size for _, size in self._sizes.values()), KeptBytes(0, 0))
 
     def clear(self) -> None:
         """Drop all plans."""
-        self._plans.clear()
-        self._sizes.clear()
+        with self._lock:
+            self._plans.clear()
+            self._sizes.clear()
 
     def __len__(self) -> int:
         return len(self._plans)

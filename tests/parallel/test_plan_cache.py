@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -163,6 +165,25 @@ def call(layout: SequenceLayout) -> torch.Tensor:
     if out.requires_grad:
         out.sum().backward()
     return out
+
+
+def test_threads_share_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More layouts than are kept, in threads that interrupt each other anywhere."""
+    monkeypatch.setattr(plan_cache, "MOST_PLANS", 3)
+    layouts = [SequenceLayout.contiguous([0, 40 + i], 1) for i in range(6)]
+
+    def work(seed: int) -> None:
+        for i in np.random.default_rng(seed).integers(0, len(layouts), 200):
+            plan = rank_plan(home_plan(layouts[i], 8), 0)
+            assert len(device_rows(plan, CPU).block) == 40 + i
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(switch)
 
 
 def test_no_mode_leaves_plans_of_no_use_to_others() -> None:
