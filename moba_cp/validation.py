@@ -260,15 +260,19 @@ class RefusedTogether:
         if not isinstance(error, (TypeError, ValueError)):
             return
         if group_size(self._layout, self._group) > 1 and not sends_nothing(*self._tensors):
-            agreement.refuse(self._group, error, self._tensors[0] if self._tensors else None)
+            group = self._group if isinstance(self._group, dist.ProcessGroup) else None
+            agreement.refuse(group, error, self._tensors[0] if self._tensors else None)
 
 
 def group_size(layout: object, group: object) -> int:
-    """Ranks that a call would involve, as far as its arguments can be trusted: all, where not even the layout can be, and
-    1 where the group cannot."""
+    """Ranks that a call would involve, as far as its arguments can be trusted: all, where not even the layout can be. What is no
+    group stands for all ranks where the layout is for as many, else for 1: nobody knows who the others are."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     if isinstance(group, dist.ProcessGroup):
         return group.size() if dist.get_rank(group) >= 0 else 1
-    alone = isinstance(layout, SequenceLayout) and layout.cp_size == 1
-    return dist.get_world_size() if group is None and not alone else 1
+    size = dist.get_world_size()
+    ranks = layout.cp_size if isinstance(layout, SequenceLayout) else None
+    if group is None:
+        return 1 if ranks == 1 else size
+    return size if ranks == size else 1

@@ -73,6 +73,10 @@ ALONE: dict[str, tuple[Callable[..., object], dict[str, Any], str]] = {
     "two dtypes in a graph": (compiled, {"q": zeros(8, 4, 8, dtype=torch.float32)}, "q, k and v must have one dtype"),
     "flag in a graph": (compiled, {"check_selection": None}, "check_selection must be True or False, got None"),
     "size in a graph": (compiled, {"workspace_bytes": 1e9}, "workspace_bytes must be an int, got 1000000000.0"),
+    "group": (attention, {"group": "cp"}, "group must be a torch.distributed ProcessGroup .* got 'cp'"),
+    "group of full attention": (full, {"group": 3}, "group must be a torch.distributed ProcessGroup .* got 3"),
+    "group of scores": (scores, {"group": [0, 1]}, r"group must be a torch.distributed ProcessGroup .* got \[0, 1\]"),
+    "group in a graph": (compiled, {"group": "cp"}, "group must be a torch.distributed ProcessGroup .* got 'cp'"),
     "no report": (histogram, {"report": None}, "report must be a MoBAReport, got NoneType"),
 }
 
