@@ -20,7 +20,7 @@ from ..tracing import infer_output, without_numbers
 from . import kept, masks
 from .settings import settings_of
 
-REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask")
+REFUSED = ("sliding_window", "softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
 """Arguments of attention functions that change its meaning, and that MoBA attention does not have."""
 
 

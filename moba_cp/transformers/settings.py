@@ -100,8 +100,9 @@ def configure(
     text = whole.get_text_config(decoder=True)
     settings.check_layers(text.num_hidden_layers)
     for name in ("sliding_window", "attn_logit_softcapping", "attention_chunk_size"):
-        if getattr(text, name, None) is not None:
-            raise ValueError(f"MoBA attention has no {name}, but the model's config says {getattr(text, name)!r}")
+        value = getattr(text, name, None)
+        if value is not None and (name, value) != ("sliding_window", 0):  # Qwen2-MoE writes 0 for no window
+            raise ValueError(f"MoBA attention has no {name}, but the model's config says {value!r}")
     if getattr(whole, "is_encoder_decoder", False):
         raise ValueError(f"MoBA attention is causal, but {type(whole).__name__} is of an encoder and a decoder")
     _check_interface(model_or_config if is_model else None, text)
@@ -151,7 +152,7 @@ def settings_of(module: Any) -> tuple[Settings, bool]:
     Kept with the module until they change: decoding asks for them in every layer of every token.
 
     Raises:
-        ValueError: there are none, they are wrong, or for another number of layers.
+        ValueError: there are none, they are wrong, or for another number of layers; or the module does not say which layer it is.
     """
     kept, layers = getattr(module.config, IMPLEMENTATION, None), module.config.num_hidden_layers
     known = getattr(module, "_moba_settings", None)
@@ -163,6 +164,12 @@ def settings_of(module: Any) -> tuple[Settings, bool]:
     except TypeError as error:
         raise ValueError(f"config.{IMPLEMENTATION} must hold the fields of Settings, got {kept!r}") from error
     settings.check_layers(layers)
-    found = settings, settings.computes_moba(module.layer_idx, layers)
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int) or layer < 0:  # of Zamba and Zamba2: their layers share attention modules
+        raise ValueError(
+            f"{type(module).__name__} does not say which layer it is (layer_idx is {layer!r}), so it can have no MoBA settings "
+            "of its own, and no centroids beside a cache"
+        )
+    found = settings, settings.computes_moba(layer, layers)
     module._moba_settings = ((dict(kept), layers), found)
     return found

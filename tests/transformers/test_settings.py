@@ -10,7 +10,14 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2MoeConfig,
+)
 
 from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.transformers import Settings, configure, register
@@ -100,6 +107,23 @@ def test_models_that_are_refused() -> None:
         whole(MistralForCausalLM(config).eval(), text(1, 9))
 
 
+def test_a_window_of_no_tokens_is_none() -> None:
+    """What Qwen2-MoE writes into its config where it has no window."""
+    config = Qwen2MoeConfig(num_hidden_layers=2, use_sliding_window=False)
+    config.sliding_window = 0  # some versions say None
+    configure(config, CONFIG)
+    assert config._attn_implementation == "moba"
+
+
+@pytest.mark.parametrize("number", [None, -1])
+def test_an_attention_module_that_several_layers_share(number: int | None) -> None:
+    """As in Zamba and Zamba2. Which of them calls is not known: settings and centroids would be of another layer."""
+    model = tiny(full_last=1)
+    model.model.layers[2].self_attn.layer_idx = number
+    with pytest.raises(ValueError, match=rf"LlamaAttention does not say which layer it is \(layer_idx is {number}\)"):
+        whole(model, text(1, 9))
+
+
 def test_no_settings() -> None:
     model = tiny()
     del model.config.moba
@@ -139,6 +163,9 @@ def test_masks_that_are_refused() -> None:
         ({"sliding_window": 16}, "no sliding_window, got 16"),
         ({"softcap": 30.0}, "no softcap, got 30.0"),
         ({"s_aux": torch.zeros(4)}, r"no s_aux, got a tensor \(4,\)"),
+        ({"sinks": torch.zeros(2, 4, 9, 1)}, r"no sinks, got a tensor \(2, 4, 9, 1\)"),
+        ({"indices": torch.zeros(2, 9, 5)}, r"no indices, got a tensor \(2, 9, 5\)"),
+        ({"block_indices": torch.zeros(2, 2, 9, 3)}, r"no block_indices, got a tensor \(2, 2, 9, 3\)"),
         ({"position_bias": torch.zeros(1, 4, 9, 9)}, r"no position_bias, got a tensor \(1, 4, 9, 9\)"),
         ({"output_attentions": True}, "no attention weights"),
         ({"is_causal": False}, "is causal: LlamaAttention computes cross-attention"),
