@@ -267,6 +267,11 @@ class MoBACoreAttention(MegatronModule):
     ) -> None:
         where = f"MoBA attention, layer {self.layer_number}"
         refuse_extra(where, extra)
+        if query.size(0) != key.size(0):
+            raise ValueError(
+                f"{where}: {query.size(0)} queries but {key.size(0)} keys; inference with a key-value cache is "
+                "not supported"
+            )
         if attn_mask_type not in (None, AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ValueError(f"{where}: attn_mask_type={attn_mask_type} is not supported, only causal is")
         if attention_bias is not None:
@@ -275,11 +280,6 @@ class MoBACoreAttention(MegatronModule):
             raise ValueError(
                 f"{where}: got an attention_mask of shape {tuple(attention_mask.shape)}; the causal mask is implied and "
                 "others are not supported: pass None (--no-create-attention-mask-in-dataloader)"
-            )
-        if query.size(0) != key.size(0):
-            raise ValueError(
-                f"{where}: {query.size(0)} queries but {key.size(0)} keys; inference with a key-value cache is "
-                "not supported"
             )
 
 

@@ -251,6 +251,11 @@ def test_arguments_it_cannot_honour_are_refused_when_the_layer_is_built() -> Non
         ({"attn_mask_type": AttnMaskType.arbitrary}, ValueError, "AttnMaskType.arbitrary"),
         ({"num_splits": 4}, TypeError, "num_splits=4"),
         ({"key": torch.zeros(9, 1, KV_HEADS, DIM)}, ValueError, "4 queries but 9 keys.*cache"),
+        (  # as Megatron's static engine decodes
+            {"key": torch.zeros(9, 1, KV_HEADS, DIM), "attn_mask_type": AttnMaskType.no_mask},
+            ValueError,
+            "4 queries but 9 keys.*cache",
+        ),
         ({"packed_seq_params": PackedSeqParams(qkv_format="thd")}, ValueError, "cu_seqlens_q is None"),
     ],
 )
