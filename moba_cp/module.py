@@ -183,6 +183,9 @@ def _check_fits(layout: SequenceLayout | None, module: MoBAAttention) -> None:
 def set_layout(model: nn.Module, layout: SequenceLayout | None) -> int:
     """Give all `MoBAAttention` modules in `model` the layout of the next step; how many there are.
 
+    Call it after the backward passes of the step before: activation checkpointing computes forward again with the layout that is
+    set by then.
+
     Raises:
         TypeError: `model` is no module; or `layout` is no `SequenceLayout`, nor None.
         ValueError: there is no such module in it, or the layout is for another number of ranks than one of them has.
