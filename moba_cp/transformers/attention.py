@@ -80,7 +80,11 @@ def moba_attention_forward(
             raise ValueError(
                 f"moba_layout needs one sample without padding and without a cache, got q {tuple(q.shape)}, k {tuple(k.shape)}"
             )
+        if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+            raise ValueError("give cu_seq_lens or moba_layout, not both: the layout says where documents begin")
         return _attend(moba, q[0], k[0], v[0], config, moba_layout, moba_group)[None], None
+    if moba_group is not None:
+        raise ValueError("moba_group needs moba_layout, which says which of the sequence's tokens this rank holds")
     if attention_mask is None:
         if q.shape[1] != k.shape[1]:
             raise ValueError(

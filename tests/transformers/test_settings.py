@@ -171,6 +171,7 @@ def test_masks_that_are_refused() -> None:
         ({"is_causal": False}, "is causal: LlamaAttention computes cross-attention"),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, "cu_seq_lens are for one sample, got 2"),
         ({"moba_layout": SequenceLayout.contiguous([0, 9], 1)}, r"one sample.*q \(2, 9, 4, 8\)"),
+        ({"moba_group": object()}, "moba_group needs moba_layout"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -189,6 +190,9 @@ def test_cross_attention_and_keys_without_a_mask() -> None:
     different = {"cu_seq_lens_q": torch.tensor([0, 4, 9]), "cu_seq_lens_k": torch.tensor([0, 5, 9])}
     with pytest.raises(ValueError, match=r"same documents, got \[0, 4, 9\] and \[0, 5, 9\]"):
         moba_attention_forward(module, torch.zeros(1, 4, 9, 8), k, k, None, **different)
+    both = {"moba_layout": SequenceLayout.contiguous([0, 9], 1), "cu_seq_lens_k": torch.tensor([0, 4, 9])}
+    with pytest.raises(ValueError, match="give cu_seq_lens or moba_layout, not both"):
+        moba_attention_forward(module, torch.zeros(1, 4, 9, 8), k, k, None, **both)
 
 
 def test_settings_by_layer() -> None:
