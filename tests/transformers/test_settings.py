@@ -17,13 +17,14 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from moba_cp import MoBAConfig, SequenceLayout
 from moba_cp.transformers import Settings, configure, register
 from moba_cp.transformers.attention import moba_attention_forward
 from moba_cp.transformers.masks import moba_mask
-from tests.transformers.models import CONFIG, LAYERS, text, tiny, whole
+from tests.transformers.models import CONFIG, LAYERS, TOLERANCE, text, tiny, whole
 
 
 def test_saved_with_the_model(tmp_path: Path) -> None:
@@ -108,11 +109,21 @@ def test_models_that_are_refused() -> None:
 
 
 def test_a_window_of_no_tokens_is_none() -> None:
-    """What Qwen2-MoE writes into its config where it has no window."""
-    config = Qwen2MoeConfig(num_hidden_layers=2, use_sliding_window=False)
-    config.sliding_window = 0  # some versions say None
-    configure(config, CONFIG)
-    assert config._attn_implementation == "moba"
+    """Qwen2-MoE writes 0 into its config where no layer has a window, and asks for a mask of it all the same."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, pad_token_id=0,
+    )  # fmt: skip
+    model, ids = Qwen2MoeForCausalLM(config).eval(), text(1, 9)
+    expected = whole(model, ids)
+    configure(model, MoBAConfig(4, 3))  # covers the text
+    torch.testing.assert_close(whole(model, ids), expected, **TOLERANCE)
+    mask = moba_mask(1, 9, 9, local_size=0)
+    q, k = torch.zeros(1, 4, 9, 8), torch.zeros(1, 2, 9, 8)
+    with pytest.raises(ValueError, match="not custom masks"):
+        moba_attention_forward(model.model.layers[0].self_attn, q, k, k, mask)
 
 
 @pytest.mark.parametrize("number", [None, -1])
