@@ -195,7 +195,8 @@ def moba_attention(
     )  # fmt: skip
     if prepared is None:
         return infer_output(q, k, v)
-    out, selected, route = _MoBAFunction.apply(q, k, v, prepared.call, prepared.routing, prepared.divided.whole)
+    whole, mark = prepared.divided.whole, prepared.layout.mark
+    out, selected, route = _MoBAFunction.apply(q, k, v, prepared.call, prepared.routing, whole, mark)
     results: list[Any] = [out]
     if return_selection:
         rows = pipeline.device_rows(prepared.flat.plan, q.device)
@@ -264,12 +265,13 @@ class _MoBAFunction(torch.autograd.Function):
         call: pipeline.Call | wide.WideCall,
         routing: Routing,
         group: CommGroup,
+        mark: Tensor,
     ) -> tuple[Tensor, Tensor, Route]:
         with torch.cuda.device_of(q), as_given(q):  # kernels are launched on the current device
             done = wide.run_forward(call, q, k, v, routing)
         tensors: list[Tensor] = []
         ctx.call, ctx.group, ctx.kept = call, group, take_tensors(done.kept, tensors)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, mark)
         can_refuse(ctx, (q, k, v), tensors)
         ctx.mark_non_differentiable(done.selected)
         return done.out, done.selected, done.route
@@ -282,6 +284,6 @@ class _MoBAFunction(torch.autograd.Function):
             backward_order.check(group.group, wide.number_of(ctx.call), dout.device)
         with as_given(dout):
             gradients = wide.run_backward(ctx.call, put_tensors(ctx.kept, ctx.saved_tensors), dout)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
     jvp = staticmethod(no_forward_mode)

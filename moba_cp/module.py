@@ -184,7 +184,7 @@ def set_layout(model: nn.Module, layout: SequenceLayout | None) -> int:
     """Give all `MoBAAttention` modules in `model` the layout of the next step; how many there are.
 
     Call it after the backward passes of the step before: activation checkpointing computes forward again with the layout that is
-    set by then.
+    set by then. torch refuses another one with `use_reentrant=False`; the reentrant form cannot tell.
 
     Raises:
         TypeError: `model` is no module; or `layout` is no `SequenceLayout`, nor None.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import moba_cp
 from moba_cp import MoBAAttention, MoBAConfig, SequenceLayout
@@ -215,6 +216,25 @@ def test_the_layout_of_a_batch_is_kept_and_counted() -> None:
     assert moba_cp.kept_bytes().host >= moba_cp.batch_layout(3, 8, 2).nbytes
     with pytest.raises(TypeError, match=r"batch must be an int, got \[2\]"):
         moba_cp.batch_layout([2], 8, 2)
+
+
+def test_checkpointing_with_another_layout_is_refused() -> None:
+    """Though both have equally many tokens, documents and blocks."""
+    layouts = [SequenceLayout.contiguous(cu, 1) for cu in ([0, 8, 16], [0, 12, 16])]
+    module, x = MoBAAttention(CONFIG), torch.randn(3, 16, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradient(*at: SequenceLayout, **layout: SequenceLayout) -> Tensor:
+        """With the module's layout in the forward pass, and in the backward pass."""
+        module.layout = at[0]
+        out = checkpoint(lambda x: module(*x, **layout).square(), x, use_reentrant=False)
+        module.layout = at[1]
+        return torch.autograd.grad(out.sum(), x)[0]
+
+    right = [gradient(layout, layout) for layout in layouts]
+    with pytest.raises(CheckpointError, match="different metadata"):
+        gradient(*layouts)
+    assert torch.equal(gradient(*layouts, layout=layouts[1]), right[1])
+    assert not torch.equal(*right)
 
 
 def test_layers_are_swapped_by_name() -> None:
