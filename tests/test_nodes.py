@@ -207,10 +207,11 @@ def train(rank: int, size: int, folder: str, overrides: list[str]) -> None:
 @pytest.mark.heavy
 def test_a_cut_link_ends_training_on_every_rank(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
+    (tmp_path / "text").mkdir()
     for number in range(8):
-        (tmp_path / f"{number}.txt").write_text("A link is cut while these words are learned. " * 400)
+        (tmp_path / "text" / f"{number}.txt").write_text("A link is cut while these words are learned. " * 400)
     overrides = [
-        f"data.paths=[{tmp_path}]",
+        f"data.paths=[{tmp_path}/text]",
         f"run.directory={tmp_path}/runs",
         "run.steps=100000",
         "run.eval_interval=0",
