@@ -120,6 +120,8 @@ def settings_from_arguments(arguments: argparse.Namespace, num_layers: int | Non
         layers = num_layers if num_layers is not None else getattr(arguments, "num_layers", None)
         if layers is None:
             raise ValueError(f"--moba-layer-freq {pattern} needs the number of layers")
+        if pattern > layers:
+            raise ValueError(f"--moba-layer-freq {pattern} leaves none of the {layers} layers to MoBA")
         pattern = tuple(int((number + 1) % pattern == 0) for number in range(layers))
     optional = {"packed_partition": arguments.moba_packed_partition, "head_parallel": arguments.moba_head_parallel}
     return {name: value for name, value in optional.items() if value is not None} | {

@@ -55,6 +55,11 @@ def test_layers_by_number_or_list(frequency: str, pattern: tuple[int, ...]) -> N
     assert settings_from_arguments(arguments)["layer_pattern"] == pattern
 
 
+def test_a_frequency_that_leaves_no_moba_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="--moba-layer-freq 5 leaves none of the 4 layers to MoBA"):
+        settings_from_arguments(parse("--moba-layer-freq", "5", num_layers=4))
+
+
 @pytest.mark.parametrize("frequency", ["0", "[2]", "[1]*", "exit()", "(1)", ""])
 def test_other_layer_frequencies_are_refused(frequency: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
