@@ -17,8 +17,9 @@ from ..config import MoBAConfig
 from ..dense import causal_attention
 from ..parallel.layout import SequenceLayout
 from ..tracing import infer_output, without_numbers
+from ..validation import RefusedTogether
 from . import kept, masks
-from .settings import settings_of
+from .settings import Settings, settings_of
 
 REFUSED = ("sliding_window", "softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
 """Arguments of attention functions that change its meaning, and that MoBA attention does not have."""
@@ -62,26 +63,29 @@ def moba_attention_forward(
         `[samples, queries, Hq, Dv]`, and None in place of attention weights.
 
     Raises:
-        ValueError: what MoBA attention does not compute, named.
+        ValueError: what MoBA attention does not compute, named; with `moba_layout`, on every rank.
     """
-    _refuse(module, dropout, kwargs)
-    settings, moba = settings_of(module)
-    config = _config(settings.block_size, settings.topk, scaling)
+    documents = None
+    if attention_mask is not None and masks.is_of_documents(attention_mask, query.shape[2]):
+        documents, attention_mask = attention_mask, None
+    if moba_layout is None:
+        settings, moba, config = _settings(module, scaling, dropout, kwargs)
+    else:
+        with RefusedTogether(moba_layout, moba_group, query, key, value):
+            settings, moba, config = _settings(module, scaling, dropout, kwargs)
+            if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+                shapes = [tuple(x.transpose(1, 2).shape) for x in (query, key)]
+                raise ValueError(
+                    f"moba_layout needs one sample without padding and without a cache, got q {shapes[0]}, k {shapes[1]}"
+                )
+            if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+                raise ValueError("give cu_seq_lens or moba_layout, not both: the layout says where documents begin")
     cached_key = key
     query, key, value = _as_autocast_wants(query, key, value)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [samples, tokens, heads, head size]
     if without_numbers(q, k, v):
         return infer_output(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, q.shape[:2]), None
-    documents = None
-    if attention_mask is not None and masks.is_of_documents(attention_mask, q.shape[1]):
-        documents, attention_mask = attention_mask, None
     if moba_layout is not None:
-        if attention_mask is not None or q.shape[0] != 1 or q.shape[1] != k.shape[1]:
-            raise ValueError(
-                f"moba_layout needs one sample without padding and without a cache, got q {tuple(q.shape)}, k {tuple(k.shape)}"
-            )
-        if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-            raise ValueError("give cu_seq_lens or moba_layout, not both: the layout says where documents begin")
         return _attend(moba, q[0], k[0], v[0], config, moba_layout, moba_group)[None], None
     if moba_group is not None:
         raise ValueError("moba_group needs moba_layout, which says which of the sequence's tokens this rank holds")
@@ -132,6 +136,15 @@ def _as_autocast_wants(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _config(block_size: int, topk: int, scaling: float | None) -> MoBAConfig:
     """The same object for the same values: decoding asks for one in every layer of every token."""
     return MoBAConfig(block_size, topk, scaling)
+
+
+def _settings(
+    module: nn.Module, scaling: float | None, dropout: float, kwargs: dict[str, Any]
+) -> tuple[Settings, bool, MoBAConfig]:
+    """The model's settings, whether this layer computes MoBA, and its configuration; what MoBA does not compute is refused."""
+    _refuse(module, dropout, kwargs)
+    settings, moba = settings_of(module)
+    return settings, moba, _config(settings.block_size, settings.topk, scaling)
 
 
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

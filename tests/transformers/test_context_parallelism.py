@@ -49,3 +49,30 @@ def test_context_parallelism(index: int) -> None:
     for number, whole_tensor in enumerate(expected):
         together = layout.unshard([part[number] for part in ranks], dim=2 if number else 1)
         torch.testing.assert_close(together, whole_tensor, rtol=1e-12, atol=1e-12)
+
+
+ALONE = {
+    "no dropout, got 0.1": {"dropout": 0.1},
+    "no softcap, got 30": {"softcap": 30},
+    "give cu_seq_lens or moba_layout, not both": {"cu_seq_lens_q": torch.tensor([0, 4])},
+    "one sample without padding and without a cache": {"attention_mask": torch.zeros(1, 1, 4, 4)},
+}
+
+
+def refused_on_ranks(rank: int, world_size: int) -> list[str]:
+    """What a rank is told where rank 1 alone passes something that is refused, and whether the group works on."""
+    layout, x = SequenceLayout.contiguous([0, 8], world_size), torch.ones(1, 2, 4, 8, dtype=torch.float64)
+    told = []
+    for bad in ALONE.values():
+        call = {"attention_mask": None, "moba_layout": layout} | (bad if rank == 1 else {})
+        with pytest.raises(ValueError) as refused:
+            moba_attention_forward(Layer(0), x, x, x, **call)
+        told.append(str(refused.value))
+    out, _ = moba_attention_forward(Layer(0), x, x, x, None, moba_layout=layout)
+    return [*told, f"{out.sum().item():g}"]
+
+
+def test_what_one_rank_refuses_ends_the_others_too() -> None:
+    for told in run_ranks(2, refused_on_ranks):
+        assert told.pop() == "64"
+        assert all(text in message for text, message in zip(ALONE, told, strict=True)), told
