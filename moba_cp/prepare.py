@@ -89,7 +89,6 @@ def prepare(
     Args:
         gradients: whether there will be a backward pass. The others are those of `moba_attention`.
     """
-
     numbers = (workspace_bytes, exchange_bytes, 1 if head_parallel is None else head_parallel)
     known = (
         selection is routing is None
@@ -105,44 +104,16 @@ def prepare(
         and (group is None or (isinstance(group, dist.ProcessGroup) and group.size() == 1))
         and not (without_numbers(q, k, v) or is_captured(q) or is_timed())
     )
-    make = lambda: _prepare(  # noqa: E731
-        q, k, v, config, layout, None if known else group, comm, head_parallel, selection, check_selection, routing,
-        return_selection, return_report, workspace_bytes, exchange_bytes, gradients,
-    )  # fmt: skip
-    if not known:
-        return make()
-    refuse_transforms(q=q, k=k, v=v)
-    plan = home_plan(layout, config.block_size)
-    tensors = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
-    name = ("call on one rank", config, comm, numbers, gradients, tensors)
-    return PLANS.beside((layout, config.block_size, plan.keeps_rows), plan, name, make)
-
-
-def _is_plain(x: object) -> bool:
-    """Whether `x` is a dense tensor, of no class of its own."""
-    plain = x.__class__ is Tensor or x.__class__ is torch.nn.Parameter
-    return plain and isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
-
-
-def _prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: MoBAConfig,
-    layout: SequenceLayout,
-    group: dist.ProcessGroup | None,
-    comm: str,
-    head_parallel: int | None,
-    selection: Tensor | None,
-    check_selection: bool,
-    routing: tuple[Tensor, Tensor] | None,
-    return_selection: bool,
-    return_report: bool,
-    workspace_bytes: int,
-    exchange_bytes: int,
-    gradients: bool,
-) -> Prepared | None:
-    """`prepare`, each time anew."""
+    if known:
+        refuse_transforms(q=q, k=k, v=v)
+        group = None  # a kept call must not hold it
+        plan = home_plan(layout, config.block_size)
+        tensors = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
+        name = ("call on one rank", config, comm, numbers, gradients, tensors)
+        where = ((layout, config.block_size, plan.keeps_rows), plan, name)
+        found: Prepared | None = PLANS.kept_beside(*where)
+        if found is not None:
+            return found
     inferred = without_numbers(q, k, v)
     with RefusedTogether(layout, group, q, k, v):
         check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)
@@ -203,7 +174,13 @@ def _prepare(
         with torch.no_grad(), torch.cuda.device_of(q), as_given(q):
             selected = pipeline.select_by_gates(prepared.flat, source, q.shape[1])
         prepared = replace(prepared, routing=replace(source, selected=selected, q_gate=None, k_gate=None))
-    return prepared
+    return PLANS.beside(*where, lambda: prepared) if known else prepared
+
+
+def _is_plain(x: object) -> bool:
+    """Whether `x` is a dense tensor, of no class of its own."""
+    plain = x.__class__ is Tensor or x.__class__ is torch.nn.Parameter
+    return plain and isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
 
 
 def _place(

@@ -61,6 +61,10 @@ class Memo:
                 self._made[key] = make()
         return self._made[key]
 
+    def find(self, key: Hashable) -> Any:
+        """What is kept for `key`, or None."""
+        return self._made.get(key)
+
     def values(self) -> Iterator[Any]:
         yield from tuple(self._made.values())  # other threads may add to it
 
@@ -113,6 +117,11 @@ class PlanCache:
         evicted, every call makes it again."""
         kept = self._plans.get(key)
         return kept.beside.get(name, make) if kept is not None and kept.plan is plan else make()
+
+    def kept_beside(self, key: Hashable, plan: object, name: Hashable) -> Any:
+        """What `beside` has made for `name`; None where it has made nothing, or the plan has been evicted."""
+        kept = self._plans.get(key)
+        return kept.beside.find(name) if kept is not None and kept.plan is plan else None
 
     def kept_bytes(self) -> KeptBytes:
         """Bytes of all plans."""

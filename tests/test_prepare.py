@@ -47,8 +47,8 @@ def attention(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
 def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of q of the calls that were checked and planned, in turn; none is known at the start."""
     shapes: list[tuple[int, ...]] = []
-    anew = prepare._prepare
-    monkeypatch.setattr(prepare, "_prepare", lambda q, *rest: (shapes.append(tuple(q.shape)), anew(q, *rest))[1])
+    check = prepare.check_call
+    monkeypatch.setattr(prepare, "check_call", lambda q, *rest: (shapes.append(tuple(q.shape)), check(q, *rest))[1])
     PLANS.clear()
     yield shapes
     PLANS.clear()
@@ -136,8 +136,8 @@ def test_tensors_without_numbers_resemble_a_known_call() -> None:
 
 def group_of_one(rank: int, size: int) -> tuple[int, str]:
     """How often three calls with a group by name are planned, and what is said of one that does not fit the layout."""
-    planned, anew = [], prepare._prepare
-    prepare._prepare = lambda *args: (planned.append(1), anew(*args))[1]
+    planned, check = [], prepare.check_call
+    prepare.check_call = lambda *args: (planned.append(1), check(*args))[1]
     alone = dist.new_subgroups(group_size=1)[0].group_name
     q, k, v = tensors()
     for _ in range(3):

@@ -59,9 +59,8 @@ def moba_mask(
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
     if q_length is None:
         raise ValueError("the mask function needs q_length or cache_position, got neither")
-    if (
-        kwargs.get("local_size") == 0
-    ):  # Qwen2-MoE asks for this also where no layer has a window: one that had would refuse it
+    # Qwen2-MoE asks for this also where no layer has a window. A layer that had one would refuse the mask.
+    if kwargs.get("local_size") == 0:
         return torch.empty(batch_size, 1, 0, 0, dtype=torch.bool, device=device)
     _check_causal(mask_function, attention_mask, kv_offset, kwargs)
     if config is not None:
