@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch.distributed import TCPStore
 
 from .harness import limits, options, training
 from .harness.records import REPOSITORY, about, megatron_core_version, write_json
@@ -165,10 +164,8 @@ def _train(
     line, environment = training.command(config, changes, len(gpus), device)
     # Without torchrun, whose processes outlive it when it is killed.
     line = [sys.executable, *line[len(training.torchrun(len(gpus))) :]]
-    # The ranks meet at a store of this process, as at one of torchrun's agent.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment |= {"WORLD_SIZE": str(len(gpus)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    store, variables = training.hosted_store(len(gpus), seconds)  # noqa: RUF059 # lives while its name does
+    environment |= variables
     if device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     path, end = output / "run" / "metrics.jsonl", time.monotonic() + seconds

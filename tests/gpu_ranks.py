@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.programs import hosted_store
+from scripts.harness.training import hosted_store
 
 
 def group_size() -> int:

@@ -15,15 +15,14 @@ import runpy
 import sys
 import tempfile
 import time
-from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from scripts.harness.training import hosted_store
 from tests.ranks import _server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,19 +95,6 @@ def run_program(*words: object, ranks: int = 0, timeout: float = 240.0, **enviro
         said = f"{' '.join(map(str, words))}: exit codes {codes}, within {timeout:g} s"
         assert not failed, f"{said}\n{printed[-10000:]}{wrong[-10000:]}"
         return printed
-
-
-def hosted_store(ranks: int, timeout: float) -> tuple[dist.TCPStore, dict[str, str]]:
-    """A store that ranks meet at, held by this process as by torchrun's agent: no port is chosen that another process takes
-    before a rank does. And the variables, the same on all ranks, with which ``init_process_group`` finds it. For one group:
-    ranks that meet again need another store.
-    """
-    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout), wait_for_workers=False)
-    variables = {
-        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }  # fmt: skip
-    return store, variables
 
 
 def _main(words: list[str], environment: dict[str, str], output: str, errors: str) -> None:

@@ -1,4 +1,4 @@
-"""Start a program of examples/megatron_gpt through torchrun, and read what it logged: for scripts that compare runs."""
+"""Start a program of examples/megatron_gpt, through torchrun or not, and read what it logged: for scripts that compare runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from .records import REPOSITORY
 
@@ -17,6 +20,19 @@ def torchrun(processes: int) -> list[str]:
     # By number: the host's own name need not resolve where there is no network.
     local = ["--standalone", "--local-addr", "127.0.0.1"]
     return [sys.executable, "-m", "torch.distributed.run", *local, "--nproc-per-node", str(processes)]
+
+
+def hosted_store(ranks: int, timeout: float) -> tuple[TCPStore, dict[str, str]]:
+    """A store that ranks meet at, held by this process as by torchrun's agent: no port is chosen that another process takes
+    before a rank does. And the variables, the same on all ranks, with which ``init_process_group`` finds it. For one group:
+    ranks that meet again need another store.
+    """
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout), wait_for_workers=False)
+    variables = {
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    return store, variables
 
 
 def command(

@@ -17,8 +17,7 @@ pytest.importorskip("megatron.core")
 
 from examples.megatron_gpt import progress
 from examples.megatron_gpt.progress import Reporter
-from scripts.harness.training import metrics
-from tests.programs import hosted_store
+from scripts.harness.training import hosted_store, metrics
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

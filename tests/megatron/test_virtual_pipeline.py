@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from tests.programs import hosted_store
+from scripts.harness.training import hosted_store
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SMALL = [
