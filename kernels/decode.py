@@ -22,7 +22,7 @@ from . import configs
 from .decode_kernels import attend_selected_kernel, select_kernel, update_centroids_kernel
 from .gate import select_blocks
 from .gpu import gpu_of
-from .launch import BoundLaunch, launch_kernel
+from .launch import TENSOR, BoundLaunch, launch_kernel
 from .sizes import LOG2E, next_power_of_2, padded
 from .types import COUNT_TILE, decode_rows, selection_dtype
 
@@ -189,8 +189,8 @@ class DecodeStep:
         keys = torch.empty(samples * q_heads, blocks, dtype=torch.int32, device=q.device)
         self._of_select = (count, arrived, centroids, keys, selected)
         self._of_attend = (selected, arrived, _new_partial(q, v.shape[3], attend[0][1]))
-        self._select = BoundLaunch(select_kernel, *select)
-        self._attend = BoundLaunch(attend_selected_kernel, *attend)
+        self._select = _bound(select_kernel, 6 + len(self._of_select), *select)
+        self._attend = _bound(attend_selected_kernel, 6 + len(self._of_attend), *attend)
 
     @property
     def nbytes(self) -> int:
@@ -205,6 +205,13 @@ class DecodeStep:
         self._select(q, k, slots, before, lengths, position, *self._of_select)
         self._attend(q, k, v, slots, position, *self._of_attend, out)
         return out
+
+
+def _bound(
+    kernel: Any, tensors: int, grid: tuple[int, ...], numbers: tuple[Any, ...], constants: dict[str, Any]
+) -> BoundLaunch:
+    """Launches of a kernel whose first `tensors` arguments are tensors."""
+    return BoundLaunch(kernel, grid, (*(TENSOR,) * tensors, *numbers), constants)
 
 
 def decode_step(

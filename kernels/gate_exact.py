@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import GateConfig
+from .launch import launch_kernel
 from .sizes import cdiv, padded
 from .types import QueryRows
 
@@ -159,7 +160,7 @@ def select_sorted(
             end = min(begin + step, tokens)
             grid = (cdiv(end - begin, config.rows), cdiv(n_blocks, config.blocks))
             where = (begin, end, n_blocks, head, head // (q_heads // kv_heads))
-            scores_kernel[grid](
+            launch_kernel(scores_kernel, grid,
                 q, centroids, rows.block, rows.first_block, keys, *where, *strides, D=dim, D_PADDED=padded(dim),
                 ROWS=config.rows, BLOCKS=config.blocks, num_warps=config.num_warps,
             )  # fmt: skip

@@ -7,18 +7,24 @@ remembers the compiled kernel that Triton chose.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from triton.runtime import JITFunction, driver
 
+from .recording import recorder
+
 MOST_KEPT = 4096
 """Most launches that are remembered. Sizes that differ from step to step fill the table; then it is emptied."""
 _kept: dict[tuple, tuple[Any, tuple]] = {}
 """By kernel, device, constants and kinds of arguments: the compiled kernel, and the constants that end its arguments."""
+TENSOR = object()
+"""Stands for a tensor among the arguments of a `BoundLaunch`."""
 
 
-def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> tuple[Any, tuple] | None:
     """`kernel[grid](*arguments, **constants)` on the current stream; a compiled kernel is found at less cost.
 
     Two launches run the same compiled kernel if their integers, their constants and the dtypes of their tensors are equal and all
@@ -30,10 +36,19 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constan
         arguments: tensors on the current device, numbers and tensor descriptors: the kernel's first parameters, in order.
         constants: its other parameters, all of them `constexpr`, and Triton's options (`num_warps`, `maxnreg`), in the same order
             in each launch of the kernel.
+
+    Returns:
+        the compiled kernel and the constants that end its arguments, where they are remembered.
     """
+    recording = recorder()
+    if recording is not None:
+        tensors = [x if isinstance(x, Tensor) else x.base for x in arguments if not isinstance(x, (int, float))]
+        launch = BoundLaunch(kernel, grid, arguments, constants)
+        recording.launch(launch, launch.what, tensors)
+        return None
     if not isinstance(kernel, JITFunction):  # Triton's interpreter compiles nothing
         kernel[grid](*arguments, **constants)
-        return
+        return None
     values, kinds, addresses = list(arguments), list(arguments), 0
     for index, x in enumerate(arguments):
         if x.__class__ is int:
@@ -50,64 +65,77 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constan
         addresses |= address
     if addresses % 16:
         kernel[grid](*arguments, **constants)
-        return
+        return None
     device = driver.active.get_current_device()
     key = (id(kernel), device, *constants.values(), *kinds)
     if key in _kept:
         compiled, last = _kept[key]
         x, y, z = (*grid, 1, 1)[:3]
         compiled[x, y, z](*values, *last, stream=driver.active.get_current_stream(device))
-        return
+        return compiled, last
     compiled = kernel[grid](*arguments, **constants)
     if compiled is None:  # a hook of Triton's took over
-        return
+        return None
     if len(_kept) >= MOST_KEPT:
         _kept.clear()
     _kept[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    return _kept[key]
 
 
 class BoundLaunch:
     """Launches of one kernel that differ in the addresses of their tensors alone: `launch_kernel` with its numbers bound.
 
     Args:
-        kernel, grid: as for `launch_kernel`.
-        numbers: ints and floats that follow the tensors among the kernel's parameters.
-        constants: as for `launch_kernel`.
+        kernel, grid, arguments, constants: as for `launch_kernel`. Of tensors, and of those in descriptors, nothing is kept but
+            their places; `TENSOR` stands for one as well.
     """
 
-    def __init__(
-        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], constants: dict[str, Any]
-    ) -> None:
-        self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
+    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+        self._kernel, self._grid, self._constants = kernel, grid, constants
+        self._arguments = [x if isinstance(x, (int, float)) else _template(x) for x in arguments]
+        self._places = [at for at, x in enumerate(self._arguments) if not isinstance(x, (int, float))]
+        self._tiles = [(index, at) for index, at in enumerate(self._places) if self._arguments[at] is not TENSOR]
+        self.what = (kernel, grid, self._arguments, constants)
+        """Equal in launches that differ in their tensors only."""
         self._device: int | None = None
         self._run: Any = None
-        self._rest: tuple[Any, ...] = ()
+        self._values = list(self._arguments)
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Launch on the current stream. The tensors have the same dtypes each time, and are on the current device."""
-        addresses = [x.data_ptr() for x in tensors]
-        together = 0
-        for address in addresses:
+        """Launch on the current stream. The tensors have the same shapes, strides and dtypes each time, and are on the current
+        device."""
+        values, together = self._values.copy(), 0
+        for at, x in zip(self._places, tensors, strict=True):
+            values[at] = address = x.data_ptr()
             together |= address
-        if self._run is None or together % 16:
+        device = driver.active.get_current_device() if self._run is not None else None
+        if device is None or device != self._device or together % 16:
             self._launch(tensors)
             return
-        device = driver.active.get_current_device()
-        if device != self._device:
-            self._launch(tensors)
-            return
-        self._run(*addresses, *self._rest, stream=driver.active.get_current_stream(device))
+        for index, at in self._tiles:
+            values[at] = _of_tensor(self._arguments[at], tensors[index])
+        self._run(*values, stream=driver.active.get_current_stream(device))
 
-    def _launch(self, tensors: tuple[Tensor, ...]) -> None:
+    def _launch(self, tensors: Sequence[Tensor]) -> None:
         """As any launch; where that has kept the compiled kernel, the next call takes it."""
-        arguments = (*tensors, *self._numbers)
-        launch_kernel(self._kernel, self._grid, *arguments, **self._constants)
-        if not isinstance(self._kernel, JITFunction):
-            return
-        device = driver.active.get_current_device()
-        kinds = [x.dtype if isinstance(x, Tensor) else float if x.__class__ is float else x for x in arguments]
-        found = _kept.get((id(self._kernel), device, *self._constants.values(), *kinds))
+        arguments = list(self._arguments)
+        for at, tensor in zip(self._places, tensors, strict=True):
+            arguments[at] = tensor if arguments[at] is TENSOR else _of_tensor(arguments[at], tensor)
+        found = launch_kernel(self._kernel, self._grid, *arguments, **self._constants)
         if found is not None and self._run is None:
             compiled, last = found
             x, y, z = (*self._grid, 1, 1)[:3]
-            self._device, self._run, self._rest = device, compiled[x, y, z], (*self._numbers, *last)
+            self._values = [*self._arguments, *last]
+            self._device, self._run = driver.active.get_current_device(), compiled[x, y, z]
+
+
+def _template(x: Any) -> Any:
+    """A descriptor without its tensor; `TENSOR` for a tensor."""
+    return TENSOR if x is TENSOR or isinstance(x, Tensor) else _of_tensor(x, None)
+
+
+def _of_tensor(descriptor: Any, x: Tensor | None) -> Any:
+    """The same tiles of another tensor."""
+    other = copy.copy(descriptor)
+    other.base = x
+    return other

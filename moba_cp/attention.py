@@ -22,7 +22,6 @@ from .parallel.layout import SequenceLayout
 from .precision import as_given
 from .prepare import needs_gradients, prepare
 from .report import MoBAReport, make_report
-from .saving import put_tensors, take_tensors
 from .selection import Routing, Selection, made_selection
 from .tracing import infer_output, without_numbers
 from .validation import check_longest, check_tensors
@@ -269,10 +268,9 @@ class _MoBAFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Route]:
         with torch.cuda.device_of(q), as_given(q):  # kernels are launched on the current device
             done = wide.run_forward(call, q, k, v, routing)
-        tensors: list[Tensor] = []
-        ctx.call, ctx.group, ctx.kept = call, group, take_tensors(done.kept, tensors)
-        ctx.save_for_backward(*tensors, mark)
-        can_refuse(ctx, (q, k, v), tensors)
+        ctx.call, ctx.group, ctx.kept = call, group, done.kept
+        ctx.save_for_backward(*done.tensors, mark)
+        can_refuse(ctx, (q, k, v), done.tensors)
         ctx.mark_non_differentiable(done.selected)
         return done.out, done.selected, done.route
 
@@ -283,7 +281,7 @@ class _MoBAFunction(torch.autograd.Function):
         if group.size > 1:
             backward_order.check(group.group, wide.number_of(ctx.call), dout.device)
         with as_given(dout):
-            gradients = wide.run_backward(ctx.call, put_tensors(ctx.kept, ctx.saved_tensors), dout)
+            gradients = wide.run_backward(ctx.call, ctx.kept, ctx.saved_tensors[:-1], dout)
         return *gradients, None, None, None, None
 
     jvp = staticmethod(no_forward_mode)

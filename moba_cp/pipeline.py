@@ -6,9 +6,10 @@ home blocks -> centroids -> gate -> routing lists -> exchange -> block attention
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from .parallel.exchanges import (
 )
 from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, send_back
 from .parallel.rows import add_rows
+from .replay import Replays
+from .saving import put_tensors, taken
 from .selection import Routing, over_heads
 from .stages import Stages
 
@@ -51,6 +54,7 @@ class Call:
         keep_lists: keep routing lists for backward: `4 * topk` bytes per (q head, row).
         number: the call's number in its group; see `parallel.backward_order`.
         rounds: round dk and dv to the dtype of k and v; if not, they stay in the accumulation dtype, for callers who add to them.
+        replays: where the passes are recorded; None: they run step by step. Recorded calls select by q and k.
     """
 
     config: MoBAConfig
@@ -64,6 +68,7 @@ class Call:
     keep_lists: bool
     number: int
     rounds: bool = True
+    replays: Replays | None = None
 
     @cached_property
     def topk(self) -> int:
@@ -112,6 +117,18 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Sa
     Returns:
         the output `[T, Hq, Dv]` with all that backward needs.
     """
+    if call.replays is None:
+        return _forward(call, q, k, v, routing)
+    return put_tensors(*forward_taken(call, q, k, v, routing))[3]
+
+
+def forward_taken(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> tuple[Any, list[Tensor]]:
+    """`forward`, for autograd: `(q, k, v, Saved)` without its tensors, and these; see `saving.taken`."""
+    make = lambda: (q, k, v, _forward(call, q, k, v, routing))  # noqa: E731
+    return taken(make()) if call.replays is None else call.replays.forward.run((q, k, v), make)
+
+
+def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Saved:
     q, k, v = (readable(x) for x in (q, k, v))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
@@ -173,6 +190,25 @@ def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Te
     Returns:
         gradients in the shapes and the dtype of q, k and v.
     """
+    if call.replays is None:
+        return _backward(call, q, k, v, saved, dout)
+    return backward_taken(call, *taken((q, k, v, saved)), dout)
+
+
+def backward_taken(call: Call, kept: Any, tensors: Sequence[Tensor], dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` of what `forward_taken` gave."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, saved = put_tensors(kept, tensors)
+        return _backward(call, q, k, v, saved, dout)
+
+    if call.replays is None:
+        return make()
+    dq, dk, dv = call.replays.backward.run((*tensors, dout), make)[1]
+    return dq, dk, dv
+
+
+def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, dout = readable(q), readable(k), readable(v), readable(dout)
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
@@ -349,6 +385,11 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Ranges:
     head_bytes = call.topk * call.backend.bytes_per_slot(width, q.dtype)
     most = call.plan.plan.layout.most_local_tokens
     return ranges_of(len(q), most, q.shape[1], k.shape[1], head_bytes, call.workspace_bytes)
+
+
+def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether all partial results are in memory together, so that no stream but the caller's is used on one rank."""
+    return [len(chunks) for _, chunks in head_ranges(call, q, k, v)] == [1]
 
 
 def readable(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .parallel.layout import SequenceLayout
 from .parallel.plan_cache import PLANS
 from .parallel.topology import host
 from .precision import as_given
+from .replay import Replays
 from .selection import BY_Q_AND_K, Routing, check_routing, make_routing, place, routing_fact
 from .stages import Stages, is_timed
 from .tracing import is_captured, without_numbers
@@ -162,6 +163,8 @@ def prepare(
         number=number,
         rounds=divided.heads.copies == 1,
     )
+    if known and call.backend.NAME == "triton" and pipeline.is_one_chunk(call, q, k, v):
+        call = replace(call, replays=Replays())
     if capturing:
         _captured[id(call.plan.plan)] = call.plan.plan
     source = BY_Q_AND_K

@@ -36,6 +36,12 @@ def take_tensors(x: Any, tensors: list[Tensor]) -> Any:
     return _mapped(x, take_tensors, tensors)
 
 
+def taken(x: Any) -> tuple[Any, list[Tensor]]:
+    """`x` without its tensors, and these."""
+    tensors: list[Tensor] = []
+    return take_tensors(x, tensors), tensors
+
+
 def put_tensors(x: Any, tensors: Sequence[Tensor]) -> Any:
     """The inverse of `take_tensors`."""
     if x.__class__ is _Taken:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import TypeVar
 
 import torch
+
+from .kernels.recording import recorder
 
 T = TypeVar("T")
 
@@ -66,10 +68,19 @@ class _Range:
         self._label = f"moba_cp {name}"
 
     def __enter__(self) -> None:
-        torch.cuda.nvtx.range_push(self._label)
+        _noted(torch.cuda.nvtx.range_push, self._label)
 
     def __exit__(self, *_: object) -> None:
-        torch.cuda.nvtx.range_pop()
+        _noted(torch.cuda.nvtx.range_pop)
+
+
+def _noted(function: Callable[..., object], *arguments: str) -> None:
+    """Call `function`; a recording calls it too."""
+    recording = recorder()
+    if recording is None:
+        function(*arguments)
+    else:
+        recording.call(function, *arguments)
 
 
 _range = lru_cache(maxsize=64)(_Range)

@@ -34,6 +34,7 @@ from .parallel.heads import (
 from .parallel.layout import SequenceLayout
 from .parallel.splits import Split, choose_split, needs_topology
 from .parallel.topology import topology_of
+from .saving import put_tensors, taken
 from .selection import Routing
 
 SLAB_BYTES = 32 << 20
@@ -85,13 +86,14 @@ class Done:
         out: `[T, Hq, Dv]`.
         selected: `[Hq, T, topk]`; empty where heads are split and the call does not return it.
         route: what the exchange decided; where heads are split, for the first slab.
-        kept: for backward: dataclasses and tuples of tensors.
+        kept, tensors: for backward: dataclasses and tuples, and the tensors that were taken out of them (`saving.taken`).
     """
 
     out: Tensor
     selected: Tensor
     route: Route
     kept: Any
+    tensors: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -185,16 +187,20 @@ def run_forward(call: pipeline.Call | WideCall, q: Tensor, k: Tensor, v: Tensor,
     """Forward of a call, whether or not heads are split; arguments as of `pipeline.forward`."""
     if isinstance(call, WideCall):
         return forward(call, q, k, v, routing)
-    saved = pipeline.forward(call, q, k, v, routing)
-    return Done(saved.out, saved.selected, saved.route, (q, k, v, saved))
+    kept, tensors = pipeline.forward_taken(call, q, k, v, routing)
+    *_, saved = kept
+    out, selected, route = put_tensors((saved.out, saved.selected, saved.route), tensors)
+    return Done(out, selected, route, kept, tensors)
 
 
-def run_backward(call: pipeline.Call | WideCall, kept: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of a call whose forward kept `kept`, in the shapes and the dtype of q, k and v; `dout` is `[T, Hq, Dv]`."""
+def run_backward(
+    call: pipeline.Call | WideCall, kept: Any, tensors: Sequence[Tensor], dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of a call whose forward kept `kept` and `tensors`, in the shapes and the dtype of q, k and v; `dout` is
+    `[T, Hq, Dv]`."""
     if isinstance(call, WideCall):
-        return backward(call, kept, dout)
-    q, k, v, saved = kept
-    return pipeline.backward(call, q, k, v, saved, dout)
+        return backward(call, put_tensors(kept, tensors), dout)
+    return pipeline.backward_taken(call, kept, tensors, dout)
 
 
 def number_of(call: pipeline.Call | WideCall) -> int:
@@ -252,7 +258,7 @@ def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -
         selected = _rows_back(call, [slab.saved.selected.to(torch.int32) for slab in kept])
     if routing.weights is not None:
         routing.weights.copy_(_rows_back(call, weights))
-    return Done(whole, selected, kept[0].saved.route, tuple(kept))
+    return Done(whole, selected, kept[0].saved.route, *taken(tuple(kept)))
 
 
 def backward(call: WideCall, slabs: Sequence[SavedSlab], dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:

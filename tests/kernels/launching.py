@@ -119,7 +119,7 @@ def main() -> None:
     launch.MOST_KEPT = 4096
     bound = []
     of_tensors = [case for case in cases if case[0] is add_kernel]
-    launches = [BoundLaunch(k, g, a[2:], c) for k, g, a, c in of_tensors]
+    launches = [BoundLaunch(k, g, a, c) for k, g, a, c in of_tensors]
     for device in (0, 0, 1, 0):  # bound on device 0
         Driver.device = device
         LAUNCHED.clear()

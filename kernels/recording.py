@@ -1,0 +1,236 @@
+"""Records what a pass does on its device, to do the same for other tensors at less cost for the host.
+
+What the host decides on the way to a launch takes longer than many kernels run on short sequences. A `Recorder` notes the
+operators of torch, the launches and the marks for profilers, in order, with the tensors that each reads and makes. A `Recording`
+does these again and decides nothing: it fits calls for which every decision would be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar, Token
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Tensors = list[Any]
+"""Tensors of a pass by number, its inputs first; None where one is not made yet, or no longer needed."""
+MOST_STEPS = 128
+"""Most steps of a recording. Longer passes take the device longer than the host."""
+_ALLOCATES = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+}
+_FASTER = {torch.ops.aten.zeros.default: torch.zeros, torch.ops.aten.cumsum.default: torch.cumsum}
+"""Functions that take the arguments of an operator, in a third of the time of a call by the operator itself."""
+_NOT_THE_SAME_AGAIN = {
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.nondeterministic_seeded,
+}
+_current: ContextVar[Recorder | None] = ContextVar("moba_cp_recorder", default=None)
+
+
+def recorder() -> Recorder | None:
+    """The recorder that is active in this thread."""
+    return _current.get()
+
+
+class _Step(NamedTuple):
+    """One thing that a pass did: `run` does it again. `what` is equal in steps that do the same; `uses` and `makes` number the
+    tensors."""
+
+    run: Callable[[Tensors], object]
+    what: tuple[Any, ...]
+    uses: tuple[int, ...] = ()
+    makes: tuple[int, ...] = ()
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what is done while it is active, as a context manager; nothing in it may need a gradient.
+
+    Args:
+        inputs: tensors that differ from call to call, each another object. A tensor that is read, but neither given nor made, is
+            taken to be the same one in every call.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._held = list(inputs)  # while a tensor is held, no other one has its `id`
+        self._numbers = {id(x): number for number, x in enumerate(inputs)}
+        self._fixed: dict[int, Tensor] = {}
+        self._steps: list[_Step] = []
+        self._inputs = len(inputs)
+        self._launching = False
+        self._can_repeat = len(self._numbers) == len(inputs)
+        self._token: Token[Recorder | None] | None = None
+
+    def __enter__(self) -> Recorder:
+        self._token = _current.set(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        assert self._token is not None
+        _current.reset(self._token)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self._launching:
+            self._operator(func, args, kwargs, result)
+        return result
+
+    def launch(self, launch: Callable[..., object], what: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
+        """Call `launch(*tensors)`, which launches a kernel: what else it does is not noted.
+
+        Args:
+            launch: does the same for other tensors.
+            what: equal in launches that differ in their tensors only.
+            tensors: of this call.
+        """
+        uses = tuple(self._number(x) for x in tensors)
+        self._launching, token = True, _current.set(None)
+        try:
+            launch(*tensors)
+        finally:
+            self._launching = False
+            _current.reset(token)
+
+        def run(all_: Tensors) -> None:
+            launch(*[all_[number] for number in uses])
+
+        self._steps.append(_Step(run, what, uses))
+
+    def call(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call `function`, which reads and makes no tensors."""
+        function(*arguments)
+        self._steps.append(_Step(lambda _: function(*arguments), (function, *arguments)))
+
+    def recording(self, results: Sequence[Tensor]) -> Recording | None:
+        """What makes `results`; None where that cannot be done again, or is not worth its memory."""
+        numbers = [self._number(x) for x in results]
+        if not self._can_repeat or len(self._steps) > MOST_STEPS:
+            return None
+        return Recording(self._steps, self._inputs, len(self._held), self._fixed, numbers)
+
+    def _number(self, x: Tensor) -> int:
+        """The number of a tensor that is read."""
+        if id(x) not in self._numbers:
+            self._fixed[self._new_number(x)] = x
+        return self._numbers[id(x)]
+
+    def _new_number(self, x: Tensor) -> int:
+        """The number of a tensor that was made. An operator may return its argument."""
+        if id(x) not in self._numbers:
+            self._numbers[id(x)] = len(self._held)
+            self._held.append(x)
+        return self._numbers[id(x)]
+
+    def _operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if func is torch.ops.aten.detach.default:  # the same numbers; functions that allocate end with it
+            self._numbers[id(result)] = self._number(args[0])
+            self._held.append(result)
+        elif func in _ALLOCATES:
+            self._allocate(result)
+        elif _can_repeat(func, args, kwargs, result):
+            self._call(func, args, kwargs, result)
+        else:
+            self._can_repeat = False
+
+    def _allocate(self, x: Tensor) -> None:
+        shape, stride = tuple(x.shape), x.stride()
+        number = self._new_number(x)
+        allocate = partial(torch.empty_strided, shape, stride, dtype=x.dtype, device=x.device)
+
+        def run(all_: Tensors) -> None:
+            all_[number] = allocate()
+
+        self._steps.append(_Step(run, ("allocate", shape, stride, x.dtype, x.device), (), (number,)))
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+        uses = [(at, self._number(x)) for at, x in enumerate(args) if isinstance(x, Tensor)]
+        if uses and all(number in self._fixed for _, number in uses) and _shares_memory(result, args):
+            self._number(result)  # a view of what is fixed
+            return
+        number = self._new_number(result)
+        repeat = partial(_FASTER.get(func, func), **kwargs)
+        values = [None if isinstance(x, Tensor) else x for x in args]
+
+        def run(all_: Tensors) -> None:
+            arguments = values.copy()
+            for at, used in uses:
+                arguments[at] = all_[used]
+            all_[number] = repeat(*arguments)
+
+        what = (func, *values, *kwargs.items())
+        self._steps.append(_Step(run, what, tuple(used for _, used in uses), (number,)))
+
+
+def _can_repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+    """Whether an operator does the same again, and all its tensors are known: one result, and no lists of tensors."""
+    nested = (y for x in args if isinstance(x, (tuple, list)) for y in x)
+    return (
+        isinstance(result, Tensor)
+        and not any(isinstance(x, Tensor) for x in (*kwargs.values(), *nested))
+        and not _NOT_THE_SAME_AGAIN & set(func.tags)
+    )
+
+
+def _shares_memory(x: Tensor, arguments: Sequence[Any]) -> bool:
+    address = x.untyped_storage().data_ptr()
+    return any(isinstance(y, Tensor) and y.untyped_storage().data_ptr() == address for y in arguments)
+
+
+class Recording:
+    """What a `Recorder` noted.
+
+    Args:
+        steps: in order.
+        inputs: how many tensors are given to each call; they have the first numbers.
+        numbers: how many tensors there are.
+        fixed: those that are neither given nor made, by number.
+        results: numbers of the tensors that a call gives. Others are freed after their last use.
+    """
+
+    def __init__(
+        self, steps: Sequence[_Step], inputs: int, numbers: int, fixed: dict[int, Tensor], results: Sequence[int]
+    ) -> None:
+        self._inputs, self._results = inputs, tuple(results)
+        self._base: Tensors = [fixed.get(number) for number in range(numbers)]
+        self._did = [step[1:] for step in steps]
+        last = {number: at for at, step in enumerate(steps) for number in (*step.uses, *step.makes)}
+        kept = {*results, *fixed, *range(inputs)}
+        free: list[list[int]] = [[] for _ in steps]
+        for number, at in last.items():
+            if number not in kept:
+                free[at].append(number)
+        self._steps = [(step.run, tuple(done)) for step, done in zip(steps, free, strict=True)]
+
+    def agrees(self, other: Recording) -> bool:
+        """Whether both did the same, with the same fixed tensors. While this one exists, no other tensor has the memory of what
+        it holds to be fixed; so a tensor that was made unnoticed does not agree with the next one in its place."""
+        return (
+            (self._inputs, self._results, self._did) == (other._inputs, other._results, other._did)
+            and [_where(x) for x in self._base] == [_where(x) for x in other._base]
+        )  # fmt: skip
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The results for other inputs."""
+        tensors = self._base.copy()
+        tensors[: self._inputs] = inputs
+        for run, free in self._steps:
+            run(tensors)
+            for number in free:
+                tensors[number] = None
+        return [tensors[number] for number in self._results]
+
+
+def _where(x: Tensor | None) -> tuple[Any, ...] | None:
+    return None if x is None else (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)

@@ -1,0 +1,149 @@
+"""A recording does what the pass did, for other tensors; what cannot be done again is not recorded."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moba_cp.kernels import recording
+from moba_cp.kernels.recording import Recorder, Recording
+
+FIXED = torch.arange(4.0)
+Pass = Callable[..., Sequence[Tensor]]
+
+
+def record(pass_: Pass, *inputs: Tensor) -> Recording | None:
+    with torch.no_grad(), Recorder(inputs) as recorder:
+        results = pass_(*inputs)
+    return recorder.recording(results)
+
+
+def tensors(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, 4, generator=generator), torch.randn(4, generator=generator)
+
+
+def operators(x: Tensor, y: Tensor) -> Sequence[Tensor]:
+    """Allocations, views of what is given, made and fixed, results in place, and an argument that is a result."""
+    out = torch.empty(4, 3).t()
+    out[:, :1].fill_(2)
+    out.copy_(x[:, :1] + FIXED.expand(3, 4)[:, 1:2])
+    total = torch.cumsum(torch.zeros(3, 4) + y, 1, dtype=torch.float64)
+    return out, total, x, torch.empty_like(y).copy_(y), FIXED[1:]
+
+
+def test_other_inputs_give_what_the_pass_gives() -> None:
+    found = record(operators, *tensors(0))
+    assert found is not None
+    for seed in range(1, 4):
+        inputs = tensors(seed)
+        for got, expected in zip(found.run(inputs), operators(*inputs), strict=True):
+            assert got.stride() == expected.stride()
+            assert torch.equal(got, expected)
+
+
+def test_two_recordings_agree_until_a_decision_differs() -> None:
+    first, second = (record(operators, *tensors(seed)) for seed in range(2))
+    other = record(lambda x, y: [*operators(x, y)[:-1], FIXED[2:]], *tensors(0))
+    scaled = [record(lambda x, y, n=n: [x * n], *tensors(0)) for n in (2, 2, 3)]
+    assert None not in (first, second, other, *scaled)
+    assert first.agrees(second)
+    assert not first.agrees(other)
+    assert scaled[0].agrees(scaled[1])
+    assert not scaled[0].agrees(scaled[2])
+
+
+def test_a_tensor_made_unnoticed_does_not_agree() -> None:
+    """numpy makes it, and so does the next pass, in other memory while the first recording exists."""
+    make = lambda x, y: [x + torch.from_numpy(np.full(4, 2.0, dtype=np.float32))]  # noqa: E731
+    first, second = record(make, *tensors(0)), record(make, *tensors(0))
+    assert first is not None
+    assert second is not None
+    assert not first.agrees(second)
+
+
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        lambda x, y: [x * float(y.sum())],
+        lambda x, y: [x[x > 0]],
+        lambda x, y: [torch.cat([x[0], y])],
+        lambda x, y: [torch.randn(3) * 2],
+        lambda x, y: list(x.unbind()),
+    ],
+    ids=["numbers on the host", "sizes by numbers", "lists of tensors", "random", "several results"],
+)
+def test_not_recorded(pass_: Pass) -> None:
+    assert record(pass_, *tensors(0)) is None
+
+
+def test_one_tensor_given_twice_is_not_recorded() -> None:
+    """Which of the two was read cannot be told."""
+    x, _ = tensors(0)
+    assert record(lambda x, y: [x + y], x, x) is None
+
+
+def test_long_passes_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "MOST_STEPS", 2)
+    assert record(lambda x, y: [x * 2 + y], *tensors(0)) is not None
+    assert record(lambda x, y: [x * 2 + y - 1], *tensors(0)) is None
+
+
+def test_launches_and_calls() -> None:
+    """In order, each on the tensors of its run. What a launch does besides is not noted, and a launch in it neither."""
+    log: list[tuple[str, float]] = []
+
+    def launch(x: Tensor) -> None:
+        assert recording.recorder() is None
+        log.append(("launch", float(x.clone().sum())))
+
+    def pass_(x: Tensor, y: Tensor) -> Sequence[Tensor]:
+        now = recording.recorder()
+        made = torch.empty(4).copy_(y)
+        if now is None:
+            launch(made)
+            log.append(("call", 1.0))
+        else:
+            now.launch(launch, ("launch",), [made])
+            now.call(log.append, ("call", 1.0))
+        return [made]
+
+    found = record(pass_, *tensors(0))
+    assert found is not None
+    log.clear()
+    pass_(*tensors(1))
+    expected = log.copy()
+    log.clear()
+    found.run(tensors(1))
+    assert log == expected
+
+
+def test_what_is_not_returned_is_freed_after_its_last_use() -> None:
+    alive: list[weakref.ref] = []
+    numbers = count()
+    before: list[int] = []
+
+    def launch(x: Tensor) -> None:
+        before.append(sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(x))
+        next(numbers)
+
+    def pass_(x: Tensor, y: Tensor) -> Sequence[Tensor]:
+        now = recording.recorder()
+        assert now is not None
+        for _ in range(3):
+            now.launch(launch, (), [torch.empty(4)])
+        return [y]
+
+    found = record(pass_, *tensors(0))
+    assert found is not None
+    alive.clear(), before.clear()
+    found.run(tensors(1))
+    assert before == [0, 0, 0]
+    assert [ref() for ref in alive] == [None] * 3
