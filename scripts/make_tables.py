@@ -37,7 +37,6 @@ from .tables.trials import trial_tables
 from .tables.versions import versions_tables
 
 RESULTS = REPOSITORY / "docs" / "results"
-KERNELS_H200 = RESULTS / "kernels_h200.json"
 NOT_MEASURED = "Not measured yet: no docs/results/scaling*.json."
 NO_LONGEST = "No context of 4M tokens or more was measured yet; `configs/scaling/longest.yaml` does it."
 
@@ -73,7 +72,7 @@ def blocks() -> dict[str, str]:
         "results:headline": headline(results, dense, content("training_scaling")),
         "results:kernels": kernels_table(about, results, dense),
         "results:floors": floors_table(content("kernels"), content("kernels_512k")),
-        "results:kernels_h200": kernels_table(*load([KERNELS_H200])),
+        "results:kernels_h200": kernels_table(*load(kernel_files(h200=True))),
         "results:layer": layer_tables(contents("layer")),
         "results:training": training_table(content("context_parallel_training")),
         "results:long_run": long_run_text(contents("long_run")),
@@ -98,9 +97,9 @@ def blocks() -> dict[str, str]:
     }
 
 
-def kernel_files() -> list[Path]:
-    """Every kernels*.json of an H100."""
-    return [file for file in sorted(RESULTS.glob("kernels*.json")) if file != KERNELS_H200]
+def kernel_files(h200: bool = False) -> list[Path]:
+    """Every kernels*.json of an H100, or of an H200; of equal cases the last file counts."""
+    return [file for file in sorted(RESULTS.glob("kernels*.json")) if file.stem.startswith("kernels_h200") == h200]
 
 
 def scaling_headline() -> str:

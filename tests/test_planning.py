@@ -23,6 +23,7 @@ from moba_cp.planning.measured import Measured, calibrate, compare, judged, read
 from moba_cp.planning.memory import memory
 from moba_cp.planning.prediction import predict, received, walks
 from moba_cp.planning.sizes import Cluster, Layer, Split, busiest
+from scripts.make_tables import kernel_files
 from tests.ranks import run_ranks
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -131,9 +132,7 @@ def test_splitting_heads_leaves_a_share_between_nodes() -> None:
 
 
 def test_memory_of_one_gpu_is_what_was_measured() -> None:
-    h200 = RESULTS / "kernels_h200.json"
-    h100 = [file for file in sorted(RESULTS.glob("kernels*.json")) if file != h200]
-    for one in [*read(h100)[1], *read([h200])[1]]:
+    for one in [*read(kernel_files())[1], *read(kernel_files(h200=True))[1]]:
         assert memory(one.layer, one.split).peak == pytest.approx(one.peak_gib, rel=0.15)
 
 

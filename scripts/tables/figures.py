@@ -35,6 +35,7 @@ def figures(results: Path) -> Figures:
     of_file: dict[str, Callable[[], Figures]] = {
         "kernels": lambda: _kernels(content("kernels")),
         "kernels_h200": lambda: _host_times(content("kernels_h200")),
+        "kernels_h200_short": lambda: _host_times(content("kernels_h200_short")),
         "scaling": lambda: _scaling(content("scaling")),
         "scaling_longest": lambda: _longest(content("scaling_longest")),
         "training_speed": lambda: _micro_batches(content("training_speed")),
@@ -60,8 +61,11 @@ def one(entries: Sequence[Entry], **wanted: object) -> Entry:
 
 def _host_times(content: dict[str, Any]) -> Figures:
     entry = one(content["results"], tokens=8192, q_heads=16, kv_heads=16, block_size=128)
-    forward, both = (entry[f"{mode}_ms"]["host_ms"] for mode in ("forward", "forward_backward"))
-    return {"host_8k": f"{forward:.2f} / {both:.2f} ms"}
+    found = {
+        name: [entry[f"{mode}_ms"][key] for mode in ("forward", "forward_backward")]
+        for name, key in (("host_8k", "host_ms"), ("time_8k", "median"))
+    }
+    return {name: f"{forward:.2f} / {both:.2f} ms" for name, (forward, both) in found.items()}
 
 
 def _whole(value: float) -> str:

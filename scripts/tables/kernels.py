@@ -36,7 +36,8 @@ def headline(results: list[Entry], dense: dict[tuple[Any, ...], Entry], training
 
 
 def load(files: list[Path]) -> tuple[dict[str, Any], list[Entry], dict[tuple[Any, ...], Entry]]:
-    """What the first file says about the machine, finished MoBA results, and dense ones by (tokens, heads, name).
+    """What the first file says about the machine, with the commits of all; finished MoBA results, and dense ones by (tokens,
+    heads, name). Of equal cases the last one counts.
 
     Raises:
         ValueError: no files, or files of different devices: their times are not comparable.
@@ -49,7 +50,8 @@ def load(files: list[Path]) -> tuple[dict[str, Any], list[Entry], dict[tuple[Any
         raise ValueError(f"results of different devices do not go into one table: {sorted(devices)}")
     done = {(*case(r), r["block_size"], r["topk"]): r for c in contents for r in c["results"] if "forward_ms" in r}
     dense = {(*case(r), r["name"]): r for c in contents for r in c["dense"] if "forward_ms" in r}
-    return contents[0]["about"], [done[key] for key in sorted(done)], dense
+    commits = list(dict.fromkeys(c["about"]["commit"] for c in contents))
+    return contents[0]["about"] | {"commits": commits}, [done[key] for key in sorted(done)], dense
 
 
 def case(result: Entry) -> tuple[int, int, int]:
@@ -60,7 +62,8 @@ def kernels_table(about: dict[str, Any], results: list[Entry], dense: dict[tuple
     """Markdown: one row per (heads, tokens, block size, top-k), forward / forward+backward milliseconds."""
     lines = [
         f"{about['device']}, bf16, D = {about['head_dim']}, N(0, 1) inputs, one document; torch {about['torch']}, "
-        f"Triton {about['triton']}, commit {about['commit'][:10]}. Medians of milliseconds, forward / forward+backward. "
+        f"Triton {about['triton']}; measured at {' and '.join(c[:10] for c in about['commits'])}. Medians of "
+        "milliseconds, forward / forward+backward. "
         "*Of the floor*: the floor over the time. The floor is the time of scoring, plus the larger of attention's FLOPs at "
         "800 TFLOP/s and the bytes of a block-major design at 3.0 TB/s.",
         "",
