@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Tensors = list[Any]
 """Tensors of a pass by number, its inputs first; None where one is not made yet, or no longer needed."""
-MOST_STEPS = 128
+MOST_STEPS = 64
 """Most steps of a recording. Longer passes take the device longer than the host."""
 _ALLOCATES = {
     torch.ops.aten.empty.memory_format,

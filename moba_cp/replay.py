@@ -17,8 +17,8 @@ from .saving import taken
 
 MOST_KINDS = 4
 """Most kinds of inputs of a pass that are recorded; others run step by step."""
-_STEP_BYTES = 2 << 10
-"""Host memory of one step, at most."""
+_STEP_BYTES = 1 << 10
+"""Host memory of one step, about: measured 24 KiB for the 36 steps of both passes."""
 
 
 class Replay:
