@@ -49,7 +49,8 @@ def resolve_head_parallel(
     if comm == HEADS and size not in (None, cp_size):
         raise ValueError(
             f"{where}: comm={HEADS!r} splits heads over all {cp_size} ranks, but {name} says {size}; name what moves keys and "
-            f"values between head groups: {', '.join('moba_' + name for name in HYBRIDS)}"
+            f"values between head groups: cp_comm_type {', '.join('moba_' + name for name in HYBRIDS)}; if comm comes from "
+            f"full_attention_comm, that as {', '.join(name for name in FULL_ATTENTION_COMMS if name in HYBRIDS)}"
         )
     over = size or (cp_size if comm == HEADS else 1)
     heads = config.num_attention_heads // tp_size
