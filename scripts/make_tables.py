@@ -60,9 +60,9 @@ def main(
 
 
 def pages() -> list[Path]:
-    """Pages with tables or figures."""
-    docs = REPOSITORY / "docs"
-    return [REPOSITORY / "README.md", *sorted(docs.glob("*.md")), *sorted(RESULTS.glob("*.md"))]
+    """Pages with tables or figures, and what `examples.learning.report` makes one of."""
+    docs, learning = REPOSITORY / "docs", REPOSITORY / "examples" / "learning" / "learning.md.in"
+    return [REPOSITORY / "README.md", *sorted(docs.glob("*.md")), *sorted(RESULTS.glob("*.md")), learning]
 
 
 def blocks() -> dict[str, str]:

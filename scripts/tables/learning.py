@@ -93,8 +93,15 @@ def learning_figures(content: dict[str, Any]) -> dict[str, str]:
         "down_to_full": _steps_at_switch(runs, "hybrid_90_full"),
         "up_to_moba": _steps_at_switch(runs, "full_90_moba"),
         "back_to_moba": f"{abs(back['eval_loss'] - throughout['eval_loss']):.3f} nats",
+        "over_ranks": f"{abs(_over_ranks(found)):.4f} nats",
         "answers_back": " against ".join(f"{x:.1f}" for x in answers if x is not None) + " nats",
     }
+
+
+def _over_ranks(found: dict[str, dict[int, Run]]) -> float:
+    """Held-out loss of seed 0 over two ranks, minus that on one."""
+    two, one = (found[arm][0]["eval_loss"] for arm in ("moba_512_3_cp2", "moba_512_3"))
+    return float(two - one)
 
 
 def _steps_at_switch(runs: list[Run], arm: str) -> str:
