@@ -10,6 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from moba_cp.planning.calibration import Calibration
+from moba_cp.planning.measured import calibrate, compare, read
+
 from .learning import learning_figures
 from .text import Entry
 from .trials import trial_figures
@@ -38,6 +43,7 @@ def figures(results: Path) -> Figures:
         "kernels_h200_short": lambda: _host_times(content("kernels_h200_short")),
         "scaling": lambda: _scaling(content("scaling")),
         "scaling_longest": lambda: _longest(content("scaling_longest")),
+        "scaling_two": lambda: _foreseen(results, "scaling_two.json"),
         "training_speed": lambda: _micro_batches(content("training_speed")),
         "training_scaling": lambda: _two_gpus(content("training_scaling"), content("training_speed")),
         "decode": lambda: _decode(content("decode")),
@@ -66,6 +72,14 @@ def _host_times(content: dict[str, Any]) -> Figures:
         for name, key in (("host_8k", "host_ms"), ("time_8k", "median"))
     }
     return {name: f"{forward:.2f} / {both:.2f} ms" for name, (forward, both) in found.items()}
+
+
+def _foreseen(results: Path, later: str) -> Figures:
+    """How far the model was from the file `later` when it was fitted to the other files of that device."""
+    others = [results / name for name in Calibration.of("h200").sources if name != later]
+    calibration = calibrate(*read(others))
+    errors = np.abs([one.errors for one in compare(read([results / later])[1], calibration)])
+    return {"rows": str(len(errors)), "foreseen": f"{_percent(np.median(errors))}, at worst {_percent(errors.max())}"}
 
 
 def _whole(value: float) -> str:
