@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+from torch.utils.weak import WeakIdKeyDictionary
 
 Tensors = list[Any]
 """Tensors of a pass by number, its inputs first; None where one is not made yet, or no longer needed."""
@@ -54,6 +55,8 @@ class _Step(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Notes what is done while it is active, as a context manager; nothing in it may need a gradient.
 
+    It keeps no tensor alive but those that it takes to be fixed, so a recorded pass has the memory of any other.
+
     Args:
         inputs: tensors that differ from call to call, each another object. A tensor that is read, but neither given nor made, is
             taken to be the same one in every call.
@@ -61,22 +64,23 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self._held = list(inputs)  # while a tensor is held, no other one has its `id`
-        self._numbers = {id(x): number for number, x in enumerate(inputs)}
+        self._numbers = WeakIdKeyDictionary({x: number for number, x in enumerate(inputs)})
+        self._count = self._inputs = len(inputs)  # of numbers
         self._fixed: dict[int, Tensor] = {}
         self._steps: list[_Step] = []
-        self._inputs = len(inputs)
         self._launching = False
         self._can_repeat = len(self._numbers) == len(inputs)
         self._token: Token[Recorder | None] | None = None
 
     def __enter__(self) -> Recorder:
         self._token = _current.set(self)
-        super().__enter__()
+        # Not by super(): it sets flags of the process, which recorders in two threads would leave set, and while these are set
+        # some versions of torch compile nothing.
+        _push_mode(self)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        _pop_mode()
         assert self._token is not None
         _current.reset(self._token)
 
@@ -118,25 +122,31 @@ class Recorder(TorchDispatchMode):
         numbers = [self._number(x) for x in results]
         if not self._can_repeat or len(self._steps) > MOST_STEPS:
             return None
-        return Recording(self._steps, self._inputs, len(self._held), self._fixed, numbers)
+        return Recording(self._steps, self._inputs, self._count, self._fixed, numbers)
 
     def _number(self, x: Tensor) -> int:
         """The number of a tensor that is read."""
-        if id(x) not in self._numbers:
+        if x not in self._numbers:
+            self._can_repeat &= not self._shares_memory(x)
             self._fixed[self._new_number(x)] = x
-        return self._numbers[id(x)]
+        return self._numbers[x]
 
     def _new_number(self, x: Tensor) -> int:
         """The number of a tensor that was made. An operator may return its argument."""
-        if id(x) not in self._numbers:
-            self._numbers[id(x)] = len(self._held)
-            self._held.append(x)
-        return self._numbers[id(x)]
+        if x not in self._numbers:
+            self._numbers[x] = self._count
+            self._count += 1
+        return self._numbers[x]
+
+    def _shares_memory(self, x: Tensor) -> bool:
+        """Whether `x` is in the memory of a tensor that is given or made: then it differs from call to call."""
+        address = x.untyped_storage().data_ptr()
+        others = (y for y, number in self._numbers.items() if number not in self._fixed)
+        return address != 0 and any(y.untyped_storage().data_ptr() == address for y in others)
 
     def _operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if func is torch.ops.aten.detach.default:  # the same numbers; functions that allocate end with it
-            self._numbers[id(result)] = self._number(args[0])
-            self._held.append(result)
+            self._numbers[result] = self._number(args[0])
         elif func in _ALLOCATES:
             self._allocate(result)
         elif _can_repeat(func, args, kwargs, result):
@@ -156,7 +166,7 @@ class Recorder(TorchDispatchMode):
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
         uses = [(at, self._number(x)) for at, x in enumerate(args) if isinstance(x, Tensor)]
-        if uses and all(number in self._fixed for _, number in uses) and _shares_memory(result, args):
+        if func.is_view and all(number in self._fixed for _, number in uses):
             self._number(result)  # a view of what is fixed
             return
         number = self._new_number(result)
@@ -181,11 +191,6 @@ def _can_repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result
         and not any(isinstance(x, Tensor) for x in (*kwargs.values(), *nested))
         and not _NOT_THE_SAME_AGAIN & set(func.tags)
     )
-
-
-def _shares_memory(x: Tensor, arguments: Sequence[Any]) -> bool:
-    address = x.untyped_storage().data_ptr()
-    return any(isinstance(y, Tensor) and y.untyped_storage().data_ptr() == address for y in arguments)
 
 
 class Recording:
