@@ -217,6 +217,7 @@ class Recording:
             if number not in kept:
                 free[at].append(number)
         self._steps = [(step.run, tuple(done)) for step, done in zip(steps, free, strict=True)]
+        self._calls = {step.run for step in steps if not step.uses and not step.makes}
 
     def agrees(self, other: Recording) -> bool:
         """Whether both did the same, with the same fixed tensors. While this one exists, no other tensor has the memory of what
@@ -230,10 +231,17 @@ class Recording:
         """The results for other inputs."""
         tensors = self._base.copy()
         tensors[: self._inputs] = inputs
-        for run, free in self._steps:
-            run(tensors)
-            for number in free:
-                tensors[number] = None
+        steps = iter(self._steps)
+        try:
+            for run, free in steps:
+                run(tensors)
+                for number in free:
+                    tensors[number] = None
+        except BaseException:
+            for run, _ in steps:
+                if run in self._calls:  # ranges for profilers close
+                    run(tensors)
+            raise
         return [tensors[number] for number in self._results]
 
 

@@ -79,7 +79,7 @@ def test_a_tensor_made_unnoticed_does_not_agree() -> None:
         lambda x, y: list(x.unbind()),
         lambda x, y: [torch.from_numpy(x.numpy()) * 2],
     ],
-    ids=["numbers on the host", "sizes by numbers", "lists of tensors", "random", "several results", "inputs as numpy sees them"],
+    ids=["numbers on the host", "sizes by numbers", "lists of tensors", "random", "several results", "through numpy"],
 )
 def test_not_recorded(pass_: Pass) -> None:
     assert record(pass_, *tensors(0)) is None
@@ -131,6 +131,32 @@ def test_launches_and_calls() -> None:
     expected = log.copy()
     log.clear()
     found.run(tensors(1))
+    assert log == expected
+
+
+def test_calls_are_made_to_the_end_when_a_pass_fails() -> None:
+    """So ranges for profilers close."""
+    log: list[str] = []
+
+    def launch(x: Tensor) -> None:
+        if x[0] > 0:
+            raise MemoryError
+
+    def pass_(x: Tensor) -> Sequence[Tensor]:
+        now = recording.recorder()
+        assert now is not None
+        for name in ("first", "second"):
+            now.call(log.append, name)
+            now.launch(launch, (), [x])
+            now.call(log.append, f"end of {name}")
+        return [x]
+
+    found = record(pass_, torch.zeros(1))
+    assert found is not None
+    expected = log.copy()
+    log.clear()
+    with pytest.raises(MemoryError):
+        found.run([torch.ones(1)])
     assert log == expected
 
 
