@@ -108,13 +108,12 @@ class BoundLaunch:
         for at, x in zip(self._places, tensors, strict=True):
             values[at] = address = x.data_ptr()
             together |= address
-        device = driver.active.get_current_device() if self._run is not None else None
-        if device is None or device != self._device or together % 16:
+        if self._run is None or together % 16 or driver.active.get_current_device() != self._device:
             self._launch(tensors)
             return
         for index, at in self._tiles:
             values[at] = _of_tensor(self._arguments[at], tensors[index])
-        self._run(*values, stream=driver.active.get_current_stream(device))
+        self._run(*values, stream=driver.active.get_current_stream(self._device))
 
     def _launch(self, tensors: Sequence[Tensor]) -> None:
         """As any launch; where that has kept the compiled kernel, the next call takes it."""

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 Tensors = list[Any]
 """Tensors of a pass by number, its inputs first; None where one is not made yet, or no longer needed."""
 MOST_STEPS = 64
-"""Most steps of a recording. Longer passes take the device longer than the host."""
+"""Most steps of a recording; a pass of attention has about 40 at most. Longer passes take the device longer than the host."""
 _ALLOCATES = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,

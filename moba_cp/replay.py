@@ -25,8 +25,8 @@ _STEP_BYTES = 1 << 10
 class Replay:
     """One pass of one call.
 
-    Inputs are of one kind if dtypes, devices, shapes, strides and addresses modulo 16 bytes are equal. The operators' selected
-    blocks have another dtype than those of an eager call.
+    Inputs are of one kind if dtypes, devices, shapes, strides and addresses modulo 16 bytes are equal. An operator's selected
+    blocks are int32, so its backward is of another kind than that of an eager call.
     """
 
     def __init__(self) -> None:
