@@ -8,13 +8,12 @@ does these again and decides nothing: it fits calls for which every decision wou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar, Token
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 Tensors = list[Any]
@@ -34,12 +33,12 @@ _NOT_THE_SAME_AGAIN = {
     torch.Tag.dynamic_output_shape,
     torch.Tag.nondeterministic_seeded,
 }
-_current: ContextVar[Recorder | None] = ContextVar("moba_cp_recorder", default=None)
 
 
 def recorder() -> Recorder | None:
-    """The recorder that is active in this thread."""
-    return _current.get()
+    """The recorder that notes launches and calls of this thread now."""
+    mode = _get_current_dispatch_mode()
+    return mode if isinstance(mode, Recorder) and mode.is_noting else None
 
 
 class _Step(NamedTuple):
@@ -70,10 +69,13 @@ class Recorder(TorchDispatchMode):
         self._steps: list[_Step] = []
         self._launching = False
         self._can_repeat = len(self._numbers) == len(inputs)
-        self._token: Token[Recorder | None] | None = None
+
+    @property
+    def is_noting(self) -> bool:
+        """False inside a launch, and once the pass cannot be recorded."""
+        return self._can_repeat and not self._launching
 
     def __enter__(self) -> Recorder:
-        self._token = _current.set(self)
         # Not by super(): it sets flags of the process, which recorders in two threads would leave set, and while these are set
         # some versions of torch compile nothing.
         _push_mode(self)
@@ -81,13 +83,11 @@ class Recorder(TorchDispatchMode):
 
     def __exit__(self, *error: object) -> None:
         _pop_mode()
-        assert self._token is not None
-        _current.reset(self._token)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not self._launching:
+        if self.is_noting:
             self._operator(func, args, kwargs, result)
         return result
 
@@ -100,35 +100,46 @@ class Recorder(TorchDispatchMode):
             tensors: of this call.
         """
         uses = tuple(self._number(x) for x in tensors)
-        self._launching, token = True, _current.set(None)
+        self._launching = True
         try:
             launch(*tensors)
         finally:
             self._launching = False
-            _current.reset(token)
 
         def run(all_: Tensors) -> None:
             launch(*[all_[number] for number in uses])
 
-        self._steps.append(_Step(run, what, uses))
+        self._note(_Step(run, what, uses))
 
     def call(self, function: Callable[..., object], *arguments: Any) -> None:
         """Call `function`, which reads and makes no tensors."""
         function(*arguments)
-        self._steps.append(_Step(lambda _: function(*arguments), (function, *arguments)))
+        self._note(_Step(lambda _: function(*arguments), (function, *arguments)))
 
     def recording(self, results: Sequence[Tensor]) -> Recording | None:
         """What makes `results`; None where that cannot be done again, or is not worth its memory."""
         numbers = [self._number(x) for x in results]
-        if not self._can_repeat or len(self._steps) > MOST_STEPS:
+        if not self._can_repeat:
             return None
         return Recording(self._steps, self._inputs, self._count, self._fixed, numbers)
+
+    def _note(self, step: _Step) -> None:
+        self._steps.append(step)
+        if len(self._steps) > MOST_STEPS:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Note nothing more, and hold nothing."""
+        self._can_repeat = False
+        self._steps.clear()
+        self._fixed.clear()
 
     def _number(self, x: Tensor) -> int:
         """The number of a tensor that is read."""
         if x not in self._numbers:
-            self._can_repeat &= not self._shares_memory(x)
             self._fixed[self._new_number(x)] = x
+            if self._shares_memory(x):
+                self._give_up()
         return self._numbers[x]
 
     def _new_number(self, x: Tensor) -> int:
@@ -152,7 +163,7 @@ class Recorder(TorchDispatchMode):
         elif _can_repeat(func, args, kwargs, result):
             self._call(func, args, kwargs, result)
         else:
-            self._can_repeat = False
+            self._give_up()
 
     def _allocate(self, x: Tensor) -> None:
         shape, stride = tuple(x.shape), x.stride()
@@ -162,7 +173,7 @@ class Recorder(TorchDispatchMode):
         def run(all_: Tensors) -> None:
             all_[number] = allocate()
 
-        self._steps.append(_Step(run, ("allocate", shape, stride, x.dtype, x.device), (), (number,)))
+        self._note(_Step(run, ("allocate", shape, stride, x.dtype, x.device), (), (number,)))
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
         uses = [(at, self._number(x)) for at, x in enumerate(args) if isinstance(x, Tensor)]
@@ -180,7 +191,7 @@ class Recorder(TorchDispatchMode):
             all_[number] = repeat(*arguments)
 
         what = (func, *values, *kwargs.items())
-        self._steps.append(_Step(run, what, tuple(used for _, used in uses), (number,)))
+        self._note(_Step(run, what, tuple(used for _, used in uses), (number,)))
 
 
 def _can_repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:

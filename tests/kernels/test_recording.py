@@ -105,6 +105,23 @@ def test_long_passes_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record(lambda x, y: [x * 2 + y - 1], *tensors(0)) is None
 
 
+def test_a_recorder_that_gave_up_holds_nothing() -> None:
+    """An interrupt may leave one active, at its entry or exit."""
+    alive: list[weakref.ref] = []
+
+    def pass_(x: Tensor, y: Tensor) -> Sequence[Tensor]:
+        for _ in range(recording.MOST_STEPS + 1):
+            unnoticed = torch.from_numpy(np.ones(4, dtype=np.float32))
+            alive.append(weakref.ref(unnoticed))
+            y.mul_(unnoticed)
+        del unnoticed
+        assert not any(ref() is not None for ref in alive)
+        assert recording.recorder() is None
+        return [y]
+
+    assert record(pass_, *tensors(0)) is None
+
+
 def test_launches_and_calls() -> None:
     """In order, each on the tensors of its run. What a launch does besides is not noted, and a launch in it neither."""
     log: list[tuple[str, float]] = []
