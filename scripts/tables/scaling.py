@@ -169,40 +169,45 @@ def dense_rate(baseline: dict[str, Any]) -> float:
 
 
 def scaling_plot(contents: Sequence[dict[str, Any]], path: Path) -> None:
-    """Left: time of one layer against tokens, by number of GPUs. Right: share of the time that equal work on one GPU takes."""
+    """Left: time of one layer against tokens, uniform routing, the fastest of each case; colours are attention, markers heads,
+    lines numbers of GPUs. Right: share of the time that equal work on one GPU takes."""
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=130, layout="constrained")
-    curves: dict[str, list[tuple[int, float]]] = {}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=130, layout="constrained", width_ratios=(1.2, 1))
+    curves: dict[tuple[str, str, int], dict[int, float]] = {}
     bars: dict[str, float] = {}
+
+    def add(what: str, entry: dict[str, Any]) -> None:
+        points = curves.setdefault((what, f"{entry['q_heads']}/{entry['kv_heads']}", entry["ranks"]), {})
+        ms = entry["forward_backward_ms"]
+        points[entry["tokens"]] = min(ms, points.get(entry["tokens"], ms))
+
     for content in contents:
-        results = [
-            r for r in _measured(content) if "forward_backward_ms" in r and r["routing"] in ("uniform", "correlated")
-        ]
+        results = [r for r in _measured(content) if "forward_backward_ms" in r and r["routing"] == "uniform"]
         for _, of_comm in _cases(results):
             best = min(of_comm.values(), key=lambda r: r["forward_backward_ms"])
-            heads = f"{best['q_heads']}/{best['kv_heads']}"
-            label = f"({best['block_size']}, {best['topk']}), {heads}, {best['ranks']} GPU" + "s" * (best["ranks"] > 1)
-            curves.setdefault(label, []).append((best["tokens"], best["forward_backward_ms"]))
+            add(f"({best['block_size']}, {best['topk']})", best)
             share = _baseline(content["baselines"], best, "equal_work")
             if share is not None and best["layout"] == "zigzag":
-                where = f"{best['ranks']} GPUs, {tokens_text(best['tokens'])}, {heads}"
+                where = f"{best['ranks']} GPUs, {tokens_text(best['tokens'])}, {best['q_heads']}/{best['kv_heads']}"
                 name = f"{where}\n({best['block_size']}, {best['topk']}): {best['comm']}"
                 bars[name] = share["forward_backward_ms"] / best["forward_backward_ms"]
         for b in content["baselines"]:
             if b["baseline"].startswith("dense") and "forward_backward_ms" in b:
-                label = f"dense, {b['q_heads']}/{b['kv_heads']}, {b['ranks']} GPU" + "s" * (b["ranks"] > 1)
-                curves.setdefault(label, []).append((b["tokens"], b["forward_backward_ms"]))
-    for index, (label, points) in enumerate(sorted(curves.items())):
-        tokens, ms = zip(*sorted(points), strict=True)
+                add("dense", b)
+    colours, markers = ({name: i for i, name in enumerate(sorted({key[at] for key in curves}))} for at in (0, 1))
+    for what, heads, gpus in sorted(curves):
+        tokens, ms = zip(*sorted(curves[what, heads, gpus].items()), strict=True)
         left.plot(
-            tokens, ms, "s:" if label.startswith("dense") else "o-", label=label, color=f"C{index % 10}", markersize=4
-        )
+            tokens, ms, color=f"C{colours[what] % 10}", marker="os^Dv"[markers[heads] % 5], markersize=4,
+            linestyle={1: "--", 2: "-"}.get(gpus, "-."), markerfacecolor="white" if gpus == 1 else None,
+            label=f"{what}, {heads}, {gpus} GPU" + "s" * (gpus > 1),
+        )  # fmt: skip
     left.set(xscale="log", yscale="log", xlabel="tokens, all GPUs", ylabel="forward + backward, ms")
-    ticks = sorted({point[0] for points in curves.values() for point in points})
+    ticks = sorted({tokens for points in curves.values() for tokens in points})
     left.set_xticks(ticks, [tokens_text(t) for t in ticks])
     left.minorticks_off()
     left.grid(alpha=0.3)
-    left.legend(fontsize=6)
+    left.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     right.barh(range(len(bars)), list(bars.values()), color="C0")
     right.set_yticks(range(len(bars)), list(bars), fontsize=6)
     right.axvline(1.0, color="black", linewidth=0.8)
