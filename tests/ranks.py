@@ -180,7 +180,8 @@ class _Ranks:
                 name=f"rank{rank}of{world_size}",
                 daemon=True,
             )
-            process.start()
+            with _polling:
+                process.start()
             theirs.close()
             self.connections.append(ours)
             self.processes.append(process)
@@ -190,7 +191,7 @@ class _Ranks:
         deadline = time.monotonic() + _START_LIMIT
         waiting = dict(enumerate(self.connections))
         while waiting:
-            died = {r: self.processes[r].exitcode for r in waiting if self.processes[r].exitcode is not None}
+            died = {r: code for r in waiting if (code := _exit_code(self.processes[r])) is not None}
             if died or time.monotonic() > deadline:
                 return died or dict.fromkeys(waiting)
             for connection in wait(list(waiting.values()), 1.0):
@@ -235,20 +236,29 @@ class _Ranks:
                     return RankOutcome(rank, result=value, seconds=seconds)
                 value.__cause__ = RemoteTraceback(f"\non rank {rank} of {len(self.processes)}:\n{text}")
                 return RankOutcome(rank, exception=value, seconds=seconds)
-        self.processes[rank].join(timeout=5.0)
-        return RankOutcome(rank, exitcode=self.processes[rank].exitcode, seconds=seconds)
+        return RankOutcome(rank, exitcode=_exit_code(self.processes[rank], 5.0), seconds=seconds)
 
     def kill(self) -> None:
         for process in self.processes:
             process.kill()
         for process, connection in zip(self.processes, self.connections):
-            process.join(timeout=5.0)
+            _exit_code(process, 5.0)
             connection.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _exit_code(process: BaseProcess, timeout: float = 0.0) -> int | None:
+    """The exit code of a process that has ended, or ends within `timeout` seconds; else None."""
+    wait([process.sentinel], timeout)
+    with _polling:
+        return process.exitcode
+
+
 _pools: dict[int, _Ranks] = {}
 _starting = threading.Lock()
+_polling = threading.Lock()
+"""Held where processes are asked whether they have ended; a start asks all of them. The server tells each code once: of two
+threads that ask at the same time one gets it, and the other one 255."""
 
 
 def _raise_failure(outcomes: list[RankOutcome], fn: Callable[..., Any], timeout: float) -> None:
