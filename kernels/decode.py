@@ -189,8 +189,9 @@ class DecodeStep:
         keys = torch.empty(samples * q_heads, blocks, dtype=torch.int32, device=q.device)
         self._of_select = (count, arrived, centroids, keys, selected)
         self._of_attend = (selected, arrived, _new_partial(q, v.shape[3], attend[0][1]))
-        self._select = _bound(select_kernel, 6 + len(self._of_select), *select)
-        self._attend = _bound(attend_selected_kernel, 6 + len(self._of_attend), *attend)
+        of_call = 6  # tensors of each launch that belong to the call: see `__call__`
+        self._select = _bound(select_kernel, of_call + len(self._of_select), *select)
+        self._attend = _bound(attend_selected_kernel, of_call + len(self._of_attend), *attend)
 
     @property
     def nbytes(self) -> int:

@@ -42,9 +42,8 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constan
     """
     recording = recorder()
     if recording is not None:
-        tensors = [x if isinstance(x, Tensor) else x.base for x in arguments if not isinstance(x, (int, float))]
         launch = BoundLaunch(kernel, grid, arguments, constants)
-        recording.launch(launch, launch.what, tensors)
+        recording.launch(launch, launch.what, launch.tensors_of(arguments))
         return None
     if not isinstance(kernel, JITFunction):  # Triton's interpreter compiles nothing
         kernel[grid](*arguments, **constants)
@@ -114,6 +113,11 @@ class BoundLaunch:
         for index, at in self._tiles:
             values[at] = _of_tensor(self._arguments[at], tensors[index])
         self._run(*values, stream=driver.active.get_current_stream(self._device))
+
+    def tensors_of(self, arguments: Sequence[Any]) -> list[Tensor]:
+        """The tensors among the arguments of such a launch, and in their descriptors: what a call takes."""
+        found = [arguments[at] for at in self._places]
+        return [x if isinstance(x, Tensor) else x.base for x in found]
 
     def _launch(self, tensors: Sequence[Tensor]) -> None:
         """As any launch; where that has kept the compiled kernel, the next call takes it."""

@@ -389,7 +389,8 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Ranges:
 
 def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether all partial results are in memory together, so that no stream but the caller's is used on one rank."""
-    return [len(chunks) for _, chunks in head_ranges(call, q, k, v)] == [1]
+    _, chunks = head_ranges(call, q, k, v)[0]
+    return chunks[0].whole
 
 
 def readable(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Replay:
         return MOST_KINDS * MOST_STEPS * _STEP_BYTES
 
     def run(self, inputs: Sequence[Tensor], make: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-        """What `make()` returns, without its tensors, and these; see `saving.take_tensors`.
+        """What `make()` returns, without its tensors, and these; see `saving.taken`.
 
         Args:
             inputs: all tensors that `make` reads and that differ from call to call.
