@@ -47,12 +47,31 @@ class Backend(Protocol):
         """Workspace bytes per (q head, row, slot) of partials with last size `dim`; `dtype` is the inputs'."""
         ...
 
+    def kept_ds_bytes(
+        self, q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int
+    ) -> int:
+        """Bytes per kv head that backward takes to keep the gradients of scores of `rows` rows; 0 if it cannot keep them.
+
+        Args:
+            q, v: of the call; shapes, dtype and device count.
+            rows: query rows.
+            kv_heads, slots, n_blocks, block_size: of the call.
+        """
+        ...
+
     def new_partials(self, selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
         """Uninitialised partial outputs for `selected` `[Hq, T, topk]`; `dtype` is the inputs'. Contiguous."""
         ...
 
-    def new_dq_partials(self, selected: Tensor, dim: int, dtype: torch.dtype) -> DqPartials:
-        """Uninitialised partial dq for `selected` `[Hq, T, topk]`; `dtype` is the inputs'. Contiguous."""
+    def new_dq_partials(
+        self, selected: Tensor, dim: int, dtype: torch.dtype, *, keeps_ds: RoutingLists | None = None
+    ) -> DqPartials:
+        """Uninitialised partial dq for `selected` `[Hq, T, topk]`; `dtype` is the inputs'. Contiguous.
+
+        Args:
+            keeps_ds: `route(selected, ...)` where gradients of scores are to be kept, which takes `kept_ds_bytes` and saves two
+                of dq's three products. The bits of dq are the same.
+        """
         ...
 
     def new_lse(self, q: Tensor) -> Tensor:

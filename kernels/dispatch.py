@@ -50,7 +50,7 @@ def choose_variant(
     """
     shape = lists.shape
     serves = (
-        _sm90_serves(q.device, q.dtype, q.shape[2], part.v.shape[2], shape.block_size)
+        sm90_serves(q.device, q.dtype, q.shape[2], part.v.shape[2], shape.block_size)
         and lists.entry.dtype == torch.int32
         and aligned(q)
         and aligned(part.k)
@@ -67,7 +67,8 @@ def choose_variant(
 
 
 @lru_cache(maxsize=64)
-def _sm90_serves(device: torch.device, dtype: torch.dtype, dim: int, dim_v: int, block_size: int) -> bool:
+def sm90_serves(device: torch.device, dtype: torch.dtype, dim: int, dim_v: int, block_size: int) -> bool:
+    """Whether the Hopper kernels serve aligned tensors of these sizes with int32 entries."""
     return (
         device.type == "cuda"
         and gpu_of(device).is_hopper

@@ -18,7 +18,7 @@ from .types import DqPartials, Partials
 _VARYING = [
     "tokens", "selected_head", "selected_token", "selected_slot", "merged_token", "merged_head", "merged_lse_head",
 ]  # fmt: skip
-_UNALIGNED = ["selected", "lse", "merged_lse"]
+_UNALIGNED = ["selected", "lse", "merged_lse", "place"]
 
 
 @triton.jit
@@ -71,12 +71,14 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def merge_dq_kernel(
-    partial, selected, merged, tokens, selected_head, selected_token, selected_slot, merged_token, merged_head,
+    partial, place, selected, merged, tokens, selected_head, selected_token, selected_slot, merged_token, merged_head,
     TOPK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    PLACED: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of ROWS rows of one q head, fp32 sums over slots.
 
-    Reads TOPK * (2 * D + 2) bytes per row (2 per empty slot), writes 2 * D.
+    Reads TOPK * (2 * D + 2) bytes per row (2 per empty slot), writes 2 * D. With PLACED, `place` says where partials are, in D
+    elements, and takes 4 bytes per used slot.
     """
     head, token, valid, chosen, first = _slot_rows(selected, tokens, selected_head, selected_token, ROWS, TOPK)
     d = tl.arange(0, D_PADDED)
@@ -84,7 +86,10 @@ def merge_dq_kernel(
     acc = tl.zeros([ROWS, D_PADDED], tl.float32)
     for slot in tl.range(0, TOPK, num_stages=STAGES):
         used = tl.load(chosen + slot * selected_slot, mask=valid, other=-1) >= 0
-        dq = tl.load(partial + (first + slot)[:, None] * D + d[None, :], mask=used[:, None] & column, other=0.0)
+        at = first + slot
+        if PLACED:
+            at = tl.load(place + at, mask=used, other=0).to(tl.int64)
+        dq = tl.load(partial + at[:, None] * D + d[None, :], mask=used[:, None] & column, other=0.0)
         acc += dq.to(tl.float32)
     pointers = merged + head * merged_head + token[:, None] * merged_token + d[None, :]
     tl.store(pointers, acc.to(merged.dtype.element_ty), mask=valid[:, None] & column)
@@ -111,7 +116,9 @@ def merge_dq(dq_partials: DqPartials, *, selected: Tensor, dq: Tensor, config: R
         return
     dim = dq.shape[2]
     config = config or configs.merge(dim)
+    placed = dq_partials.place is not None
     launch_kernel(merge_dq_kernel, (cdiv(tokens, config.rows), q_heads),
-        dq_partials.dq, selected, dq, tokens, *selected.stride(), dq.stride(0), dq.stride(1),
-        TOPK=topk, D=dim, D_PADDED=padded(dim), ROWS=config.rows, STAGES=config.num_stages, num_warps=config.num_warps,
+        dq_partials.dq, dq_partials.place if placed else selected, selected, dq, tokens, *selected.stride(), dq.stride(0),
+        dq.stride(1), TOPK=topk, D=dim, D_PADDED=padded(dim), ROWS=config.rows, STAGES=config.num_stages, PLACED=placed,
+        num_warps=config.num_warps,
     )  # fmt: skip

@@ -28,7 +28,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def programs_for(n_items: int, resident: int) -> int:
-    """Programs that share `n_items` work items, each taking every n-th one, where `resident` programs run at the same time.
+    """Programs that share `n_items` work items evenly, where `resident` programs run at the same time.
 
     A program requests its next item's rows while it computes, so it should have several items. But multiprocessors that other
     kernels hold for a while must find less to do: hence about `ITEMS_PER_PROGRAM` items each, in full waves of programs.

@@ -42,6 +42,11 @@ def bytes_per_slot(dim: int, dtype: torch.dtype) -> int:
     return accumulate_dtype(dtype).itemsize * (dim + 1)
 
 
+def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int) -> int:
+    """See `backend.Backend.kept_ds_bytes`: this backend keeps none."""
+    return 0
+
+
 def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
     """See `backend.Backend.new_partials`; in the accumulation dtype."""
     acc = accumulate_dtype(dtype)
@@ -49,8 +54,16 @@ def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
     return Partials(out, torch.empty(selected.shape, dtype=acc, device=selected.device))
 
 
-def new_dq_partials(selected: Tensor, dim: int, dtype: torch.dtype) -> DqPartials:
-    """See `backend.Backend.new_dq_partials`; in the accumulation dtype."""
+def new_dq_partials(
+    selected: Tensor, dim: int, dtype: torch.dtype, *, keeps_ds: RoutingLists | None = None
+) -> DqPartials:
+    """See `backend.Backend.new_dq_partials`; in the accumulation dtype.
+
+    Raises:
+        ValueError: gradients of scores are to be kept.
+    """
+    if keeps_ds is not None:
+        raise ValueError("the torch backend keeps no gradients of scores")
     return DqPartials(torch.empty(*selected.shape, dim, dtype=accumulate_dtype(dtype), device=selected.device))
 
 

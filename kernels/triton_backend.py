@@ -9,16 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import configs
 from .backward import attend_backward, delta
 from .centroids import centroids
 from .decode import attend_selected, decode_step, select_for_decoding, update_centroids
+from .dispatch import sm90_serves
 from .forward import attend
 from .gate import select_blocks
 from .gradients import add_gradients
 from .lists import route
 from .merge import merge, merge_dq
 from .selection import place_selection
-from .types import DqPartials, Partials
+from .types import DqPartials, Partials, RoutingLists
 from .wanted import wanted_pairs
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "check_sizes",
     "decode_step",
     "delta",
+    "kept_ds_bytes",
     "merge",
     "merge_dq",
     "new_dq_partials",
@@ -71,8 +74,26 @@ def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
     return Partials(out, torch.empty(selected.shape, dtype=torch.float32, device=selected.device))
 
 
-def new_dq_partials(selected: Tensor, dim: int, dtype: torch.dtype) -> DqPartials:
+def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int) -> int:
+    """See `backend.Backend.kept_ds_bytes`: the Hopper kernels keep them, for blocks of several tiles."""
+    if not configs.can_keep_ds(block_size) or not sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size):
+        return 0
+    entries = rows * slots * (q.shape[1] // kv_heads)
+    items = entries // configs.LISTS.item_rows_large + n_blocks
+    if entries >= 1 << configs.LISTS.entry_bits - 1 or items * block_size >= 1 << 30:
+        return 0  # int32 entries and places
+    return items * configs.LISTS.item_rows_large * block_size * q.itemsize + 4 * entries
+
+
+def new_dq_partials(
+    selected: Tensor, dim: int, dtype: torch.dtype, *, keeps_ds: RoutingLists | None = None
+) -> DqPartials:
     """See `backend.Backend.new_dq_partials`; in `dtype`."""
+    if keeps_ds is not None:
+        shape = keeps_ds.shape
+        items = (keeps_ds.item_bin.numel(), shape.block_size, shape.rows_per_item)
+        place = torch.empty(selected.shape, dtype=torch.int32, device=selected.device)
+        return DqPartials(torch.empty(items, dtype=dtype, device=selected.device), place)
     return DqPartials(torch.empty(*selected.shape, dim, dtype=dtype, device=selected.device))
 
 

@@ -182,10 +182,13 @@ class DqPartials:
     """One partial dq per (q head, row, slot).
 
     Attributes:
-        dq: `[Hq, T, topk, D]`.
+        dq: `[Hq, T, topk, D]`; with `place`, `[items, block_size, rows_per_item]`. An item's dS, the gradients of its scores, are
+            kept there, transposed, and then its rows' partial dq, `[rows_per_item, D]`, in the same memory.
+        place: None, or int32 `[Hq, T, topk]`: where each partial dq is in `dq`, counted in D elements; of used slots only.
     """
 
     dq: Tensor
+    place: Tensor | None = None
 
 
 def query_rows(

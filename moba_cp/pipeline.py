@@ -212,8 +212,9 @@ def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: T
     q, k, v, dout = readable(q), readable(k), readable(v), readable(dout)
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
-    ranges = head_ranges(call, q, k, v)
+    ranges = head_ranges(call, q, k, v, backward=True)
     exchange = open_backward(saved.route, home, call.comm, work_of(call, ranges, k))
+    keeps_ds = bool(_kept_ds_bytes(call, q, k, v, backward=True))
     with call.stage("delta"):
         delta = call.backend.delta(out=saved.out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -229,7 +230,7 @@ def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: T
         sum_dk, sum_dv = (home_dk, home_dv) if in_place else (_accumulator(home_dk), _accumulator(home_dv))
         for number, chunk in enumerate(chunks):
             parts = exchange.backward(visit, number, sum_dk, sum_dv)
-            _backward_chunk(call, chunk, next(lists_of), q, dout, delta, rows, saved, parts, dq)
+            _backward_chunk(call, chunk, next(lists_of), q, dout, delta, rows, saved, parts, dq, keeps_ds)
         # Gradients of one range travel, and are added, while the next range is computed.
         finish()
         side.mark()
@@ -274,10 +275,11 @@ def _backward_chunk(
     saved: Saved,
     parts: Iterator[PartGradient],
     dq: Tensor,
+    keeps_ds: bool,
 ) -> None:
     """dq of one chunk, and its share of dk and dv of every part."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
-    partials = call.backend.new_dq_partials(selected, q.shape[-1], q.dtype)
+    partials = call.backend.new_dq_partials(selected, q.shape[-1], q.dtype, keeps_ds=lists if keeps_ds else None)
     for gradient in call.stage.taking(parts, "wait for keys and values, send gradients"):
         with call.stage(f"attend backward {gradient.part.name}"):
             call.backend.attend_backward(
@@ -372,19 +374,45 @@ def work_of(call: Call, ranges: Ranges, k: Tensor) -> Work:
     return Work(tuple(heads for heads, _ in ranges), len(ranges[0][1]), call.exchange_bytes, accumulate_dtype(k.dtype))
 
 
-def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Ranges:
+def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False) -> Ranges:
     """Ranges of kv heads, each with its chunks of query rows, so that partial results fit `call.workspace_bytes`.
 
-    Every rank makes the same number of ranges and chunks, whatever it holds, since each starts collectives.
+    Every rank makes the same number of ranges and chunks, whatever it holds, since each starts collectives. Backward has
+    forward's ranges where it takes forward's lists.
 
     Args:
         call: the call.
         q, k, v: local queries, keys and values.
+        backward: for a backward pass.
     """
-    width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
-    head_bytes = call.topk * call.backend.bytes_per_slot(width, q.dtype)
     most = call.plan.plan.layout.most_local_tokens
+    head_bytes = _kept_ds_bytes(call, q, k, v, backward) or _partial_bytes(call, q, v)
     return ranges_of(len(q), most, q.shape[1], k.shape[1], head_bytes, call.workspace_bytes)
+
+
+def _partial_bytes(call: Call, q: Tensor, v: Tensor) -> int:
+    """Bytes of partial results per row and q head."""
+    width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
+    return call.topk * call.backend.bytes_per_slot(width, q.dtype)
+
+
+def _kept_ds_bytes(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> int:
+    """Bytes per row and q head where the call's backward pass keeps gradients of scores, else 0.
+
+    It keeps them where it takes no more memory for that: where all partial results together do not fit the workspace, but those
+    of one kv head do with its gradients of scores. Chunks of rows, or of parts that travel, would cost more than is saved.
+    """
+    most, kv_heads = call.plan.plan.layout.most_local_tokens, k.shape[1]
+    if not (call.keep_lists or backward) or call.comm.size > 1 or not most or not kv_heads:
+        return 0
+    if most * q.shape[1] * _partial_bytes(call, q, v) <= call.workspace_bytes:
+        return 0
+    of_head = call.backend.kept_ds_bytes(
+        q, v, rows=most, kv_heads=kv_heads, slots=call.topk, n_blocks=call.n_blocks, block_size=call.config.block_size
+    )
+    head_rows = most * (q.shape[1] // kv_heads)
+    head_bytes = -(-of_head // head_rows)
+    return head_bytes if head_bytes * head_rows <= call.workspace_bytes else 0
 
 
 def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
+from moba_cp.config import DEFAULT_WORKSPACE_BYTES
 
 from .harness import checks, limits, options
 from .harness.inputs import HEAD_DIM, draw_inputs
@@ -42,6 +43,7 @@ class Case:
         seeds: inputs whose routing is checked, the timed ones among them.
         iterations, seconds: calls timed for one figure, and the time after which fewer are.
         check: compare results with fp32.
+        workspace_gib: `workspace_bytes` of MoBA's calls, in GiB; 0 for the default.
     """
 
     tokens: int
@@ -53,6 +55,11 @@ class Case:
     iterations: int
     seconds: float
     check: bool
+    workspace_gib: float = 0
+
+    @property
+    def workspace_bytes(self) -> int:
+        return int(self.workspace_gib * 2**30) or DEFAULT_WORKSPACE_BYTES
 
     @property
     def shape(self) -> dict[str, int]:
@@ -82,6 +89,7 @@ def main(
     dense: Annotated[bool, typer.Option(help="also dense attention")] = True,
     check: Annotated[bool, typer.Option(help="compare results with fp32")] = True,
     quick: Annotated[bool, typer.Option(help="128K tokens, 16/16 heads, 5 iterations")] = False,
+    workspace_gib: Annotated[float, typer.Option(help="workspace_bytes in GiB; 0: the default", min=0)] = 0,
 ) -> None:
     """Time the layer on one GPU, check what was timed, and write one JSON entry per configuration."""
     if quick:
@@ -94,11 +102,12 @@ def main(
     results = Results(out, head, "results", "dense")
     for q_heads, kv_heads in pairs:
         for length in lengths:
-            case = Case(length, q_heads, kv_heads, place, seed, seeds, iterations, budget, check)
+            case = Case(length, q_heads, kv_heads, place, seed, seeds, iterations, budget, check, workspace_gib)
             for name in backends if dense else ():
                 results.attempt("dense", case.shape | {"name": name}, lambda: measure_dense(case, name))  # noqa: B023
             for size, topk in sizes:
-                shape = case.shape | {"block_size": size, "topk": topk}
+                more = {"workspace_gib": workspace_gib} if workspace_gib else {}
+                shape = {**case.shape, "block_size": size, "topk": topk, **more}
                 results.attempt("results", shape, lambda: measure(case, MoBAConfig(size, topk)))  # noqa: B023
     print_table(results.content)
     for entry in results.failed:
@@ -126,10 +135,10 @@ def measure_call(case: Case, config: MoBAConfig) -> dict[str, Any]:
 
     @torch.no_grad()
     def forward() -> Tensor:
-        return moba_attention(q, k, v, config, layout=layout)
+        return moba_attention(q, k, v, config, layout=layout, workspace_bytes=case.workspace_bytes)
 
     def forward_backward() -> tuple[Tensor, tuple[Tensor, ...]]:
-        out = moba_attention(q, k, v, config, layout=layout)
+        out = moba_attention(q, k, v, config, layout=layout, workspace_bytes=case.workspace_bytes)
         return out, torch.autograd.grad(out, leaves, dout)
 
     found: dict[str, Any] = {
@@ -143,7 +152,7 @@ def measure_call(case: Case, config: MoBAConfig) -> dict[str, Any]:
     }
     if not case.check:
         return found
-    out = moba_attention(q, k, v, config, layout=layout)
+    out = moba_attention(q, k, v, config, layout=layout, workspace_bytes=case.workspace_bytes)
     assert out.grad_fn is not None
     lse, selected = out.grad_fn.saved_tensors[4:6]  # type: ignore[attr-defined]  # freed by the backward pass
     gradients = torch.autograd.grad(out, leaves, dout)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, moba_attn_varlen, reference
+from moba_cp.kernels import triton_backend
 from moba_cp.parallel import cost
 from moba_cp.parallel.exchanges import pull
 from tests.gpu_ranks import run_gpu_ranks, share_gpus
@@ -73,6 +74,34 @@ def differences(got: Results, again: Results, alone: Results, where: str) -> lis
         if a.numel() and relative(a, b) > 3e-3  # fp32 sums in another order, rounded to bf16
     ]
     return found + [f"{where}: repeat"] * (not all(map(torch.equal, got, again)))
+
+
+KEPT = [
+    ([0, 6000], 512, 4, 6, 6, 128, 128),
+    ([0, 700, 4500], 256, 3, 6, 6, 64, 64),
+    ([0, 3000, 3000, 6000], 256, 3, 8, 4, 128, 128),
+]
+"""Calls in which the gradients of scores of one kv head take less memory than all partial results."""
+
+
+@pytest.mark.parametrize("case", KEPT, ids=str)
+def test_keeping_gradients_of_scores_changes_no_bit(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace that holds all partial results, and one that holds a kv head's with its gradients of scores."""
+    kept, make_partials = [], triton_backend.new_dq_partials
+
+    def noted(*arguments, keeps_ds=None):
+        kept.append(keeps_ds is not None)
+        return make_partials(*arguments, keeps_ds=keeps_ds)
+
+    monkeypatch.setattr(triton_backend, "new_dq_partials", noted)
+    cu, _, topk, q_heads, _, dim, _ = case
+    all_partials = cu[-1] * q_heads * topk * triton_backend.bytes_per_slot(dim, torch.bfloat16)
+    layout = SequenceLayout.contiguous(cu, 1)
+    results = [run(case, layout, 0, "auto", workspace) for workspace in (all_partials, all_partials - 1)]
+    assert not kept[0]
+    assert len(kept) > 2
+    assert all(kept[1:])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -2,7 +2,8 @@
 
 One program owns the dK and dV of a tile of one block's keys and walks the rows that selected the block, in list order, so sums
 have the same bits every time. The partial dq of a (row, block) goes to the row's slot: from the same program where one tile of
-keys holds a whole block, else from a second kernel in which rows stay on chip and keys stream.
+keys holds a whole block, else from a second kernel in which rows stay on chip and keys stream. Where memory allows, the first
+one keeps the gradients of scores, and the second one has two products less to compute (`DqPartials.place`).
 
 A bin (kv head, block) that very many rows selected would keep one program busy long after the others. Such bins are cut into
 segments (`segments.py`). Files: `portable.py` and `sm90.py` launch, `*_kernels.py` and `*_sm90.py` hold the kernels;
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .. import configs
 from ..dispatch import SM90, choose_variant
 from ..types import DqPartials, KVPart, QueryRows, RoutingLists
 from . import portable
@@ -34,7 +36,8 @@ def attend_backward(
         variant: "portable", or "sm90" where it serves; by default the fastest.
 
     Raises:
-        ValueError: see `dispatch.choose_variant`; or partial dq whose slots are not evenly spaced.
+        ValueError: see `dispatch.choose_variant`; partial dq whose slots are not evenly spaced; or partial dq for kept gradients
+            of scores, which only the Hopper kernels for blocks of several tiles keep.
     """
     shape = lists.shape
     if shape.n_bins == 0 or part.k.shape[0] == 0:
@@ -43,8 +46,26 @@ def attend_backward(
     n_segments = segment_count(q.shape[0], shape)
     segment_bin = find_segments(lists.pointer, n_segments, shape.block_size) if n_segments else lists.pointer
     call = Call(
-        part, lists, rows, q, dout, lse, delta, scale, dk, dv, dq_partials.dq, accumulate, n_segments, segment_bin
+        part,
+        lists,
+        rows,
+        q,
+        dout,
+        lse,
+        delta,
+        scale,
+        dk,
+        dv,
+        dq_partials.dq,
+        accumulate,
+        n_segments,
+        segment_bin,
+        dq_partials.place,
     )
+    if dq_partials.place is not None and (variant != SM90 or not configs.can_keep_ds(shape.block_size)):
+        raise ValueError(
+            f"gradients of scores are not kept by variant {variant!r} for blocks of {shape.block_size} keys"
+        )
     if variant == SM90:
         from . import sm90  # Gluon is experimental: imported only where it runs
 

@@ -16,8 +16,9 @@ class Call:
     """The arguments of one `attend_backward`, and the segments of long bins; the same for both variants.
 
     Attributes:
-        part, lists, rows, q, dout, lse, delta, scale, dk, dv, dq, accumulate: see `attend_backward`.
+        part, lists, rows, q, dout, lse, delta, scale, dk, dv, accumulate: see `attend_backward`.
         n_segments: segments, of which `segment_bin` (int32 `[n_segments]`) names the bins; see `segments.py`.
+        dq, place: of `DqPartials`.
     """
 
     part: KVPart
@@ -34,6 +35,7 @@ class Call:
     accumulate: bool
     n_segments: int
     segment_bin: Tensor
+    place: Tensor | None = None
 
     def dkdv_arguments(self, sums: Tensor) -> tuple:
         """Arguments of a kernel for dK and dV, up to its constants; `sums` is the buffer of `segment_sums`."""
@@ -42,7 +44,8 @@ class Call:
             self.q, self.dout, part.k, part.v, self.lse, self.delta, self.rows.position, lists.pointer, lists.entry,
             part.start, part.length, self.segment_bin, self.dk, self.dv, self.dq, sums,
             *self._row_strides(), *key_strides(part.k, part.v, self.dk, self.dv), *self._score_strides(),
-            *self._dq_strides(), part.start.stride(0), shape.n_bins, shape.n_blocks, shape.group_size, self.scale,
+            *((0, 0, 0) if self.place is not None else self._dq_strides()), part.start.stride(0), shape.n_bins,
+            shape.n_blocks, shape.group_size, self.scale,
         )  # fmt: skip
 
     def dq_arguments(self) -> tuple:
@@ -53,6 +56,14 @@ class Call:
             lists.item_start, lists.item_end, part.start, part.length, self.dq,
             *self._row_strides(), *key_strides(part.k, part.v), *self._score_strides(), *self._dq_strides(),
             part.start.stride(0), shape.n_blocks, shape.group_size, self.scale,
+        )  # fmt: skip
+
+    def dq_of_ds_arguments(self, place: Tensor) -> tuple:
+        """Arguments of the kernel for dq where dS was kept, up to its constants; `place` is that of the partial dq."""
+        part, lists, shape = self.part, self.lists, self.lists.shape
+        return (
+            self.dq, part.k, lists.entry, lists.item_bin, lists.item_start, lists.item_end, part.start, part.length, place,
+            *key_strides(part.k), *place.stride()[:2], part.start.stride(0), shape.n_blocks, shape.group_size, self.scale,
         )  # fmt: skip
 
     def segment_sums(self, key_rows: int) -> Tensor:

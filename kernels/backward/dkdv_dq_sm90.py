@@ -48,7 +48,7 @@ def dkdv_dq_kernel(
     STAGES: gl.constexpr = AHEAD + 1
     CODES: gl.constexpr = AHEAD + 2  # stages of the entries, which are last read when the tile's dq is stored
     unit = work_unit(gl.program_id(0), n_bins, n_blocks, 1, HEADS)
-    bin_, begin, count, first_key, held = unit_bounds(
+    bin_, _, begin, count, first_key, held = unit_bounds(
         unit, pointer, segment_bin, start, length, n_bins, n_blocks, start_head, SEGMENT
     )
     if (first_key < 0) | ((count == 0) & ACCUMULATE):

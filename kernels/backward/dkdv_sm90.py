@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..gluon_rows import barrier, gather_layout, line_layout, product_layout, warp_layout
 from .portable_kernels import LOG2E, UNALIGNED, VARYING
-from .rows_sm90 import copy_rows, load_scalars, store_dkdv, unit_bounds, work_unit
+from .rows_sm90 import copy_rows, ds_layout, in_ds_order, load_scalars, store_dkdv, unit_bounds, work_unit
 
 
 @gluon.jit
@@ -48,18 +48,20 @@ def dkdv_kernel(
     lse_head, lse_token, delta_head, delta_token, dq_head, dq_token, dq_slot, start_head, n_bins, n_blocks, group, scale,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, KEYS: gl.constexpr,
     ROWS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
-    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, LAST: gl.constexpr, HEADS: gl.constexpr,
+    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, LAST: gl.constexpr, HEADS: gl.constexpr, KEEPS: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of KEYS keys of one block, over the rows of its bin or of one segment of it.
 
     Reads 4 * KEYS * D bytes of K and V once and 4 * D + 16 bytes per row; writes 2 * KEYS * D sums. Work units are those of
     `portable_kernels.dkdv_kernel`, bins of HEADS kv heads in turns. The products of a tile's dV and dK overlap with the next
     tile's S^T, so a stage is free two tiles later: AHEAD + 2 stages.
+
+    With KEEPS, `dq` is `DqPartials.dq` by items, and each row's gradients of its KEYS scores, 2 * KEYS bytes, go there.
     """
     STAGES: gl.constexpr = AHEAD + 2
     unit = work_unit(gl.program_id(0), n_bins, n_blocks, TILES, HEADS)
     tile = gl.program_id(0) % TILES
-    bin_, begin, count, first_key, held = unit_bounds(
+    bin_, before, begin, count, first_key, held = unit_bounds(
         unit, pointer, segment_bin, start, length, n_bins, n_blocks, start_head, SEGMENT
     )
     if (first_key < 0) | (tile * KEYS >= held) | ((count == 0) & ACCUMULATE):
@@ -105,6 +107,17 @@ def dkdv_kernel(
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, GATHER))
     line = gl.arange(0, ROWS, layout=LINE)
     unseen = _unseen_rows(entry, position, count, tile * KEYS, ROWS, WARPS, HEAD_BITS, SLOT_BITS, TOPK)
+    if KEEPS:
+        KEPT: gl.constexpr = ds_layout(KEYS, ROWS, WARPS)
+        kept_key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, KEPT))
+        kept_at = kept_key[:, None] * (2 * ROWS) + gl.arange(0, ROWS, layout=gl.SliceLayout(0, KEPT))[None, :]
+        item = gl.load(pointer + bin_) // (2 * ROWS) + bin_ + before // (2 * ROWS)
+        kept = dq + item.to(gl.int64) * (TILES * KEYS * 2 * ROWS)
+        half = begin * 0  # of an item: its first or its second ROWS rows
+        for _ in range(unseen // ROWS):
+            gl.store(kept + kept_at, gl.zeros([KEYS, ROWS], DTYPE, KEPT))
+            kept += gl.where(half == 1, TILES * KEYS * 2 * ROWS - ROWS, ROWS)
+            half = 1 - half
     entry += unseen
     count -= unseen
     q += first_head * q_head
@@ -171,9 +184,13 @@ def dkdv_kernel(
         dv_sum = warpgroup_mma(p_left, do_i, dv_sum, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp_run,))
         # Zero where p is zero, so not masked again.
-        ds = p * (dp - delta_s.index(i % 2).load(BY_ROW)[None, :])
-        ds_left = gl.convert_layout(ds.to(DTYPE), LEFT)
+        ds = (p * (dp - delta_s.index(i % 2).load(BY_ROW)[None, :])).to(DTYPE)
+        ds_left = gl.convert_layout(ds, LEFT)
         dk_sum = warpgroup_mma(ds_left, q_i, dk_sum, is_async=True)
+        if KEEPS:
+            gl.store(kept + kept_at, gl.convert_layout(in_ds_order(ds, KEYS, ROWS), KEPT), cache_modifier=".cs")
+            kept += gl.where(half == 1, TILES * KEYS * 2 * ROWS - ROWS, ROWS)
+            half = 1 - half
         if LAST:
             copy_rows(
                 q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols,

@@ -71,22 +71,27 @@ def _copy_keys(
     async_copy.commit_group()
 
 
-@gluon.jit(do_not_specialize=[*VARYING, "n_items"], do_not_specialize_on_alignment=UNALIGNED)
+@gluon.jit(do_not_specialize=[*VARYING, "n_items", "step", "per_program"], do_not_specialize_on_alignment=UNALIGNED)
 def dq_kernel(
     q, dout, k, v, lse, delta, position, entry, item_bin, item_start, item_end, start, length, dq,
     q_token, q_head, dout_token, dout_head, k_row, k_head, v_row, v_head, lse_head, lse_token, delta_head, delta_token,
-    dq_head, dq_token, dq_slot, start_head, n_blocks, group, scale, n_items,
+    dq_head, dq_token, dq_slot, start_head, n_blocks, group, scale, n_items, step, per_program,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, ROWS: gl.constexpr,
     KEYS: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """One program: partial dq of every n-th work item's rows (at most ROWS) for its block. Gathered rows stay, keys stream.
+    """One program: partial dq of `per_program` work items, at most ROWS rows and one block each. Gathered rows stay, keys stream.
+
+    The items of `step` programs, those that run at the same time, are consecutive: they take turns, so that blocks and rows that
+    one of them reads are in L2 for the others.
 
     Reads 4 * D + 16 bytes and writes 2 * D bytes per row, and reads 4 * D bytes per key (from L2). A tile's product into dq
     overlaps with the next tile's scores, so a stage of keys is free two tiles later, and a stage of values one tile later.
     """
     STAGES: gl.constexpr = 3
-    step = gl.num_programs(0)
-    item = gl.program_id(0)
+    wave = gl.program_id(0) // step
+    first_item = wave * step * per_program + gl.program_id(0) % step
+    n_items = gl.minimum(n_items, (wave + 1) * step * per_program)
+    item = first_item
 
     GATHER: gl.constexpr = gather_layout(D, WARPS)
     SCORE: gl.constexpr = product_layout(KEYS, WARPS)
@@ -137,7 +142,7 @@ def dq_kernel(
     tiles, unmasked = _tiles(limit, held, KEYS)
     t = item * 0  # tiles so far
     j = item * 0  # items so far
-    for item in range(gl.program_id(0), n_items, step):
+    for item in range(first_item, n_items, step):
         # All warps have waited for the last products that read the other buffer, and passed a barrier since.
         kv_head_1, first_key_1, held_1 = _block(start, length, bin_1, n_blocks, start_head)
         code_1 = code_s.index((j + 1) % 4).load(gl.SliceLayout(1, GATHER))

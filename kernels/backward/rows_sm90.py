@@ -6,9 +6,34 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from ..gluon_rows import decode, gather, in_turns, offset_of
+from .segments import CUT_ROWS
 
 _READ_AGAIN = gl.constexpr(not triton.__version__.startswith(("3.6.", "3.7.")))
 """Triton 3.8 keeps more registers across a kernel's loop, and `dkdv_kernel` would spill what follows from the program's index."""
+
+
+@gluon.constexpr_function
+def ds_layout(keys: int, rows: int, warps: int) -> gl.DistributedLinearLayout:
+    """For stores of dS^T `[keys, 64 rows]` of `in_ds_order`: the products' registers, eight neighbours of a thread in a row."""
+    assert (rows, keys) == (64, 16 * warps)
+    registers, lanes = [[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    more = [[16 << bit, 0] for bit in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, more, [], [keys, rows])
+
+
+@gluon.jit
+def in_ds_order(ds, KEYS: gl.constexpr, ROWS: gl.constexpr):
+    """dS^T with its rows in the order in which they are kept: `row_in_ds_order`.
+
+    A thread's scores of one key are then adjacent, sixteen bytes at a time, and no value moves to another thread.
+    """
+    return ds.reshape([KEYS, 2, 4, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([KEYS, ROWS])
+
+
+@gluon.jit
+def row_in_ds_order(place):
+    """Row of an item that is kept at `place`: bits 1 and 2 change places with bits 3 and 4."""
+    return (place & ~30) | (place >> 2 & 6) | ((place & 6) << 2)
 
 
 @gluon.jit
@@ -56,7 +81,10 @@ def work_unit(program, n_bins, n_blocks, TILES: gl.constexpr, HEADS: gl.constexp
 
 @gluon.jit
 def unit_bounds(unit, pointer, segment_bin, start, length, n_bins, n_blocks, start_head, SEGMENT: gl.constexpr):
-    """`(bin, first entry, entries, first key, keys)` of a work unit; first key -1 where there is nothing to do."""
+    """`(bin, entries of the bin before the unit, first entry, entries, first key, keys)` of a work unit.
+
+    The first key is -1 where there is nothing to do. Bounds of segments are those of `segments.segment_bounds`.
+    """
     is_segment = unit >= n_bins
     c = gl.maximum(unit - n_bins, 0)
     bin_ = gl.where(is_segment, gl.load(segment_bin + c, mask=is_segment, other=-1), unit)
@@ -67,9 +95,10 @@ def unit_bounds(unit, pointer, segment_bin, start, length, n_bins, n_blocks, sta
     first_key = gl.load(start + (safe // n_blocks).to(gl.int64) * start_head + safe % n_blocks)
     held = gl.load(length + safe % n_blocks)
     first_key = gl.where(here & ((last - first > 2 * SEGMENT) == is_segment), first_key, -1)
-    begin = gl.where(is_segment & (first // SEGMENT + 1 != c), c * SEGMENT, first)
-    end = gl.where(is_segment, gl.minimum(last, (c + 1) * SEGMENT), last)
-    return safe, begin, end - begin, first_key, held
+    before = gl.where(is_segment & (first // SEGMENT + 1 != c), (c * SEGMENT - first) // CUT_ROWS * CUT_ROWS, 0)
+    next_cut = first + ((c + 1) * SEGMENT - first) // CUT_ROWS * CUT_ROWS
+    end = gl.where(is_segment & ((c + 1) * SEGMENT < last), next_cut, last)
+    return safe, before, first + before, end - first - before, first_key, held
 
 
 @gluon.jit

@@ -1,8 +1,9 @@
 """Segments of long bins: many programs share the sums into the dK and dV of one block.
 
-Bins of more than two segments are cut at the multiples of `segment_rows` in the entry array. Each segment's sums go to a
-buffer, and `sum_segments_kernel` adds them in order, so the result has the same bits every time. The host bounds the buffer: one
-slot per multiple, which is at most 1/8 of the bytes of the bf16 dq partials.
+Bins of more than two segments are cut at the multiples of `segment_rows` in the entry array, or up to `CUT_ROWS` entries before
+them: between two work items of the bin. Each segment's sums go to a buffer, and `sum_segments_kernel` adds them in order, so the
+result has the same bits every time. The host bounds the buffer: one slot per multiple, which is at most 1/8 of the bytes of the
+bf16 dq partials.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .call import Call, key_strides
 
 SEGMENT_BLOCKS = 32
 """Entries per segment, in block sizes. The buffer takes 4 / SEGMENT_BLOCKS of the bytes of the bf16 dq partials."""
+CUT_ROWS = tl.constexpr(128)
+"""Entries of a bin before a cut are a multiple of this, which is the number of rows of a work item of a large block."""
 _SEARCHES = 128
 """Segments that one program of `find_segments_kernel` looks up."""
 
@@ -59,8 +62,9 @@ def work_unit(index, n_units, n_bins):
 @triton.jit
 def segment_bounds(first, last, c, SEGMENT: tl.constexpr):
     """Entries of segment c of a long bin `[first, last)`. Its first segment also takes what precedes the first cut."""
-    begin = tl.where(first // SEGMENT + 1 == c, first, c * SEGMENT)
-    return begin, tl.minimum(last, (c + 1) * SEGMENT)
+    cut = first + (c * SEGMENT - first) // CUT_ROWS * CUT_ROWS
+    next_cut = first + ((c + 1) * SEGMENT - first) // CUT_ROWS * CUT_ROWS
+    return tl.where(first // SEGMENT + 1 == c, first, cut), tl.where((c + 1) * SEGMENT < last, next_cut, last)
 
 
 @triton.jit

@@ -8,15 +8,18 @@ shared memory; in registers they would spill.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .. import configs
 from ..configs import GluonConfig
 from ..descriptors import gluon_dtype
 from ..gpu import gpu_of
 from ..launch import launch_kernel
-from ..sizes import heads_at_once, programs_for
+from ..sizes import cdiv, heads_at_once, programs_for
 from .call import Call
 from .dkdv_dq_sm90 import dkdv_dq_kernel
 from .dkdv_sm90 import dkdv_kernel
+from .dq_of_ds_sm90 import dq_of_ds_kernel
 from .dq_sm90 import dq_kernel
 from .segments import segment_rows, sum_segments
 
@@ -26,7 +29,9 @@ def launch(call: Call) -> None:
     block_size = call.lists.shape.block_size
     config = configs.sm90_dkdv(call.q.shape[2], block_size)
     launch_dkdv(call, config)
-    if config.keys < block_size:
+    if call.place is not None:
+        launch_dq_of_ds(call, call.place, configs.SM90_DQ_OF_DS)
+    elif config.keys < block_size:
         launch_dq(call, configs.SM90_DQ)
 
 
@@ -35,9 +40,12 @@ def launch_dkdv(call: Call, config: GluonConfig) -> None:
     shape = call.lists.shape
     tiles = shape.block_size // config.keys
     sums = call.segment_sums(shape.block_size)
-    kernel, last = (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LAST": config.last})
+    keeps = call.place is not None
+    kernel, more = (
+        (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LAST": config.last and not keeps, "KEEPS": keeps})
+    )
     launch_kernel(kernel, ((shape.n_bins + call.n_segments) * tiles,),
-        *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), AHEAD=config.ahead, TILES=tiles, **last,
+        *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), AHEAD=config.ahead, TILES=tiles, **more,
         HEADS=_heads(call), SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate, num_warps=config.num_warps,
     )  # fmt: skip
     sum_segments(call, sums, config.keys, tiles)
@@ -49,9 +57,22 @@ def launch_dq(call: Call, config: GluonConfig) -> None:
     if shape.rows_per_item > config.rows:
         raise ValueError(f"work items must have at most {config.rows} rows, got {shape.rows_per_item}")
     if n_items and call.q.shape[0]:
-        programs = programs_for(n_items, gpu_of(call.q.device).multiprocessors)
+        resident = gpu_of(call.q.device).multiprocessors
+        programs = programs_for(n_items, resident)
         launch_kernel(dq_kernel, (programs,),
-            *call.dq_arguments(), n_items, **call.bits(), **_constants(call, config), num_warps=config.num_warps
+            *call.dq_arguments(), n_items, min(resident, programs), cdiv(n_items, programs), **call.bits(),
+            **_constants(call, config), num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def launch_dq_of_ds(call: Call, place: Tensor, config: GluonConfig) -> None:
+    """Partial dq by work items, from the gradients of scores that `launch_dkdv` kept."""
+    shape, n_items = call.lists.shape, call.lists.item_bin.numel()
+    if n_items and call.q.shape[0]:
+        constants = _constants(call, config) | {"BLOCK": shape.block_size, "STAGES": config.ahead + 1}
+        bits = {"HEAD_BITS": shape.head_bits, "SLOT_BITS": shape.slot_bits}
+        launch_kernel(dq_of_ds_kernel, (n_items,),
+            *call.dq_of_ds_arguments(place), **bits, **constants, num_warps=config.num_warps
         )  # fmt: skip
 
 

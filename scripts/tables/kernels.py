@@ -18,7 +18,8 @@ def headline(results: list[Entry], dense: dict[tuple[Any, ...], Entry], training
     lines = ["| 128K tokens, unless it says otherwise | full attention | MoBA | times as fast |", "|---|---|---|---|"]
     for r in results:
         reference = dense.get((*case(r), DENSE))
-        if r["tokens"] == 1 << 17 and r["q_heads"] == r["kv_heads"] and reference is not None:
+        ordinary = r["q_heads"] == r["kv_heads"] and "workspace_gib" not in r
+        if r["tokens"] == 1 << 17 and ordinary and reference is not None:
             what = f"layer, {r['q_heads']}/{r['kv_heads']} heads, ({r['block_size']}, {r['topk']})"
             lines.append(f"| {what} | {both(reference)} ms | **{both(r)} ms** | {faster(r, reference)} |")
     lines += step_rows(training)
@@ -48,7 +49,7 @@ def load(files: list[Path]) -> tuple[dict[str, Any], list[Entry], dict[tuple[Any
     devices = {c["about"]["device"] for c in contents}
     if len(devices) > 1:
         raise ValueError(f"results of different devices do not go into one table: {sorted(devices)}")
-    done = {(*case(r), r["block_size"], r["topk"]): r for c in contents for r in c["results"] if "forward_ms" in r}
+    done = {(*case(r), *sizes(r)): r for c in contents for r in c["results"] if "forward_ms" in r}
     dense = {(*case(r), r["name"]): r for c in contents for r in c["dense"] if "forward_ms" in r}
     commits = list(dict.fromkeys(c["about"]["commit"] for c in contents))
     return contents[0]["about"] | {"commits": commits}, [done[key] for key in sorted(done)], dense
@@ -58,6 +59,11 @@ def case(result: Entry) -> tuple[int, int, int]:
     return result["q_heads"], result["kv_heads"], result["tokens"]
 
 
+def sizes(result: Entry) -> tuple[int, int, float]:
+    """Block size, top-k, and GiB of workspace; 0 for the default."""
+    return result["block_size"], result["topk"], result.get("workspace_gib", 0)
+
+
 def kernels_table(about: dict[str, Any], results: list[Entry], dense: dict[tuple[Any, ...], Entry]) -> str:
     """Markdown: one row per (heads, tokens, block size, top-k), forward / forward+backward milliseconds."""
     lines = [
@@ -65,7 +71,9 @@ def kernels_table(about: dict[str, Any], results: list[Entry], dense: dict[tuple
         f"Triton {about['triton']}; measured at {' and '.join(c[:10] for c in about['commits'])}. Medians of "
         "milliseconds, forward / forward+backward. "
         "*Of the floor*: the floor over the time. The floor is the time of scoring, plus the larger of attention's FLOPs at "
-        "800 TFLOP/s and the bytes of a block-major design at 3.0 TB/s.",
+        "800 TFLOP/s and the bytes of a block-major design at 3.0 TB/s."
+        + " *GiB* beside (B, k): `workspace_bytes`, where it is not the default."
+        * any(sizes(r)[2] > 0 for r in results),
         "",
         "| heads | tokens | (B, k) | moba_cp | of the floor | against dense cuDNN | dense cuDNN | dense flash | peak GiB "
         "| output / dq error |",
@@ -77,7 +85,7 @@ def kernels_table(about: dict[str, Any], results: list[Entry], dense: dict[tuple
         cells = [
             f"{r['q_heads']}/{r['kv_heads']}",
             thousands(r["tokens"]),
-            f"({r['block_size']}, {r['topk']})",
+            f"({r['block_size']}, {r['topk']})" + f", {sizes(r)[2]:g} GiB" * (sizes(r)[2] > 0),
             f"**{both(r)}**",
             of_the_floor(r),
             faster(r, reference),
@@ -108,7 +116,7 @@ def kernels_plot(about: dict[str, Any], results: list[Entry], dense: dict[tuple[
     for axis, pair in zip(axes[0], heads):
         lines: dict[str, list[tuple[int, float]]] = {}
         for r in [*results, *dense.values()]:
-            if case(r)[:2] == pair and "forward_backward_ms" in r:
+            if case(r)[:2] == pair and "forward_backward_ms" in r and "workspace_gib" not in r:
                 label = r.get("name") or f"MoBA ({r['block_size']}, {r['topk']})"
                 lines.setdefault(label, []).append((r["tokens"], r["forward_backward_ms"]["median"]))
         for label, points in sorted(lines.items()):

@@ -13,9 +13,10 @@ from tests.kernels import compiling
 
 INT32 = {
     "position", "pointer", "entry", "start", "length", "segment_bin", "item_bin", "item_start", "item_end", "own_tiles",
+    "place",
 }  # fmt: skip
 FP32 = {"lse", "delta", "sums", "own_dk", "own_dv", "arrived"}
-HALF = {"q", "dout", "out", "k", "v", "dq", "packed", "source", "x"}
+HALF = {"q", "dout", "out", "k", "v", "dq", "ds", "packed", "source", "x"}
 GRADIENTS = {"dk", "dv", "target"}
 
 
@@ -164,7 +165,7 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
     element = gluon_dtype(compiling.DTYPES[dtype])
     common = constants_of(dim, dim, block_size) | {"DTYPE": element, "ACCUMULATE": accumulate}
     dkdv, dq = configs.sm90_dkdv(dim, block_size), configs.SM90_DQ
-    constants = common | tile_constants(dkdv) | {"TILES": block_size // dkdv.keys}
+    constants = common | tile_constants(dkdv) | {"TILES": block_size // dkdv.keys, "KEEPS": False}
     name, kernel = ("dkdv_dq", sm90.dkdv_dq_kernel) if dkdv.keys == block_size else ("dkdv", sm90.dkdv_kernel)
     built = {}
     for group, heads, ones in LAUNCHES:
@@ -176,7 +177,24 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
         if name == "dkdv" and heads == 1:
             launched = common | more | tile_constants(dq)
             built[f"dq, group {group}"] = build(sm90.dq_kernel, launched, dtype, capability, dq.num_warps, ones=ones)
+        if name == "dkdv" and heads == 1 and configs.can_keep_ds(block_size) and not accumulate:
+            built |= build_keeping(constants | more, group, dtype, capability, ones)
     return built
+
+
+def build_keeping(constants: dict, group: int, dtype: str, capability: tuple[int, int], ones: tuple) -> dict[str, dict]:
+    """The kernels that keep gradients of scores, and read them; `constants` are those of `dkdv_kernel` without."""
+    from moba_cp.kernels.backward import sm90
+
+    config, block_size = configs.SM90_DQ_OF_DS, constants["TILES"] * constants["KEYS"]
+    reading = constants | tile_constants(config) | {"BLOCK": block_size, "STAGES": config.ahead + 1}
+    keeping, warps = constants | {"KEEPS": True, "LAST": False}, constants["WARPS"]
+    return {
+        f"dkdv that keeps dS, group {group}": build(sm90.dkdv_kernel, keeping, dtype, capability, warps, ones=ones),
+        f"dq of dS, group {group}": build(
+            sm90.dq_of_ds_kernel, reading, dtype, capability, config.num_warps, ones=ones
+        ),
+    }
 
 
 BUILDERS = {"portable": build_portable, "small": build_small, "moving": build_moving, "hopper": build_hopper}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from moba_cp.kernels import backward, dispatch, lists, sizes
+from moba_cp.kernels import backward, configs, dispatch, lists, merge, sizes, triton_backend
 from moba_cp.kernels.backward import segments
 from moba_cp.kernels.types import DqPartials, KVPart
-from tests.kernels.backward_cases import document_rows, make_case, relative
+from tests.kernels.backward_cases import Case, document_rows, make_case, relative, written_slots
 from tests.kernels.interpreter import gpu
 from tests.kernels.test_backward import check, run
 
@@ -68,6 +68,69 @@ def test_matches_torch_and_portable(name, dtype):
     for x, y in zip(first, portable):
         x, y = (z[~z.isnan()] for z in (x, y))
         assert relative(x, y) < (4e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+def run_keeping(case: Case, *, accumulate: bool = False) -> tuple[torch.Tensor, ...]:
+    """dk, dv and partial dq as of `run`, where gradients of scores are kept; all buffers are poisoned."""
+    dk, dv = (
+        torch.full(x.shape, 1.0 if accumulate else float("nan"), device="cuda") for x in (case.part.k, case.part.v)
+    )
+    partials = triton_backend.new_dq_partials(case.selected, case.q.shape[2], case.q.dtype, keeps_ds=case.lists)
+    partials.dq.fill_(float("nan"))
+    partials.place.fill_(-1)
+    backward.attend_backward(
+        case.part, case.lists, case.rows, q=case.q, dout=case.dout, lse=case.lse, delta=case.delta, scale=case.scale,
+        dk=dk, dv=dv, dq_partials=partials, accumulate=accumulate,
+    )  # fmt: skip
+    assert torch.equal(partials.place >= 0, written_slots(case))
+    merged = torch.full_like(case.q, float("nan"))
+    if bool(written_slots(case).sum() == (case.selected >= 0).sum()):
+        merge.merge_dq(partials, selected=case.selected, dq=merged)
+    dq = partials.dq.view(-1, case.q.shape[2])[partials.place.clamp(min=0).long()]
+    return dk, dv, dq.masked_fill((partials.place < 0)[..., None], float("nan")), merged
+
+
+@pytest.mark.parametrize("segment_blocks", [32, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if configs.can_keep_ds(case["block_size"])])
+def test_keeping_gradients_of_scores_changes_no_bit(name, dtype, segment_blocks, monkeypatch):
+    """dq then takes one product of the same dS; with short segments, bins are cut everywhere."""
+    monkeypatch.setattr(segments, "SEGMENT_BLOCKS", segment_blocks)
+    case = make_case(**CASES[name], dtype=dtype, device="cuda")
+    for accumulate in (False, True):
+        *kept, merged = run_keeping(case, accumulate=accumulate)
+        dk, dv, dq = run(case, variant="sm90", accumulate=accumulate)
+        held = dk.isnan() if not accumulate else dk == 1
+        for x, y in zip(kept[:2], (dk, dv), strict=True):
+            assert torch.equal(x.masked_fill(held, 7.0), y.masked_fill(held, 7.0))
+        assert torch.equal(kept[2].nan_to_num(7.0), dq.nan_to_num(7.0))
+        if not case.part.start.lt(0).any():
+            expected = torch.empty_like(case.q)
+            merge.merge_dq(DqPartials(dq), selected=case.selected, dq=expected)
+            assert torch.equal(merged, expected)
+
+
+def test_kept_gradients_take_the_bytes_that_were_promised():
+    case = make_case(**CASES["block 512"], dtype=torch.bfloat16, device="cuda")
+    shape = case.lists.shape
+    made = lists.route(case.selected, n_blocks=shape.n_blocks, kv_heads=shape.kv_heads, block_size=shape.block_size)
+    partials = triton_backend.new_dq_partials(case.selected, 128, torch.bfloat16, keeps_ds=made)
+    of_head = triton_backend.kept_ds_bytes(
+        case.q, case.dout, rows=len(case.rows), kv_heads=4, slots=3, n_blocks=shape.n_blocks, block_size=512
+    )
+    assert partials.dq.nbytes + partials.place.nbytes <= 4 * of_head
+
+
+@pytest.mark.parametrize(("block_size", "variant"), [(128, "sm90"), (192, "sm90"), (512, "portable")])
+def test_gradients_of_scores_that_cannot_be_kept(block_size, variant):
+    case = make_case([1000], block_size, 2, dim=128, dtype=torch.bfloat16, device="cuda")
+    partials = triton_backend.new_dq_partials(case.selected, 128, torch.bfloat16, keeps_ds=case.lists)
+    empty = torch.empty(case.part.k.shape, device="cuda")
+    with pytest.raises(ValueError, match=f"not kept by variant '{variant}' for blocks of {block_size} keys"):
+        backward.attend_backward(
+            case.part, case.lists, case.rows, q=case.q, dout=case.dout, lse=case.lse, delta=case.delta, scale=case.scale,
+            dk=empty, dv=empty, dq_partials=partials, accumulate=False, variant=variant,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["block 128", "block 512", "hot block"])

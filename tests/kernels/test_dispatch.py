@@ -38,7 +38,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict]]:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes and dtype are served by the Hopper kernels, as on a Hopper."""
-    monkeypatch.setattr(dispatch, "_sm90_serves", lambda *_: True)
+    monkeypatch.setattr(dispatch, "sm90_serves", lambda *_: True)
 
 
 def case_of(block_size: int) -> Case:
@@ -51,12 +51,12 @@ def attend(case: Case, **variant: str) -> None:
     forward.attend(case.q, case.part, case.lists, case.rows, case.scale, partials, **variant)
 
 
-def attend_backward(case: Case, **variant: str) -> dict[str, torch.Tensor]:
+def attend_backward(case: Case, kept: DqPartials | None = None, **variant: str) -> dict[str, torch.Tensor]:
     dk, dv = (torch.empty(x.shape) for x in (case.part.k, case.part.v))
     dq = torch.empty(*case.selected.shape, case.q.shape[2], dtype=case.q.dtype)
     backward.attend_backward(
         case.part, case.lists, case.rows, q=case.q, dout=case.dout, lse=case.lse, delta=case.delta, scale=case.scale,
-        dk=dk, dv=dv, dq_partials=DqPartials(dq), accumulate=False, **variant,
+        dk=dk, dv=dv, dq_partials=kept or DqPartials(dq), accumulate=False, **variant,
     )  # fmt: skip
     return {"dk": dk, "dv": dv, "dq": dq}
 
@@ -116,6 +116,21 @@ def test_backward_launches(launches: dict[str, dict], block_size: int, variant: 
     for arguments in launches.values():
         check(arguments, case, **results)
         assert ("WARPS" in arguments) == (variant == "sm90")
+
+
+@pytest.mark.usefixtures("hopper")
+def test_backward_launches_where_gradients_of_scores_are_kept(launches: dict[str, dict]) -> None:
+    case = case_of(SIZES["large blocks"])
+    items = (case.lists.item_bin.numel(), case.block_size, 128)
+    kept = DqPartials(torch.empty(items, dtype=case.q.dtype), torch.empty(case.selected.shape, dtype=torch.int32))
+    attend_backward(case, kept)
+    assert list(launches) == ["dkdv_kernel", "dq_of_ds_kernel"]
+    assert launches["dkdv_kernel"]["KEEPS"]
+    assert launches["dkdv_kernel"]["dq"] is launches["dq_of_ds_kernel"]["ds"] is kept.dq
+    reading = launches["dq_of_ds_kernel"]
+    check(reading, case, place=kept.place)
+    assert (reading["place_head"], reading["place_token"]) == kept.place.stride()[:2]
+    assert (reading["BLOCK"], reading["ROWS"]) == items[1:]
 
 
 @pytest.mark.usefixtures("hopper")

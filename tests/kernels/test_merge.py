@@ -68,6 +68,21 @@ def check_merge_dq(tokens, q_heads, topk, dim, dtype, tolerance, selected_dtype=
     assert int(whole.isnan().sum()) == whole.numel() - dq.numel()
 
 
+@interpreter.interpreted
+def test_partial_dq_at_places():
+    """Partials elsewhere in memory, in any order, give the bits of those in their slots; other places hold NaN."""
+    partials, selected = make_partials(40, 2, 3, 24, torch.float32)
+    memory = torch.full((400, 24), NAN, device=DEVICE)
+    place = torch.randperm(400, device=DEVICE)[: selected.numel()].view(selected.shape)
+    memory[place] = partials.out
+    place = place.masked_fill(selected < 0, 1 << 30).int()  # never read
+    expected, dq = (torch.full((40, 2, 24), NAN, device=DEVICE) for _ in range(2))
+    merge.merge_dq(DqPartials(partials.out), selected=selected, dq=expected)
+    merge.merge_dq(DqPartials(memory, place), selected=selected, dq=dq)
+    assert not dq.isnan().any()
+    assert torch.equal(dq, expected)
+
+
 SHAPES = {"one row": (1, 1, 1, 16), "several tiles": (150, 2, 5, 24), "wide": (9, 3, 2, 256)}
 
 

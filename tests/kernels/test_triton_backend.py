@@ -38,7 +38,7 @@ PRIMITIVES = [
 ]
 
 
-@pytest.mark.parametrize("name", [*PRIMITIVES, "bytes_per_slot", "new_partials", "new_dq_partials"])
+@pytest.mark.parametrize("name", [*PRIMITIVES, "bytes_per_slot", "kept_ds_bytes", "new_partials", "new_dq_partials"])
 def test_same_signatures(name):
     """Same parameters in the same order and of the same kind. A backend may append optional ones."""
     ours, theirs = (inspect.signature(getattr(b, name)).parameters for b in (triton_backend, torch_backend))
