@@ -331,11 +331,6 @@ SM90_DQ_OF_DS = GluonConfig(rows=128, keys=64, num_warps=4, ahead=1)
 """The same from kept gradients of scores. Bound by memory: three programs per multiprocessor."""
 
 
-def can_keep_ds(block_size: int) -> bool:
-    """Whether the Hopper kernels can keep the gradients of scores: blocks of several tiles of 128 keys."""
-    return block_size > 128 and block_size % 128 == 0
-
-
 DELTA = RowConfig(rows=32)
 
 

@@ -54,6 +54,11 @@ def heads_at_once(kv_heads: int, group_size: int, q_bytes: int) -> int:
     return 1 << (most.bit_length() - 1) if most else 1
 
 
+def can_keep_ds(block_size: int) -> bool:
+    """Whether the Hopper kernels can keep the gradients of scores: blocks of several tiles of 128 keys."""
+    return block_size > 128 and block_size % 128 == 0
+
+
 def padded(size: int) -> int:
     """The size of a tile dimension of `size` elements: a power of two, at least 16, which tensor cores need."""
     return max(16, next_power_of_2(size))

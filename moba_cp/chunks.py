@@ -10,6 +10,8 @@ from torch import Tensor
 
 ROW_MULTIPLE = 128
 """Chunks of query rows end at multiples of this."""
+LONG_ROWS = 1 << 17
+"""Rows from which the keys of one kv head, 128 per program, are work for all multiprocessors of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,22 @@ def ranges_of(tokens: int, most: int, q_heads: int, kv_heads: int, head_bytes: i
         rows = [slice(min(b, tokens), min(b + per_chunk, tokens)) for b in begins]
         ranges.append((heads, tuple(Chunk(heads, q_heads_here, r, whole) for r in rows)))
     return tuple(ranges)
+
+
+def heads_that_keep_ds(of_head: int, together: int, kv_heads: int, rows: int, workspace_bytes: int) -> int:
+    """Kv heads that are worked on together where backward keeps gradients of scores; 0: it keeps none.
+
+    It keeps them where those of one kv head fit the workspace and all partial results together do not. Where these fit as well, a
+    head alone must be work enough for a GPU, and memory at most doubles.
+
+    Args:
+        of_head: bytes of one kv head with its gradients of scores; 0 where they cannot be kept.
+        together: bytes of all partial results without gradients of scores.
+        rows: query rows.
+    """
+    at_once = min(kv_heads, workspace_bytes // of_head) if of_head else 0
+    keeps = together > workspace_bytes or (rows >= LONG_ROWS and at_once * of_head <= 2 * together)
+    return at_once if keeps else 0
 
 
 def most_at_once(most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> tuple[int, int]:

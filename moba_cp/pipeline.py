@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chunks import Chunk, Ranges, ranges_of
+from .chunks import Chunk, Ranges, heads_that_keep_ds, ranges_of
 from .config import MoBAConfig
 from .kernels import Backend, KVPart, QueryRows, RoutingLists, backend_for, query_rows
 from .kernels.torch_backend import accumulate_dtype
@@ -399,20 +399,19 @@ def _partial_bytes(call: Call, q: Tensor, v: Tensor) -> int:
 def _kept_ds_bytes(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> int:
     """Bytes per row and q head where the call's backward pass keeps gradients of scores, else 0.
 
-    It keeps them where it takes no more memory for that: where all partial results together do not fit the workspace, but those
-    of one kv head do with its gradients of scores. Chunks of rows, or of parts that travel, would cost more than is saved.
+    Not with several ranks, nor in chunks of rows: to bring keys again, or to add to sums again, would cost more than is saved.
     """
     most, kv_heads = call.plan.plan.layout.most_local_tokens, k.shape[1]
     if not (call.keep_lists or backward) or call.comm.size > 1 or not most or not kv_heads:
-        return 0
-    if most * q.shape[1] * _partial_bytes(call, q, v) <= call.workspace_bytes:
         return 0
     of_head = call.backend.kept_ds_bytes(
         q, v, rows=most, kv_heads=kv_heads, slots=call.topk, n_blocks=call.n_blocks, block_size=call.config.block_size
     )
     head_rows = most * (q.shape[1] // kv_heads)
     head_bytes = -(-of_head // head_rows)
-    return head_bytes if head_bytes * head_rows <= call.workspace_bytes else 0
+    together = most * q.shape[1] * _partial_bytes(call, q, v)
+    keeps = heads_that_keep_ds(head_bytes * head_rows, together, kv_heads, most, call.workspace_bytes)
+    return head_bytes if keeps else 0
 
 
 def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:

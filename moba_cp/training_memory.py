@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .chunks import heads_that_keep_ds
 from .config import DEFAULT_WORKSPACE_BYTES
+from .kernels.sizes import can_keep_ds
 
 GIB = 1 << 30
 OUTSIDE_TORCH = int(1.5 * GIB)
@@ -39,6 +41,7 @@ class TrainingShape:
         head_parallel: ranks that split heads; above 1 attention keeps its head-sharded inputs.
         in_flight: micro-batches whose forward pass is done and whose backward is not (at most ``pipeline`` under 1F1B).
         workspace_bytes: see `moba_attention`.
+        block_size: of MoBA, for the gradients of scores that backward keeps where they fit the workspace; 0: none.
     """
 
     layers: int
@@ -67,6 +70,7 @@ class TrainingShape:
     head_parallel: int = 1
     in_flight: int = 1
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    block_size: int = 0
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:
@@ -220,7 +224,16 @@ def _attention(s: TrainingShape) -> int:
     slots = s.topk * (2 * s.head_dim + 8) * s.heads // s.tensor
     workspace = min(s.workspace_bytes, s.tokens * slots) if s.topk else 0
     lists = 4 * s.topk * s.heads // s.tensor * s.tokens * min(1.0, workspace / max(1, s.tokens * slots)) * 2
-    return s.tokens * (size * values + sums + remote) + workspace + int(lists)
+    return s.tokens * (size * values + sums + remote) + max(workspace, _kept_ds(s, s.tokens * slots)) + int(lists)
+
+
+def _kept_ds(s: TrainingShape, together: int) -> int:
+    """Partial results with the gradients of scores that backward keeps; `together`: all of them without these."""
+    if s.context > 1 or not s.bf16 or not can_keep_ds(s.block_size):
+        return 0
+    of_head = s.tokens * s.topk * (s.heads // s.kv_heads) * (s.itemsize * s.block_size + 4)
+    kv_heads = max(1, s.kv_heads // s.tensor)
+    return of_head * heads_that_keep_ds(of_head, together, kv_heads, s.tokens, s.workspace_bytes)
 
 
 def _loss(s: TrainingShape) -> int:

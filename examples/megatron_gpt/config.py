@@ -41,9 +41,15 @@ class MoBASection:
     topk: int = 3  # the query's own block counts
     comm: str = "auto"  # as `comm=` of moba_cp.moba_attention
     head_parallel: int = 0  # context-parallel ranks that split heads, with a2a and auto; 0: comm decides
+    workspace_gib: float = 0.0  # memory for partial results of a layer; 0: the library's default
     full_last_layers: int = 0  # this many layers at the end: full causal attention
     layer_pattern: list[int] = field(default_factory=list)  # or one entry a layer: 1 MoBA, 0 full
     fraction: float = 1.0  # of the steps with MoBA; the rest of the run computes full attention in every layer
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        """`workspace_bytes` of the layers; None: the library's default."""
+        return math.ceil(self.workspace_gib * 2**30) or None
 
 
 @dataclass
@@ -175,6 +181,8 @@ def _check(config: TrainConfig) -> None:
                 raise ValueError(f"{section}.{name} must be at least 1, got {value}")
     if config.moba.head_parallel < 0:
         raise ValueError(f"moba.head_parallel must not be negative (0: comm decides), got {config.moba.head_parallel}")
+    if not 0 <= config.moba.workspace_gib < math.inf:
+        raise ValueError(f"moba.workspace_gib must not be negative (0: the default), got {config.moba.workspace_gib}")
     if not 0 <= config.moba.fraction <= 1:
         raise ValueError(f"moba.fraction must be between 0 and 1, got {config.moba.fraction}")
     if data.seq_length < 1:

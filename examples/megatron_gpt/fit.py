@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from moba_cp.config import DEFAULT_WORKSPACE_BYTES
 from moba_cp.training_memory import GIB, TrainingShape, training_peak
 
 from .config import TrainConfig, uses_long_layers
@@ -149,6 +150,8 @@ def shape_of(config: TrainConfig, data: int) -> TrainingShape:
         offload=run.offload_inputs,
         head_parallel=parallel.context if config.moba.comm == "a2a" else max(1, config.moba.head_parallel),
         in_flight=max(1, min(parallel.pipeline, micro_batches)),
+        workspace_bytes=config.moba.workspace_bytes or DEFAULT_WORKSPACE_BYTES,
+        block_size=config.moba.block_size,
     )
 
 

@@ -168,6 +168,7 @@ def block_spec(config: TrainConfig, transformer_config: TransformerConfig) -> Tr
         layer_pattern=settings.layer_pattern,
         full_attention_comm=settings.full_attention_comm,
         head_parallel=settings.head_parallel,
+        workspace_bytes=settings.workspace_bytes,
     )
     if uses_long_layers(config):
         run = config.run
@@ -188,6 +189,7 @@ def moba_settings(config: TrainConfig) -> MoBASettings:
         layer_pattern=tuple(section.layer_pattern) or None,
         full_attention_comm=full_comm_of(section.comm) or "auto" if section.comm.startswith("a2a") else "auto",
         head_parallel=section.head_parallel or None,
+        workspace_bytes=section.workspace_bytes,
     )
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import configs
 from ..dispatch import SM90, choose_variant
+from ..sizes import can_keep_ds
 from ..types import DqPartials, KVPart, QueryRows, RoutingLists
 from . import portable
 from .call import Call
@@ -62,7 +62,7 @@ def attend_backward(
         segment_bin,
         dq_partials.place,
     )
-    if dq_partials.place is not None and (variant != SM90 or not configs.can_keep_ds(shape.block_size)):
+    if dq_partials.place is not None and (variant != SM90 or not can_keep_ds(shape.block_size)):
         raise ValueError(
             f"gradients of scores are not kept by variant {variant!r} for blocks of {shape.block_size} keys"
         )

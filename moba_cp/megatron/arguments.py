@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -43,6 +44,12 @@ def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         default=_DEFAULTS.head_parallel,
         help="neighbouring context-parallel ranks that split heads, with a2a transports or auto; by default the first of "
         "--hierarchical-context-parallel-sizes, else the transport decides",
+    )
+    group.add_argument(
+        "--moba-workspace-gib",
+        type=float,
+        default=None,
+        help="GiB of memory for partial results of a layer's attention; more than the default makes the backward pass faster",
     )
     group.add_argument(
         "--moba-partition",
@@ -123,7 +130,14 @@ def settings_from_arguments(arguments: argparse.Namespace, num_layers: int | Non
         if pattern > layers:
             raise ValueError(f"--moba-layer-freq {pattern} leaves none of the {layers} layers to MoBA")
         pattern = tuple(int((number + 1) % pattern == 0) for number in range(layers))
-    optional = {"packed_partition": arguments.moba_packed_partition, "head_parallel": arguments.moba_head_parallel}
+    workspace = arguments.moba_workspace_gib
+    if workspace is not None and not 0 < workspace < math.inf:
+        raise ValueError(f"--moba-workspace-gib must be above 0, got {workspace}")
+    optional = {
+        "packed_partition": arguments.moba_packed_partition,
+        "head_parallel": arguments.moba_head_parallel,
+        "workspace_bytes": None if workspace is None else math.ceil(workspace * 2**30),
+    }
     return {name: value for name, value in optional.items() if value is not None} | {
         "moba_config": MoBAConfig(arguments.moba_block_size, arguments.moba_topk),
         "comm": arguments.moba_comm,

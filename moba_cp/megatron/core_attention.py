@@ -226,6 +226,8 @@ class MoBACoreAttention(MegatronModule):
             "comm": self.comm,
             "head_parallel": self._heads_over if same_size else None,
         }
+        if self._settings.workspace_bytes is not None:
+            options["workspace_bytes"] = self._settings.workspace_bytes
         if self.report_to is None:
             return moba_attention(q_thd, k_thd, v_thd, self.moba, **options)
         out_thd, report = moba_attention(q_thd, k_thd, v_thd, self.moba, return_report=True, **options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moba_cp import MoBAConfig
 from moba_cp.dense import COMMS as FULL_ATTENTION_COMMS
-from moba_cp.validation import COMMS, check_config
+from moba_cp.validation import COMMS, check_config, check_integer
 
 from .layout import PACKED_PARTITIONS, PARTITIONS
 
@@ -44,9 +44,10 @@ class MoBASettings:
         head_parallel: neighbouring context-parallel ranks that split heads, with ``"a2a..."`` or ``"auto"``.
             None: what Megatron's ``hierarchical_context_parallel_sizes`` says (:mod:`moba_cp.megatron.heads`), else the
             transport decides.
+        workspace_bytes: as for ``moba_cp.moba_attention``, whose default None stands for.
 
     Raises:
-        TypeError: ``moba`` is no ``MoBAConfig``.
+        TypeError: ``moba`` is no ``MoBAConfig``, or ``workspace_bytes`` no integer.
         ValueError: an unknown name, or a choice of layers that makes no sense.
     """
 
@@ -59,6 +60,7 @@ class MoBASettings:
     full_attention_comm: str = "auto"
     full_attention_backend: str = "torch"
     head_parallel: int | None = None
+    workspace_bytes: int | None = None
 
     def __post_init__(self) -> None:
         check_config(self.moba)
@@ -80,6 +82,8 @@ class MoBASettings:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.head_parallel is not None and self.head_parallel < 1:
             raise ValueError(f"head_parallel must be None or at least 1, got {self.head_parallel}")
+        if self.workspace_bytes is not None:
+            check_integer("workspace_bytes", self.workspace_bytes, least=1)
         if self.packed_partition is not None and self.packed_partition not in PACKED_PARTITIONS:
             raise ValueError(
                 f"packed_partition must be None or one of {PACKED_PARTITIONS}, got {self.packed_partition!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 from triton.compiler import ASTSource
 
-from moba_cp.kernels import configs
+from moba_cp.kernels import configs, sizes
 from moba_cp.kernels.backward import deltas, portable_kernels, segments
 from moba_cp.kernels.gpu import gpu_of_capability
 from moba_cp.kernels.sizes import padded
@@ -177,7 +177,7 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
         if name == "dkdv" and heads == 1:
             launched = common | more | tile_constants(dq)
             built[f"dq, group {group}"] = build(sm90.dq_kernel, launched, dtype, capability, dq.num_warps, ones=ones)
-        if name == "dkdv" and heads == 1 and configs.can_keep_ds(block_size) and not accumulate:
+        if name == "dkdv" and heads == 1 and sizes.can_keep_ds(block_size) and not accumulate:
             built |= build_keeping(constants | more, group, dtype, capability, ones)
     return built
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moba_cp.kernels import backward, configs, dispatch, lists, merge, sizes, triton_backend
+from moba_cp.kernels import backward, dispatch, lists, merge, sizes, triton_backend
 from moba_cp.kernels.backward import segments
 from moba_cp.kernels.types import DqPartials, KVPart
 from tests.kernels.backward_cases import Case, document_rows, make_case, relative, written_slots
@@ -92,7 +92,7 @@ def run_keeping(case: Case, *, accumulate: bool = False) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("segment_blocks", [32, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if configs.can_keep_ds(case["block_size"])])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if sizes.can_keep_ds(case["block_size"])])
 def test_keeping_gradients_of_scores_changes_no_bit(name, dtype, segment_blocks, monkeypatch):
     """dq then takes one product of the same dS; with short segments, bins are cut everywhere."""
     monkeypatch.setattr(segments, "SEGMENT_BLOCKS", segment_blocks)
