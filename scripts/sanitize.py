@@ -163,6 +163,10 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
         [0, 300, 301, 700], 64, 4, 4, 2, 64, 64, workspace_bytes=1 << 18
     ),
     "blocks of 100, D 96, portable": lambda: attention([0, 650], 100, 3, 2, 1, 96, 96),
+    # All partial results take 12.5 MB, those of one kv head with its gradients of scores 6.7.
+    "blocks of 256, gradients of scores kept": lambda: attention(
+        [0, 700, 2000], 256, 3, 8, 4, 128, 128, workspace_bytes=12_000_000
+    ),
     "blocks of 256, Dv unlike D": lambda: attention([0, 900], 256, 2, 2, 1, 128, 64),
     "many slots": lambda: attention([0, 700], 16, 24, 1, 1, 64, 64),
     "a selection that is given": lambda: attention([0, 1000], 128, 3, 2, 1, 128, 128, given=True),

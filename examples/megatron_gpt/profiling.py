@@ -29,7 +29,7 @@ _STAGES = (
     ("gate", re.compile(r"gate|scores|centroids")),
     ("lists", re.compile(r"count_kernel|scatter|item_kernel|wanted|segment")),
     ("merge", re.compile(r"merge|delta|gradients|add_rows")),
-    ("backward", re.compile(r"dkdv|dq_kernel|bwd|backward")),
+    ("backward", re.compile(r"dkdv|dq_kernel|dq_of_ds|bwd|backward")),
 )
 
 

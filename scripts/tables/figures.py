@@ -41,6 +41,8 @@ def figures(results: Path) -> Figures:
         "kernels": lambda: _kernels(content("kernels")),
         "kernels_h200": lambda: _host_times(content("kernels_h200")),
         "kernels_h200_short": lambda: _host_times(content("kernels_h200_short")),
+        "kernels_h200_long": lambda: _kept_peak(content("kernels_h200"), content("kernels_h200_long")),
+        "versions_kept_ds": lambda: _ratio(content("versions_kept_ds")),
         "scaling": lambda: _scaling(content("scaling")),
         "scaling_longest": lambda: _longest(content("scaling_longest")),
         "scaling_two": lambda: _foreseen(results, "scaling_two.json"),
@@ -51,6 +53,10 @@ def figures(results: Path) -> Figures:
     }
     found = {f"{file}.{name}": text for file, make in of_file.items() for name, text in make().items()}
     return found | trial_figures(content("trials"))
+
+
+KEPT = "long layers, workspace of 4.5 GiB"
+"""Label of the training run that keeps gradients of scores."""
 
 
 def one(entries: Sequence[Entry], **wanted: object) -> Entry:
@@ -72,6 +78,17 @@ def _host_times(content: dict[str, Any]) -> Figures:
         for name, key in (("host_8k", "host_ms"), ("time_8k", "median"))
     }
     return {name: f"{forward:.2f} / {both:.2f} ms" for name, (forward, both) in found.items()}
+
+
+def _kept_peak(before: dict[str, Any], after: dict[str, Any]) -> Figures:
+    sizes = {"tokens": 1 << 17, "q_heads": 16, "block_size": 512}
+    peaks = [one(x["results"], **sizes)["forward_backward_peak_gib"] for x in (after, before)]
+    return {"peak_512": f"{peaks[0]:.2f} GiB in place of {peaks[1]:.2f}"}
+
+
+def _ratio(content: dict[str, Any]) -> Figures:
+    times = one(content["results"], block_size=512)["times"]["after"]["forward_backward"]["ms"]
+    return {"ratio_512": f"{times['ratio']['median']:.3f} of the time"}
 
 
 def _foreseen(results: Path, later: str) -> Figures:
@@ -135,11 +152,14 @@ def _micro_batches(content: dict[str, Any]) -> Figures:
     label = "long layers, micro-batches of 16K"
     eager, graphs = (one(content["runs"], label=x) for x in (label, f"{label}, CUDA graphs"))
     work = sum(ms for name, ms in eager["profile"]["by_category"].items() if name != "idle")
+    runs = [one(content["runs"], label=x, attention="moba:512:8") for x in ("long layers", KEPT)]
+    attention = [run["profile"]["by_category"]["attention"] for run in runs]
     return {
         "kernels_16k": f"{work:.0f} ms",
         "step_16k": f"{1e3 * eager['step_seconds']:.0f} ms",
         "share_16k": _percent(work / 1e3 / eager["step_seconds"]),
         "graphs_16k": f"{1e3 * graphs['step_seconds']:.0f} ms",
+        "kept_attention": f"{attention[1]:.0f} ms in place of {attention[0]:.0f}",
     }
 
 

@@ -43,8 +43,15 @@ def test_flags_become_settings() -> None:
         "full_attention_comm": "ring",
         "full_attention_backend": "torch",
     }
+    assert settings_from_arguments(parse("--moba-workspace-gib", "0.5"))["workspace_bytes"] == 1 << 29
     with_te = settings_from_arguments(parse("--moba-full-attention-backend", "te"))
     assert (with_te["full_attention_comm"], with_te["full_attention_backend"]) == ("auto", "te")
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "inf", "nan"])
+def test_a_workspace_that_is_no_size_is_refused(size: str) -> None:
+    with pytest.raises(ValueError, match=f"--moba-workspace-gib must be above 0, got {float(size)}"):
+        settings_from_arguments(parse("--moba-workspace-gib", size))
 
 
 @pytest.mark.parametrize(

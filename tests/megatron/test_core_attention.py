@@ -19,7 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import MoBAConfig, reference
-from moba_cp.megatron import MoBACoreAttention, MoBASettings
+from moba_cp.megatron import MoBACoreAttention, MoBASettings, core_attention
 from moba_cp.megatron.layout import packed_layout
 from tests.megatron_models import packed_params
 from tests.ranks import run_ranks
@@ -272,3 +272,23 @@ def test_lengths_that_do_not_fit_the_tensors_are_refused() -> None:
     packed.cu_seqlens_kv = torch.tensor([0, 6])
     with pytest.raises(ValueError, match="cu_seqlens_kv differs"):
         build()(*random_qkv(4), packed_seq_params=packed)
+
+
+@pytest.mark.parametrize(("workspace", "given"), [(None, {}), (4096, {"workspace_bytes": 4096})])
+def test_the_workspace_reaches_the_layer(
+    workspace: int | None, given: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    attention = core_attention.moba_attention
+    noted = lambda *tensors, **options: seen.append(options) or attention(*tensors, **options)  # noqa: E731
+    monkeypatch.setattr(core_attention, "moba_attention", noted)
+    core = build(settings=MoBASettings(MOBA, workspace_bytes=workspace))
+    core(*random_qkv(20, 1), attention_mask=None, attn_mask_type=AttnMaskType.causal)
+    assert [{x: options[x] for x in options if x == "workspace_bytes"} for options in seen] == [given]
+
+
+def test_a_workspace_that_is_no_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="workspace_bytes must be at least 1, got 0"):
+        MoBASettings(MOBA, workspace_bytes=0)
+    with pytest.raises(TypeError, match="workspace_bytes must be an int"):
+        MoBASettings(MOBA, workspace_bytes=1.5)  # type: ignore[arg-type]

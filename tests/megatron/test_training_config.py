@@ -115,6 +115,8 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
         (["moba.full_last_layers=-1"], "full_last_layers must be from 0 to model.num_layers=2, got -1"),
         (["moba.head_parallel=3", "parallel.context=2"], "head_parallel must divide the 2 ranks of the layout, got 3"),
         (["moba.comm=ring", "moba.head_parallel=2", "parallel.context=2"], "comm='ring' does not split heads"),
+        (["moba.workspace_gib=-1"], "moba.workspace_gib must not be negative .* got -1"),
+        (["moba.workspace_gib=nan"], "moba.workspace_gib must not be negative .* got nan"),
         (["moba.comm=a2a", "moba.head_parallel=1", "parallel.context=2"], "comm='a2a' splits heads over all 2 ranks"),
         (
             ["moba.comm=a2a", "parallel.context=2", "parallel.tensor=4", "model.num_query_groups=4"],
