@@ -191,7 +191,8 @@ class Backend(Protocol):
             lse, delta: `[Hq, T]`, of `merge` and `delta`.
             dk, dv: of the shapes of `part.k`, `part.v`, in the accumulation dtype or the keys'. Every row of a pair in the
                 part is written (zeros where no row selected it), or added to with `accumulate`.
-            dq_partials: `new_dq_partials(selected, D, q.dtype)`; written at the slots of this part's blocks.
+            dq_partials: `new_dq_partials(selected, D, q.dtype)`; written at the slots of this part's blocks. Where it keeps
+                gradients of scores, of these `lists`.
             accumulate: add to `dk` and `dv` instead of writing them.
         """
 

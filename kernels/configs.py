@@ -329,8 +329,6 @@ SM90_DQ = GluonConfig(rows=128, keys=64, num_warps=8)
 """Partial dq on Hopper: rows stay on chip, keys stream."""
 SM90_DQ_OF_DS = GluonConfig(rows=128, keys=64, num_warps=4, ahead=1)
 """The same from kept gradients of scores. Bound by memory: three programs per multiprocessor."""
-
-
 DELTA = RowConfig(rows=32)
 
 

@@ -28,7 +28,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def programs_for(n_items: int, resident: int) -> int:
-    """Programs that share `n_items` work items evenly, where `resident` programs run at the same time.
+    """Programs that share `n_items` work items, where `resident` programs run at the same time.
 
     A program requests its next item's rows while it computes, so it should have several items. But multiprocessors that other
     kernels hold for a while must find less to do: hence about `ITEMS_PER_PROGRAM` items each, in full waves of programs.
@@ -52,6 +52,10 @@ def heads_at_once(kv_heads: int, group_size: int, q_bytes: int) -> int:
     """
     most = min(kv_heads, ROWS_AT_ONCE // max(2 * q_bytes, 1), GROUPS_AT_ONCE // max(2 * q_bytes * group_size, 1))
     return 1 << (most.bit_length() - 1) if most else 1
+
+
+HOPPER_DIMS = (64, 128)
+"""Head sizes that the Hopper kernels serve."""
 
 
 def can_keep_ds(block_size: int) -> bool:

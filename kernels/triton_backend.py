@@ -20,7 +20,7 @@ from .gradients import add_gradients
 from .lists import route
 from .merge import merge, merge_dq
 from .selection import place_selection
-from .sizes import can_keep_ds
+from .sizes import can_keep_ds, cdiv
 from .types import DqPartials, Partials, RoutingLists
 from .wanted import wanted_pairs
 
@@ -80,7 +80,7 @@ def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int,
     if not can_keep_ds(block_size) or not sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size):
         return 0
     entries = rows * slots * (q.shape[1] // kv_heads)
-    items = entries // configs.LISTS.item_rows_large + n_blocks
+    items = cdiv(entries, configs.LISTS.item_rows_large) + n_blocks
     if entries >= 1 << configs.LISTS.entry_bits - 1 or items * block_size >= 1 << 30:
         return 0  # int32 entries and places
     return items * configs.LISTS.item_rows_large * block_size * q.itemsize + 4 * entries

@@ -8,10 +8,12 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from .kernels.sizes import HOPPER_DIMS, can_keep_ds
+
 ROW_MULTIPLE = 128
 """Chunks of query rows end at multiples of this."""
-LONG_ROWS = 1 << 17
-"""Rows from which the keys of one kv head, 128 per program, are work for all multiprocessors of a GPU."""
+LONG_ROWS = 100_000
+"""Rows whose keys, 128 per program, are work for a GPU: six programs for each of 132 multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,46 @@ def ranges_of(tokens: int, most: int, q_heads: int, kv_heads: int, head_bytes: i
 def heads_that_keep_ds(of_head: int, together: int, kv_heads: int, rows: int, workspace_bytes: int) -> int:
     """Kv heads that are worked on together where backward keeps gradients of scores; 0: it keeps none.
 
-    It keeps them where those of one kv head fit the workspace and all partial results together do not. Where these fit as well, a
-    head alone must be work enough for a GPU, and memory at most doubles.
+    Where all partial results together fit the workspace, it takes no more memory than they would, or with `LONG_ROWS` or more
+    twice as much. Fewer rows of heads together than `LONG_ROWS` would leave a GPU idle, so then it keeps none.
 
     Args:
         of_head: bytes of one kv head with its gradients of scores; 0 where they cannot be kept.
         together: bytes of all partial results without gradients of scores.
         rows: query rows.
     """
-    at_once = min(kv_heads, workspace_bytes // of_head) if of_head else 0
-    keeps = together > workspace_bytes or (rows >= LONG_ROWS and at_once * of_head <= 2 * together)
-    return at_once if keeps else 0
+    most = workspace_bytes
+    if together <= workspace_bytes:
+        most = min(workspace_bytes, 2 * together if rows >= LONG_ROWS else together)
+    at_once = min(kv_heads, most // of_head) if of_head else 0
+    return at_once if at_once * rows >= LONG_ROWS else 0
+
+
+def estimated_kept_ds(
+    *,
+    rows: int,
+    slots: int,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    block_size: int,
+    together: int,
+    workspace_bytes: int,
+) -> int:
+    """Bytes of partial results with the gradients of scores that backward keeps on a Hopper GPU for 16-bit inputs; 0: none.
+
+    As `Backend.kept_ds_bytes`, for one document.
+    """
+    if not can_keep_ds(block_size) or dim not in HOPPER_DIMS:
+        return 0
+    items = rows * slots * (q_heads // kv_heads) // 128 + rows // block_size + 1
+    of_head = items * 128 * (2 * block_size + 4)
+    return of_head * heads_that_keep_ds(of_head, together, kv_heads, rows, workspace_bytes)
 
 
 def most_at_once(most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> tuple[int, int]:
     """kv heads per range and rows per chunk, for the arguments of `ranges_of`."""
     row_bytes = max(1, q_heads // kv_heads * head_bytes)  # of one kv head
     per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes)))
-    return per_range, max(ROW_MULTIPLE, workspace_bytes // (per_range * row_bytes) // ROW_MULTIPLE * ROW_MULTIPLE)
+    rows = workspace_bytes // (per_range * row_bytes)
+    return per_range, rows if rows >= most else max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE)

@@ -214,7 +214,7 @@ def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: T
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v, backward=True)
     exchange = open_backward(saved.route, home, call.comm, work_of(call, ranges, k))
-    keeps_ds = bool(_kept_ds_bytes(call, q, k, v, backward=True))
+    keeps_ds = _heads_that_keep_ds(call, q, k, v, backward=True) > 0
     with call.stage("delta"):
         delta = call.backend.delta(out=saved.out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -386,8 +386,10 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool =
         backward: for a backward pass.
     """
     most = call.plan.plan.layout.most_local_tokens
-    head_bytes = _kept_ds_bytes(call, q, k, v, backward) or _partial_bytes(call, q, v)
-    return ranges_of(len(q), most, q.shape[1], k.shape[1], head_bytes, call.workspace_bytes)
+    kept = _heads_that_keep_ds(call, q, k, v, backward)
+    if kept:
+        return ranges_of(len(q), most, q.shape[1], k.shape[1], 1, kept * most * (q.shape[1] // k.shape[1]))
+    return ranges_of(len(q), most, q.shape[1], k.shape[1], _partial_bytes(call, q, v), call.workspace_bytes)
 
 
 def _partial_bytes(call: Call, q: Tensor, v: Tensor) -> int:
@@ -396,8 +398,8 @@ def _partial_bytes(call: Call, q: Tensor, v: Tensor) -> int:
     return call.topk * call.backend.bytes_per_slot(width, q.dtype)
 
 
-def _kept_ds_bytes(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> int:
-    """Bytes per row and q head where the call's backward pass keeps gradients of scores, else 0.
+def _heads_that_keep_ds(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> int:
+    """Kv heads per range where the call's backward pass keeps gradients of scores, else 0.
 
     Not with several ranks, nor in chunks of rows: to bring keys again, or to add to sums again, would cost more than is saved.
     """
@@ -407,11 +409,8 @@ def _kept_ds_bytes(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) 
     of_head = call.backend.kept_ds_bytes(
         q, v, rows=most, kv_heads=kv_heads, slots=call.topk, n_blocks=call.n_blocks, block_size=call.config.block_size
     )
-    head_rows = most * (q.shape[1] // kv_heads)
-    head_bytes = -(-of_head // head_rows)
     together = most * q.shape[1] * _partial_bytes(call, q, v)
-    keeps = heads_that_keep_ds(head_bytes * head_rows, together, kv_heads, most, call.workspace_bytes)
-    return head_bytes if keeps else 0
+    return heads_that_keep_ds(of_head, together, kv_heads, most, call.workspace_bytes)
 
 
 def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .chunks import heads_that_keep_ds
+from .chunks import estimated_kept_ds
 from .config import DEFAULT_WORKSPACE_BYTES
-from .kernels.sizes import can_keep_ds
 
 GIB = 1 << 30
 OUTSIDE_TORCH = int(1.5 * GIB)
@@ -228,12 +227,16 @@ def _attention(s: TrainingShape) -> int:
 
 
 def _kept_ds(s: TrainingShape, together: int) -> int:
-    """Partial results with the gradients of scores that backward keeps; `together`: all of them without these."""
-    if s.context > 1 or not s.bf16 or not can_keep_ds(s.block_size):
+    """Partial results with the gradients of scores that backward keeps, or 0; `together`: all of them without these.
+
+    With several context-parallel ranks, only those that split all heads keep any: not counted.
+    """
+    if s.context > 1 or not s.bf16:
         return 0
-    of_head = s.tokens * s.topk * (s.heads // s.kv_heads) * (s.itemsize * s.block_size + 4)
-    kv_heads = max(1, s.kv_heads // s.tensor)
-    return of_head * heads_that_keep_ds(of_head, together, kv_heads, s.tokens, s.workspace_bytes)
+    return estimated_kept_ds(
+        rows=s.tokens, slots=s.topk, q_heads=max(1, s.heads // s.tensor), kv_heads=max(1, s.kv_heads // s.tensor),
+        dim=s.head_dim, block_size=s.block_size, together=together, workspace_bytes=s.workspace_bytes,
+    )  # fmt: skip
 
 
 def _loss(s: TrainingShape) -> int:

@@ -10,6 +10,7 @@ Each timed configuration is checked on the tensors that were timed (`harness.che
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Case:
 
     @property
     def workspace_bytes(self) -> int:
-        return int(self.workspace_gib * 2**30) or DEFAULT_WORKSPACE_BYTES
+        return math.ceil(self.workspace_gib * 2**30) or DEFAULT_WORKSPACE_BYTES
 
     @property
     def shape(self) -> dict[str, int]:

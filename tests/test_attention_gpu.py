@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from moba_cp import MoBAConfig, SequenceLayout, moba_attention, moba_attn_varlen, reference
+from moba_cp import MoBAConfig, SequenceLayout, chunks, moba_attention, moba_attn_varlen, reference
 from moba_cp.kernels import triton_backend
 from moba_cp.parallel import cost
 from moba_cp.parallel.exchanges import pull
@@ -95,10 +95,13 @@ def test_keeping_gradients_of_scores_changes_no_bit(case: tuple, monkeypatch: py
         return make_partials(*arguments, keeps_ds=keeps_ds)
 
     monkeypatch.setattr(triton_backend, "new_dq_partials", noted)
+    monkeypatch.setattr(chunks, "LONG_ROWS", 1)
     cu, _, topk, q_heads, _, dim, _ = case
     all_partials = cu[-1] * q_heads * topk * triton_backend.bytes_per_slot(dim, torch.bfloat16)
     layout = SequenceLayout.contiguous(cu, 1)
-    whole = run(case, layout, 0, "auto", all_partials)
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_backend, "kept_ds_bytes", lambda *_, **__: 0)
+        whole = run(case, layout, 0, "auto", all_partials)
     assert kept
     assert not any(kept)
     kept.clear()

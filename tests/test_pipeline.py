@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 import torch
 
-from moba_cp import MoBAConfig, SequenceLayout
+from moba_cp import MoBAConfig, SequenceLayout, chunks
 from moba_cp.kernels import Backend, torch_backend
 from moba_cp.kernels.dispatch import aligned
 from moba_cp.parallel.blocks import home_plan, rank_plan
@@ -68,7 +68,7 @@ def heads_at_once(call: Call, backward: bool = False) -> list[int]:
 @pytest.mark.parametrize(
     ("workspace", "without", "keeping"),
     [
-        (HEADS * SLOTS, [6], [6]),  # all partial results fit, and the call takes no more memory than they do
+        (HEADS * SLOTS, [6], [4, 2]),  # all partial results fit; with gradients of scores no more memory is taken
         (HEADS * SLOTS - 1, [5, 1], [4, 2]),
         (12 * MIB, [2, 2, 2], [2, 2, 2]),
         (12 * MIB - 1, [2, 2, 2], [1] * 6),
@@ -76,18 +76,22 @@ def heads_at_once(call: Call, backward: bool = False) -> list[int]:
     ],
 )
 def test_gradients_of_scores_are_kept_within_the_workspace(
-    workspace: int, without: list[int], keeping: list[int]
+    workspace: int, without: list[int], keeping: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(chunks, "LONG_ROWS", TOKENS)
     assert heads_at_once(plain_call(workspace, 0)) == without
     call = plain_call(workspace, 6 * MIB)
     assert heads_at_once(call) == heads_at_once(call, backward=True) == keeping
 
 
-def test_who_keeps_gradients_of_scores() -> None:
-    """Backward passes, and forward passes whose lists these take; not those of several ranks."""
+def test_who_keeps_gradients_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward passes, and forward passes whose lists these take; not those of several ranks, nor where that is little work."""
+    monkeypatch.setattr(chunks, "LONG_ROWS", TOKENS)
     call = plain_call(12 * MIB - 1, 6 * MIB)
     made_again = replace(call, keep_lists=False)
     assert heads_at_once(call) == heads_at_once(made_again, backward=True) == [1] * 6
     assert heads_at_once(made_again) == [2, 2, 2]
     several = replace(call, comm=cast(CommGroup, SimpleNamespace(size=2)))
     assert heads_at_once(several) == heads_at_once(several, backward=True) == [2, 2, 2]
+    monkeypatch.setattr(chunks, "LONG_ROWS", TOKENS + 1)
+    assert heads_at_once(call) == [2, 2, 2]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dispatch import SM90, choose_variant
 from ..sizes import can_keep_ds
-from ..types import DqPartials, KVPart, QueryRows, RoutingLists
+from ..types import OWN_TILE, DqPartials, KVPart, QueryRows, RoutingLists
 from . import portable
 from .call import Call
 from .deltas import delta
@@ -43,6 +43,14 @@ def attend_backward(
     if shape.n_bins == 0 or part.k.shape[0] == 0:
         return
     variant = choose_variant(q, part, lists, dout, requested=variant)
+    if dq_partials.place is not None:
+        items = (lists.item_bin.numel(), shape.block_size, OWN_TILE)
+        if variant != SM90 or not can_keep_ds(shape.block_size):
+            raise ValueError(
+                f"gradients of scores are not kept by variant {variant!r} for blocks of {shape.block_size} keys"
+            )
+        if dq_partials.dq.shape != items or shape.rows_per_item != OWN_TILE:
+            raise ValueError(f"gradients of scores need {items}, those of the lists, got {tuple(dq_partials.dq.shape)}")
     n_segments = segment_count(q.shape[0], shape)
     segment_bin = find_segments(lists.pointer, n_segments, shape.block_size) if n_segments else lists.pointer
     call = Call(
@@ -62,10 +70,6 @@ def attend_backward(
         segment_bin,
         dq_partials.place,
     )
-    if dq_partials.place is not None and (variant != SM90 or not can_keep_ds(shape.block_size)):
-        raise ValueError(
-            f"gradients of scores are not kept by variant {variant!r} for blocks of {shape.block_size} keys"
-        )
     if variant == SM90:
         from . import sm90  # Gluon is experimental: imported only where it runs
 

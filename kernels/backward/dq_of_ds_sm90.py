@@ -33,7 +33,7 @@ def _copy_tile(
     async_copy.commit_group()
 
 
-@gluon.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=[*UNALIGNED, "place"])
+@gluon.jit(do_not_specialize=[*VARYING, "place_head"], do_not_specialize_on_alignment=[*UNALIGNED, "place"])
 def dq_of_ds_kernel(
     ds, k, entry, item_bin, item_start, item_end, start, length, place, k_row, k_head, place_head, place_token,
     start_head, n_blocks, group, scale,

@@ -41,6 +41,13 @@ def _block(start, length, bin_, n_blocks, start_head):
 
 
 @gluon.jit
+def _turns(program, step, per_program, n_items):
+    """First work item of a program, which takes every `step`-th one, and the end of the items of its wave of `step` programs."""
+    wave = program // step
+    return wave * step * per_program + program % step, gl.minimum(n_items, (wave + 1) * step * per_program)
+
+
+@gluon.jit
 def _tiles(limit, held, KEYS: gl.constexpr):
     """Tiles of keys that some row of an item sees, at least one, and how many of them every row sees entirely.
 
@@ -88,9 +95,7 @@ def dq_kernel(
     overlaps with the next tile's scores, so a stage of keys is free two tiles later, and a stage of values one tile later.
     """
     STAGES: gl.constexpr = 3
-    wave = gl.program_id(0) // step
-    first_item = wave * step * per_program + gl.program_id(0) % step
-    n_items = gl.minimum(n_items, (wave + 1) * step * per_program)
+    first_item, n_items = _turns(gl.program_id(0), step, per_program, n_items)
     item = first_item
 
     GATHER: gl.constexpr = gather_layout(D, WARPS)

@@ -183,7 +183,7 @@ def saved_by_budgets(best: Option, layer: Layer, cluster: Cluster, calibration: 
         counts = " / ".join(f"{now} instead of {before}" for now, before in walked)
         travel = f"keys and values travel {counts} times forward / backward; "
     sizes = ", ".join(f"{name} {value / 2**30:g} GiB" for name, value in changed.items())
-    untried = ["a workspace above the default has not run on a GPU yet"] * ("workspace_bytes" in changed)
+    untried = ["a workspace above the default has run on one GPU only"] * ("workspace_bytes" in changed)
     return [f"{sizes}: {travel}{times:.1f} ms with the defaults", *untried]
 
 

@@ -11,7 +11,16 @@ SUFFIXES = {"K": 1 << 10, "M": 1 << 20}
 DIGITS = frozenset("0123456789")
 MODEL_KEYS = ("num_attention_heads", "num_query_groups", "hidden_size", "kv_channels", "num_layers")
 """What is read of `model`. Its other keys say nothing about attention."""
-MOBA_KEYS = ("block_size", "topk", "comm", "head_parallel", "full_last_layers", "layer_pattern", "fraction")
+MOBA_KEYS = (
+    "block_size",
+    "topk",
+    "comm",
+    "head_parallel",
+    "workspace_gib",
+    "full_last_layers",
+    "layer_pattern",
+    "fraction",
+)
 """What `moba` may hold. The first two are read; the others choose what the plan recommends, or layers."""
 OTHER_NAMES = {"num_key_value_heads": "num_query_groups", "num_hidden_layers": "num_layers", "head_dim": "kv_channels"}
 """What Hugging Face calls keys of `model`."""

@@ -49,7 +49,7 @@ def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--moba-workspace-gib",
         type=float,
         default=None,
-        help="GiB of memory for partial results of a layer's attention; more than the default makes the backward pass faster",
+        help="GiB of memory for partial results of a layer's attention; where gradients of scores fit too, backward is faster",
     )
     group.add_argument(
         "--moba-partition",

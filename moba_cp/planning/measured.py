@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def _measured(entry: dict[str, Any], source: str) -> Measured:
         entry.get("transport", "local"), ranks, entry.get("head_ranks") or entry.get("head_parallel") or ranks,
         entry.get("layout", "zigzag"), entry.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES),
     )  # fmt: skip
+    if "workspace_gib" in entry:
+        split = replace(split, workspace_bytes=math.ceil(entry["workspace_gib"] * 2**30))
     trained = entry.get("routing") == "trained"
     layer = Layer(
         tokens=entry["tokens"],

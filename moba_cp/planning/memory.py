@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..chunks import estimated_kept_ds
 from ..parallel.heads import head_split
 from ..wide import slabs_of
 from .prediction import keeps_parts
@@ -59,7 +60,7 @@ def memory(layer: Layer, split: Split) -> Memory:
         "gradients": 2 * q + 2 * kv,
         "selection and routing lists": selected + lists + 2 * sums,
         "centroids": blocks * kv_heads * row,
-        "workspace": min(split.workspace_bytes, rows * partial_bytes(layer)),
+        "workspace": max(min(split.workspace_bytes, rows * partial_bytes(layer)), _kept_ds(layer, split)),
     }
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
@@ -75,6 +76,18 @@ def memory(layer: Layer, split: Split) -> Memory:
         if split.exchange == "pull":
             parts["memory that other ranks read"] = wide_tokens * kv_heads * 2 * row
     return Memory({name: bytes_ / GIB for name, bytes_ in parts.items()}, saved / GIB)
+
+
+def _kept_ds(layer: Layer, split: Split) -> int:
+    """Partial results with the gradients of scores that backward keeps where a rank has the whole sequence, or 0."""
+    if split.sequence_ranks > 1 or layer.itemsize != 2:
+        return 0
+    q_heads, kv_heads = layer.q_heads_of(split.head_parallel), layer.kv_heads_of(split.head_parallel)
+    return estimated_kept_ds(
+        rows=layer.tokens, slots=layer.slots, q_heads=q_heads, kv_heads=kv_heads, dim=layer.head_dim,
+        block_size=layer.block_size,
+        together=layer.tokens * q_heads * partial_bytes(layer), workspace_bytes=split.workspace_bytes,
+    )  # fmt: skip
 
 
 def _shared_for_heads(layer: Layer, split: Split, wide_tokens: int) -> float:

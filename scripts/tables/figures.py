@@ -87,8 +87,13 @@ def _kept_peak(before: dict[str, Any], after: dict[str, Any]) -> Figures:
 
 
 def _ratio(content: dict[str, Any]) -> Figures:
-    times = one(content["results"], block_size=512)["times"]["after"]["forward_backward"]["ms"]
-    return {"ratio_512": f"{times['ratio']['median']:.3f} of the time"}
+    times = one(content["results"], block_size=512)["times"]
+    before, after = (times[name]["forward_backward"] for name in ("before", "after"))
+    host = [_whole(x["host_ms"]["median"]) for x in (after, before)]
+    return {
+        "ratio_512": f"{after['ms']['ratio']['median']:.3f} of the time",
+        "host_512": f"{host[0]} ms in place of {host[1]}",
+    }
 
 
 def _foreseen(results: Path, later: str) -> Figures:

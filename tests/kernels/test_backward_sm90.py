@@ -111,7 +111,7 @@ def test_keeping_gradients_of_scores_changes_no_bit(name, dtype, segment_blocks,
 
 
 def test_kept_gradients_take_the_bytes_that_were_promised():
-    case = make_case(**CASES["block 512"], dtype=torch.bfloat16, device="cuda")
+    case = make_case([5000, 557], 512, 3, q_heads=4, kv_heads=4, dim=128, dtype=torch.bfloat16, device="cuda")
     shape = case.lists.shape
     made = lists.route(case.selected, n_blocks=shape.n_blocks, kv_heads=shape.kv_heads, block_size=shape.block_size)
     partials = triton_backend.new_dq_partials(case.selected, 128, torch.bfloat16, keeps_ds=made)
@@ -130,6 +130,18 @@ def test_gradients_of_scores_that_cannot_be_kept(block_size, variant):
         backward.attend_backward(
             case.part, case.lists, case.rows, q=case.q, dout=case.dout, lse=case.lse, delta=case.delta, scale=case.scale,
             dk=empty, dv=empty, dq_partials=partials, accumulate=False, variant=variant,
+        )  # fmt: skip
+
+
+def test_gradients_of_scores_of_other_lists_are_refused():
+    case = make_case(**CASES["block 512"], dtype=torch.bfloat16, device="cuda")
+    partials = triton_backend.new_dq_partials(case.selected, 128, torch.bfloat16, keeps_ds=case.lists)
+    other = DqPartials(partials.dq[1:], partials.place)
+    empty = torch.empty(case.part.k.shape, device="cuda")
+    with pytest.raises(ValueError, match="gradients of scores need .* those of the lists, got"):
+        backward.attend_backward(
+            case.part, case.lists, case.rows, q=case.q, dout=case.dout, lse=case.lse, delta=case.delta, scale=case.scale,
+            dk=empty, dv=empty, dq_partials=other, accumulate=False,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from tests.kernels import interpreter
 
 triton = pytest.importorskip("triton")
-from moba_cp.kernels import backward, dispatch, forward, launch  # noqa: E402
+from moba_cp.kernels import backward, dispatch, forward, launch, sizes  # noqa: E402
 from moba_cp.kernels.types import DqPartials, Partials  # noqa: E402
 from tests.kernels.backward_cases import Case, make_case  # noqa: E402
 
@@ -116,6 +116,10 @@ def test_backward_launches(launches: dict[str, dict], block_size: int, variant: 
     for arguments in launches.values():
         check(arguments, case, **results)
         assert ("WARPS" in arguments) == (variant == "sm90")
+    if "dq_kernel" in launches and variant == "sm90":
+        dq, items = launches["dq_kernel"], case.lists.item_bin.numel()
+        programs = sizes.programs_for(items, 1)  # as on a GPU of one multiprocessor
+        assert (dq["n_items"], dq["step"], dq["per_program"]) == (items, 1, sizes.cdiv(items, programs))
 
 
 @pytest.mark.usefixtures("hopper")

@@ -16,9 +16,19 @@ import torch
 from tests.kernels.list_cases import make_lists
 
 pytest.importorskip("triton.experimental.gluon")
-from moba_cp.kernels import gluon_rows
-from moba_cp.kernels.backward import rows_sm90
+from moba_cp.kernels import gluon_rows, sizes
+from moba_cp.kernels.backward import dq_sm90, rows_sm90, segments
 from moba_cp.kernels.forward import sm90, stream_rows_sm90
+
+
+class Number(int):
+    """An integer that can be cast, as tensors can."""
+
+    def __floordiv__(self, other: int) -> Number:
+        return Number(int(self) // other)
+
+    def to(self, dtype: object) -> int:
+        return self
 
 
 @dataclass
@@ -70,6 +80,59 @@ def test_every_work_unit_has_its_programs(heads, at_once, segments, tiles):
             for head in range(first, min(first + at_once, heads))
         ]
         assert units[segments * tiles :: tiles] == wanted
+
+
+@pytest.mark.parametrize("resident", [1, 3, 132])
+def test_every_item_of_dq_has_one_program(resident):
+    """Programs of one wave take turns, so that their items are consecutive at any time."""
+    for n_items in (1, 2, resident, 16 * resident, 16 * resident + 1, 40 * resident + 7, 64 * resident - 1, 5000):
+        programs = sizes.programs_for(n_items, resident)
+        step, per_program = min(resident, programs), sizes.cdiv(n_items, programs)
+        found = []
+        for program in range(programs):
+            first, end = on_host(dq_sm90._turns, program, programs)(program, step, per_program, n_items)
+            found += range(first, end, step)
+        assert sorted(found) == list(range(n_items))
+
+
+def test_rows_of_kept_gradients_are_found_again():
+    """`row_in_ds_order` says where `in_ds_order` has put a row, in each half of a work item."""
+    rows = torch.arange(64).expand(16, 64)
+    kept = rows.reshape(16, 2, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(16, 64)  # as `in_ds_order`
+    row_of = on_host(rows_sm90.row_in_ds_order, 0, 1)
+    assert [row_of(place) for place in range(128)] == [*kept[0].tolist(), *(kept[0] + 64).tolist()]
+
+
+@pytest.mark.parametrize("segment", [256, 4096])
+def test_segments_take_every_entry_once(segment):
+    """Bins of more than two segments are cut between work items; both kernels cut them alike."""
+    torch.manual_seed(segment)
+    lengths = (torch.rand(40).pow(4) * 20 * segment).long()
+    pointer = [0, *lengths.cumsum(0).tolist()]
+    language = SimpleNamespace(
+        where=lambda condition, a, b: Number(a if condition else b),
+        maximum=lambda a, b: Number(max(a, b)),
+        load=load,
+        int64=0,
+    )
+    portable = FunctionType(segments.segment_bounds.fn.__code__, {"tl": language, "CUT_ROWS": 128})
+    hopper = FunctionType(rows_sm90.unit_bounds.fn.__code__, {"gl": language, "CUT_ROWS": 128})
+    long = {c: b for b in range(40) for c in range(pointer[-1] // segment + 1)
+            if pointer[b] < c * segment < pointer[b + 1] and lengths[b] > 2 * segment}  # fmt: skip
+    segment_bin = [long.get(c, -1) for c in range(pointer[-1] // segment + 1)]
+    taken = []
+    pointers = [Pointer(x) for x in (pointer, segment_bin, [0] * 40, [512] * 40)]
+    for unit in range(40 + len(segment_bin)):
+        bin_, before, begin, count, first_key, _ = hopper(unit, *pointers, 40, 40, 0, segment)
+        if first_key < 0:
+            continue
+        assert before % 128 == 0
+        assert begin == pointer[bin_] + before
+        if unit >= 40:
+            assert (begin, begin + count) == portable(pointer[bin_], pointer[bin_ + 1], unit - 40, segment)
+            assert count > 0
+        taken += range(begin, begin + count)
+    assert sorted(taken) == list(range(pointer[-1]))
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 4, 16])
