@@ -84,16 +84,8 @@ def heads_that_keep_ds(of_head: int, together: int, kv_heads: int, rows: int, wo
 
 
 def estimated_kept_ds(
-    *,
-    rows: int,
-    slots: int,
-    q_heads: int,
-    kv_heads: int,
-    dim: int,
-    block_size: int,
-    together: int,
-    workspace_bytes: int,
-) -> int:
+    *, rows: int, slots: int, q_heads: int, kv_heads: int, dim: int, block_size: int, together: int, workspace_bytes: int
+) -> int:  # fmt: skip
     """Bytes of partial results with the gradients of scores that backward keeps on a Hopper GPU for 16-bit inputs; 0: none.
 
     As `Backend.kept_ds_bytes`, for one document.
@@ -110,4 +102,4 @@ def most_at_once(most: int, q_heads: int, kv_heads: int, head_bytes: int, worksp
     row_bytes = max(1, q_heads // kv_heads * head_bytes)  # of one kv head
     per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes)))
     rows = workspace_bytes // (per_range * row_bytes)
-    return per_range, rows if rows >= most else max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE)
+    return per_range, max(ROW_MULTIPLE, rows if rows >= most else rows // ROW_MULTIPLE * ROW_MULTIPLE)

@@ -49,3 +49,7 @@ def test_all_rows_that_fit_are_worked_on_together(
     assert per_chunk >= most
     if most > 128:
         assert most_at_once(most, kv_heads * group, kv_heads, head_bytes, workspace - more - 1)[1] % 128 == 0
+
+
+def test_a_rank_without_rows_has_a_chunk() -> None:
+    assert most_at_once(0, 4, 2, 1 << 20, 1) == (1, 128)
