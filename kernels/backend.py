@@ -50,7 +50,7 @@ class Backend(Protocol):
     def kept_ds_bytes(
         self, q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int
     ) -> int:
-        """Bytes per kv head that backward takes to keep the gradients of scores of `rows` rows; 0 if it cannot keep them.
+        """Bytes per kv head that backward takes to keep the gradients of scores of `rows` rows; 0 if it keeps none.
 
         Args:
             q, v: of the call; shapes, dtype and device count.

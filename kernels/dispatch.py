@@ -24,13 +24,13 @@ from torch import Tensor
 from .configs import SMALL_BLOCK
 from .descriptors import tma_can_read
 from .gpu import gpu_of
-from .sizes import HOPPER_DIMS
 from .types import KVPart, RoutingLists
 
 PORTABLE, SM90 = "portable", "sm90"
 TRITON_VERSIONS = ("3.6.", "3.7.", "3.8.")
 """Gluon is experimental and changes between versions. Compile tests pass with these; with any other version the portable kernels
 serve."""
+_SM90_DIMS = (64, 128)
 
 
 def choose_variant(
@@ -74,7 +74,7 @@ def sm90_serves(device: torch.device, dtype: torch.dtype, dim: int, dim_v: int, 
         and gpu_of(device).is_hopper
         and triton.__version__.startswith(TRITON_VERSIONS)
         and dtype in (torch.bfloat16, torch.float16)
-        and dim in HOPPER_DIMS
+        and dim in _SM90_DIMS
         and dim_v == dim
         and block_size % 64 == 0
         and block_size >= dim  # one warpgroup has too few registers for blocks of 64 keys at D = 128

@@ -54,8 +54,8 @@ def heads_at_once(kv_heads: int, group_size: int, q_bytes: int) -> int:
     return 1 << (most.bit_length() - 1) if most else 1
 
 
-HOPPER_DIMS = (64, 128)
-"""Head sizes that the Hopper kernels serve."""
+KEPT_DIM = 128
+"""Head size with which keeping gradients of scores pays: with 64 they are as large, and the products that they save are half."""
 
 
 def can_keep_ds(block_size: int) -> bool:

@@ -20,7 +20,7 @@ from .gradients import add_gradients
 from .lists import route
 from .merge import merge, merge_dq
 from .selection import place_selection
-from .sizes import can_keep_ds, cdiv
+from .sizes import KEPT_DIM, can_keep_ds, cdiv
 from .types import DqPartials, Partials, RoutingLists
 from .wanted import wanted_pairs
 
@@ -76,8 +76,12 @@ def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
 
 
 def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int) -> int:
-    """See `backend.Backend.kept_ds_bytes`: the Hopper kernels keep them, for blocks of several tiles."""
-    if not can_keep_ds(block_size) or not sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size):
+    """See `backend.Backend.kept_ds_bytes`: the Hopper kernels keep them, for blocks of several tiles, where it pays."""
+    if (
+        not can_keep_ds(block_size)
+        or q.shape[2] != KEPT_DIM
+        or not sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size)
+    ):
         return 0
     entries = rows * slots * (q.shape[1] // kv_heads)
     items = cdiv(entries, configs.LISTS.item_rows_large) + n_blocks

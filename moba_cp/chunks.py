@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from .kernels.sizes import HOPPER_DIMS, can_keep_ds
+from .kernels.sizes import KEPT_DIM, can_keep_ds
 
 ROW_MULTIPLE = 128
 """Chunks of query rows end at multiples of this."""
@@ -90,7 +90,7 @@ def estimated_kept_ds(
 
     As `Backend.kept_ds_bytes`, for one document.
     """
-    if not can_keep_ds(block_size) or dim not in HOPPER_DIMS:
+    if not can_keep_ds(block_size) or dim != KEPT_DIM:
         return 0
     items = rows * slots * (q_heads // kv_heads) // 128 + rows // block_size + 1
     of_head = items * 128 * (2 * block_size + 4)

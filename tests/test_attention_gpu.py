@@ -78,7 +78,7 @@ def differences(got: Results, again: Results, alone: Results, where: str) -> lis
 
 KEPT = [
     ([0, 6000], 512, 4, 6, 6, 128, 128),
-    ([0, 700, 4500], 256, 3, 6, 6, 64, 64),
+    ([0, 700, 4500], 256, 3, 6, 6, 128, 128),
     ([0, 3000, 3000, 6000], 256, 3, 8, 4, 128, 128),
 ]
 """Calls in which the gradients of scores of one kv head take less memory than all partial results."""

@@ -55,10 +55,6 @@ def figures(results: Path) -> Figures:
     return found | trial_figures(content("trials"))
 
 
-KEPT = "long layers, workspace of 4.5 GiB"
-"""Label of the training run that keeps gradients of scores."""
-
-
 def one(entries: Sequence[Entry], **wanted: object) -> Entry:
     """The entry whose fields have these values.
 
@@ -157,14 +153,11 @@ def _micro_batches(content: dict[str, Any]) -> Figures:
     label = "long layers, micro-batches of 16K"
     eager, graphs = (one(content["runs"], label=x) for x in (label, f"{label}, CUDA graphs"))
     work = sum(ms for name, ms in eager["profile"]["by_category"].items() if name != "idle")
-    runs = [one(content["runs"], label=x, attention="moba:512:8") for x in ("long layers", KEPT)]
-    attention = [run["profile"]["by_category"]["attention"] for run in runs]
     return {
         "kernels_16k": f"{work:.0f} ms",
         "step_16k": f"{1e3 * eager['step_seconds']:.0f} ms",
         "share_16k": _percent(work / 1e3 / eager["step_seconds"]),
         "graphs_16k": f"{1e3 * graphs['step_seconds']:.0f} ms",
-        "kept_attention": f"{attention[1]:.0f} ms in place of {attention[0]:.0f}",
     }
 
 

@@ -99,7 +99,14 @@ def test_gradients_of_scores_count_where_they_are_kept() -> None:
         return training_peak(shape(**(sizes | changes))).workings["attention"]
 
     assert attention(workspace_bytes=14 * GIB) > attention() + (12 - 1.25) * GIB
-    for changes in ({"block_size": 0}, {"block_size": 4000}, {"context": 2}, {"bf16": False}, {"tokens": 1 << 16}):
+    for changes in (
+        {"block_size": 0},
+        {"block_size": 4000},
+        {"context": 2},
+        {"bf16": False},
+        {"tokens": 1 << 16},
+        {"head_dim": 64},
+    ):
         assert attention(workspace_bytes=14 * GIB, **changes) < attention(**changes) + 7 * GIB
 
 
