@@ -54,22 +54,9 @@ def attend_backward(
     n_segments = segment_count(q.shape[0], shape)
     segment_bin = find_segments(lists.pointer, n_segments, shape.block_size) if n_segments else lists.pointer
     call = Call(
-        part,
-        lists,
-        rows,
-        q,
-        dout,
-        lse,
-        delta,
-        scale,
-        dk,
-        dv,
-        dq_partials.dq,
-        accumulate,
-        n_segments,
-        segment_bin,
+        part, lists, rows, q, dout, lse, delta, scale, dk, dv, dq_partials.dq, accumulate, n_segments, segment_bin,
         dq_partials.place,
-    )
+    )  # fmt: skip
     if variant == SM90:
         from . import sm90  # Gluon is experimental: imported only where it runs
 
