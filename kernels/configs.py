@@ -13,7 +13,7 @@ from math import comb
 import triton
 
 from .gpu import LEAST_SHARED, Gpu
-from .sizes import cdiv, next_power_of_2, padded
+from .sizes import ITEM_ROWS, cdiv, next_power_of_2, padded
 from .types import OWN_TILE
 
 SMALL_BLOCK = 128
@@ -172,7 +172,7 @@ class ListConfig:
     """
 
     item_rows_small: int = 2048
-    item_rows_large: int = 128
+    item_rows_large: int = ITEM_ROWS
     register_bins: int = 512
     entries: int = 512
     warps: int = 1

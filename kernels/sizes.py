@@ -54,6 +54,8 @@ def heads_at_once(kv_heads: int, group_size: int, q_bytes: int) -> int:
     return 1 << (most.bit_length() - 1) if most else 1
 
 
+ITEM_ROWS = 128
+"""Most entries per work item of a block of more than 128 keys."""
 KEPT_DIM = 128
 """Head size with which keeping gradients of scores pays: with 64 they are as large, and the products that they save are half."""
 
@@ -61,6 +63,17 @@ KEPT_DIM = 128
 def can_keep_ds(block_size: int) -> bool:
     """Whether the Hopper kernels can keep the gradients of scores: blocks of several tiles of 128 keys."""
     return block_size > 128 and block_size % 128 == 0
+
+
+def kept_ds_bytes(*, entries: int, n_blocks: int, block_size: int, dim: int) -> int:
+    """Bytes of the gradients of scores of a kv head in 16 bits, and of where its partial dq are; 0 where it does not pay.
+
+    Args:
+        entries: of the kv head: (row, slot) pairs.
+    """
+    if not can_keep_ds(block_size) or dim != KEPT_DIM:
+        return 0
+    return (cdiv(entries, ITEM_ROWS) + n_blocks) * ITEM_ROWS * block_size * 2 + 4 * entries
 
 
 def padded(size: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import configs
+from . import sizes
 from .backward import attend_backward, delta
 from .centroids import centroids
 from .decode import attend_selected, decode_step, select_for_decoding, update_centroids
@@ -20,7 +20,6 @@ from .gradients import add_gradients
 from .lists import route
 from .merge import merge, merge_dq
 from .selection import place_selection
-from .sizes import KEPT_DIM, can_keep_ds, cdiv
 from .types import DqPartials, Partials, RoutingLists
 from .wanted import wanted_pairs
 
@@ -77,17 +76,12 @@ def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
 
 def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int) -> int:
     """See `backend.Backend.kept_ds_bytes`: the Hopper kernels keep them, for blocks of several tiles, where it pays."""
-    if (
-        not can_keep_ds(block_size)
-        or q.shape[2] != KEPT_DIM
-        or not sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size)
-    ):
-        return 0
     entries = rows * slots * (q.shape[1] // kv_heads)
-    items = cdiv(entries, configs.LISTS.item_rows_large) + n_blocks
-    if entries >= 1 << configs.LISTS.entry_bits - 1 or items * block_size >= 1 << 30:
-        return 0  # int32 entries and places
-    return items * configs.LISTS.item_rows_large * block_size * q.itemsize + 4 * entries
+    found = sizes.kept_ds_bytes(entries=entries, n_blocks=n_blocks, block_size=block_size, dim=q.shape[2])
+    if not sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size):
+        return 0
+    # Entries and places are int32: a place is below this number of bytes over 2 * D.
+    return found if entries < 1 << 30 and found < 1 << 38 else 0
 
 
 def new_dq_partials(

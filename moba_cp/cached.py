@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chunks import ranges_of
+from .chunks import most_at_once, ranges_of
 from .config import DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .decoding import Step, decode, made, most_slots, step_facts, strides_of
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
@@ -356,7 +356,8 @@ def _chunk(
     out = q.new_empty(*q.shape[:2], v.shape[3])
     lse = backend.new_lse(q)
     head_bytes = topk * backend.bytes_per_slot(v.shape[3], q.dtype)
-    for heads, chunks in ranges_of(len(q), len(q), q.shape[1], kv_heads, head_bytes, workspace_bytes):
+    at_once = most_at_once(len(q), q.shape[1], kv_heads, head_bytes, workspace_bytes)
+    for heads, chunks in ranges_of(len(q), len(q), q.shape[1], kv_heads, *at_once):
         own_heads = part.k.shape[1] > 1 or kv_heads == 1
         here = KVPart(
             part.k[:, heads] if own_heads else part.k,

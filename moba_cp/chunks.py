@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from .kernels.sizes import KEPT_DIM, can_keep_ds
+from .kernels.sizes import cdiv, kept_ds_bytes
 
 ROW_MULTIPLE = 128
 """Chunks of query rows end at multiples of this."""
@@ -23,12 +23,14 @@ class Chunk:
     Attributes:
         heads, q_heads, rows: ranges of kv heads, of their q heads and of local rows.
         whole: the chunk has all heads and all rows. No views are taken then: each costs the host microseconds.
+        keeps_ds: backward keeps gradients of scores.
     """
 
     heads: slice
     q_heads: slice
     rows: slice
     whole: bool
+    keeps_ds: bool = False
 
     def of_rows(self, x: Tensor) -> Tensor:
         """The chunk's part of `[T, Hq, ...]`."""
@@ -44,16 +46,18 @@ Ranges: TypeAlias = tuple[tuple[slice, tuple[Chunk, ...]], ...]
 
 
 @lru_cache(maxsize=64)
-def ranges_of(tokens: int, most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> Ranges:
+def ranges_of(
+    tokens: int, most: int, q_heads: int, kv_heads: int, per_range: int, per_chunk: int, keeps_ds: bool = False
+) -> Ranges:
     """Ranges and chunks of `tokens` local rows; no rank has more than `most` rows.
 
     Counts depend on `most` only, so ranks issue equal numbers of collectives.
 
     Args:
-        head_bytes: workspace per row and q head.
+        per_range, per_chunk: kv heads of a range, and rows of a chunk.
+        keeps_ds: of the chunks.
     """
     group = q_heads // kv_heads
-    per_range, per_chunk = most_at_once(most, q_heads, kv_heads, head_bytes, workspace_bytes)
     begins = range(0, max(most, 1), per_chunk)
     whole = per_range == kv_heads and len(begins) == 1
     ranges = []
@@ -61,7 +65,7 @@ def ranges_of(tokens: int, most: int, q_heads: int, kv_heads: int, head_bytes: i
         heads = slice(first, min(first + per_range, kv_heads))
         q_heads_here = slice(heads.start * group, heads.stop * group)
         rows = [slice(min(b, tokens), min(b + per_chunk, tokens)) for b in begins]
-        ranges.append((heads, tuple(Chunk(heads, q_heads_here, r, whole) for r in rows)))
+        ranges.append((heads, tuple(Chunk(heads, q_heads_here, r, whole, keeps_ds) for r in rows)))
     return tuple(ranges)
 
 
@@ -90,15 +94,18 @@ def estimated_kept_ds(
 
     As `Backend.kept_ds_bytes`, for one document.
     """
-    if not can_keep_ds(block_size) or dim != KEPT_DIM:
-        return 0
-    items = rows * slots * (q_heads // kv_heads) // 128 + rows // block_size + 1
-    of_head = items * 128 * (2 * block_size + 4)
+    entries = rows * slots * (q_heads // kv_heads)
+    of_head = kept_ds_bytes(entries=entries, n_blocks=cdiv(rows, max(block_size, 1)), block_size=block_size, dim=dim)
     return of_head * heads_that_keep_ds(of_head, together, kv_heads, rows, workspace_bytes)
 
 
 def most_at_once(most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> tuple[int, int]:
-    """kv heads per range and rows per chunk, for the arguments of `ranges_of`."""
+    """kv heads per range and rows per chunk whose partial results fit the workspace: at least one head and 128 rows.
+
+    Args:
+        most: rows of the rank with most.
+        head_bytes: workspace per row and q head.
+    """
     row_bytes = max(1, q_heads // kv_heads * head_bytes)  # of one kv head
     per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes)))
     rows = workspace_bytes // (per_range * row_bytes)

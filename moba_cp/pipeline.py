@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chunks import Chunk, Ranges, heads_that_keep_ds, ranges_of
+from .chunks import Chunk, Ranges, heads_that_keep_ds, most_at_once, ranges_of
 from .config import MoBAConfig
 from .kernels import Backend, KVPart, QueryRows, RoutingLists, backend_for, query_rows
 from .kernels.torch_backend import accumulate_dtype
@@ -214,7 +214,6 @@ def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: T
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v, backward=True)
     exchange = open_backward(saved.route, home, call.comm, work_of(call, ranges, k))
-    keeps_ds = _heads_that_keep_ds(call, q, k, v, backward=True) > 0
     with call.stage("delta"):
         delta = call.backend.delta(out=saved.out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -230,7 +229,7 @@ def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: T
         sum_dk, sum_dv = (home_dk, home_dv) if in_place else (_accumulator(home_dk), _accumulator(home_dv))
         for number, chunk in enumerate(chunks):
             parts = exchange.backward(visit, number, sum_dk, sum_dv)
-            _backward_chunk(call, chunk, next(lists_of), q, dout, delta, rows, saved, parts, dq, keeps_ds)
+            _backward_chunk(call, chunk, next(lists_of), q, dout, delta, rows, saved, parts, dq)
         # Gradients of one range travel, and are added, while the next range is computed.
         finish()
         side.mark()
@@ -275,11 +274,10 @@ def _backward_chunk(
     saved: Saved,
     parts: Iterator[PartGradient],
     dq: Tensor,
-    keeps_ds: bool,
 ) -> None:
     """dq of one chunk, and its share of dk and dv of every part."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
-    partials = call.backend.new_dq_partials(selected, q.shape[-1], q.dtype, keeps_ds=lists if keeps_ds else None)
+    partials = call.backend.new_dq_partials(selected, q.shape[-1], q.dtype, keeps_ds=lists if chunk.keeps_ds else None)
     for gradient in call.stage.taking(parts, "wait for keys and values, send gradients"):
         with call.stage(f"attend backward {gradient.part.name}"):
             call.backend.attend_backward(
@@ -378,39 +376,31 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool =
     """Ranges of kv heads, each with its chunks of query rows, so that partial results fit `call.workspace_bytes`.
 
     Every rank makes the same number of ranges and chunks, whatever it holds, since each starts collectives. Backward has
-    forward's ranges where it takes forward's lists.
+    forward's ranges where it takes forward's lists. Its chunks keep gradients of scores where all rows of some heads fit with
+    these, on one rank: to bring keys again, or to add to sums again, would cost more than is saved.
 
     Args:
         call: the call.
         q, k, v: local queries, keys and values.
         backward: for a backward pass.
     """
-    most = call.plan.plan.layout.most_local_tokens
-    kept = _heads_that_keep_ds(call, q, k, v, backward)
-    if kept:
-        return ranges_of(len(q), most, q.shape[1], k.shape[1], 1, kept * most * (q.shape[1] // k.shape[1]))
-    return ranges_of(len(q), most, q.shape[1], k.shape[1], _partial_bytes(call, q, v), call.workspace_bytes)
-
-
-def _partial_bytes(call: Call, q: Tensor, v: Tensor) -> int:
-    """Bytes of partial results per row and q head."""
+    most, heads = call.plan.plan.layout.most_local_tokens, (q.shape[1], k.shape[1])
     width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
-    return call.topk * call.backend.bytes_per_slot(width, q.dtype)
-
-
-def _heads_that_keep_ds(call: Call, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> int:
-    """Kv heads per range where the call's backward pass keeps gradients of scores, else 0.
-
-    Not with several ranks, nor in chunks of rows: to bring keys again, or to add to sums again, would cost more than is saved.
-    """
-    most, kv_heads = call.plan.plan.layout.most_local_tokens, k.shape[1]
-    if not (call.keep_lists or backward) or call.comm.size > 1 or not most or not kv_heads:
-        return 0
-    of_head = call.backend.kept_ds_bytes(
-        q, v, rows=most, kv_heads=kv_heads, slots=call.topk, n_blocks=call.n_blocks, block_size=call.config.block_size
-    )
-    together = most * q.shape[1] * _partial_bytes(call, q, v)
-    return heads_that_keep_ds(of_head, together, kv_heads, most, call.workspace_bytes)
+    head_bytes = call.topk * call.backend.bytes_per_slot(width, q.dtype)
+    if call.comm.size == 1 and (call.keep_lists or backward) and most:
+        of_head = call.backend.kept_ds_bytes(
+            q,
+            v,
+            rows=most,
+            kv_heads=heads[1],
+            slots=call.topk,
+            n_blocks=call.n_blocks,
+            block_size=call.config.block_size,
+        )
+        keeping = heads_that_keep_ds(of_head, most * heads[0] * head_bytes, heads[1], most, call.workspace_bytes)
+        if keeping:
+            return ranges_of(len(q), most, *heads, keeping, most, keeps_ds=True)
+    return ranges_of(len(q), most, *heads, *most_at_once(most, *heads, head_bytes, call.workspace_bytes))
 
 
 def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:

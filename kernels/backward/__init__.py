@@ -15,8 +15,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dispatch import SM90, choose_variant
-from ..sizes import can_keep_ds
-from ..types import OWN_TILE, DqPartials, KVPart, QueryRows, RoutingLists
+from ..sizes import ITEM_ROWS, can_keep_ds
+from ..types import DqPartials, KVPart, QueryRows, RoutingLists
 from . import portable
 from .call import Call
 from .deltas import delta
@@ -44,12 +44,12 @@ def attend_backward(
         return
     variant = choose_variant(q, part, lists, dout, requested=variant)
     if dq_partials.place is not None:
-        items = (lists.item_bin.numel(), shape.block_size, OWN_TILE)
+        items = (lists.item_bin.numel(), shape.block_size, ITEM_ROWS)
         if variant != SM90 or not can_keep_ds(shape.block_size):
             raise ValueError(
                 f"gradients of scores are not kept by variant {variant!r} for blocks of {shape.block_size} keys"
             )
-        if dq_partials.dq.shape != items or shape.rows_per_item != OWN_TILE:
+        if dq_partials.dq.shape != items or shape.rows_per_item != ITEM_ROWS:
             raise ValueError(f"gradients of scores need {items}, those of the lists, got {tuple(dq_partials.dq.shape)}")
     n_segments = segment_count(q.shape[0], shape)
     segment_bin = find_segments(lists.pointer, n_segments, shape.block_size) if n_segments else lists.pointer

@@ -44,8 +44,7 @@ class Call:
             self.q, self.dout, part.k, part.v, self.lse, self.delta, self.rows.position, lists.pointer, lists.entry,
             part.start, part.length, self.segment_bin, self.dk, self.dv, self.dq, sums,
             *self._row_strides(), *key_strides(part.k, part.v, self.dk, self.dv), *self._score_strides(),
-            *((0, 0, 0) if self.place is not None else self._dq_strides()), part.start.stride(0), shape.n_bins,
-            shape.n_blocks, shape.group_size, self.scale,
+            *self._dq_strides(), part.start.stride(0), shape.n_bins, shape.n_blocks, shape.group_size, self.scale,
         )  # fmt: skip
 
     def dq_arguments(self) -> tuple:
@@ -58,12 +57,13 @@ class Call:
             part.start.stride(0), shape.n_blocks, shape.group_size, self.scale,
         )  # fmt: skip
 
-    def dq_of_ds_arguments(self, place: Tensor) -> tuple:
-        """Arguments of the kernel for dq where dS was kept, up to its constants; `place` is that of the partial dq."""
+    def dq_of_ds_arguments(self) -> tuple:
+        """Arguments of the kernel for dq where dS was kept, up to its constants."""
         part, lists, shape = self.part, self.lists, self.lists.shape
+        assert self.place is not None
         return (
-            self.dq, part.k, lists.entry, lists.item_bin, lists.item_start, lists.item_end, part.start, part.length, place,
-            *key_strides(part.k), *place.stride()[:2], part.start.stride(0), shape.n_blocks, shape.group_size, self.scale,
+            self.dq, part.k, lists.entry, lists.item_bin, lists.item_start, lists.item_end, part.start, part.length, self.place,
+            *key_strides(part.k), *self.place.stride()[:2], part.start.stride(0), shape.n_blocks, shape.group_size, self.scale,
         )  # fmt: skip
 
     def segment_sums(self, key_rows: int) -> Tensor:
@@ -93,8 +93,10 @@ class Call:
         """Head and token strides of the partial dq in slots, and the stride of a slot in elements.
 
         The two large strides change with the number of tokens. Counted in slots, they need no alignment of their own: the
-        third gives a row's.
+        third gives a row's. Where dS is kept, partial dq are in no slots: zeros.
         """
+        if self.place is not None:
+            return 0, 0, 0
         head, token, slot, _ = self.dq.stride()
         if slot and not head % slot and not token % slot:
             return head // slot, token // slot, slot

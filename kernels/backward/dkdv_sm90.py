@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..gluon_rows import barrier, gather_layout, line_layout, product_layout, warp_layout
 from .portable_kernels import LOG2E, UNALIGNED, VARYING
-from .rows_sm90 import copy_rows, ds_layout, in_ds_order, load_scalars, store_dkdv, unit_bounds, work_unit
+from .rows_sm90 import copy_rows, ds_layout, in_ds_order, load_scalars, next_kept, store_dkdv, unit_bounds, work_unit
 
 
 @gluon.jit
@@ -116,8 +116,7 @@ def dkdv_kernel(
         half = begin * 0  # of an item: its first or its second ROWS rows
         for _ in range(unseen // ROWS):
             gl.store(kept + kept_at, gl.zeros([KEYS, ROWS], DTYPE, KEPT))
-            kept += gl.where(half == 1, TILES * KEYS * 2 * ROWS - ROWS, ROWS)
-            half = 1 - half
+            kept, half = next_kept(kept, half, ROWS, TILES * KEYS)
     entry += unseen
     count -= unseen
     q += first_head * q_head
@@ -189,8 +188,7 @@ def dkdv_kernel(
         dk_sum = warpgroup_mma(ds_left, q_i, dk_sum, is_async=True)
         if KEEPS:
             gl.store(kept + kept_at, gl.convert_layout(in_ds_order(ds, KEYS, ROWS), KEPT), cache_modifier=".cs")
-            kept += gl.where(half == 1, TILES * KEYS * 2 * ROWS - ROWS, ROWS)
-            half = 1 - half
+            kept, half = next_kept(kept, half, ROWS, TILES * KEYS)
         if LAST:
             copy_rows(
                 q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols,

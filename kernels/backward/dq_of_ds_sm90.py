@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..gluon_rows import barrier, decode, gather_layout, line_layout, offset_of, product_layout, store_layout
 from .portable_kernels import UNALIGNED, VARYING
-from .rows_sm90 import row_in_ds_order
+from .rows_sm90 import block_of, row_in_ds_order
 
 
 @gluon.jit
@@ -49,11 +49,8 @@ def dq_of_ds_kernel(
     bin_ = gl.load(item_bin + item)
     first = gl.load(item_start + item)
     end = gl.load(item_end + item)
-    safe = gl.maximum(bin_, 0)
-    kv_head = (safe // n_blocks).to(gl.int64)
-    first_key = gl.load(start + kv_head * start_head + safe % n_blocks)
-    held = gl.load(length + safe % n_blocks)
-    if (bin_ < 0) | (first_key < 0):
+    kv_head, first_key, held = block_of(start, length, bin_, n_blocks, start_head)
+    if held == 0:
         return
 
     GATHER: gl.constexpr = gather_layout(D, WARPS)

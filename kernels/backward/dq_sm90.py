@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..gluon_rows import barrier, decode, gather, gather_layout, line_layout, offset_of, product_layout, store_layout
 from .portable_kernels import LOG2E, UNALIGNED, VARYING
-from .rows_sm90 import load_scalars
+from .rows_sm90 import block_of, load_scalars
 
 
 @gluon.jit
@@ -28,16 +28,6 @@ def _item(item_bin, item_start, item_end, item, n_items):
     first = gl.load(item_start + item, mask=there, other=0)
     end = gl.load(item_end + item, mask=there, other=0)
     return bin_, gl.where(bin_ < 0, 0, first), gl.where(bin_ < 0, 0, end)
-
-
-@gluon.jit
-def _block(start, length, bin_, n_blocks, start_head):
-    """Kv head, first key and number of keys of a bin's block. No keys where there is nothing to do."""
-    safe = gl.maximum(bin_, 0)
-    kv_head = (safe // n_blocks).to(gl.int64)
-    first_key = gl.load(start + kv_head * start_head + safe % n_blocks)
-    held = gl.load(length + safe % n_blocks)
-    return kv_head, gl.maximum(first_key, 0), gl.where((bin_ < 0) | (first_key < 0), 0, held)
 
 
 @gluon.jit
@@ -125,7 +115,7 @@ def dq_kernel(
     # Rows past an item's end repeat the last one and are not stored. Names end with how many items ahead something is.
     bin_, first, end = _item(item_bin, item_start, item_end, item, n_items)
     bin_1, first_1, end_1 = _item(item_bin, item_start, item_end, item + step, n_items)
-    kv_head, first_key, held = _block(start, length, bin_, n_blocks, start_head)
+    kv_head, first_key, held = block_of(start, length, bin_, n_blocks, start_head)
     code = gl.load(entry + gl.maximum(gl.minimum(first + r, end - 1), 0))
     row_code = gl.load(entry + gl.maximum(gl.minimum(first + row, end - 1), 0))
     gather(q + kv_head * group * q_head, code, q_s.index(0), cols, q_token, q_head, HEAD_BITS, SLOT_BITS)
@@ -149,7 +139,7 @@ def dq_kernel(
     j = item * 0  # items so far
     for item in range(first_item, n_items, step):
         # All warps have waited for the last products that read the other buffer, and passed a barrier since.
-        kv_head_1, first_key_1, held_1 = _block(start, length, bin_1, n_blocks, start_head)
+        kv_head_1, first_key_1, held_1 = block_of(start, length, bin_1, n_blocks, start_head)
         code_1 = code_s.index((j + 1) % 4).load(gl.SliceLayout(1, GATHER))
         row_code_1 = code_s.index((j + 1) % 4).load(BY_ROW)
         gather(

@@ -37,6 +37,12 @@ def row_in_ds_order(place):
 
 
 @gluon.jit
+def next_kept(kept, half, ROWS: gl.constexpr, BLOCK: gl.constexpr):
+    """Where the next ROWS rows of a bin are kept, and whether they are the second half of a work item, of 2 * ROWS rows."""
+    return kept + gl.where(half == 1, BLOCK * 2 * ROWS - ROWS, ROWS), 1 - half
+
+
+@gluon.jit
 def copy_rows(
     q, dout, code, q_s, do_s, cols, q_token, q_head, dout_token, dout_head,
     HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr,
@@ -62,6 +68,16 @@ def load_scalars(
     row_lse = gl.load(lse + offset_of(token, head, lse_token, lse_head, HEAD_BITS), mask=valid, other=float("inf"))
     row_delta = gl.load(delta + offset_of(token, head, delta_token, delta_head, HEAD_BITS), mask=valid, other=0.0)
     return row_lse, row_delta, gl.load(position + token, mask=own, other=held - 1)
+
+
+@gluon.jit
+def block_of(start, length, bin_, n_blocks, start_head):
+    """Kv head, first key and number of keys of a bin's block. No keys where there is nothing to do."""
+    safe = gl.maximum(bin_, 0)
+    kv_head = (safe // n_blocks).to(gl.int64)
+    first_key = gl.load(start + kv_head * start_head + safe % n_blocks)
+    held = gl.load(length + safe % n_blocks)
+    return kv_head, gl.maximum(first_key, 0), gl.where((bin_ < 0) | (first_key < 0), 0, held)
 
 
 @gluon.jit

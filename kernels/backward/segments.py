@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch_kernel
-from ..sizes import cdiv
+from ..sizes import ITEM_ROWS, cdiv
 from ..types import ListShape
 from .call import Call, key_strides
 
 SEGMENT_BLOCKS = 32
 """Entries per segment, in block sizes. The buffer takes 4 / SEGMENT_BLOCKS of the bytes of the bf16 dq partials."""
-CUT_ROWS = tl.constexpr(128)
-"""Entries of a bin before a cut are a multiple of this, which is the number of rows of a work item of a large block."""
+CUT_ROWS = tl.constexpr(ITEM_ROWS)
+"""Entries of a bin before a cut are a multiple of this, so that no work item of a large block is cut."""
 _SEARCHES = 128
 """Segments that one program of `find_segments_kernel` looks up."""
 

@@ -8,8 +8,6 @@ shared memory; in registers they would spill.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from .. import configs
 from ..configs import GluonConfig
 from ..descriptors import gluon_dtype
@@ -30,7 +28,7 @@ def launch(call: Call) -> None:
     config = configs.sm90_dkdv(call.q.shape[2], block_size)
     launch_dkdv(call, config)
     if call.place is not None:
-        launch_dq_of_ds(call, call.place, configs.SM90_DQ_OF_DS)
+        launch_dq_of_ds(call, configs.SM90_DQ_OF_DS)
     elif config.keys < block_size:
         launch_dq(call, configs.SM90_DQ)
 
@@ -65,14 +63,14 @@ def launch_dq(call: Call, config: GluonConfig) -> None:
         )  # fmt: skip
 
 
-def launch_dq_of_ds(call: Call, place: Tensor, config: GluonConfig) -> None:
+def launch_dq_of_ds(call: Call, config: GluonConfig) -> None:
     """Partial dq by work items, from the gradients of scores that `launch_dkdv` kept."""
     shape, n_items = call.lists.shape, call.lists.item_bin.numel()
     if n_items and call.q.shape[0]:
         constants = _constants(call, config) | {"BLOCK": shape.block_size, "STAGES": config.ahead + 1}
         bits = {"HEAD_BITS": shape.head_bits, "SLOT_BITS": shape.slot_bits}
         launch_kernel(dq_of_ds_kernel, (n_items,),
-            *call.dq_of_ds_arguments(place), **bits, **constants, num_warps=config.num_warps
+            *call.dq_of_ds_arguments(), **bits, **constants, num_warps=config.num_warps
         )  # fmt: skip
 
 
