@@ -22,9 +22,9 @@ from .decoding import Step, decode, made, most_slots, step_facts, strides_of
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
 from .kernels.types import COUNT_TILE
 from .outside_graphs import outside_graphs
-from .pipeline import readable, unit_stride
 from .precision import as_given
 from .prepare import needs_gradients
+from .strides import readable, unit_stride
 from .tracing import is_captured, without_numbers
 from .validation import INTEGERS, check_config, check_integer, check_tensor, check_tensors
 

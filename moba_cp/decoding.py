@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import MoBAConfig
 from .kernels import Backend, DecodeStep
-from .pipeline import unit_stride
+from .strides import unit_stride
 
 if TYPE_CHECKING:
     from .cached import CachedTokens, CentroidCache

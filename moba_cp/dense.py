@@ -34,9 +34,9 @@ from .parallel.dense import DenseTransport, Pair, Shard, equal_documents, transp
 from .parallel.layout import SequenceLayout
 from .parallel.splits import check_split
 from .parallel.topology import host
-from .pipeline import unit_stride
 from .prepare import needs_gradients
 from .stages import Stages
+from .strides import unit_stride
 from .tracing import infer_output, is_captured, without_numbers
 from .validation import (
     RefusedTogether,

@@ -49,6 +49,7 @@ from .precision import as_given
 from .prepare import prepare
 from .selection import made_selection
 from .stages import Stages
+from .strides import unit_stride
 from .tracing import is_captured
 from .validation import check_longest, check_tensors
 
@@ -211,7 +212,7 @@ def attention_backward(
         known = _route_again(call, route, chosen, k.shape[1]) if left is None else left.route
         lists = () if left is None else left.lists
         # What a graph saved may come back in other strides.
-        saved = pipeline.Saved(pipeline.unit_stride(out), lse, chosen, lists, known)
+        saved = pipeline.Saved(unit_stride(out), lse, chosen, lists, known)
         dq, dk, dv = pipeline.backward(call, q, k, v, saved, dout)
     return dq, dk.contiguous(), dv.contiguous()  # both may be views of one tensor
 

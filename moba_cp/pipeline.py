@@ -39,6 +39,7 @@ from .replay import Replays
 from .saving import put_tensors, taken
 from .selection import Routing, over_heads
 from .stages import Stages
+from .strides import readable, unit_stride
 
 
 @dataclass(frozen=True)
@@ -407,27 +408,6 @@ def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether all partial results are in memory together, so that no stream but the caller's is used on one rank."""
     _, chunks = head_ranges(call, q, k, v)[0]
     return chunks[0].whole
-
-
-def readable(x: Tensor) -> Tensor:
-    """`x`, copied only where its last dimension is not dense, or where its rows are not aligned as those of a new tensor.
-
-    Which variant of a kernel runs depends on alignment (`kernels.dispatch`), and variants of the backward agree to rounding
-    only. Parts that come from other ranks are aligned, so the local part has to be: dq must not depend on the layout.
-    """
-    x = unit_stride(x)
-    width = x.shape[-1]
-    if width % 16:
-        return x
-    row, head, _ = x.stride()
-    if x.data_ptr() % 16 == 0 and row % 16 == 0 and head % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied only where its last dimension is not dense (an expanded gradient, a transposed input)."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _accumulator(gradient: Tensor) -> Tensor:

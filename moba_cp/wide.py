@@ -36,6 +36,7 @@ from .parallel.splits import Split, choose_split, needs_topology
 from .parallel.topology import topology_of
 from .saving import put_tensors, taken
 from .selection import Routing
+from .strides import unit_stride
 
 SLAB_BYTES = 32 << 20
 """A slab's queries on the longest wide rank take at least this many bytes: less would not hide what a slab costs the host."""
@@ -231,7 +232,7 @@ def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -
     """Output `[T, Hq, Dv]` of the local tokens; arguments as of `pipeline.forward`. A selection of their rows comes in with the
     heads, and weights go back."""
     split, transfer = call.split, call.transfer
-    q, k, v = (pipeline.unit_stride(x) for x in (q, k, v))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     whole = q.new_empty(*q.shape[:2], v.shape[2])
     out = HeadsBack(transfer, [whole])
     kept, weights = [], []
@@ -264,7 +265,7 @@ def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -
 def backward(call: WideCall, slabs: Sequence[SavedSlab], dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the local tokens, in the shapes and the dtype of q, k and v; `dout` is `[T, Hq, Dv]`."""
     split, transfer = call.split, call.transfer
-    dout = pipeline.unit_stride(dout)
+    dout = unit_stride(dout)
     first, kv_heads = slabs[0], split.kv_heads * split.size
     dtype = first.k.dtype
     travels = gradient_dtype(split, dtype)

@@ -21,7 +21,7 @@ from .parallel.partition import merge_adjacent, partition_of
 from .parallel.plan_cache import PLANS, Memo
 from .parallel.splits import HEADS
 from .parallel.topology import topology_of
-from .pipeline import unit_stride
+from .strides import unit_stride
 from .wide import divide, gradient_dtype
 
 COMMS = (HEADS, f"{HEADS}+ring", f"{HEADS}+all_gather")

@@ -14,8 +14,9 @@ from moba_cp.kernels import Backend, torch_backend
 from moba_cp.kernels.dispatch import aligned
 from moba_cp.parallel.blocks import home_plan, rank_plan
 from moba_cp.parallel.comm import CommGroup
-from moba_cp.pipeline import Call, head_ranges, readable
+from moba_cp.pipeline import Call, head_ranges
 from moba_cp.stages import Stages
+from moba_cp.strides import readable
 
 BASE = torch.zeros(10, 4, 3 * 64 + 8, dtype=torch.bfloat16)
 
