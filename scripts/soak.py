@@ -1,12 +1,15 @@
 """Call after call of changing shapes, layouts and exchanges for minutes, to see that nothing grows and nothing goes wrong.
 
     torchrun --nproc-per-node 4 -m scripts.soak --minutes 30 --device cpu --out docs/results/soak.json
-    torchrun --nproc-per-node 2 -m scripts.soak --minutes 2 --out docs/results/soak_gpu.json
+    torchrun --nproc-per-node 2 -m scripts.soak --minutes 2 --distinct 60 --out docs/results/soak_gpu.json
 
 Every call draws documents, layout (also ranks without tokens), heads, block size, topk, exchange, ranks that share heads, one
-to three layers and how they are recomputed. Some are compared with the definition, in fp64. Now and then one rank passes bad
+to three layers and how they are recomputed. Some are compared with the definition. Now and then one rank passes bad
 input, so that all ranks have to refuse. What each rank holds is noted now and then: memory of the process, file descriptors,
 threads, keys in the store, what the library keeps, and device memory.
+
+On GPUs most new sizes compile kernels and load them, and longer sequences need larger buffers, so memory grows for hours.
+`--distinct N` makes N calls, then these again in random order, and the minutes begin with the first repeated one.
 """
 
 from __future__ import annotations
@@ -74,6 +77,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file", dir_okay=False)] = Path("runs/soak.json"),
     tokens: Annotated[int, typer.Option(help="of the longest sequence", min=64)] = 1024,
     seed: Annotated[int, typer.Option(help="of the calls")] = 0,
+    distinct: Annotated[int, typer.Option(help="different calls; 0: as many as time allows", min=0)] = 0,
     count: Annotated[
         int, typer.Option("--samples", help="how often what ranks hold is noted, at most once a call", min=2)
     ] = 24,
@@ -85,12 +89,14 @@ def main(
 ) -> None:
     """Call for `minutes`; exits with an error if a result is wrong, a refusal is missed or something grows."""
     place = join(options.device(device))
-    soak = Soak(place, tokens, seed)
+    soak = Soak(place, tokens, seed, distinct)
     samples: list[dict[str, int]] = []
+    for _ in range(distinct):
+        soak.call()
     began = time.perf_counter()
     while len(samples) < count:
         due = over_ranks([time.perf_counter() - began], place)[0] >= minutes * 60 * (len(samples) + 1) / count
-        if due or not soak.calls:
+        if due or not samples:
             samples.append(soak.sample())
         soak.call()
     found: dict[str, Any] = {
@@ -104,6 +110,7 @@ def main(
     if dist.get_rank() == 0:
         head = about(commit, "" if device == "cuda" else "CPU")
         about_run = {"world_size": dist.get_world_size(), "minutes": minutes, "tokens": tokens, "seed": seed}
+        about_run["distinct"] = distinct
         write_json(out, {"about": head | about_run, **found, "samples": samples})
         print(found, flush=True)
     dist.destroy_process_group()
@@ -113,8 +120,8 @@ def main(
 class Soak:
     """The calls, and what they found. A wrong result, or a rank that accepts another's bad input, raises."""
 
-    def __init__(self, device: torch.device, tokens: int, seed: int) -> None:
-        self.device, self.tokens, self.seed = device, tokens, seed
+    def __init__(self, device: torch.device, tokens: int, seed: int, distinct: int = 0) -> None:
+        self.device, self.tokens, self.seed, self.distinct = device, tokens, seed, distinct
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         cuda = device.type == "cuda"
         self.dtype, self.dim = (torch.bfloat16, 128) if cuda else (torch.float64, 16)
@@ -124,7 +131,10 @@ class Soak:
         self.comms: Counter[str] = Counter()
 
     def call(self) -> None:
-        draw = random.Random(f"{self.seed} {self.calls}")
+        number = self.calls
+        if self.distinct and number >= self.distinct:
+            number = random.Random(f"{self.seed} again {number}").randrange(self.distinct)
+        draw = random.Random(f"{self.seed} {number}")
         self.calls += 1
         if self.calls % BETWEEN_REFUSALS == 2:
             self.refuse(draw.randrange(self.world))
@@ -174,12 +184,12 @@ class Soak:
         )
 
     def compare(self, drawn: Drawn, layout: SequenceLayout, whole: list[Tensor], mine: list[Tensor]) -> None:
-        """Output and gradients of this rank's tokens against the definition, in fp64. Several layers: of fp64 calls alone,
-        since bf16 rounds what the second layer selects by."""
+        """Output and gradients of this rank's tokens against the definition of the call's dtype, to which centroids are rounded.
+        Several layers: of fp64 calls alone, since bf16 rounds what the second layer selects by."""
         if drawn.layers > 1 and self.dtype != torch.float64:
             return
-        *qkv, dout = (x.double() for x in whole)
-        qkv = [x.requires_grad_() for x in qkv]
+        *qkv, dout = whole
+        qkv = [x.detach().requires_grad_() for x in qkv]
         q, k, v = qkv
         for _ in range(drawn.layers):
             q = reference.moba_attention(q, k, v, layout.cu_seqlens, config_of(drawn))
@@ -188,7 +198,10 @@ class Soak:
             [
                 value
                 for a, b in zip(mine, expected, strict=True)
-                for value in ((a.double() - layout.shard(b, self.rank)).square().sum(), b.square().sum() / self.world)
+                for value in (
+                    (a.double() - layout.shard(b, self.rank)).square().sum(),
+                    b.double().square().sum() / self.world,
+                )
             ],
             dtype=torch.float64,
             device=self.device,

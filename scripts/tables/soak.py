@@ -25,11 +25,12 @@ def soak_table(contents: Sequence[dict[str, Any]]) -> str:
         def both(name: str, unit: int = 1, middle: dict[str, int] = middle, last: dict[str, int] = last) -> str:
             return f"{middle[name] // unit:,} → {last[name] // unit:,}"
 
+        distinct = f", {about['distinct']} different" if about.get("distinct") else ""
         kept = sum(last[f"kept_{where}_bytes"] for where in ("host", "device", "shared"))
         cells = [
             f"{about['world_size']} x {about['device']}",
             f"{about['minutes']:g}",
-            f"{content['calls']:,}",
+            f"{content['calls']:,}{distinct}",
             f"{content['compared']:,}, {content['largest_error']:.0e}",
             f"{content['refused']}",
             both("process_bytes", MIB),
