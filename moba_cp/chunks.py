@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -14,6 +15,8 @@ ROW_MULTIPLE = 128
 """Chunks of query rows end at multiples of this."""
 LONG_ROWS = 100_000
 """Rows whose keys, 128 per program, are work for a GPU: six programs for each of 132 multiprocessors."""
+SUM_BYTES = 4
+"""Of a number of dK or dV while it is summed."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,53 @@ def ranges_of(
     return tuple(ranges)
 
 
-def heads_that_keep_ds(of_head: int, together: int, kv_heads: int, rows: int, workspace_bytes: int) -> int:
-    """Kv heads that are worked on together where backward keeps gradients of scores; 0: it keeps none.
+def least_chunk_of_ds(rows: int, width: int, block_size: int) -> int:
+    """Bytes of gradients of scores with which a chunk of rows saves more than it costs.
 
-    Where all partial results together fit the workspace, it takes no more memory than they would, or with `LONG_ROWS` or more
-    twice as much. Fewer rows of heads together than `LONG_ROWS` would leave a GPU idle, so then it keeps none.
+    Each chunk reads and writes again the sums of dK and dV of the keys that its rows may see, on average half of all. Longer
+    blocks gain less from each byte. Factors were measured (docs/kernels.md).
 
     Args:
-        of_head: bytes of one kv head with its gradients of scores; 0 where they cannot be kept.
+        rows: rows of keys and values.
+        width: D + Dv.
+    """
+    return (2 if block_size <= 1024 else 4) * rows * width * SUM_BYTES
+
+
+def most_keeping_ds(
+    of_head: Callable[[int], int], together: int, least_chunk: int, kv_heads: int, rows: int, workspace_bytes: int
+) -> tuple[int, int]:
+    """Kv heads per range and rows per chunk where backward keeps gradients of scores; `(0, 0)`: it keeps none.
+
+    Where all partial results together fit the workspace, it takes no more memory than they would, or with `LONG_ROWS` or more
+    twice as much. Fewer rows of heads together than `LONG_ROWS` would leave a GPU idle, so then it keeps none. Where not even
+    one head fits, its rows come in chunks, all of about the same size.
+
+    Args:
+        of_head: bytes of so many rows of one kv head with their gradients of scores; 0 where they cannot be kept.
         together: bytes of all partial results without gradients of scores.
+        least_chunk: bytes with which a chunk of rows pays.
         rows: query rows.
     """
     most = workspace_bytes
     if together <= workspace_bytes:
         most = min(workspace_bytes, 2 * together if rows >= LONG_ROWS else together)
-    at_once = min(kv_heads, most // of_head) if of_head else 0
-    return at_once if at_once * rows >= LONG_ROWS else 0
+    whole = of_head(rows)
+    if whole and whole <= most:
+        heads = min(kv_heads, most // whole)
+        return (heads, rows) if heads * rows >= LONG_ROWS else (0, 0)
+    partly = of_head(0)  # bytes of work items that are not full: of any chunk
+    if not whole or most <= partly or rows < LONG_ROWS:
+        return 0, 0
+    count = cdiv(whole - partly, most - partly)
+    for chunk in (_chunk_rows(rows, count), _chunk_rows(rows, count + 1)):  # rounding up may be too much
+        if least_chunk <= of_head(chunk) <= most:
+            return 1, chunk
+    return 0, 0
+
+
+def _chunk_rows(rows: int, count: int) -> int:
+    return cdiv(cdiv(rows, count), ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def estimated_kept_ds(
@@ -94,9 +128,14 @@ def estimated_kept_ds(
 
     As `Backend.kept_ds_bytes`, for one document.
     """
-    entries = rows * slots * (q_heads // kv_heads)
-    of_head = kept_ds_bytes(entries=entries, n_blocks=cdiv(rows, max(block_size, 1)), block_size=block_size, dim=dim)
-    return of_head * heads_that_keep_ds(of_head, together, kv_heads, rows, workspace_bytes)
+
+    def of_head(rows_together: int) -> int:
+        entries = rows_together * slots * (q_heads // kv_heads)
+        return kept_ds_bytes(entries=entries, n_blocks=cdiv(rows, max(block_size, 1)), block_size=block_size, dim=dim)
+
+    least = least_chunk_of_ds(rows, 2 * dim, block_size)
+    heads, chunk = most_keeping_ds(of_head, together, least, kv_heads, rows, workspace_bytes)
+    return heads * of_head(chunk)
 
 
 def most_at_once(most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> tuple[int, int]:

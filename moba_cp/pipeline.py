@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chunks import Chunk, Ranges, heads_that_keep_ds, most_at_once, ranges_of
+from .chunks import Chunk, Ranges, least_chunk_of_ds, most_at_once, most_keeping_ds, ranges_of
 from .config import MoBAConfig
 from .kernels import Backend, KVPart, QueryRows, RoutingLists, backend_for, query_rows
 from .kernels.torch_backend import accumulate_dtype
@@ -141,11 +141,12 @@ def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> S
     )
     out, lse = q.new_empty(*q.shape[:2], v.shape[-1]), call.backend.new_lse(q)
     lists_of = routed_ahead(call, ranges, selected)
+    keep_lists = call.keep_lists and ranges == head_ranges(call, q, k, v, backward=True)
     kept = []
     for visit, (_, chunks) in zip(visits(exchange, ranges), ranges, strict=True):
         for number, chunk in enumerate(chunks):
             lists = next(lists_of)
-            if call.keep_lists:
+            if keep_lists:
                 kept.append(lists)
             _forward_chunk(
                 call, chunk, lists, q, rows, selected, exchange.forward(visit, number), out, lse, routing.weights
@@ -222,8 +223,9 @@ def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: T
     dk = torch.empty(home.k.shape, dtype=dtype, device=k.device)
     dv = torch.empty(home.v.shape, dtype=dtype, device=v.device)
     lists_of = iter(saved.lists) if saved.lists else routed_ahead(call, ranges, saved.selected)
-    in_place = call.comm.size == 1 and all(len(of_range) == 1 for _, of_range in ranges)
-    side = SideStream(torch.device("cpu") if in_place else q.device, "gradients")  # in place, nothing is left to add
+    alone = call.comm.size == 1
+    in_place = alone and (dtype == accumulate_dtype(k.dtype) or all(len(of_range) == 1 for _, of_range in ranges))
+    side = SideStream(torch.device("cpu") if alone else q.device, "gradients")
     finish: Callable[[], None] = lambda: None  # noqa: E731
     for visit, (heads, chunks) in zip(visits(exchange, ranges), ranges, strict=True):
         home_dk, home_dv = of_heads(dk, heads), of_heads(dv, heads)
@@ -231,13 +233,15 @@ def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: T
         for number, chunk in enumerate(chunks):
             parts = exchange.backward(visit, number, sum_dk, sum_dv)
             _backward_chunk(call, chunk, next(lists_of), q, dout, delta, rows, saved, parts, dq)
-        # Gradients of one range travel, and are added, while the next range is computed.
+        # Gradients of one range travel, and are added, while the next range is computed. Without other ranks nothing travels,
+        # and sums are rounded at once: a side stream would hold those of every range that the host has enqueued.
         finish()
         side.mark()
         arrive = exchange.reduce(visit)
-        finish = (
-            (lambda: None) if in_place else partial(_finish_range, call, side, arrive, sum_dk, sum_dv, home_dk, home_dv)
-        )
+        if not alone:
+            finish = partial(_finish_range, call, side, arrive, sum_dk, sum_dv, home_dk, home_dv)
+        elif not in_place:
+            _finish_range(call, side, arrive, sum_dk, sum_dv, home_dk, home_dv)
     finish()
     with call.stage("return gradients"):
         side.join(side.done())
@@ -376,9 +380,9 @@ def work_of(call: Call, ranges: Ranges, k: Tensor) -> Work:
 def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False) -> Ranges:
     """Ranges of kv heads, each with its chunks of query rows, so that partial results fit `call.workspace_bytes`.
 
-    Every rank makes the same number of ranges and chunks, whatever it holds, since each starts collectives. Backward has
-    forward's ranges where it takes forward's lists. Its chunks keep gradients of scores where all rows of some heads fit with
-    these, on one rank: to bring keys again, or to add to sums again, would cost more than is saved.
+    Every rank makes the same number of ranges and chunks, whatever it holds, since each starts collectives. Backward chunks
+    keep gradients of scores where these fit, on one rank: with several, chunks of rows would bring keys again. Forward has
+    backward's ranges where backward takes its lists and all rows of a head are together; else each has its own.
 
     Args:
         call: the call.
@@ -389,19 +393,26 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool =
     width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
     head_bytes = call.topk * call.backend.bytes_per_slot(width, q.dtype)
     if call.comm.size == 1 and (call.keep_lists or backward) and most:
-        of_head = call.backend.kept_ds_bytes(
-            q,
-            v,
-            rows=most,
-            kv_heads=heads[1],
-            slots=call.topk,
-            n_blocks=call.n_blocks,
-            block_size=call.config.block_size,
+        of_head = partial(_kept_ds_bytes, call, q, v, heads[1])
+        least = least_chunk_of_ds(most, q.shape[-1] + v.shape[-1], call.config.block_size)
+        at_once, rows = most_keeping_ds(
+            of_head, most * heads[0] * head_bytes, least, heads[1], most, call.workspace_bytes
         )
-        keeping = heads_that_keep_ds(of_head, most * heads[0] * head_bytes, heads[1], most, call.workspace_bytes)
-        if keeping:
-            return ranges_of(len(q), most, *heads, keeping, most, keeps_ds=True)
+        if at_once and (backward or rows == most):
+            return ranges_of(len(q), most, *heads, at_once, rows, keeps_ds=True)
     return ranges_of(len(q), most, *heads, *most_at_once(most, *heads, head_bytes, call.workspace_bytes))
+
+
+def _kept_ds_bytes(call: Call, q: Tensor, v: Tensor, kv_heads: int, rows: int) -> int:
+    return call.backend.kept_ds_bytes(
+        q,
+        v,
+        rows=rows,
+        kv_heads=kv_heads,
+        slots=call.topk,
+        n_blocks=call.n_blocks,
+        block_size=call.config.block_size,
+    )
 
 
 def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:

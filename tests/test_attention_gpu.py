@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from moba_cp import MoBAConfig, SequenceLayout, chunks, moba_attention, moba_attn_varlen, reference
+from moba_cp import MoBAConfig, SequenceLayout, chunks, moba_attention, moba_attn_varlen, pipeline, reference
 from moba_cp.kernels import triton_backend
 from moba_cp.parallel import cost
 from moba_cp.parallel.exchanges import pull
@@ -86,7 +86,8 @@ KEPT = [
 
 @pytest.mark.parametrize("case", KEPT, ids=str)
 def test_keeping_gradients_of_scores_changes_no_bit(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace that holds all partial results, and one that holds a kv head's with its gradients of scores."""
+    """A workspace that holds all partial results, one that holds a kv head's with its gradients of scores, and one that holds
+    some of its rows'."""
     kept: list[bool] = []
     make_partials = triton_backend.new_dq_partials
 
@@ -96,7 +97,7 @@ def test_keeping_gradients_of_scores_changes_no_bit(case: tuple, monkeypatch: py
 
     monkeypatch.setattr(triton_backend, "new_dq_partials", noted)
     monkeypatch.setattr(chunks, "LONG_ROWS", 1)
-    cu, _, topk, q_heads, _, dim, _ = case
+    cu, _, topk, q_heads, kv_heads, dim, _ = case
     all_partials = cu[-1] * q_heads * topk * triton_backend.bytes_per_slot(dim, torch.bfloat16)
     layout = SequenceLayout.contiguous(cu, 1)
     with monkeypatch.context() as patched:
@@ -104,12 +105,15 @@ def test_keeping_gradients_of_scores_changes_no_bit(case: tuple, monkeypatch: py
         whole = run(case, layout, 0, "auto", all_partials)
     assert kept
     assert not any(kept)
-    kept.clear()
-    in_ranges = run(case, layout, 0, "auto", all_partials - 1)
-    assert len(kept) > 1
-    assert all(kept)
-    found = differences(in_ranges, run(case, layout, 0, "auto", all_partials - 1), whole, "kept")
-    assert not found, found
+    monkeypatch.setattr(pipeline, "least_chunk_of_ds", lambda *_: 0)
+    # all rows of one or two heads, then of one head's rows a third or less
+    for workspace, least in ((all_partials - 1, 2), (all_partials // kv_heads, 3 * kv_heads)):
+        kept.clear()
+        got = run(case, layout, 0, "auto", workspace)
+        assert len(kept) >= least
+        assert all(kept)
+        found = differences(got, run(case, layout, 0, "auto", workspace), whole, f"kept in {workspace} bytes")
+        assert not found, found
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

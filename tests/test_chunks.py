@@ -6,14 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moba_cp.chunks import LONG_ROWS, heads_that_keep_ds, most_at_once
+from moba_cp.chunks import LONG_ROWS, least_chunk_of_ds, most_at_once, most_keeping_ds
 
 
 @pytest.mark.parametrize(
     ("of_head", "together", "rows", "expected"),
     [
         (0, 101, LONG_ROWS, 0),  # cannot be kept
-        (101, 101, LONG_ROWS, 0),  # do not fit
         (50, 101, LONG_ROWS // 2, 2),  # partial results come in ranges anyway
         (50, 101, LONG_ROWS // 2 - 1, 0),  # two heads are not work enough
         (1, 101, LONG_ROWS // 8, 8),
@@ -21,21 +20,65 @@ from moba_cp.chunks import LONG_ROWS, heads_that_keep_ds, most_at_once
         (25, 74, LONG_ROWS // 3 + 1, 0),
         (50, 100, LONG_ROWS, 2),
         (100, 50, LONG_ROWS, 1),  # memory doubles
-        (100, 49, LONG_ROWS, 0),
         (50, 49, LONG_ROWS, 1),
+        (101, 101, LONG_ROWS - 1, 0),  # chunks of rows would not be work enough
     ],
 )
 def test_heads_that_keep_gradients_of_scores(of_head: int, together: int, rows: int, expected: int) -> None:
-    assert heads_that_keep_ds(of_head, together, 8, rows, 100) == expected
+    """With all their rows."""
+    found = most_keeping_ds(lambda n: of_head * n // rows, together, 1, 8, rows, 100)
+    assert found == (expected, rows if expected else 0)
 
 
-@given(*[st.integers(0, 1000)] * 2, st.integers(1, 16), st.integers(1, 2 * LONG_ROWS), st.integers(1, 1000))
-def test_kept_gradients_of_scores_fit(of_head: int, together: int, kv_heads: int, rows: int, workspace: int) -> None:
-    heads = heads_that_keep_ds(of_head, together, kv_heads, rows, workspace)
+def chunk(whole: int, together: int, least: int = 0, partly: int = 0) -> int:
+    """Rows per chunk of heads of `LONG_ROWS` rows with a workspace of 600,000 bytes."""
+    heads, rows = most_keeping_ds(lambda n: partly + whole * n // LONG_ROWS, together, least, 8, LONG_ROWS, 600_000)
+    assert heads == (rows > 0)
+    return rows
+
+
+def test_rows_of_a_head_that_does_not_fit_come_in_chunks() -> None:
+    assert chunk(600_001, 10**6) == 50_048  # halves, at a multiple of 128
+    assert chunk(1_200_000, 10**6) == 33_408  # halves that end at a multiple of 128 are too large
+    assert chunk(600_001, 250_000) == 50_048  # memory doubles: 500,000 bytes
+    assert chunk(600_001, 150_000) == 33_408  # 300,000 bytes
+    assert chunk(10**9, 10**6) == 0  # not even 128 rows fit
+    assert chunk(600_001, 10**6, partly=599_999) == 0
+
+
+def test_chunks_take_more_bytes_than_adding_costs() -> None:
+    size = 600_001 * 50_048 // LONG_ROWS
+    assert chunk(600_001, 10**6, size) == 50_048
+    assert chunk(600_001, 10**6, size + 1) == 0
+
+
+@pytest.mark.parametrize(("block_size", "sums"), [(256, 2), (1024, 2), (1152, 4), (4096, 4)])
+def test_bytes_with_which_a_chunk_pays(block_size: int, sums: int) -> None:
+    assert least_chunk_of_ds(1000, 256, block_size) == sums * 1000 * 256 * 4
+
+
+@given(
+    *[st.integers(0, 1000)] * 2,
+    st.integers(0, 100),
+    st.integers(1, 16),
+    st.integers(1, 2 * LONG_ROWS),
+    st.integers(1, 1000),
+)
+def test_kept_gradients_of_scores_fit(
+    per_row: int, together: int, least: int, kv_heads: int, rows: int, workspace: int
+) -> None:
+    def of_head(n: int) -> int:
+        return per_row * (n + 100) // 500
+
+    heads, together_rows = most_keeping_ds(of_head, together, least, kv_heads, rows, workspace)
+    size = heads * of_head(together_rows)
     assert 0 <= heads <= kv_heads
-    assert heads * of_head <= workspace
-    assert heads * of_head <= max(workspace * (together > workspace), 2 * together)
-    assert heads <= heads_that_keep_ds(of_head, together, kv_heads, rows, workspace + 1)
+    assert size <= workspace
+    assert size <= max(workspace * (together > workspace), 2 * together)
+    if heads and together_rows < rows:
+        assert (heads, together_rows % 128) == (1, 0)
+        assert size >= least
+        assert rows >= LONG_ROWS
 
 
 @given(*[st.integers(1, 1000)] * 3, st.integers(1, 8), st.integers(1, 4))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 
-from moba_cp import MoBAConfig, SequenceLayout, chunks
+from moba_cp import MoBAConfig, SequenceLayout, chunks, moba_attention, pipeline
 from moba_cp.kernels import Backend, torch_backend
 from moba_cp.kernels.dispatch import aligned
 from moba_cp.parallel.blocks import home_plan, rank_plan
@@ -51,7 +51,10 @@ SLOTS = TOKENS * 2 * TOPK * 4 * 65
 def plain_call(workspace_bytes: int, kept_bytes: int) -> Call:
     """A call of one rank, on a backend that takes `kept_bytes` to keep the gradients of scores of one kv head."""
     plan = rank_plan(home_plan(SequenceLayout.contiguous([0, TOKENS], 1), 256), 0)
-    backend = SimpleNamespace(bytes_per_slot=torch_backend.bytes_per_slot, kept_ds_bytes=lambda *_, **__: kept_bytes)
+    backend = SimpleNamespace(
+        bytes_per_slot=torch_backend.bytes_per_slot,
+        kept_ds_bytes=lambda *_, rows, **__: kept_bytes * rows // TOKENS,
+    )
     return Call(
         MoBAConfig(256, TOPK), plan, CommGroup(None, 1), cast(Backend, backend), "auto", workspace_bytes, 1 << 30,
         Stages(torch.device("cpu")), True, 0,
@@ -73,7 +76,6 @@ def heads_at_once(call: Call, backward: bool = False) -> list[int]:
         (HEADS * SLOTS - 1, [5, 1], [4, 2]),
         (12 * MIB, [2, 2, 2], [2, 2, 2]),
         (12 * MIB - 1, [2, 2, 2], [1] * 6),
-        (6 * MIB - 1, [1] * 6, [1] * 6),  # not even one head's gradients fit
     ],
 )
 def test_gradients_of_scores_are_kept_within_the_workspace(
@@ -83,6 +85,52 @@ def test_gradients_of_scores_are_kept_within_the_workspace(
     assert heads_at_once(plain_call(workspace, 0)) == without
     call = plain_call(workspace, 6 * MIB)
     assert heads_at_once(call) == heads_at_once(call, backward=True) == keeping
+
+
+def test_gradients_of_scores_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward alone has chunks of rows then: forward's would be shorter than they need be."""
+    monkeypatch.setattr(chunks, "LONG_ROWS", TOKENS)
+    call = plain_call(6 * MIB, 12 * MIB)
+    assert chunks.least_chunk_of_ds(TOKENS, 2 * 64, 256) <= 6 * MIB
+    q, k = torch.empty(TOKENS, 2 * HEADS, 64), torch.empty(TOKENS, HEADS, 64)
+    assert heads_at_once(call) == [1] * 6
+    ranges = head_ranges(call, q, k, k, backward=True)
+    assert [heads.stop - heads.start for heads, _ in ranges] == [1] * 6
+    for _, of_range in ranges:
+        assert [(c.rows.start, c.rows.stop) for c in of_range] == [(0, TOKENS // 2), (TOKENS // 2, TOKENS)]
+        assert all(c.keeps_ds for c in of_range)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_call_whose_backward_alone_has_chunks_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a backend that says that it keeps gradients of scores; what it does with them, GPU tests show."""
+    tokens, kept = 512, []
+    monkeypatch.setattr(chunks, "LONG_ROWS", 1)
+    monkeypatch.setattr(pipeline, "least_chunk_of_ds", lambda *_: 0)
+    layout = SequenceLayout.contiguous([0, tokens], 1)
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(tokens, heads, 16, generator=g, dtype=torch.float64).to(dtype) for heads in (4, 2, 2, 4)]
+
+    def results() -> list[torch.Tensor]:
+        q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+        out = moba_attention(q, k, v, MoBAConfig(32, 3), layout=layout, workspace_bytes=1 << 19)
+        out.backward(inputs[3])
+        return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+    expected = results()
+    new_dq_partials = torch_backend.new_dq_partials
+
+    def noted(*arguments: Any, keeps_ds: Any = None) -> Any:
+        kept.append(None if keeps_ds is None else arguments[0].shape[1])
+        return new_dq_partials(*arguments)
+
+    monkeypatch.setattr(torch_backend, "kept_ds_bytes", lambda *_, rows, **__: rows << 12)
+    monkeypatch.setattr(torch_backend, "new_dq_partials", noted)
+    got = results()
+    assert kept == [128] * 8  # two kv heads, four chunks of rows each
+    assert torch.equal(got[0], expected[0])
+    for mine, other in zip(got[1:], expected[1:], strict=True):  # sums in another order, rounded once
+        assert (mine - other).norm() <= (1e-14 if dtype == torch.float64 else 2e-3) * other.norm()
 
 
 def test_who_keeps_gradients_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
