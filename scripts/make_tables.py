@@ -27,7 +27,7 @@ from .tables.kernels import headline, kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.learning import learning_headline
 from .tables.planning import balance_table, clusters_table, predictions_table
-from .tables.scaling import longest_table, scaling_plot, scaling_tables
+from .tables.scaling import longest_table, scaling_plot, scaling_table, scaling_tables
 from .tables.soak import soak_table
 from .tables.speed import gpus_table, profile_plot, speed_table
 from .tables.text import fill, fill_figures
@@ -87,6 +87,7 @@ def blocks() -> dict[str, str]:
         "results:fsdp": if_measured("fsdp", fsdp_table),
         "results:compile": if_measured("compile", compile_table),
         "results:scaling": scaling_tables(contents("scaling")) or NOT_MEASURED,
+        "results:two_nodes": scaling_table(content("two_nodes")),
         "results:longest": longest_table(contents("scaling")) or NO_LONGEST,
         "results:predictions": predictions_table(RESULTS),
         "results:clusters": clusters_table(Calibration.default()),

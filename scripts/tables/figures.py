@@ -42,9 +42,11 @@ def figures(results: Path) -> Figures:
         "kernels_h200": lambda: _host_times(content("kernels_h200")),
         "kernels_h200_short": lambda: _host_times(content("kernels_h200_short")),
         "kernels_h200_long": lambda: _kept_peak(content("kernels_h200"), content("kernels_h200_long")),
-        "versions_kept_ds": lambda: _ratio(content("versions_kept_ds")),
+        "versions_kept_ds": lambda: _ratios(content("versions_kept_ds"), 512),
+        "versions_rows": lambda: _ratios(content("versions_rows"), 512, 4096),
         "scaling": lambda: _scaling(content("scaling")),
         "scaling_longest": lambda: _longest(content("scaling_longest")),
+        "two_nodes": lambda: _two_nodes(content("two_nodes")),
         "scaling_two": lambda: _foreseen(results, "scaling_two.json"),
         "training_speed": lambda: _micro_batches(content("training_speed")),
         "training_scaling": lambda: _two_gpus(content("training_scaling"), content("training_speed")),
@@ -82,14 +84,15 @@ def _kept_peak(before: dict[str, Any], after: dict[str, Any]) -> Figures:
     return {"peak_512": f"{peaks[0]:.2f} GiB in place of {peaks[1]:.2f}"}
 
 
-def _ratio(content: dict[str, Any]) -> Figures:
-    times = one(content["results"], block_size=512)["times"]
-    before, after = (times[name]["forward_backward"] for name in ("before", "after"))
-    host = [_whole(x["host_ms"]["median"]) for x in (after, before)]
-    return {
-        "ratio_512": f"{after['ms']['ratio']['median']:.3f} of the time",
-        "host_512": f"{host[0]} ms in place of {host[1]}",
-    }
+def _ratios(content: dict[str, Any], *block_sizes: int) -> Figures:
+    found = {}
+    for block_size in block_sizes:
+        times = one(content["results"], block_size=block_size)["times"]
+        before, after = (times[name]["forward_backward"] for name in ("before", "after"))
+        host = [_whole(x["host_ms"]["median"]) for x in (after, before)]
+        found[f"ratio_{block_size}"] = f"{after['ms']['ratio']['median']:.3f}"
+        found[f"host_{block_size}"] = f"{host[0]} ms in place of {host[1]}"
+    return found
 
 
 def _foreseen(results: Path, later: str) -> Figures:
@@ -128,7 +131,21 @@ def _scaling(content: dict[str, Any]) -> Figures:
     sizes = {"ranks": 2, "tokens": 1 << 18, "q_heads": 16, "kv_heads": 16, "block_size": 128, "topk": 8}
     a2a = one(content["results"], comm="a2a", routing="uniform", **sizes)
     share = sizes | {"q_heads": 8, "kv_heads": 8}  # of one GPU
-    return {"a2a_128": _both(a2a), "equal_work_128": _both(one(content["baselines"], baseline="equal_work", **share))}
+    pull = one(content["results"], comm="pull", routing="uniform", **sizes | {"block_size": 512})
+    return {
+        "a2a_128": _both(a2a),
+        "equal_work_128": _both(one(content["baselines"], baseline="equal_work", **share)),
+        "pull_512": _both(pull),
+    }
+
+
+def _two_nodes(content: dict[str, Any]) -> Figures:
+    ring = one(content["results"], comm="ring", tokens=1 << 18, block_size=512)
+    return {
+        "bytes": f"{ring['between_bytes'] / 2**30:.1f} GiB",
+        "exposed": f"{ring['exposed_ms']:.0f} ms",
+        "call": _both(ring),
+    }
 
 
 def _both(entry: Entry) -> str:

@@ -25,11 +25,12 @@ Times are milliseconds of the slowest rank, forward / forward+backward.
 
 def scaling_tables(contents: Sequence[dict[str, Any]]) -> str:
     """Markdown: of each machine, times by exchange beside equal work on one GPU and dense attention."""
-    measured = [_of_machine(content) for content in contents if _measured(content)]
+    measured = [scaling_table(content) for content in contents if _measured(content)]
     return "\n\n".join([LEGEND, *measured]) if measured else ""
 
 
-def _of_machine(content: dict[str, Any]) -> str:
+def scaling_table(content: dict[str, Any]) -> str:
+    """Markdown: the part of `scaling_tables` of one machine."""
     results, baselines = _measured(content), [b for b in content["baselines"] if "forward_ms" in b]
     comms = list(dict.fromkeys(r["comm"] for r in results if r["ranks"] > 1))
     lines = [
