@@ -416,9 +416,9 @@ def _kept_ds_bytes(call: Call, q: Tensor, v: Tensor, kv_heads: int, rows: int) -
 
 
 def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether all partial results are in memory together, so that no stream but the caller's is used on one rank."""
-    _, chunks = head_ranges(call, q, k, v)[0]
-    return chunks[0].whole
+    """Whether all partial results of either pass are in memory together, so that no stream but the caller's is used on one rank."""
+    passes = (False, True) if call.keep_lists else (False,)
+    return all(head_ranges(call, q, k, v, backward=backward)[0][1][0].whole for backward in passes)
 
 
 def _accumulator(gradient: Tensor) -> Tensor:

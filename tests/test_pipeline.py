@@ -14,7 +14,7 @@ from moba_cp.kernels import Backend, torch_backend
 from moba_cp.kernels.dispatch import aligned
 from moba_cp.parallel.blocks import home_plan, rank_plan
 from moba_cp.parallel.comm import CommGroup
-from moba_cp.pipeline import Call, head_ranges
+from moba_cp.pipeline import Call, head_ranges, is_one_chunk
 from moba_cp.stages import Stages
 from moba_cp.strides import readable
 
@@ -99,6 +99,17 @@ def test_gradients_of_scores_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPa
     for _, of_range in ranges:
         assert [(c.rows.start, c.rows.stop) for c in of_range] == [(0, TOKENS // 2), (TOKENS // 2, TOKENS)]
         assert all(c.keeps_ds for c in of_range)
+
+
+def test_chunks_of_backward_alone_make_a_call_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a call is not recorded: with several chunks lists are made on a side stream."""
+    monkeypatch.setattr(chunks, "LONG_ROWS", TOKENS)
+    q, k = torch.empty(TOKENS, 2 * HEADS, 64), torch.empty(TOKENS, HEADS, 64)
+    assert is_one_chunk(plain_call(HEADS * SLOTS, 0), q, k, k)
+    call = plain_call(HEADS * SLOTS, 60 * MIB)
+    assert head_ranges(call, q, k, k)[0][1][0].whole
+    assert not is_one_chunk(call, q, k, k)
+    assert is_one_chunk(replace(call, keep_lists=False), q, k, k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
