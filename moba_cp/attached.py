@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import pipeline
+from .call import Call
 from .kernels import RoutingLists
 from .parallel.exchanges import Route
 
@@ -32,13 +33,13 @@ class Attached:
         mark: of this pass; also attached to the memory of its route tensor.
     """
 
-    call: pipeline.Call
+    call: Call
     lists: tuple[RoutingLists, ...]
     route: Route
     mark: object
 
 
-def attach(selected: Tensor, route: Tensor, call: pipeline.Call, saved: pipeline.Saved) -> None:
+def attach(selected: Tensor, route: Tensor, call: Call, saved: pipeline.Saved) -> None:
     """Leave what backward needs of `call` besides the graph's tensors.
 
     Args:

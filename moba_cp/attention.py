@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import pipeline, wide
+from .call import Call
 from .compiled import compiled_attention, compiled_varlen, fits_a_graph, fits_the_schema
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .derivatives import can_refuse, first_derivative_only, no_forward_mode
@@ -262,7 +263,7 @@ class _MoBAFunction(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        call: pipeline.Call | wide.WideCall,
+        call: Call | wide.WideCall,
         routing: Routing,
         group: CommGroup,
         mark: Tensor,

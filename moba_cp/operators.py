@@ -30,6 +30,7 @@ from torch.distributed import distributed_c10d
 
 from . import pipeline
 from .attached import attach, attached
+from .call import Call
 from .config import MoBAConfig
 from .derivatives import can_refuse, first_derivative_only
 from .kernels import backend_for
@@ -312,12 +313,12 @@ def _route_tensor(route: Route, number: int, key: tuple[int, int]) -> Tensor:
 def _call_again(
     q: Tensor, layout: Tensor, route: Tensor, config: MoBAConfig, group: str, comm: str, workspace_bytes: int,
     exchange_bytes: int, max_seqlen: int | None,
-) -> pipeline.Call:  # fmt: skip
+) -> Call:  # fmt: skip
     """The call of a forward pass that left nothing but tensors."""
     *_, number, first, second = route.tolist()
     made = _known_layout((first, second), layout, max_seqlen)
     comm_group = CommGroup(_group_of(group), made.cp_size)
-    return pipeline.Call(
+    return Call(
         config=config,
         plan=rank_plan(home_plan(made, config.block_size), comm_group.rank),
         comm=comm_group,
@@ -331,7 +332,7 @@ def _call_again(
     )
 
 
-def _route_again(call: pipeline.Call, route: Tensor, selected: Tensor, kv_heads: int) -> Route:
+def _route_again(call: Call, route: Tensor, selected: Tensor, kv_heads: int) -> Route:
     """The route of such a forward pass, with what its exchange asks for made again."""
     index, *both = route.tolist()[:3]
     name, walks = _EXCHANGES[index], (both[0], both[1])

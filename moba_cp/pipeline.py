@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .chunks import Chunk, Ranges, least_chunk_of_ds, most_at_once, most_keeping_ds, ranges_of
-from .config import MoBAConfig
+from .call import Call, head_ranges, work_of
+from .chunks import Chunk, Ranges
 from .kernels import Backend, KVPart, QueryRows, RoutingLists, backend_for, query_rows
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import HomePlan, RankPlan
-from .parallel.comm import CommGroup, SideStream
+from .parallel.comm import SideStream
 from .parallel.exchanges import (
     Arrived,
     Exchange,
@@ -28,64 +28,15 @@ from .parallel.exchanges import (
     PartGradient,
     Route,
     Visit,
-    Work,
     of_heads,
     open_backward,
     open_forward,
 )
 from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, send_back
 from .parallel.rows import add_rows
-from .replay import Replays
 from .saving import put_tensors, taken
 from .selection import Routing, over_heads
-from .stages import Stages
 from .strides import readable, unit_stride
-
-
-@dataclass(frozen=True)
-class Call:
-    """One attention call on one rank: what it is asked to do. What it decides on the way is in its `Route`.
-
-    Attributes:
-        config, plan, comm, backend: configuration, this rank's plan, its group, and the primitives of the device.
-        requested: the `comm` argument.
-        workspace_bytes: most bytes of partial results at once.
-        exchange_bytes: most bytes of remote parts kept for several chunks of rows; see `Work.keep_bytes`.
-        stage: names the steps in profiles.
-        keep_lists: keep routing lists for backward: `4 * topk` bytes per (q head, row).
-        number: the call's number in its group; see `parallel.backward_order`.
-        rounds: round dk and dv to the dtype of k and v; if not, they stay in the accumulation dtype, for callers who add to them.
-        replays: where the passes are recorded; None: they run step by step. Recorded calls select by q and k.
-    """
-
-    config: MoBAConfig
-    plan: RankPlan
-    comm: CommGroup
-    backend: Backend
-    requested: str
-    workspace_bytes: int
-    exchange_bytes: int
-    stage: Stages
-    keep_lists: bool
-    number: int
-    rounds: bool = True
-    replays: Replays | None = None
-
-    @cached_property
-    def topk(self) -> int:
-        """Slots per row; see `slots_of`."""
-        return slots_of(self.config, self.plan)
-
-    @cached_property
-    def n_blocks(self) -> int:
-        """Blocks over all documents."""
-        return len(self.plan.plan.blocks)
-
-
-def slots_of(config: MoBAConfig, plan: RankPlan) -> int:
-    """Slots per row: `config.topk`, but no more than the blocks of the longest document, rounded up to a power of two so that
-    packing that differs from step to step compiles few kernels."""
-    return min(config.topk, 1 << (plan.plan.blocks.most_of_a_document - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -370,55 +321,6 @@ def _gate(call: Call, backend: Backend, q: Tensor, home_k: Tensor, rows: QueryRo
         centroids = q.new_zeros(call.n_blocks, home_k.shape[1], q.shape[-1])
     with call.stage("gate"):
         return backend.select_blocks(q, centroids=centroids, rows=rows, topk=call.topk)
-
-
-def work_of(call: Call, ranges: Ranges, k: Tensor) -> Work:
-    """How the pass is divided, for the exchange."""
-    return Work(tuple(heads for heads, _ in ranges), len(ranges[0][1]), call.exchange_bytes, accumulate_dtype(k.dtype))
-
-
-def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False) -> Ranges:
-    """Ranges of kv heads, each with its chunks of query rows, so that partial results fit `call.workspace_bytes`.
-
-    Every rank makes the same number of ranges and chunks, whatever it holds, since each starts collectives. Backward chunks
-    keep gradients of scores where these fit, on one rank: with several, chunks of rows would bring keys again. Forward has
-    backward's ranges where backward takes its lists and all rows of a head are together; else each has its own.
-
-    Args:
-        call: the call.
-        q, k, v: local queries, keys and values.
-        backward: for a backward pass.
-    """
-    most, heads = call.plan.plan.layout.most_local_tokens, (q.shape[1], k.shape[1])
-    width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
-    head_bytes = call.topk * call.backend.bytes_per_slot(width, q.dtype)
-    if call.comm.size == 1 and (call.keep_lists or backward) and most:
-        of_head = partial(_kept_ds_bytes, call, q, v, heads[1])
-        least = least_chunk_of_ds(most, q.shape[-1] + v.shape[-1], call.config.block_size)
-        at_once, rows = most_keeping_ds(
-            of_head, most * heads[0] * head_bytes, least, heads[1], most, call.workspace_bytes
-        )
-        if at_once and (backward or rows == most):
-            return ranges_of(len(q), most, *heads, at_once, rows, keeps_ds=True)
-    return ranges_of(len(q), most, *heads, *most_at_once(most, *heads, head_bytes, call.workspace_bytes))
-
-
-def _kept_ds_bytes(call: Call, q: Tensor, v: Tensor, kv_heads: int, rows: int) -> int:
-    return call.backend.kept_ds_bytes(
-        q,
-        v,
-        rows=rows,
-        kv_heads=kv_heads,
-        slots=call.topk,
-        n_blocks=call.n_blocks,
-        block_size=call.config.block_size,
-    )
-
-
-def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether all partial results of either pass are in memory together, so that no stream but the caller's is used on one rank."""
-    passes = (False, True) if call.keep_lists else (False,)
-    return all(head_ranges(call, q, k, v, backward=backward)[0][1][0].whole for backward in passes)
 
 
 def _accumulator(gradient: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import pipeline, wide
+from .call import Call, is_one_chunk, slots_of
 from .config import MoBAConfig
 from .derivatives import refuse_transforms
 from .kernels import backend_for
@@ -50,14 +51,14 @@ class Prepared:
     """
 
     layout: SequenceLayout
-    inner: pipeline.Call
-    call: pipeline.Call | wide.WideCall
+    inner: Call
+    call: Call | wide.WideCall
     routing: Routing
     divided: wide.Division
     sizes: CallSizes
 
     @cached_property
-    def flat(self) -> pipeline.Call:
+    def flat(self) -> Call:
         """The call as if no heads were split."""
         whole = self.divided.whole
         plan = rank_plan(home_plan(self.layout, self.inner.config.block_size), whole.rank)
@@ -150,7 +151,7 @@ def prepare(
     number = backward_order.take_number(group) if comm_group.size > 1 else 0
     sizes = wide.call_sizes(q, k, v, layout, gradients)
     divided = wide.divide(comm, head_parallel, comm_group, sizes, layout, q.device, return_report)
-    call = pipeline.Call(
+    call = Call(
         config=config,
         plan=rank_plan(home_plan(divided.layout, config.block_size, divided.split.size > 1), divided.wide_rank),
         comm=divided.sequence,
@@ -163,7 +164,7 @@ def prepare(
         number=number,
         rounds=divided.heads.copies == 1,
     )
-    if known and call.backend.NAME == "triton" and pipeline.is_one_chunk(call, q, k, v):
+    if known and call.backend.NAME == "triton" and is_one_chunk(call, q, k, v):
         call = replace(call, replays=Replays())
     if capturing:
         _captured[id(call.plan.plan)] = call.plan.plan
@@ -196,6 +197,6 @@ def _place(
 ) -> Tensor:
     """The caller's selection, checked if asked for, before any collective."""
     plan = rank_plan(home_plan(layout, config.block_size), dist.get_rank(group) if layout.cp_size > 1 else 0)
-    rows, slots = pipeline.device_rows(plan, q.device), pipeline.slots_of(config, plan)
+    rows, slots = pipeline.device_rows(plan, q.device), slots_of(config, plan)
     with torch.no_grad(), torch.cuda.device_of(q):
         return place(selection, q.shape[1], plan, rows, slots, backend_for(q.device, q.dtype), check)

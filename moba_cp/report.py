@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .call import Call
 from .parallel.comm import Traffic, named_error
 from .parallel.cost import CallSizes, visible_tokens
 from .parallel.exchanges import Route
 from .parallel.splits import Split
-from .pipeline import Call
 
 MOST_WANTED = 10
 """How many of the most-wanted blocks a report names."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import pipeline
+from .call import Call
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.comm import CommGroup
 from .parallel.cost import CallSizes
@@ -62,7 +63,7 @@ class WideCall:
         returns_selected: the caller wants the selected blocks of its own tokens.
     """
 
-    inner: pipeline.Call
+    inner: Call
     transfer: HeadTransfer
     split: HeadSplit
     slabs: tuple[Slab, ...]
@@ -174,8 +175,8 @@ def divide(
 
 
 def widen(
-    call: pipeline.Call, divided: Division, sizes: CallSizes, device: torch.device, returns_selected: bool
-) -> pipeline.Call | WideCall:
+    call: Call, divided: Division, sizes: CallSizes, device: torch.device, returns_selected: bool
+) -> Call | WideCall:
     """`call`, which is one among the sequence ranks, with heads in and out around it where heads are split."""
     if divided.split.size == 1:
         return call
@@ -184,7 +185,7 @@ def widen(
     return WideCall(call, transfer, divided.heads, slabs, returns_selected)
 
 
-def run_forward(call: pipeline.Call | WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Done:
+def run_forward(call: Call | WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Done:
     """Forward of a call, whether or not heads are split; arguments as of `pipeline.forward`."""
     if isinstance(call, WideCall):
         return forward(call, q, k, v, routing)
@@ -195,7 +196,7 @@ def run_forward(call: pipeline.Call | WideCall, q: Tensor, k: Tensor, v: Tensor,
 
 
 def run_backward(
-    call: pipeline.Call | WideCall, kept: Any, tensors: Sequence[Tensor], dout: Tensor
+    call: Call | WideCall, kept: Any, tensors: Sequence[Tensor], dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of a call whose forward kept `kept` and `tensors`, in the shapes and the dtype of q, k and v; `dout` is
     `[T, Hq, Dv]`."""
@@ -204,7 +205,7 @@ def run_backward(
     return pipeline.backward_taken(call, kept, tensors, dout)
 
 
-def number_of(call: pipeline.Call | WideCall) -> int:
+def number_of(call: Call | WideCall) -> int:
     """The call's number in its group; see `parallel.backward_order`."""
     return call.inner.number if isinstance(call, WideCall) else call.number
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from moba_cp import MoBAConfig, SequenceLayout, chunks, moba_attention, moba_attn_varlen, pipeline, reference
+from moba_cp import MoBAConfig, SequenceLayout, chunks, moba_attention, moba_attn_varlen, reference
 from moba_cp.kernels import triton_backend
 from moba_cp.parallel import cost
 from moba_cp.parallel.exchanges import pull
@@ -105,7 +105,7 @@ def test_keeping_gradients_of_scores_changes_no_bit(case: tuple, monkeypatch: py
         whole = run(case, layout, 0, "auto", all_partials)
     assert kept
     assert not any(kept)
-    monkeypatch.setattr(pipeline, "least_chunk_of_ds", lambda *_: 0)
+    monkeypatch.setattr("moba_cp.call.least_chunk_of_ds", lambda *_: 0)
     # all rows of one or two heads, then of one head's rows a third or less
     for workspace, least in ((all_partials - 1, 2), (all_partials // kv_heads, 3 * kv_heads)):
         kept.clear()

@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from moba_cp import MoBAConfig, SequenceLayout, chunks, moba_attention, pipeline
+from moba_cp import MoBAConfig, SequenceLayout, chunks, moba_attention
+from moba_cp.call import Call, head_ranges, is_one_chunk
 from moba_cp.kernels import Backend, torch_backend
 from moba_cp.kernels.dispatch import aligned
 from moba_cp.parallel.blocks import home_plan, rank_plan
 from moba_cp.parallel.comm import CommGroup
-from moba_cp.pipeline import Call, head_ranges, is_one_chunk
 from moba_cp.stages import Stages
 from moba_cp.strides import readable
 
@@ -117,7 +117,7 @@ def test_a_call_whose_backward_alone_has_chunks_of_rows(dtype: torch.dtype, monk
     """Of a backend that says that it keeps gradients of scores; what it does with them, GPU tests show."""
     tokens, kept = 512, []
     monkeypatch.setattr(chunks, "LONG_ROWS", 1)
-    monkeypatch.setattr(pipeline, "least_chunk_of_ds", lambda *_: 0)
+    monkeypatch.setattr("moba_cp.call.least_chunk_of_ds", lambda *_: 0)
     layout = SequenceLayout.contiguous([0, tokens], 1)
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(tokens, heads, 16, generator=g, dtype=torch.float64).to(dtype) for heads in (4, 2, 2, 4)]
