@@ -4,9 +4,13 @@
     python -m scripts.long_run --config configs/quickstart.yaml --device cpu --steps 6 --save-at 4 --resumed-steps 2 \\
         --out t.json -- data.seq_length=192 optimizer.warmup_steps=2
 
-The run is `examples/megatron_gpt/train.py` on one GPU, without evaluation. SIGKILL ends it when step `--steps` is logged. Then it
-goes on from its checkpoint after step `--save-at`, over `--ranks` GPUs, for `--resumed-steps` steps. The killed run made these
-steps as well: their losses are compared, and the program fails where they differ by more than `RESUMED_DIFFERENCE`.
+The run is `examples/megatron_gpt/train.py` over `--first-ranks` GPUs, without evaluation. SIGKILL ends it when step `--steps` is
+logged. Then it goes on from its checkpoint after step `--save-at`, over `--ranks` GPUs, for `--resumed-steps` steps. The killed
+run made these steps as well: their losses are compared, and the program fails where they differ by more than
+`RESUMED_DIFFERENCE`. A million tokens, over two GPUs of 141 GB:
+
+    python -m scripts.long_run --config configs/gpt_1b_1m.yaml --first-ranks 2 --steps 4 --save-at 2 --resumed-steps 2 \\
+        --out docs/results/long_run_1m.json -- moba.block_size=512 moba.topk=8 moba.comm=pull run.offload_inputs=true
 
 OUT holds `loss`, `grad_norm`, `peak_memory_gib` (so far, by step), `finite`, and `resumed` with its losses and their differences.
 Where other work shares the GPU, `--shared` leaves speed out. Results are written after both parts; a part that is stopped
@@ -50,7 +54,8 @@ def main(
     output: Annotated[Path, typer.Option(help="folder for the run (replaced if there)")] = Path("runs/long_run"),
     steps: Annotated[int, typer.Option(help="steps before the run is killed")] = 200,
     save_at: Annotated[int, typer.Option(help="step after which the checkpoint is written")] = 150,
-    ranks: Annotated[int, typer.Option(help="GPUs that resume")] = 2,
+    first_ranks: Annotated[int, typer.Option(help="GPUs of the run that is killed", min=1)] = 1,
+    ranks: Annotated[int, typer.Option(help="GPUs that resume", min=1)] = 2,
     resumed_steps: Annotated[int, typer.Option(help="steps after the checkpoint, at most steps - save_at")] = 12,
     seconds: Annotated[float, typer.Option(help="time limit of the run that is killed")] = 900,
     resume_seconds: Annotated[float, typer.Option(help="time limit of the resumed run")] = 300,
@@ -69,7 +74,7 @@ def main(
 
     from examples.megatron_gpt.config import load_config
 
-    changes, again = starts(overrides or [], output, steps, save_at, ranks)
+    changes, again = starts(overrides or [], output, steps, save_at, first_ranks, ranks)
     try:
         settings = load_config(config, changes)
         load_config(config, again)  # refused now, if at all
@@ -85,14 +90,17 @@ def main(
             "recompute": settings.run.recompute,
             "tokens_per_step": settings.data.seq_length * settings.run.global_batch_size,
             "saved_after": save_at,
+            "ranks": first_ranks,
             "shared": shared,
         },
     }
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     visible = _visible(device)
+    if len(visible) < first_ranks:
+        raise typer.BadParameter(f"first-ranks is {first_ranks}, and {len(visible)} GPUs are visible")
     start = partial(_train, config, device=device, output=output)
-    found = start(changes, visible[:1], steps, seconds, number=1)
+    found = start(changes, visible[:first_ranks], steps, seconds, number=1)
     content |= summary(found, steps, shared) | {"parameters": parameters(output / "run" / "metrics.jsonl")}
     write_json(out, content)
     print(_described(content), flush=True)
@@ -121,15 +129,20 @@ def wrong(content: dict[str, Any]) -> list[str]:
     return lines + limits.broken(apart, {"relative_difference": RESUMED_DIFFERENCE})
 
 
-def starts(overrides: list[str], output: Path, steps: int, save_at: int, ranks: int) -> tuple[list[str], list[str]]:
-    """Changes of the configuration for the run that is killed, on one rank, and for the one that goes on over `ranks`."""
+def starts(
+    overrides: list[str], output: Path, steps: int, save_at: int, first_ranks: int, ranks: int
+) -> tuple[list[str], list[str]]:
+    """Changes of the configuration for the run that is killed, over `first_ranks`, and for the one that goes on over `ranks`."""
     # The run would go on: it is killed in the middle, not at its end.
     changes = [*overrides, *PLAIN, f"run.steps={10 * steps}", f"run.directory={output}"]
-    first = [*changes, f"run.save_interval={save_at}", "parallel.context=1", "run.resume=false"]
-    again = [*changes, "run.save_interval=0", f"parallel.context={ranks}", "run.resume=true"]
-    if ranks > 1:
-        again.append("run.cuda_graphs=false")  # graphs are for one process
+    first = [*changes, f"run.save_interval={save_at}", *_over(first_ranks), "run.resume=false"]
+    again = [*changes, "run.save_interval=0", *_over(ranks), "run.resume=true"]
     return first, again
+
+
+def _over(ranks: int) -> list[str]:
+    graphs = ["run.cuda_graphs=false"] if ranks > 1 else []  # graphs are for one process
+    return [f"parallel.context={ranks}", *graphs]
 
 
 def _visible(device: str) -> list[str]:

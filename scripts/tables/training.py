@@ -95,14 +95,17 @@ def _long_run_text(content: dict[str, Any]) -> str:
     lines = [
         f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']}, commit {about['commit'][:10]}. "
         f"{content['parameters'] / 1e6:.0f}M parameters, MoBA ({moba['block_size']}, {moba['topk']}), "
-        f"{setup['tokens_per_step']:,} tokens a step, {setup['precision']}, {' '.join(setup['overrides'])}.",
+        f"{setup['tokens_per_step']:,} tokens a step over {_gpus(_first_ranks(content))}, {setup['precision']}, "
+        f"{' '.join(setup['overrides'])}.",
         "",
         f"- {content['steps']} steps: loss {loss[0]:.4f} to {loss[-1]:.4f}; every loss and gradient norm is "
         f"{'finite' if content['finite'] else '**not** finite'}.",
     ]
     if peak:
         early = peak[min(9, len(peak) - 1)]
-        lines.append(f"- Peak memory: {early:.2f} GiB after 10 steps, {peak[-1]:.2f} GiB after {len(peak)}.")
+        lines.append(
+            f"- Peak memory: {early:.2f} GiB after {min(10, len(peak))} steps, {peak[-1]:.2f} GiB after {len(peak)}."
+        )
     if resumed.get("loss"):
         first, last = resumed["first_step"], resumed["first_step"] + len(resumed["loss"]) - 1
         lines.append(
@@ -113,6 +116,11 @@ def _long_run_text(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _first_ranks(content: dict[str, Any]) -> int:
+    """GPUs of the run that was killed; results of earlier programs do not say, and had one."""
+    return int(content["setup"].get("ranks", 1))
+
+
 def _gpus(count: int) -> str:
     return f"{count} GPU{'s' if count != 1 else ''}"
 
@@ -121,7 +129,9 @@ def long_run_plot(content: dict[str, Any], path: Path) -> None:
     """Loss by step of the killed run, and of the resumed one."""
     plt, resumed = pyplot(), content.get("resumed", {"loss": []})
     figure, axis = plt.subplots(figsize=(7, 3), dpi=130, layout="constrained")
-    axis.plot(range(1, content["steps"] + 1), content["loss"], label="one GPU, killed", color="C0")
+    axis.plot(
+        range(1, content["steps"] + 1), content["loss"], label=f"{_gpus(_first_ranks(content))}, killed", color="C0"
+    )
     if resumed["loss"]:
         steps = range(resumed["first_step"], resumed["first_step"] + len(resumed["loss"]))
         axis.plot(

@@ -64,7 +64,10 @@ def test_text_and_plot(tmp_path: Path) -> None:
     content["resumed"] = long_run.compared(content["loss"], {6: 4.5, 7: 3.0}, save_at=5) | {"ranks": 2}
     text = long_run_text([content])
     assert "7 steps: loss 9.0000 to 3.0000" in text
-    assert "9.00 GiB after 10 steps, 9.00 GiB after 7" in text
+    assert "9.00 GiB after 7 steps, 9.00 GiB after 7" in text
+    assert "1,024 tokens a step over 1 GPU" in text
+    content["setup"]["ranks"] = 2
+    assert "1,024 tokens a step over 2 GPUs" in long_run_text([content])
     assert "steps 6 to 7 differ by at most 5.0e-01" in text
     long_run_plot(content, tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 1000
@@ -74,30 +77,26 @@ def test_both_starts_have_a_configuration_that_works(tmp_path: Path) -> None:
     """The file's own ranks do not matter, and a graph of one process is left out over two."""
     path = ROOT / "configs" / "gpt_300m_128k.yaml"
     assert load_config(path, []).parallel.context == 2
-    first, again = long_run.starts(["run.cuda_graphs=true"], tmp_path, steps=200, save_at=150, ranks=2)
+    sizes = {"steps": 200, "save_at": 150}
+    first, again = long_run.starts(["run.cuda_graphs=true"], tmp_path, **sizes, first_ranks=1, ranks=2)
     one, two = load_config(path, first), load_config(path, again)
     assert (one.parallel.context, one.run.cuda_graphs, one.run.save_interval) == (1, True, 150)
     assert (two.parallel.context, two.run.cuda_graphs, two.run.resume) == (2, False, True)
     assert one.run.steps == two.run.steps > 200  # one schedule of learning rates
+    first, again = long_run.starts(["run.cuda_graphs=true"], tmp_path, **sizes, first_ranks=4, ranks=1)
+    four, one = load_config(path, first), load_config(path, again)
+    assert (four.parallel.context, four.run.cuda_graphs) == (4, False)
+    assert (one.parallel.context, one.run.cuda_graphs) == (1, True)
 
 
 @pytest.mark.heavy
-def test_a_killed_run_goes_on_over_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first_ranks", "ranks"), [(1, 2), (2, 1)])
+def test_a_killed_run_goes_on_over_other_ranks(tmp_path: Path, first_ranks: int, ranks: int) -> None:
     out = tmp_path / "run.json"
     line = [sys.executable, "-m", "scripts.long_run", "--config", "configs/quickstart.yaml", "--device", "cpu"]
-    line += [
-        "--steps",
-        "5",
-        "--save-at",
-        "3",
-        "--resumed-steps",
-        "2",
-        "--output",
-        str(tmp_path / "run"),
-        "--out",
-        str(out),
-    ]
-    # The killed run is on one rank whatever the configuration says.
+    line += ["--first-ranks", str(first_ranks), "--ranks", str(ranks), "--steps", "5", "--save-at", "3"]
+    line += ["--resumed-steps", "2", "--output", str(tmp_path / "run"), "--out", str(out)]
+    # Whatever ranks the configuration has.
     line += ["--", "data.seq_length=192", "optimizer.warmup_steps=2", "run.global_batch_size=2", "parallel.context=2"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -105,6 +104,7 @@ def test_a_killed_run_goes_on_over_two_ranks(tmp_path: Path) -> None:
     content = json.loads(out.read_text())
     assert (content["steps"], content["finite"]) == (5, True)
     assert content["loss"][-1] < content["loss"][0]
-    assert (content["resumed"]["ranks"], len(content["resumed"]["loss"])) == (2, 2)
+    assert content["setup"]["ranks"] == first_ranks
+    assert (content["resumed"]["ranks"], len(content["resumed"]["loss"])) == (ranks, 2)
     # fp32: two ranks add gradients in another order.
     assert content["resumed"]["largest_difference"] < 1e-5
