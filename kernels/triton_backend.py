@@ -76,12 +76,10 @@ def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
 
 def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int) -> int:
     """See `backend.Backend.kept_ds_bytes`: the Hopper kernels keep them, for blocks of several tiles, where it pays."""
-    entries = rows * slots * (q.shape[1] // kv_heads)
-    found = sizes.kept_ds_bytes(entries=entries, n_blocks=n_blocks, block_size=block_size, dim=q.shape[2])
     if not sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size):
         return 0
-    # Entries and places are int32: a place is below this number of bytes over 2 * D.
-    return found if entries < 1 << 30 and found < 1 << 38 else 0
+    entries = rows * slots * (q.shape[1] // kv_heads)
+    return sizes.kept_ds_bytes(entries=entries, n_blocks=n_blocks, block_size=block_size, dim=q.shape[2])
 
 
 def new_dq_partials(

@@ -28,7 +28,7 @@ class Call:
         workspace_bytes: most bytes of partial results at once.
         exchange_bytes: most bytes of remote parts kept for several chunks of rows; see `Work.keep_bytes`.
         stage: names the steps in profiles.
-        keep_lists: keep routing lists for backward: `4 * topk` bytes per (q head, row).
+        keep_lists: keep routing lists for backward where it has forward's ranges: `4 * topk` bytes per (q head, row).
         number: the call's number in its group; see `parallel.backward_order`.
         rounds: round dk and dv to the dtype of k and v; if not, they stay in the accumulation dtype, for callers who add to them.
         replays: where the passes are recorded; None: they run step by step. Recorded calls select by q and k.

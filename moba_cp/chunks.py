@@ -17,6 +17,10 @@ LONG_ROWS = 100_000
 """Rows whose keys, 128 per program, are work for a GPU: six programs for each of 132 multiprocessors."""
 SUM_BYTES = 4
 """Of a number of dK or dV while it is summed."""
+LEAST_CHUNK_BYTES = 3 << 28
+"""Of gradients of scores that a chunk of rows keeps: 0.5 GiB gains nothing, and keeps the host busy for as long as the GPU."""
+MOST_KEPT_BYTES = (1 << 38) - 1
+"""Of gradients of scores at once: places of partial dq are int32, and below this over 256."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,13 @@ def least_chunk_of_ds(rows: int, width: int, block_size: int) -> int:
     """Bytes of gradients of scores with which a chunk of rows saves more than it costs.
 
     Each chunk reads and writes again the sums of dK and dV of the keys that its rows may see, on average half of all. Longer
-    blocks gain less from each byte. Factors were measured (docs/kernels.md).
+    blocks gain less from each byte. A chunk also costs launches. All of this was measured (docs/kernels.md).
 
     Args:
         rows: rows of keys and values.
         width: D + Dv.
     """
-    return (2 if block_size <= 1024 else 4) * rows * width * SUM_BYTES
+    return max(LEAST_CHUNK_BYTES, (2 if block_size <= 1024 else 4) * rows * width * SUM_BYTES)
 
 
 def most_keeping_ds(
@@ -92,7 +96,7 @@ def most_keeping_ds(
 
     Where all partial results together fit the workspace, it takes no more memory than they would, or with `LONG_ROWS` or more
     twice as much. Fewer rows of heads together than `LONG_ROWS` would leave a GPU idle, so then it keeps none. Where not even
-    one head fits, its rows come in chunks, all of about the same size.
+    one head fits, its rows come in as few chunks as fit, of equal size but for the last.
 
     Args:
         of_head: bytes of so many rows of one kv head with their gradients of scores; 0 where they cannot be kept.
@@ -100,9 +104,9 @@ def most_keeping_ds(
         least_chunk: bytes with which a chunk of rows pays.
         rows: query rows.
     """
-    most = workspace_bytes
+    most = min(workspace_bytes, MOST_KEPT_BYTES)
     if together <= workspace_bytes:
-        most = min(workspace_bytes, 2 * together if rows >= LONG_ROWS else together)
+        most = min(most, 2 * together if rows >= LONG_ROWS else together)
     whole = of_head(rows)
     if whole and whole <= most:
         heads = min(kv_heads, most // whole)
@@ -121,23 +125,6 @@ def _chunk_rows(rows: int, count: int) -> int:
     return cdiv(cdiv(rows, count), ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def estimated_kept_ds(
-    *, rows: int, slots: int, q_heads: int, kv_heads: int, dim: int, block_size: int, together: int, workspace_bytes: int
-) -> int:  # fmt: skip
-    """Bytes of partial results with the gradients of scores that backward keeps on a Hopper GPU for 16-bit inputs; 0: none.
-
-    As `Backend.kept_ds_bytes`, for one document.
-    """
-
-    def of_head(rows_together: int) -> int:
-        entries = rows_together * slots * (q_heads // kv_heads)
-        return kept_ds_bytes(entries=entries, n_blocks=cdiv(rows, max(block_size, 1)), block_size=block_size, dim=dim)
-
-    least = least_chunk_of_ds(rows, 2 * dim, block_size)
-    heads, chunk = most_keeping_ds(of_head, together, least, kv_heads, rows, workspace_bytes)
-    return heads * of_head(chunk)
-
-
 def most_at_once(most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int) -> tuple[int, int]:
     """kv heads per range and rows per chunk whose partial results fit the workspace: at least one head and 128 rows.
 
@@ -149,3 +136,31 @@ def most_at_once(most: int, q_heads: int, kv_heads: int, head_bytes: int, worksp
     per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes)))
     rows = workspace_bytes // (per_range * row_bytes)
     return per_range, max(ROW_MULTIPLE, rows if rows >= most else rows // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def estimated_workspace(
+    *, rows: int, slots: int, q_heads: int, kv_heads: int, dim: int, block_size: int, slot_bytes: int, workspace_bytes: int,
+    keeps_ds: bool,
+) -> int:  # fmt: skip
+    """Bytes of partial results, with gradients of scores where backward keeps them, and of sums of dK and dV where rows come in
+    chunks: of one rank, with one document, on a Hopper GPU.
+
+    Args:
+        rows, slots, q_heads, kv_heads, dim, block_size, workspace_bytes: of the call.
+        slot_bytes: of a partial result.
+        keeps_ds: whether backward may keep gradients of scores, as `Backend.kept_ds_bytes` decides: for 16-bit inputs.
+    """
+
+    def of_head(rows_together: int) -> int:
+        entries = rows_together * slots * (q_heads // kv_heads)
+        blocks = cdiv(rows, max(block_size, 1))
+        return kept_ds_bytes(entries=entries, n_blocks=blocks, block_size=block_size, dim=dim) if keeps_ds else 0
+
+    together = rows * q_heads * slots * slot_bytes
+    least = least_chunk_of_ds(rows, 2 * dim, block_size)
+    heads, chunk = most_keeping_ds(of_head, together, least, kv_heads, rows, workspace_bytes)
+    kept = heads * of_head(chunk)
+    if not heads:
+        heads, chunk = most_at_once(rows, q_heads, kv_heads, slots * slot_bytes, workspace_bytes)
+    sums = heads * rows * 2 * dim * SUM_BYTES if chunk < rows else 0
+    return max(kept, min(together, workspace_bytes)) + sums

@@ -193,6 +193,7 @@ def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: T
             finish = partial(_finish_range, call, side, arrive, sum_dk, sum_dv, home_dk, home_dv)
         elif not in_place:
             _finish_range(call, side, arrive, sum_dk, sum_dv, home_dk, home_dv)
+        del sum_dk, sum_dv  # before those of the next range are made
     finish()
     with call.stage("return gradients"):
         side.join(side.done())
@@ -208,7 +209,8 @@ def _finish_range(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Add what other ranks return, and round once into `dk`, `dv`: beside the next range, which is enqueued already."""
+    """Add what other ranks return, and round once into `dk`, `dv`: on `side`, with several ranks beside the next range, which is
+    enqueued already."""
     with side.use():
         arrived = arrive()
         for part in arrived:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .chunks import estimated_kept_ds
+from .chunks import estimated_workspace
 from .config import DEFAULT_WORKSPACE_BYTES
 
 GIB = 1 << 30
@@ -220,22 +220,28 @@ def _attention(s: TrainingShape) -> int:
     values = again + (q + 2 * kv) + q + 2 * s.hidden + (2 * s.hidden if s.offload else 0)
     sums = 0 if s.context == 1 else 2 * 4 * kv  # fp32 sums of dk and dv
     remote = 0 if s.context == 1 or not s.topk else 2 * size * kv + 2 * 4 * kv  # parts of one range at least
-    slots = s.topk * (2 * s.head_dim + 8) * s.heads // s.tensor
+    slots = s.topk * _slot_bytes(s) * s.heads // s.tensor
     workspace = min(s.workspace_bytes, s.tokens * slots) if s.topk else 0
     lists = 4 * s.topk * s.heads // s.tensor * s.tokens * min(1.0, workspace / max(1, s.tokens * slots)) * 2
-    return s.tokens * (size * values + sums + remote) + max(workspace, _kept_ds(s, s.tokens * slots)) + int(lists)
+    if s.topk and s.context == 1:
+        workspace = _workspace(s)
+    return s.tokens * (size * values + sums + remote) + workspace + int(lists)
 
 
-def _kept_ds(s: TrainingShape, together: int) -> int:
-    """Partial results with the gradients of scores that backward keeps, or 0; `together`: all of them without these.
+def _slot_bytes(s: TrainingShape) -> int:
+    """Of a partial result in 16 bits with its log-sum-exp, and 4 bytes beside it."""
+    return 2 * s.head_dim + 8
 
-    With several context-parallel ranks, only those that split all heads keep any: not counted.
+
+def _workspace(s: TrainingShape) -> int:
+    """Partial results and what backward keeps beside them, on one context-parallel rank.
+
+    With several, only those that split all heads keep anything: not counted.
     """
-    if s.context > 1 or not s.bf16:
-        return 0
-    return estimated_kept_ds(
+    return estimated_workspace(
         rows=s.tokens, slots=s.topk, q_heads=max(1, s.heads // s.tensor), kv_heads=max(1, s.kv_heads // s.tensor),
-        dim=s.head_dim, block_size=s.block_size, together=together, workspace_bytes=s.workspace_bytes,
+        dim=s.head_dim, block_size=s.block_size, slot_bytes=_slot_bytes(s), workspace_bytes=s.workspace_bytes,
+        keeps_ds=s.bf16,
     )  # fmt: skip
 
 

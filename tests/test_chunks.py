@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moba_cp.chunks import LONG_ROWS, least_chunk_of_ds, most_at_once, most_keeping_ds
+from moba_cp.chunks import (
+    LEAST_CHUNK_BYTES,
+    LONG_ROWS,
+    MOST_KEPT_BYTES,
+    estimated_workspace,
+    least_chunk_of_ds,
+    most_at_once,
+    most_keeping_ds,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +60,39 @@ def test_chunks_take_more_bytes_than_adding_costs() -> None:
     assert chunk(600_001, 10**6, size + 1) == 0
 
 
+def test_chunks_stay_below_what_places_can_count() -> None:
+    """A head of any size comes in chunks, however large the workspace."""
+    rows, whole = LONG_ROWS, 10 * MOST_KEPT_BYTES
+    heads, chunk_rows = most_keeping_ds(lambda n: whole * n // rows, whole, 1, 8, rows, 20 * MOST_KEPT_BYTES)
+    assert heads == 1
+    assert MOST_KEPT_BYTES * 9 // 10 < whole * chunk_rows // rows <= MOST_KEPT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "block_size", "topk", "workspace", "keeps_ds", "kept", "sums"),
+    [
+        (16, 16, 512, 8, 5 << 28, False, 0, 0),
+        (16, 16, 512, 8, 5 << 28, True, (8192 + 256) * 128 * 1024 + 4 * 8 * 131072, 0),
+        (32, 8, 512, 8, 5 << 28, True, 5 << 28, 131072 * 256 * 4),
+        (32, 8, 512, 8, 1 << 29, True, 1 << 29, 131072 * 256 * 4),  # too small to keep any: partial results in chunks
+        (1, 1, 512, 8, 5 << 28, False, 0, 0),
+    ],
+)
+def test_estimated_workspace(
+    q_heads: int, kv_heads: int, block_size: int, topk: int, workspace: int, keeps_ds: bool, kept: int, sums: int
+) -> None:
+    """128K tokens, D 128. Estimates take the bound where partial results are more."""
+    found = estimated_workspace(
+        rows=131072, slots=topk, q_heads=q_heads, kv_heads=kv_heads, dim=128, block_size=block_size, slot_bytes=260,
+        workspace_bytes=workspace, keeps_ds=keeps_ds,
+    )  # fmt: skip
+    assert found == max(kept, min(workspace, q_heads * topk * 131072 * 260)) + sums
+
+
 @pytest.mark.parametrize(("block_size", "sums"), [(256, 2), (1024, 2), (1152, 4), (4096, 4)])
 def test_bytes_with_which_a_chunk_pays(block_size: int, sums: int) -> None:
-    assert least_chunk_of_ds(1000, 256, block_size) == sums * 1000 * 256 * 4
+    assert least_chunk_of_ds(1 << 20, 256, block_size) == sums * (1 << 20) * 256 * 4
+    assert least_chunk_of_ds(1000, 256, block_size) == LEAST_CHUNK_BYTES
 
 
 @given(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..chunks import estimated_kept_ds
+from ..chunks import estimated_workspace
 from ..parallel.heads import head_split
 from ..wide import slabs_of
 from .prediction import keeps_parts
@@ -60,7 +60,7 @@ def memory(layer: Layer, split: Split) -> Memory:
         "gradients": 2 * q + 2 * kv,
         "selection and routing lists": selected + lists + 2 * sums,
         "centroids": blocks * kv_heads * row,
-        "workspace": max(min(split.workspace_bytes, rows * partial_bytes(layer)), _kept_ds(layer, split)),
+        "workspace": _workspace(layer, split),
     }
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
@@ -78,15 +78,16 @@ def memory(layer: Layer, split: Split) -> Memory:
     return Memory({name: bytes_ / GIB for name, bytes_ in parts.items()}, saved / GIB)
 
 
-def _kept_ds(layer: Layer, split: Split) -> int:
-    """Partial results with the gradients of scores that backward keeps where a rank has the whole sequence, or 0."""
-    if split.sequence_ranks > 1 or layer.itemsize != 2:
-        return 0
+def _workspace(layer: Layer, split: Split) -> int:
+    """Partial results, with what backward keeps beside them where a rank has the whole sequence."""
     q_heads, kv_heads = layer.q_heads_of(split.head_parallel), layer.kv_heads_of(split.head_parallel)
-    return estimated_kept_ds(
+    if split.sequence_ranks > 1:
+        rows = layer.tokens // split.sequence_ranks * q_heads
+        return min(split.workspace_bytes, rows * partial_bytes(layer))
+    return estimated_workspace(
         rows=layer.tokens, slots=layer.slots, q_heads=q_heads, kv_heads=kv_heads, dim=layer.head_dim,
-        block_size=layer.block_size,
-        together=layer.tokens * q_heads * partial_bytes(layer), workspace_bytes=split.workspace_bytes,
+        block_size=layer.block_size, slot_bytes=partial_bytes(layer) // layer.slots, workspace_bytes=split.workspace_bytes,
+        keeps_ds=layer.itemsize == 2,
     )  # fmt: skip
 
 
