@@ -58,6 +58,8 @@ ITEM_ROWS = 128
 """Most entries per work item of a block of more than 128 keys."""
 KEPT_DIM = 128
 """Head size with which keeping gradients of scores pays: with 64 they are as large, and the products that they save are half."""
+KEPT_BLOCK = 512
+"""Largest block with which it pays without HBM3e. With larger ones dq reads as fast as memory gives."""
 
 
 def can_keep_ds(block_size: int) -> bool:

@@ -16,6 +16,7 @@ from .decode import attend_selected, decode_step, select_for_decoding, update_ce
 from .dispatch import sm90_serves
 from .forward import attend
 from .gate import select_blocks
+from .gpu import gpu_of
 from .gradients import add_gradients
 from .lists import route
 from .merge import merge, merge_dq
@@ -77,6 +78,8 @@ def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
 def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int) -> int:
     """See `backend.Backend.kept_ds_bytes`: the Hopper kernels keep them, for blocks of several tiles, where it pays."""
     if not sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size):
+        return 0
+    if block_size > sizes.KEPT_BLOCK and not gpu_of(q.device).has_hbm3e:
         return 0
     entries = rows * slots * (q.shape[1] // kv_heads)
     return sizes.kept_ds_bytes(entries=entries, n_blocks=n_blocks, block_size=block_size, dim=q.shape[2])

@@ -14,6 +14,7 @@ triton_backend = pytest.importorskip("moba_cp.kernels.triton_backend")
 import moba_cp  # noqa: E402
 from moba_cp import prepare  # noqa: E402
 from moba_cp.kernels import torch_backend  # noqa: E402
+from moba_cp.kernels.gpu import gpu_of_capability  # noqa: E402
 from tests.kernels.forward_cases import relative  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
@@ -54,6 +55,28 @@ def test_workspace_bytes_are_what_partials_take():
     assert used == selected.numel() * triton_backend.bytes_per_slot(96, torch.bfloat16)
     dq = triton_backend.new_dq_partials(selected, 96, torch.bfloat16).dq
     assert dq.numel() * dq.element_size() <= used
+
+
+@pytest.mark.parametrize(
+    ("block_size", "dim", "hbm3e", "keeps"),
+    [
+        (256, 128, False, True),
+        (512, 128, False, True),
+        (1024, 128, False, False),  # memory is too slow
+        (4096, 128, True, True),
+        (512, 64, True, False),
+        (128, 128, True, False),
+        (4096, 128, None, False),  # no Hopper
+    ],
+)
+def test_who_keeps_gradients_of_scores(block_size, dim, hbm3e, keeps, monkeypatch):
+    gpu = gpu_of_capability((9, 0))._replace(has_hbm3e=bool(hbm3e))
+    monkeypatch.setattr(triton_backend, "sm90_serves", lambda *_: hbm3e is not None)
+    monkeypatch.setattr(triton_backend, "gpu_of", lambda _: gpu)
+    q, v = (torch.zeros(1, heads, dim, dtype=torch.bfloat16) for heads in (4, 2))
+    found = triton_backend.kept_ds_bytes(q, v, rows=1000, kv_heads=2, slots=3, n_blocks=7, block_size=block_size)
+    entries = 2 * 3 * 1000
+    assert found == (keeps and (-(-entries // 128) + 7) * 128 * block_size * 2 + 4 * entries)
 
 
 def call(lengths, block_size, topk, q_heads, kv_heads, dim, dim_v, dtype, *, seed=0, workspace_bytes=1 << 30):
