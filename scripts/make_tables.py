@@ -22,8 +22,9 @@ from .harness.records import REPOSITORY
 from .tables.equality import equality_table, pretrain_table
 from .tables.figures import figures
 from .tables.floors import floors_table
+from .tables.headline import headline
 from .tables.huggingface import decode_table, huggingface_table
-from .tables.kernels import headline, kernels_plot, kernels_table, load
+from .tables.kernels import kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.learning import learning_headline
 from .tables.planning import balance_table, clusters_table, predictions_table
@@ -69,7 +70,7 @@ def blocks() -> dict[str, str]:
     """Markdown of every table, by the name of the block that it goes into."""
     about, results, dense = load(kernel_files())
     return {
-        "results:headline": headline(results, dense, content("training_scaling")),
+        "results:headline": headline(content("scaling"), content("training_scaling")),
         "results:kernels": kernels_table(about, results, dense),
         "results:floors": floors_table(content("kernels"), content("kernels_512k")),
         "results:kernels_h200": kernels_table(*load(kernel_files(h200=True))),

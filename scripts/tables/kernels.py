@@ -6,34 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .speed import attention_name, step_rows
 from .text import Entry, pyplot, thousands
 
 DENSE = "dense cuDNN"
-
-
-def headline(results: list[Entry], dense: dict[tuple[Any, ...], Entry], training: dict[str, Any]) -> str:
-    """Markdown: full attention against MoBA: one layer at 128K tokens with as many kv heads as q heads, steps of `training` with
-    both, and its longest step."""
-    lines = ["| 128K tokens, unless it says otherwise | full attention | MoBA | times as fast |", "|---|---|---|---|"]
-    for r in results:
-        reference = dense.get((*case(r), DENSE))
-        ordinary = r["q_heads"] == r["kv_heads"] and "workspace_gib" not in r
-        if r["tokens"] == 1 << 17 and ordinary and reference is not None:
-            what = f"layer, {r['q_heads']}/{r['kv_heads']} heads, ({r['block_size']}, {r['topk']})"
-            lines.append(f"| {what} | {both(reference)} ms | **{both(r)} ms** | {faster(r, reference)} |")
-    lines += step_rows(training)
-    runs = [run for run in training["runs"] if "error" not in run]
-    if runs:
-        run = max(runs, key=lambda run: (run["tokens_per_step"], -run["step_seconds"]))
-        what = (
-            f"training step, {run['parameters'] / 1e9:.1f}B, {attention_name(run['attention']).removeprefix('MoBA ')}"
-        )
-        where = (
-            f"{run['tokens_per_step']:,} tokens, {run['gpus']} {training['about']['device'].removeprefix('NVIDIA ')}"
-        )
-        lines.append(f"| {what}, {where} | not measured | **{run['step_seconds']:.1f} s** | |")
-    return "\n".join(lines)
 
 
 def load(files: list[Path]) -> tuple[dict[str, Any], list[Entry], dict[tuple[Any, ...], Entry]]:
