@@ -18,8 +18,8 @@ LONG_ROWS = 100_000
 SUM_BYTES = 4
 """Of a number of dK or dV while it is summed."""
 LEAST_CHUNK_BYTES = 5 << 27
-"""Of gradients of scores that a chunk of rows keeps: half of the default workspace, which two chunks of a head always take. 0.5 GiB
-gain nothing, and keep the host busy for as long as the GPU."""
+"""Of gradients of scores that a chunk of rows keeps: half of the default workspace, which two chunks of a head always take. With
+0.5 GiB nothing is gained, and the host is busy for as long as the GPU."""
 MOST_KEPT_BYTES = (1 << 38) - 1
 """Of gradients of scores at once: places of partial dq are int32, and below this over 256."""
 
