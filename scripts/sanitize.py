@@ -20,12 +20,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
+from unittest import mock
 
 import torch
 import typer
 from torch import Tensor
 
 from moba_cp import CachedTokens, CentroidCache, MoBAConfig, SequenceLayout, moba_attention, moba_attention_cached
+from moba_cp.kernels import triton_backend
 from moba_cp.parallel.head_rows import put_heads, take_heads
 
 from .harness import options
@@ -109,6 +111,22 @@ def attention(
     return [out, *torch.autograd.grad(out, (q, k, v), torch.randn_like(out))]
 
 
+def keeping_ds() -> list[Tensor]:
+    """Backward that keeps gradients of scores, as it would with far more rows: of whole kv heads, and of some of their rows.
+
+    All partial results take 12.5 MB, those of one kv head with its gradients of scores 6.8.
+    """
+    new_partials = mock.patch.object(triton_backend, "new_dq_partials", wraps=triton_backend.new_dq_partials)
+    enough = mock.patch("moba_cp.chunks.LONG_ROWS", 1), mock.patch("moba_cp.call.least_chunk_of_ds", return_value=0)
+    results = []
+    for workspace, calls in ((12_000_000, 4), (3_000_000, 12)):
+        with enough[0], enough[1], new_partials as made:
+            results += attention([0, 700, 2000], 256, 3, 8, 4, 128, 128, workspace_bytes=workspace)
+        kept = [call.kwargs["keeps_ds"] is not None for call in made.call_args_list]
+        assert kept == [True] * calls, kept
+    return results
+
+
 def decoding() -> list[Tensor]:
     """A prompt, a chunk and single tokens against a cache of two samples, one padded on the left."""
     slots, config, centroids = 700, MoBAConfig(64, 3), CentroidCache()
@@ -163,10 +181,7 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
         [0, 300, 301, 700], 64, 4, 4, 2, 64, 64, workspace_bytes=1 << 18
     ),
     "blocks of 100, D 96, portable": lambda: attention([0, 650], 100, 3, 2, 1, 96, 96),
-    # All partial results take 12.5 MB, those of one kv head with its gradients of scores 6.7.
-    "blocks of 256, gradients of scores kept": lambda: attention(
-        [0, 700, 2000], 256, 3, 8, 4, 128, 128, workspace_bytes=12_000_000
-    ),
+    "blocks of 256, gradients of scores kept": keeping_ds,
     "blocks of 256, Dv unlike D": lambda: attention([0, 900], 256, 2, 2, 1, 128, 64),
     "many slots": lambda: attention([0, 700], 16, 24, 1, 1, 64, 64),
     "a selection that is given": lambda: attention([0, 1000], 128, 3, 2, 1, 128, 128, given=True),
