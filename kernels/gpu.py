@@ -51,7 +51,7 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return gpu_of_capability((9, 0))
     properties = torch.cuda.get_device_properties(device)
-    return gpu_of_capability(torch.cuda.get_device_capability(device))._replace(
+    return gpu_of_capability((properties.major, properties.minor))._replace(
         multiprocessors=properties.multi_processor_count,
         has_hbm3e=properties.major >= 9 and properties.total_memory > _HBM3_BYTES,
     )

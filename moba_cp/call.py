@@ -109,6 +109,5 @@ def _kept_ds_bytes(call: Call, q: Tensor, v: Tensor, kv_heads: int, rows: int) -
 
 def is_one_chunk(call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether all partial results of a pass are in memory together, of forward and of the backward pass that follows: then no
-    stream but the caller's is used on one rank."""
-    passes = (False, True) if call.keep_lists else (False,)
-    return all(head_ranges(call, q, k, v, backward=backward)[0][1][0].whole for backward in passes)
+    stream but the caller's is used on one rank. Where backward has one chunk, forward has the same."""
+    return head_ranges(call, q, k, v, backward=call.keep_lists)[0][1][0].whole

@@ -221,10 +221,9 @@ def _attention(s: TrainingShape) -> int:
     sums = 0 if s.context == 1 else 2 * 4 * kv  # fp32 sums of dk and dv
     remote = 0 if s.context == 1 or not s.topk else 2 * size * kv + 2 * 4 * kv  # parts of one range at least
     slots = s.topk * _slot_bytes(s) * s.heads // s.tensor
-    workspace = min(s.workspace_bytes, s.tokens * slots) if s.topk else 0
-    lists = 4 * s.topk * s.heads // s.tensor * s.tokens * min(1.0, workspace / max(1, s.tokens * slots)) * 2
-    if s.topk and s.context == 1:
-        workspace = _workspace(s)
+    partials = min(s.workspace_bytes, s.tokens * slots) if s.topk else 0
+    lists = 4 * s.topk * s.heads // s.tensor * s.tokens * min(1.0, partials / max(1, s.tokens * slots)) * 2
+    workspace = _workspace(s) if s.topk and s.context == 1 else partials
     return s.tokens * (size * values + sums + remote) + workspace + int(lists)
 
 

@@ -109,8 +109,8 @@ def main(
     }
     if dist.get_rank() == 0:
         head = about(commit, "" if device == "cuda" else "CPU")
-        about_run = {"world_size": dist.get_world_size(), "minutes": minutes, "tokens": tokens, "seed": seed}
-        about_run["distinct"] = distinct
+        drawn = {"tokens": tokens, "seed": seed, "distinct": distinct}
+        about_run = {"world_size": dist.get_world_size(), "minutes": minutes, **drawn}
         write_json(out, {"about": head | about_run, **found, "samples": samples})
         print(found, flush=True)
     dist.destroy_process_group()
@@ -120,7 +120,7 @@ def main(
 class Soak:
     """The calls, and what they found. A wrong result, or a rank that accepts another's bad input, raises."""
 
-    def __init__(self, device: torch.device, tokens: int, seed: int, distinct: int = 0) -> None:
+    def __init__(self, device: torch.device, tokens: int, seed: int, distinct: int) -> None:
         self.device, self.tokens, self.seed, self.distinct = device, tokens, seed, distinct
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         cuda = device.type == "cuda"

@@ -60,7 +60,7 @@ def memory(layer: Layer, split: Split) -> Memory:
         "gradients": 2 * q + 2 * kv,
         "selection and routing lists": selected + lists + 2 * sums,
         "centroids": blocks * kv_heads * row,
-        "workspace": _workspace(layer, split),
+        "workspace": _workspace(layer, split, heads, kv_heads),
     }
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
@@ -78,9 +78,8 @@ def memory(layer: Layer, split: Split) -> Memory:
     return Memory({name: bytes_ / GIB for name, bytes_ in parts.items()}, saved / GIB)
 
 
-def _workspace(layer: Layer, split: Split) -> int:
-    """Partial results, with what backward keeps beside them where a rank has the whole sequence."""
-    q_heads, kv_heads = layer.q_heads_of(split.head_parallel), layer.kv_heads_of(split.head_parallel)
+def _workspace(layer: Layer, split: Split, q_heads: int, kv_heads: int) -> int:
+    """Partial results of a rank's heads, with what backward keeps beside them where it has the whole sequence."""
     if split.sequence_ranks > 1:
         rows = layer.tokens // split.sequence_ranks * q_heads
         return min(split.workspace_bytes, rows * partial_bytes(layer))

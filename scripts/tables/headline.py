@@ -6,6 +6,7 @@ from typing import Any
 
 from .scaling import times
 from .speed import attention_name, step_rows
+from .text import short_device
 
 TOKENS = 1 << 17
 
@@ -17,7 +18,7 @@ def headline(scaling: dict[str, Any], training: dict[str, Any]) -> str:
         scaling: of `scripts.scaling`: MoBA and full attention of one run.
         training: of `scripts.training_speed`.
     """
-    device = _short(scaling["device"])
+    device = short_device(scaling["device"])
     lines = [
         f"| {TOKENS >> 10}K tokens, one {device}, unless it says otherwise | full attention | MoBA | times as fast |",
         "|---|---|---|---|",
@@ -30,7 +31,7 @@ def headline(scaling: dict[str, Any], training: dict[str, Any]) -> str:
         what = (
             f"training step, {run['parameters'] / 1e9:.1f}B, {attention_name(run['attention']).removeprefix('MoBA ')}"
         )
-        where = f"{run['tokens_per_step']:,} tokens, {run['gpus']} {_short(training['about']['device'])}"
+        where = f"{run['tokens_per_step']:,} tokens, {run['gpus']} {short_device(training['about']['device'])}"
         lines.append(f"| {what}, {where} | not measured | **{run['step_seconds']:.1f} s** | |")
     return "\n".join(lines)
 
@@ -50,7 +51,3 @@ def _layers(scaling: dict[str, Any]) -> list[str]:
             faster = " / ".join(f"{full[key] / r[key]:.1f}x" for key in ("forward_ms", "forward_backward_ms"))
             rows.append(f"| {what} | {times(full)} ms | **{times(r)} ms** | {faster} |")
     return rows
-
-
-def _short(device: str) -> str:
-    return device.removeprefix("NVIDIA ")

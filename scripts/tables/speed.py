@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .text import pyplot, thousands
+from .text import pyplot, short_device, thousands
 
 COLORS = {
     "attention": "C0",
@@ -147,7 +147,7 @@ def step_rows(content: dict[str, Any]) -> list[str]:
         full, seconds = dense.get((run["label"], run["gpus"], _sizes(run))), run["step_seconds"]
         if full and run["attention"].startswith("moba"):
             what = f"training step, {run['parameters'] / 1e6:.0f}M, {attention_name(run['attention']).removeprefix('MoBA ')}"
-            where = f"{run['gpus']} {content['about']['device'].removeprefix('NVIDIA ')}"
+            where = f"{run['gpus']} {short_device(content['about']['device'])}"
             rows.append(
                 f"| {what}, {thousands(run['tokens_per_step'])} tokens, {run['label']}, {where} | {full:.2f} s | "
                 f"**{seconds:.2f} s** | {full / seconds:.1f}x |"

@@ -12,6 +12,11 @@ FIGURE = re.compile(r"<!--=([\w.]+)-->(.*?)<!--/-->")
 """A figure in a sentence: its name, and its text."""
 
 
+def short_device(name: str) -> str:
+    """A GPU's name without its maker's."""
+    return name.removeprefix("NVIDIA ")
+
+
 def fill(blocks: dict[str, str], files: list[Path]) -> None:
     """Write every block into all files that are marked for it.
 
