@@ -49,7 +49,7 @@ def figures(results: Path) -> Figures:
         "two_nodes": lambda: _two_nodes(content("two_nodes")),
         "scaling_two": lambda: _foreseen(results, "scaling_two.json"),
         "training_speed": lambda: _micro_batches(content("training_speed")),
-        "training_scaling": lambda: _two_gpus(content("training_scaling"), content("training_speed")),
+        "training_scaling": lambda: _two_gpus(content("training_scaling")),
         "decode": lambda: _decode(content("decode")),
         "learning": lambda: learning_figures(content("learning")),
     }
@@ -178,9 +178,10 @@ def _micro_batches(content: dict[str, Any]) -> Figures:
     }
 
 
-def _two_gpus(content: dict[str, Any], alone: dict[str, Any]) -> Figures:
+def _two_gpus(content: dict[str, Any]) -> Figures:
     run = {"label": "long layers", "attention": "moba:512:8"}
-    two, single = (one(x["runs"], **run)["profile"] for x in (content, alone))
+    two, single = (one(content["runs"], **run, gpus=gpus)["profile"] for gpus in (2, 1))
+    dq, dq_alone = (sum(time for name, _, time, _ in x["top"] if name == "dq_kernel") for x in (two, single))
     long = one(content["runs"], label="pull, inputs in host memory")
     names = {"gate": "gate", "forward": "forward", "backward": "backward", "merge": "merges"}
     stages = [f"{name} {_whole(two['by_stage'][x])} for {_whole(single['by_stage'][x])}" for x, name in names.items()]
@@ -189,6 +190,7 @@ def _two_gpus(content: dict[str, Any], alone: dict[str, Any]) -> Figures:
         "attention": f"{_whole(after)} ms in place of {_whole(before)} ms",
         "stages": ", ".join(stages),
         "communication": f"{two['by_category']['communication']:.0f} ms",
+        "dq": f"{_whole(dq)} ms in place of {_whole(dq_alone)}",
         "host": f"{long['peak_memory_by_part']['host']:.0f} GiB",
         "kept": f"{long['peak_memory_by_part']['kept']:.0f} GiB",
         "first_step": f"{long['seconds'][0]:.0f} s",
