@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,9 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
     try:
         train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
         train_text = PackedText(train_corpus, data.seq_length, run.seed)
-        eval_text = PackedText(eval_corpus, data.seq_length, run.seed)
+        eval_text = partial(PackedText, eval_corpus, data.seq_length, run.seed)
+        if run.eval_interval or run.routing_interval or run.routing_picture:
+            eval_text()  # must fill a sequence where something reads it
     except (OSError, ValueError) as error:
         missing = f"data.paths={data.paths}: {error}"
     distributed.agree(missing)
@@ -164,10 +167,10 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
                 reporter.say(f"step {step}: a gradient was not finite, parameters unchanged")
             if run.eval_interval and (step % run.eval_interval == 0 or step == run.steps):
                 with reporter.pause():
-                    reporter.evaluation(step, evaluate(trainer, read(eval_text, 0), config, ranks))
+                    reporter.evaluation(step, evaluate(trainer, read(eval_text(), 0), config, ranks))
             if run.routing_interval and step % run.routing_interval == 0:
                 with reporter.pause():
-                    reporter.routing(step, routing(trainer, read(eval_text, 0), config, ranks))
+                    reporter.routing(step, routing(trainer, read(eval_text(), 0), config, ranks))
             stopped = distributed.largest(int(bool(stop.name)), ranks.device)
             due = (run.save_interval and step % run.save_interval == 0) or (run.save_last and step == run.steps)
             if due or stopped:
@@ -182,7 +185,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
 
         if run.routing_picture:
             layer = last_layer_report(
-                trainer, micro_batches(eval_text, run.micro_batch_size, 0, sharding), config, ranks
+                trainer, micro_batches(eval_text(), run.micro_batch_size, 0, sharding), config, ranks
             )
             if layer and ranks.dp_rank == 0 and ranks.tp_rank == 0:
                 picture = config.run_directory / "routing.png"

@@ -107,6 +107,20 @@ def test_settings_that_cannot_work_are_refused(override: str) -> None:
 
 
 @pytest.mark.heavy
+def test_text_for_evaluation_fills_a_sequence_only_where_something_reads_it(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(20):  # one is kept for evaluation
+        (texts / f"{number}.txt").write_text("a" * 100)
+    paths = f"data.paths=[{texts}]"
+    status, output = run(tmp_path, 1, paths, "run.eval_interval=1")
+    assert status
+    assert "101 tokens of text do not fill a sequence of 192 + 1" in output
+    status, output = run(tmp_path, 1, paths)
+    assert status == 0, output
+
+
+@pytest.mark.heavy
 def test_a_run_stops_at_nan_on_all_ranks_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     status, output = run(tmp_path, 2, "optimizer.lr=1e30", "optimizer.min_lr=1e30", "run.steps=6")
     assert status
