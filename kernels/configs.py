@@ -138,14 +138,18 @@ class GateConfig:
         rows: query rows per tile.
         blocks: centroids per tile.
         depth: best keys kept per (row, lane).
-        packed: keys hold the full block index, not only the number of the tile.
+        retry_depth: the same where rows that it did not prove are tried again; 0: they are not.
+        exact_blocks: centroids per tile of the kernel that needs no proof.
+        tma: centroids come by descriptor.
         num_warps, num_stages, max_registers: Triton's (`maxnreg`; None for no limit).
     """
 
     rows: int
     blocks: int
     depth: int
-    packed: bool
+    retry_depth: int
+    exact_blocks: int
+    tma: bool
     num_warps: int
     num_stages: int
     max_registers: int | None = None
@@ -355,10 +359,12 @@ PLACED_ENTRIES = 1024
 
 GATE_ROWS = 64
 """Query rows per program: the smallest tile of Hopper's matrix instruction."""
-PACKED_BLOCKS = 1024
-"""At most this many blocks, a key stores the full block index. With more, it stores the tile: more bits for the score."""
-WIDE_BLOCKS = 4096
-"""With more blocks than this, tiles of 64 centroids are faster than tiles of 32, if topk is small."""
+GATE_BLOCKS = 32
+"""Centroids per tile, and lanes: with 64, the lists of a program would take half a multiprocessor's registers."""
+LONG_BLOCKS = 4096
+"""With more blocks than this, a third stage of copies pays."""
+RETRY_DEPTH = 4
+"""The longest lists that `gate_kernel` has."""
 REDONE_ROWS = 0.035
 """Largest share of rows that a list of this depth may fail to prove, for independent scores."""
 
@@ -368,25 +374,26 @@ def gate(dim: int, n_blocks: int, topk: int, gpu: Gpu) -> GateConfig:
     """The gate for heads of `dim` and `n_blocks` blocks in all.
 
     The depth bounds how many rows have a lane that gave away all of its keys and so are not proved: with independent scores
-    `comb(topk - 1, depth) / blocks^(depth - 1)`, and, as tiles are swizzled, about as many where preferred blocks are
-    regularly spaced. Such rows are computed again, at about three times the cost. With as many keys as there are tiles no
-    lane runs out.
+    `comb(topk - 1, depth) / blocks^(depth - 1)`, and, as blocks of a tile are exchanged, about as many where preferred
+    blocks are regularly spaced. With as many keys as there are tiles no lane runs out.
     """
-    dim_padded = padded(dim)
-    narrow = n_blocks <= WIDE_BLOCKS or topk > 8 or dim_padded > 128 or not gpu.is_hopper_or_newer
-    blocks, packed = 32 if narrow else 64, n_blocks <= PACKED_BLOCKS
+    dim_padded, blocks = padded(dim), GATE_BLOCKS
     depth = 1
-    while depth < 4 and comb(topk - 1, depth) > REDONE_ROWS * blocks ** (depth - 1):
+    while depth < RETRY_DEPTH and comb(topk - 1, depth) > REDONE_ROWS * blocks ** (depth - 1):
         depth += 1
+    tiles = cdiv(n_blocks - 1, blocks)
+    small = dim_padded <= 128
     # 128 registers: four programs per multiprocessor, without spilling.
-    limited = gpu.is_hopper_or_newer and narrow and dim_padded <= 128 and topk <= (12 if packed else 8)
+    limited = gpu.is_hopper_or_newer and small and topk <= 12
     return GateConfig(
         rows=GATE_ROWS,
         blocks=blocks,
-        depth=min(depth, cdiv(n_blocks - 1, blocks)),
-        packed=packed,
-        num_warps=4,
-        num_stages=3 if dim_padded <= 128 else 2,
+        depth=min(depth, tiles),
+        retry_depth=RETRY_DEPTH if depth < min(RETRY_DEPTH, tiles) and gpu.is_hopper_or_newer else 0,
+        exact_blocks=64 if small else blocks,
+        tma=gpu.is_hopper_or_newer,
+        num_warps=4 if small or gpu.is_hopper_or_newer else 8,
+        num_stages=3 if n_blocks > LONG_BLOCKS and small else 2,
         max_registers=128 if limited else None,
     )
 

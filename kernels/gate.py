@@ -3,9 +3,12 @@
 Order of scores: no candidate < -inf < ... < -0 = +0 < ... < +inf < NaN; of equal scores the later block is greater.
 
 Rows whose candidates are all selected are not scored. For the others `gate_kernel` keeps a few best scores per lane and proves
-for nearly every row that they contain the selection. Rows without a proof are listed on the device and computed again by
-`gate_exact.py`. Both compute the same products in the same order, so a row's result does not depend on which of them made it.
-The host reads nothing.
+for nearly every row that they contain the selection. Rows without a proof are listed on the device and computed again: where the
+lists of lanes were too short, first by `gate_kernel` with longer ones, and what is left by `gate_exact.py`. All compute the same
+products in the same order, so a row's result does not depend on which of them made it. The host reads nothing.
+
+`counts` and `unproved` hold, for each of these two passes and each q head, how many rows have no proof, and which. Behind them
+`counts` has the bits of the largest squared norm of a centroid of each kv head.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .descriptors import tile_descriptor
 from .gate_exact import gate_exact_kernel, load_tile, select_sorted, store_selection
 from .gpu import gpu_of
 from .launch import launch_kernel
@@ -26,187 +30,273 @@ FAST_TOPK = 16
 """Largest topk of `gate_kernel`, whose rounds are unrolled."""
 LIST_TOPK = 64
 """Largest topk of `gate_exact_kernel`, which keeps a list in registers. Beyond it scores are sorted in bounded portions."""
-EXACT_PROGRAMS_PER_MULTIPROCESSOR = 8
+AGAIN_PROGRAMS_PER_MULTIPROCESSOR = 8
+"""Of the kernels that compute unproved rows again."""
 
-_EMPTY = tl.constexpr(-3.4028234663852886e38)
-"""Key of an empty list entry: the lowest finite number. Keys of scores are greater, see `gate_kernel`."""
+_EMPTY = tl.constexpr(0)
+"""Key of an empty list entry, before its lane is added. Keys of scores are greater, see `gate_kernel`."""
+_GONE = tl.constexpr(-1)
+"""Key of an entry that was taken."""
+_MAGIC = tl.constexpr(12582912.0)
+"""1.5 * 2^23: the sum with a number of less than 2^22 is rounded to an integer, which its low bits hold."""
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+"""The bits of _MAGIC."""
 
 
 @triton.jit
-def _label_score(score, score_mask, label, ASM: tl.constexpr):
-    """The score with `label` in the bits outside of `score_mask`."""
+def _key(score, scale, unit, offset, ASM: tl.constexpr):
+    """int32 `round(score * scale) * unit + label`, where `offset` holds the label and what _MAGIC adds.
+
+    Two fused multiply-adds, which run beside the minima and maxima on other units. The interpreter has no assembler.
+    """
+    bits = tl.fma(score, scale, _MAGIC).to(tl.int32, bitcast=True)
     if ASM:
-        # (score & mask) | label in one instruction; the compiler would use two. The interpreter has no assembler.
         return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=f,f,r,r", [score, score_mask, label], tl.float32, is_pure=True, pack=1
+            "mad.lo.s32 $0, $1, $2, $3;", "=r,r,r,r", [bits, unit, offset], tl.int32, is_pure=True, pack=1
         )
     else:
-        return ((score.to(tl.int32, bitcast=True) & score_mask) | label).to(tl.float32, bitcast=True)
+        return tl.add(tl.mul(bits, unit, sanitize_overflow=False), offset, sanitize_overflow=False)
 
 
 @triton.jit
-def _swizzle(tile, BLOCKS: tl.constexpr):
-    """A hash of the tile's number: block i of a tile goes to lane i ^ swizzle.
+def _block_of(tile, lane, BLOCKS: tl.constexpr):
+    """The block in a lane of a tile of BLOCKS: the tile's blocks, exchanged by a hash of its number.
 
     Blocks at any fixed distance should share a lane as rarely as random blocks. Multiples of the tile's number fail at some
     distances (the golden ratio's at 31 and 33), multiples of its square at hardly any. This factor is one of the best of 4500
     that were tried.
     """
-    return (tl.mul(tile * tile, 0x063DB153, sanitize_overflow=False) >> 26) & (BLOCKS - 1)
+    swizzle = (tl.mul(tile * tile, 0x063DB153, sanitize_overflow=False) >> 26) & (BLOCKS - 1)
+    return tile * BLOCKS + (lane ^ swizzle)
 
 
 @triton.jit
-def _load_centroids(base, first, lane_block, stride, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """As `load_tile`: rows `first + lane_block`, all of which exist. Without a mask where D is a power of two.
-
-    `lane_block * stride` fits in 32 bits, see `select_blocks`.
-    """
-    column = tl.arange(0, D_PADDED)
-    pointer = base + first.to(tl.int64) * stride + (lane_block[:, None] * stride + column[None, :])
-    if D_PADDED == D:
-        return tl.load(pointer)
+def _load_tiles(arranged, kv_head, first, arranged_head, D_PADDED: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """Rows from `first` on of a kv head's centroids as `arrange_kernel` arranged them, `[ROWS, D_PADDED]`."""
+    if TMA:
+        return tl.reshape(arranged.load([kv_head, first, 0]), [ROWS, D_PADDED])
     else:
-        return tl.load(pointer, mask=(column < D)[None, :], other=0.0)
+        row = kv_head.to(tl.int64) * arranged_head + first + tl.arange(0, ROWS)
+        return tl.load(arranged + row[:, None] * D_PADDED + tl.arange(0, D_PADDED)[None, :])
 
 
 @triton.jit
-def _insert(m1, m2, m3, m4, key, DEPTH: tl.constexpr):
-    """Insert `key` into each lane's descending list of DEPTH keys. A NaN stays in every list that it meets."""
-    NAN: tl.constexpr = tl.PropagateNan.ALL
+def _keys_of_pair(q_tile, c_tile, scale, unit, offset, ROWS: tl.constexpr, BLOCKS: tl.constexpr, ASM: tl.constexpr):
+    """Keys of two tiles of BLOCKS centroids, `[ROWS, BLOCKS]` each, from one product."""
+    score = tl.dot(q_tile, tl.trans(c_tile))
+    a, b = tl.split(tl.permute(tl.reshape(score, [ROWS, 2, BLOCKS]), (0, 2, 1)))
+    return _key(a, scale, unit, offset, ASM), _key(b, scale, unit, offset + BLOCKS, ASM)
+
+
+@triton.jit
+def _is_candidate(block, first, own):
+    return (block[None, :] >= first[:, None]) & (block[None, :] < own[:, None])
+
+
+@triton.jit
+def _greatest(a, b, c, ASM: tl.constexpr):
+    """The greatest of three, one instruction on Hopper."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .s32 t; max.s32 t, $1, $2; max.s32 $0, t, $3; }",
+            "=r,r,r,r",
+            [a, b, c],
+            tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.maximum(tl.maximum(a, b), c)
+
+
+@triton.jit
+def _insert_two(m1, m2, m3, m4, a, b, DEPTH: tl.constexpr, ASM: tl.constexpr):
+    """Insert two keys into each lane's descending list of DEPTH keys: into a list of three in eight instructions, not ten."""
+    high = tl.maximum(a, b)
+    low = tl.minimum(a, b)
     if DEPTH >= 4:
-        # From the bottom up, so that only one temporary is live.
-        m4 = tl.maximum(m4, tl.minimum(m3, key, propagate_nan=NAN), propagate_nan=NAN)
+        m4 = _greatest(tl.minimum(m3, high), tl.minimum(m2, low), m4, ASM)
     if DEPTH >= 3:
-        m3 = tl.maximum(m3, tl.minimum(m2, key, propagate_nan=NAN), propagate_nan=NAN)
+        m3 = _greatest(tl.minimum(m2, high), tl.minimum(m1, low), m3, ASM)
     if DEPTH >= 2:
-        m2 = tl.maximum(m2, tl.minimum(m1, key, propagate_nan=NAN), propagate_nan=NAN)
-    m1 = tl.maximum(m1, key, propagate_nan=NAN)
+        m2 = _greatest(tl.minimum(m1, high), low, m2, ASM)
+    m1 = tl.maximum(m1, high)
     return m1, m2, m3, m4
 
 
-@triton.jit(
-    do_not_specialize=["tokens", "q_heads", "group"], do_not_specialize_on_alignment=["own_block", "first_block"]
-)
-def gate_kernel(
-    q, centroids, own_block, first_block, selected, again_count, again_row,
-    tokens, q_heads, group, q_token, q_head, c_block, c_head,
-    TOPK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, DEPTH: tl.constexpr, PACKED: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit(do_not_specialize=["n_blocks", "arranged_head", "q_heads"])
+def arrange_kernel(
+    centroids, arranged, counts, n_blocks, c_block, c_head, arranged_head, q_heads, D: tl.constexpr, D_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the selection of ROWS rows of one q head.
+    """One program: ROWS centroids of a kv head into `arranged [Hkv, n, D_PADDED]`, and their largest squared norm into `counts`.
 
-    Reads 2 * D + 8 bytes per row once, and 2 * D bytes per centroid from the rows' first to their last candidate (from L2:
-    all programs share them), BLOCKS at a time; writes TOPK block numbers per row, and the numbers of rows without a proof.
-
-    A block's lane is its index in its tile of BLOCKS, swizzled per tile: otherwise preferred blocks at regular distances
-    would share few lanes. Each (row, lane) keeps its DEPTH best keys in order; an insertion is minima and maxima of full
-    tiles. A key is the score with its low bits replaced by the tile's number, counted from 1 (with PACKED followed by the
-    lane), in no more bits than this program needs. At the end the best key of a row is taken TOPK - 1 times. That is the
-    selection unless
-    - a lane gave away all of its keys and may have dropped others, which takes candidates in more than DEPTH tiles,
-    - the last key taken and the best key left differ in the low bits only, or
-    - a score is infinite or NaN: with low bits that are never 0 it becomes a NaN key, which stays.
-    The key of a finite score is greater than _EMPTY, because its low bits are never all ones.
+    A row is a tile's lane and holds the block that is there. Reads and writes 2 * D bytes per centroid; zeros past the last one.
+    Bits of numbers that are not negative have the numbers' order, and NaN above infinity.
     """
-    program = tl.program_id(0)
-    head = program % q_heads
-    # Later rows usually have more candidates: the longest programs start first. Heads share rows of q in DRAM.
-    tile = tl.num_programs(0) // q_heads - 1 - program // q_heads
-    row = tile * ROWS + tl.arange(0, ROWS)
-    valid = row < tokens
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    block = _block_of(row // BLOCKS, row % BLOCKS, BLOCKS)
+    tile = load_tile(centroids + head.to(tl.int64) * c_head, block, c_block, block < n_blocks, D, D_PADDED)
+    place = head.to(tl.int64) * arranged_head + row
+    tl.store(arranged + place[:, None] * D_PADDED + tl.arange(0, D_PADDED)[None, :], tile)
+    wide = tile.to(tl.float32)
+    bits = tl.sum(wide * wide, 1).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(counts + 2 * q_heads + head, tl.max(bits, 0), sem="relaxed")
+
+
+@triton.jit
+def _select_tile(
+    q, arranged, own_block, first_block, selected, counts, unproved, row, valid, head,
+    tokens, q_heads, group, q_token, q_head, arranged_head,
+    TOPK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, DEPTH: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     own = tl.load(own_block + row, mask=valid, other=0)
     first = tl.load(first_block + row, mask=valid, other=0)
     slot = tl.arange(0, SLOTS)
     scored = own - first >= TOPK
     whole = own[:, None] + (slot - (SLOTS - 1))[None, :]
     whole = tl.where(whole >= first[:, None], whole, -1)
-    if tl.max(scored.to(tl.int32), 0) == 0:
-        store_selection(selected, whole, row, head, tokens, valid, TOPK, SLOTS)
-        return
+    if not LISTED:
+        if tl.max(scored.to(tl.int32), 0) == 0:
+            store_selection(selected, whole, row, head, tokens, valid, TOPK, SLOTS)
+            return
 
     BIG: tl.constexpr = 1 << 30
-    low = tl.min(tl.where(scored, first, BIG), 0)
-    high = tl.max(tl.where(scored, own, 0), 0)
-    tiles = tl.cdiv(high - low, BLOCKS)
-    # Tiles of which every block is a candidate of every scored row.
-    full = (tl.min(tl.where(scored, own, BIG), 0) - low) // BLOCKS
-    full = tl.where(tl.max(tl.where(scored, first, 0), 0) == low, full, 0)
-    # The bit length of tiles + 2, from a float's exponent: enough for 1 .. tiles, and never all ones.
-    label_bits = ((tiles + 2).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
-    UNIT: tl.constexpr = BLOCKS if PACKED else 1
-    label_mask = ((1 << label_bits) * UNIT) - 1
-    score_mask = -1 - label_mask
-    lane = tl.arange(0, BLOCKS)
-    label = lane if PACKED else lane * 0
-    origin = low - BLOCKS  # tiles are counted from 1
+    PAIR: tl.constexpr = 2 * BLOCKS
+    low = tl.min(tl.where(scored, first, BIG), 0) // PAIR
+    high = tl.cdiv(tl.max(tl.where(scored, own, 0), 0), PAIR)
+    # Pairs of tiles of which every block is a candidate of every scored row.
+    full = tl.cdiv(tl.max(tl.where(scored, first, 0), 0), PAIR)
+    full_end = tl.maximum(tl.min(tl.where(scored, own, BIG), 0) // PAIR, full)
+    # The bit length of the number of tiles, from a float's exponent.
+    label_bits = ((2 * (high - low)).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+    unit = BLOCKS << label_bits
+    grid = tl.minimum(1 << 22, (1 << 30) // unit)
+    before = 2 * low - 1  # tiles are counted from 1
+    offset = tl.mul(grid - _MAGIC_BITS, unit, sanitize_overflow=False) - before * BLOCKS
 
     q_tile = load_tile(q + head.to(tl.int64) * q_head, row, q_token, valid, D, D_PADDED)
-    c_base = centroids + (head // group).to(tl.int64) * c_head
-    m1 = tl.full([ROWS, BLOCKS], _EMPTY, tl.float32)
-    m2 = tl.full([ROWS, BLOCKS], _EMPTY, tl.float32)
-    m3 = tl.full([ROWS, BLOCKS], _EMPTY, tl.float32)
-    m4 = tl.full([ROWS, BLOCKS], _EMPTY, tl.float32)
-    for j in tl.range(1, full + 1, num_stages=STAGES):
-        c_tile = _load_centroids(c_base, origin + j * BLOCKS, lane ^ _swizzle(j, BLOCKS), c_block, D, D_PADDED)
-        score = tl.dot(q_tile, tl.trans(c_tile))
-        key = _label_score(score, score_mask, (j * UNIT + label)[None, :], ASM)
-        m1, m2, m3, m4 = _insert(m1, m2, m3, m4, key, DEPTH)
-    for j in tl.range(full + 1, tiles + 1, num_stages=1):
-        number = origin + j * BLOCKS + (lane ^ _swizzle(j, BLOCKS))
-        c_tile = load_tile(c_base, number, c_block, number < high, D, D_PADDED)
-        score = tl.dot(q_tile, tl.trans(c_tile))
-        key = _label_score(score, score_mask, (j * UNIT + label)[None, :], ASM)
-        candidate = (number[None, :] >= first[:, None]) & (number[None, :] < own[:, None])
-        key = tl.where(candidate, key, _EMPTY)
-        m1, m2, m3, m4 = _insert(m1, m2, m3, m4, key, DEPTH)
+    kv_head = head // group
+    # The square of a bound of a row's scores, by Cauchy and Schwarz; 1 % for rounding. Products of rows with themselves come in
+    # the layout of scores.
+    line = tl.arange(0, ROWS)
+    squares = tl.where(line[:, None] == line[None, :], tl.dot(q_tile, tl.trans(q_tile)), 0.0)
+    largest = tl.load(counts + 2 * q_heads + kv_head).to(tl.float32, bitcast=True)
+    bound = 1.02 * tl.sum(squares, 1) * largest
+    # 0 where there is no grid: then the row is computed again.
+    has_grid = (bound < float("inf")) & (bound > 1e-30)
+    scale = tl.where(has_grid, (grid - 2).to(tl.float32) * tl.rsqrt(bound), 0.0)[:, None]
+    factor = tl.where(valid, unit, 0)[:, None]  # in a register: with two uniform operands every key would take a copy
+    lane = tl.arange(0, BLOCKS)
+    m1 = tl.full([ROWS, BLOCKS], _EMPTY, tl.int32)
+    m2 = tl.full([ROWS, BLOCKS], _EMPTY, tl.int32)
+    m3 = tl.full([ROWS, BLOCKS], _EMPTY, tl.int32)
+    m4 = tl.full([ROWS, BLOCKS], _EMPTY, tl.int32)
+    for pair in tl.range(full, full_end, num_stages=STAGES):
+        c_tile = _load_tiles(arranged, kv_head, pair * PAIR, arranged_head, D_PADDED, PAIR, TMA)
+        a, b = _keys_of_pair(q_tile, c_tile, scale, factor, offset + pair * PAIR, ROWS, BLOCKS, ASM)
+        m1, m2, m3, m4 = _insert_two(m1, m2, m3, m4, a, b, DEPTH, ASM)
+    head_pairs = tl.minimum(full, high) - low
+    for number in tl.range(0, high - low - (full_end - full), num_stages=1):
+        pair = low + number
+        pair += tl.where(number < head_pairs, 0, full_end - full)
+        c_tile = _load_tiles(arranged, kv_head, pair * PAIR, arranged_head, D_PADDED, PAIR, TMA)
+        a, b = _keys_of_pair(q_tile, c_tile, scale, factor, offset + pair * PAIR, ROWS, BLOCKS, ASM)
+        a = tl.where(_is_candidate(_block_of(2 * pair, lane, BLOCKS), first, own), a, _EMPTY)
+        b = tl.where(_is_candidate(_block_of(2 * pair + 1, lane, BLOCKS), first, own), b, _EMPTY)
+        m1, m2, m3, m4 = _insert_two(m1, m2, m3, m4, a, b, DEPTH, ASM)
 
-    unordered = tl.max((m1 != m1).to(tl.int32), 1) > 0
-    GONE: tl.constexpr = float("-inf")
+    m1 |= lane[None, :]
+    m2 |= lane[None, :]
+    m3 |= lane[None, :]
+    m4 |= lane[None, :]
     chosen = tl.zeros([ROWS, SLOTS], tl.int32)
     last = tl.max(m1, 1)
-    COUNTED: tl.constexpr = 1 << 16
-    doubled = scored & False
     for taken in tl.static_range(TOPK - 1):
         best = tl.max(m1, 1)
-        found = best.to(tl.int32, bitcast=True) & label_mask
         hit = m1 == best[:, None]
-        if not PACKED:
-            # Two lanes may have the same best key: then the sum counts two.
-            found_lane = tl.sum(tl.where(hit, lane[None, :] + COUNTED, 0), 1)
-            doubled |= found_lane >= 2 * COUNTED
-            found = found * BLOCKS + (found_lane & (COUNTED - 1))
-        chosen = tl.where((slot == SLOTS - 2 - taken)[None, :], found[:, None], chosen)
+        chosen = tl.where((slot == SLOTS - 2 - taken)[None, :], best[:, None], chosen)
         last = best
         # A lane's next keys move up, as far as the remaining rounds can look.
-        m1 = tl.where(hit, m2 if DEPTH > 1 else GONE, m1)
+        m1 = tl.where(hit, m2 if DEPTH > 1 else _GONE, m1)
         if DEPTH > 1 and TOPK - 1 - taken > 1:
-            m2 = tl.where(hit, m3 if DEPTH > 2 else GONE, m2)
+            m2 = tl.where(hit, m3 if DEPTH > 2 else _GONE, m2)
         if DEPTH > 2 and TOPK - 1 - taken > 2:
-            m3 = tl.where(hit, m4 if DEPTH > 3 else GONE, m3)
+            m3 = tl.where(hit, m4 if DEPTH > 3 else _GONE, m3)
         if DEPTH > 3 and TOPK - 1 - taken > 3:
-            m4 = tl.where(hit, GONE, m4)
+            m4 = tl.where(hit, _GONE, m4)
 
-    left = tl.max(m1, 1).to(tl.int32, bitcast=True) & score_mask
-    tied = left.to(tl.float32, bitcast=True) == (last.to(tl.int32, bitcast=True) & score_mask).to(
-        tl.float32, bitcast=True
-    )
-    # Tiles, not the number of candidates: tiles are swizzled, so DEPTH * BLOCKS candidates that begin inside a tile may put
-    # DEPTH + 1 into one lane.
-    deep = (own - 1 - low) // BLOCKS - (first - low) // BLOCKS >= DEPTH
-    exhausted = (tl.min(m1, 1) == GONE) & deep
-    again = scored & (unordered | tied | doubled | exhausted)
-    chosen = origin + (chosen ^ _swizzle(chosen // BLOCKS, BLOCKS))  # tile and lane to block number
+    tied = (tl.max(m1, 1) | (unit - 1)) == (last | (unit - 1))
+    # Tiles, not the number of candidates: blocks of a tile are exchanged, so DEPTH * BLOCKS candidates that begin inside a tile
+    # may put DEPTH + 1 into one lane.
+    deep = (own - 1) // BLOCKS - first // BLOCKS >= DEPTH
+    exhausted = (tl.min(m1, 1) == _GONE) & deep
+    again = scored & ((tl.max(scale, 1) == 0.0) | tied | exhausted)
+    chosen &= unit - 1
+    chosen = _block_of(before + chosen // BLOCKS, chosen % BLOCKS, BLOCKS)
     chosen = tl.where((slot >= SLOTS - TOPK)[None, :], chosen, -1)
     chosen = tl.where((slot == SLOTS - 1)[None, :], own[:, None], chosen)
     selection = tl.where(scored[:, None], tl.sort(chosen), whole)
     store_selection(selected, selection, row, head, tokens, valid, TOPK, SLOTS)
-    # The order of the listed rows varies from run to run; their results do not depend on it.
+    # The order of the unproved rows varies from run to run; their results do not depend on it.
     again_int = again.to(tl.int32)
     rows_again = tl.sum(again_int, 0)
     if rows_again > 0:
-        begin = tl.atomic_add(again_count + head, rows_again)
+        entry = head + q_heads if LISTED else head
+        begin = tl.atomic_add(counts + entry, rows_again)
         index = begin + tl.cumsum(again_int, 0) - again_int
-        tl.store(again_row + head.to(tl.int64) * tokens + index, row, mask=again)
+        tl.store(unproved + entry.to(tl.int64) * tokens + index, row, mask=again)
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "q_heads", "group", "arranged_head"],
+    do_not_specialize_on_alignment=["own_block", "first_block"],
+)
+def gate_kernel(
+    q, arranged, own_block, first_block, selected, counts, unproved,
+    tokens, q_heads, group, q_token, q_head, arranged_head,
+    TOPK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, DEPTH: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One program: the selection of ROWS rows of one q head; with LISTED, of some tiles of ROWS unproved rows.
+
+    Reads 2 * D + 8 bytes per row once, and 2 * D bytes per centroid from the rows' first to their last candidate (from L2: all
+    programs share them); writes TOPK block numbers per row, and the numbers of rows without a proof.
+
+    A block's lane is its index in its tile of BLOCKS, exchanged per tile: otherwise preferred blocks at regular distances would
+    share few lanes. Each (row, lane) keeps its DEPTH best keys in order; an insertion is minima and maxima of full tiles.
+    A key is the score, rounded to a grid, with the tile's number, counted from 1, and the lane in the low bits, in no more bits
+    than this program needs. The grid divides the range that |q| and the largest norm of a centroid leave to scores, so a key is
+    positive. At the end the best key of a row is taken TOPK - 1 times. That is the selection unless
+    - a lane gave away all of its keys and may have dropped others, which takes candidates in more than DEPTH tiles,
+    - the last key taken and the best key left are one number of the grid, or
+    - the range of scores is not finite, or so small that the grid is not.
+    """
+    program = tl.program_id(0)
+    head = program % q_heads
+    if LISTED:
+        todo = tl.load(counts + head)
+        row_tiles = tl.cdiv(todo, ROWS)
+        for tile in tl.range(program // q_heads, row_tiles, tl.num_programs(0) // q_heads):
+            index = (row_tiles - 1 - tile) * ROWS + tl.arange(0, ROWS)
+            valid = index < todo
+            row = tl.load(unproved + head.to(tl.int64) * tokens + index, mask=valid, other=0)
+            _select_tile(
+                q, arranged, own_block, first_block, selected, counts, unproved, row, valid, head,
+                tokens, q_heads, group, q_token, q_head, arranged_head,
+                TOPK, SLOTS, D, D_PADDED, ROWS, BLOCKS, DEPTH, ASM, STAGES, LISTED, TMA,
+            )  # fmt: skip
+    else:
+        # Later rows usually have more candidates: the longest programs start first. Heads share rows of q in DRAM.
+        tile = tl.num_programs(0) // q_heads - 1 - program // q_heads
+        row = tile * ROWS + tl.arange(0, ROWS)
+        _select_tile(
+            q, arranged, own_block, first_block, selected, counts, unproved, row, row < tokens, head,
+            tokens, q_heads, group, q_token, q_head, arranged_head,
+            TOPK, SLOTS, D, D_PADDED, ROWS, BLOCKS, DEPTH, ASM, STAGES, LISTED, TMA,
+        )  # fmt: skip
 
 
 def _select_whole(rows: QueryRows, q_heads: int, topk: int, dtype: torch.dtype) -> Tensor:
@@ -225,31 +315,43 @@ def select_blocks(q: Tensor, *, centroids: Tensor, rows: QueryRows, topk: int) -
     out = torch.empty(q_heads, tokens, topk, dtype=selection_dtype(n_blocks), device=q.device)
     gpu = gpu_of(q.device)
     config = configs.gate(dim, n_blocks, topk, gpu)
-    if centroids.stride(0) * config.blocks >= 1 << 31:
-        centroids = centroids.contiguous()  # offsets inside a tile have 32 bits
     if topk > LIST_TOPK:
         select_sorted(q, centroids, rows, topk, config, out)
         return out
     fast = topk <= FAST_TOPK
-    again_count = torch.zeros(q_heads if fast else 0, dtype=torch.int32, device=q.device)
-    again_row = torch.empty(q_heads, tokens if fast else 0, dtype=torch.int32, device=q.device)
-    arguments = (
-        q, centroids, rows.block, rows.first_block, out, again_count, again_row, tokens, q_heads, q_heads // kv_heads,
-        q.stride(0), q.stride(1), centroids.stride(0), centroids.stride(1),
-    )  # fmt: skip
-    constants = {
-        "TOPK": topk, "SLOTS": next_power_of_2(topk), "D": dim, "D_PADDED": padded(dim), "ROWS": config.rows,
-        "BLOCKS": config.blocks,
-    }  # fmt: skip
+    counts = torch.zeros(2 * q_heads + kv_heads if fast else 0, dtype=torch.int32, device=q.device)
+    first_list = q_heads if config.retry_depth else 0  # of `gate_exact_kernel`
+    unproved = torch.empty(first_list + q_heads, tokens if fast else 0, dtype=torch.int32, device=q.device)
+    per_row = (rows.block, rows.first_block, out, counts, unproved)
+    sizes = (tokens, q_heads, q_heads // kv_heads, q.stride(0), q.stride(1))
+    width = {"D": dim, "D_PADDED": padded(dim)}
+    constants = {"TOPK": topk, "SLOTS": next_power_of_2(topk), **width, "ROWS": config.rows}
     row_tiles = cdiv(tokens, config.rows)
+    few = min(row_tiles, cdiv(AGAIN_PROGRAMS_PER_MULTIPROCESSOR * gpu.multiprocessors, q_heads)) * q_heads
     if fast:
-        limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
-        launch_kernel(gate_kernel, (row_tiles * q_heads,),
-            *arguments, **constants, DEPTH=config.depth, PACKED=config.packed, ASM=q.is_cuda, STAGES=config.num_stages,
-            num_warps=config.num_warps, **limit,
+        pair = 2 * config.blocks
+        head = cdiv(n_blocks, pair) * pair  # rows
+        shape = (head, kv_heads, padded(dim))
+        arranged = torch.empty_strided(shape, (shape[2], head * shape[2], 1), dtype=q.dtype, device=q.device)
+        launch_kernel(arrange_kernel, (head // pair, kv_heads),
+            centroids, arranged, counts, n_blocks, centroids.stride(0), centroids.stride(1), head, q_heads, **width,
+            BLOCKS=config.blocks, ROWS=pair, num_warps=4,
         )  # fmt: skip
-    programs = min(row_tiles, cdiv(EXACT_PROGRAMS_PER_MULTIPROCESSOR * gpu.multiprocessors, q_heads))
-    launch_kernel(
-        gate_exact_kernel, (programs * q_heads,), *arguments, **constants, LISTED=fast, num_warps=config.num_warps
-    )
+        proving = constants | {
+            "BLOCKS": config.blocks, "ASM": q.is_cuda, "STAGES": config.num_stages, "TMA": config.tma,
+            "num_warps": config.num_warps,
+        }  # fmt: skip
+        limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
+        tiles = tile_descriptor(arranged, pair) if config.tma else arranged
+        launch_kernel(gate_kernel, (row_tiles * q_heads,),
+            q, tiles, *per_row, *sizes, head, **proving, DEPTH=config.depth, LISTED=False, **limit
+        )  # fmt: skip
+        if config.retry_depth:
+            launch_kernel(gate_kernel, (few,),
+                q, tiles, *per_row, *sizes, head, **proving, DEPTH=config.retry_depth, LISTED=True
+            )  # fmt: skip
+    launch_kernel(gate_exact_kernel, (few,),
+        q, centroids, *per_row, *sizes, centroids.stride(0), centroids.stride(1), first_list, **constants,
+        BLOCKS=config.exact_blocks, LISTED=fast, num_warps=config.num_warps,
+    )  # fmt: skip
     return out

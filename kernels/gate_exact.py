@@ -50,15 +50,17 @@ def store_selection(selected, selection, row, head, tokens, valid, TOPK: tl.cons
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "q_heads", "group"], do_not_specialize_on_alignment=["own_block", "first_block"]
+    do_not_specialize=["tokens", "q_heads", "group", "first_list"],
+    do_not_specialize_on_alignment=["own_block", "first_block"],
 )
 def gate_exact_kernel(
-    q, centroids, own_block, first_block, selected, again_count, again_row,
-    tokens, q_heads, group, q_token, q_head, c_block, c_head,
+    q, centroids, own_block, first_block, selected, counts, unproved,
+    tokens, q_heads, group, q_token, q_head, c_block, c_head, first_list,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
     BLOCKS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """One program: some tiles of ROWS rows of one q head; with LISTED, of the rows that `gate_kernel` listed.
+    """One program: some tiles of ROWS rows of one q head; with LISTED, of the rows that `gate_kernel` listed in
+    list `first_list + head`.
 
     Reads 2 * D + 8 bytes per row (with LISTED 4 more) and 2 * D bytes per candidate for every ROWS rows (from L2); writes
     TOPK block numbers per row.
@@ -73,7 +75,7 @@ def gate_exact_kernel(
     slot = tl.arange(0, SLOTS)
     todo = tokens
     if LISTED:
-        todo = tl.load(again_count + head)
+        todo = tl.load(counts + first_list + head)
     row_tiles = tl.cdiv(todo, ROWS)
     c_base = centroids + (head // group).to(tl.int64) * c_head
     BIG: tl.constexpr = 1 << 30
@@ -81,7 +83,7 @@ def gate_exact_kernel(
         row = (row_tiles - 1 - tile) * ROWS + tl.arange(0, ROWS)
         valid = row < todo
         if LISTED:
-            row = tl.load(again_row + head.to(tl.int64) * tokens + row, mask=valid, other=0)
+            row = tl.load(unproved + (first_list + head).to(tl.int64) * tokens + row, mask=valid, other=0)
         own = tl.load(own_block + row, mask=valid, other=0)
         first = tl.load(first_block + row, mask=valid, other=0)
         q_tile = load_tile(q + head.to(tl.int64) * q_head, row, q_token, valid, D, D_PADDED)

@@ -36,13 +36,22 @@ def kernels(capability: int):
         (128, 8192, 8, "bf16"),
         (128, 8192, 16, "fp16"),
     ):
+        config = configs.gate(dim, n_blocks, topk, gpu)
         tile, slots, variant = gate_constants(dim, n_blocks, topk, gpu)
         name = f"D={dim} n_blocks={n_blocks} topk={topk}"
+        arranged = {key: tile[key] for key in ("D", "D_PADDED", "BLOCKS")} | {"ROWS": 2 * config.blocks}
+        yield f"arrange {name}", gate.arrange_kernel, element, arranged
         yield f"gate {name}", gate.gate_kernel, element, {**tile, **slots, **variant}
-        yield f"gate exact {name}", gate_exact.gate_exact_kernel, element, {**tile, **slots, "LISTED": True}
+        if config.retry_depth:
+            again = {key: value for key, value in variant.items() if key != "maxnreg"}
+            again |= {"DEPTH": config.retry_depth, "LISTED": True}
+            yield f"gate again {name}", gate.gate_kernel, element, {**tile, **slots, **again}
+        exact = {**tile, **slots, "BLOCKS": config.exact_blocks, "LISTED": True}
+        yield f"gate exact {name}", gate_exact.gate_exact_kernel, element, exact
     tile, slots, _ = gate_constants(128, 4096, 64, gpu)
+    tile["BLOCKS"] = configs.gate(128, 4096, 64, gpu).exact_blocks
     yield "gate exact topk=64", gate_exact.gate_exact_kernel, "bf16", {**tile, **slots, "LISTED": False}
-    yield "scores", gate_exact.scores_kernel, "bf16", tile
+    yield "scores", gate_exact.scores_kernel, "bf16", gate_constants(128, 4096, 64, gpu)[0]
     for n_blocks, slots, wide in (
         (1024, 8, False),
         (256, 7, False),
@@ -81,7 +90,7 @@ def gate_constants(dim: int, n_blocks: int, topk: int, gpu):
     config = configs.gate(dim, n_blocks, topk, gpu)
     tile = {"D": dim, "D_PADDED": padded(dim), "ROWS": config.rows, "BLOCKS": config.blocks}
     slots = {"TOPK": topk, "SLOTS": next_power_of_2(topk)}
-    variant = {"DEPTH": config.depth, "PACKED": config.packed, "ASM": True, "STAGES": config.num_stages}
+    variant = {"DEPTH": config.depth, "ASM": True, "STAGES": config.num_stages, "LISTED": False, "TMA": config.tma}
     variant["num_warps"] = config.num_warps
     if config.max_registers is not None:
         variant["maxnreg"] = config.max_registers
@@ -94,16 +103,16 @@ def usage(kernel, element: str, constants: dict, capability: int) -> dict[str, i
 
     options = {key: constants[key] for key in ("num_warps", "maxnreg") if key in constants}
     constants = {key: value for key, value in constants.items() if key not in options}
-    elements = dict.fromkeys(("q", "centroids", "k", "out", "entry", "listed"), element) | {
+    elements = dict.fromkeys(("q", "centroids", "arranged", "k", "out", "entry", "listed"), element) | {
         "keys": "i64",
         "selected": "i16",
     }
-    elements |= dict.fromkeys(
-        ("start", "own_block", "first_block", "again_count", "again_row", "count", "faults"), "i32"
-    )
+    elements |= dict.fromkeys(("start", "own_block", "first_block", "counts", "unproved", "count", "faults"), "i32")
     elements |= dict.fromkeys(("begin_of", "pointer", "item_bin", "item_start", "item_end"), "i32")
 
     def type_of(parameter) -> str:
+        if parameter.name == "arranged" and constants.get("TMA"):
+            return f"tensordesc<{element}[1, {2 * constants['BLOCKS']}, {constants['D_PADDED']}]>"
         return f"*{elements[parameter.name]}" if parameter.name in elements else "i32"
 
     def is_aligned(parameter, kind: str) -> bool:
