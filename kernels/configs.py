@@ -141,7 +141,7 @@ class GateConfig:
         retry_depth: the same where rows that it did not prove are tried again; 0: they are not.
         exact_blocks: centroids per tile of the kernel that needs no proof.
         tma: centroids come by descriptor.
-        num_warps, num_stages, max_registers: Triton's (`maxnreg`; None for no limit).
+        num_warps, num_stages: Triton's.
     """
 
     rows: int
@@ -152,7 +152,6 @@ class GateConfig:
     tma: bool
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -361,7 +360,7 @@ GATE_ROWS = 64
 """Query rows per program: the smallest tile of Hopper's matrix instruction."""
 GATE_BLOCKS = 32
 """Centroids per tile, and lanes: with 64, the lists of a program would take half a multiprocessor's registers."""
-LONG_BLOCKS = 4096
+LONG_BLOCKS = 2048
 """With more blocks than this, a third stage of copies pays."""
 RETRY_DEPTH = 4
 """The longest lists that `gate_kernel` has."""
@@ -383,8 +382,6 @@ def gate(dim: int, n_blocks: int, topk: int, gpu: Gpu) -> GateConfig:
         depth += 1
     tiles = cdiv(n_blocks - 1, blocks)
     small = dim_padded <= 128
-    # 128 registers: four programs per multiprocessor, without spilling.
-    limited = gpu.is_hopper_or_newer and small and topk <= 12
     return GateConfig(
         rows=GATE_ROWS,
         blocks=blocks,
@@ -393,8 +390,7 @@ def gate(dim: int, n_blocks: int, topk: int, gpu: Gpu) -> GateConfig:
         exact_blocks=64 if small else blocks,
         tma=gpu.is_hopper_or_newer,
         num_warps=4 if small or gpu.is_hopper_or_newer else 8,
-        num_stages=3 if n_blocks > LONG_BLOCKS and small else 2,
-        max_registers=128 if limited else None,
+        num_stages=3 if n_blocks > LONG_BLOCKS and dim_padded == 128 else 2,
     )
 
 

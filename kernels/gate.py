@@ -341,10 +341,9 @@ def select_blocks(q: Tensor, *, centroids: Tensor, rows: QueryRows, topk: int) -
             "BLOCKS": config.blocks, "ASM": q.is_cuda, "STAGES": config.num_stages, "TMA": config.tma,
             "num_warps": config.num_warps,
         }  # fmt: skip
-        limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
         tiles = tile_descriptor(arranged, pair) if config.tma else arranged
         launch_kernel(gate_kernel, (row_tiles * q_heads,),
-            q, tiles, *per_row, *sizes, head, **proving, DEPTH=config.depth, LISTED=False, **limit
+            q, tiles, *per_row, *sizes, head, **proving, DEPTH=config.depth, LISTED=False
         )  # fmt: skip
         if config.retry_depth:
             launch_kernel(gate_kernel, (few,),

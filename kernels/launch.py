@@ -34,8 +34,8 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constan
         kernel: what `triton.jit` or `gluon.jit` made.
         grid: programs per dimension; one to three dimensions.
         arguments: tensors on the current device, numbers and tensor descriptors: the kernel's first parameters, in order.
-        constants: its other parameters, all of them `constexpr`, and Triton's options (`num_warps`, `maxnreg`), in the same order
-            in each launch of the kernel.
+        constants: its other parameters, all of them `constexpr`, and Triton's options (`num_warps`), in the same order in each
+            launch of the kernel.
 
     Returns:
         the compiled kernel and the constants that end its arguments, where they are remembered.
