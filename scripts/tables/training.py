@@ -108,11 +108,13 @@ def _long_run_text(content: dict[str, Any]) -> str:
         )
     if resumed.get("loss"):
         first, last = resumed["first_step"], resumed["first_step"] + len(resumed["loss"]) - 1
-        lines.append(
-            f"- Killed, and resumed from the checkpoint after step {setup['saved_after']} over {_gpus(resumed['ranks'])}: "
-            f"losses of steps {first} to {last} differ by at most {resumed['largest_difference']:.1e} from those of the killed "
-            f"run, the first by {resumed['difference'][0]:.1e}."
-        )
+        again = f"- Killed, and resumed from the checkpoint after step {setup['saved_after']} over {_gpus(resumed['ranks'])}: "
+        if last == first:
+            again += f"the loss of step {first} differs by {resumed['difference'][0]:.1e} from that of the killed run."
+        else:
+            again += f"losses of steps {first} to {last} differ by at most {resumed['largest_difference']:.1e} from those of the "
+            again += f"killed run, the first by {resumed['difference'][0]:.1e}."
+        lines.append(again)
     return "\n".join(lines)
 
 
