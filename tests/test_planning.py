@@ -21,7 +21,7 @@ from moba_cp.planning import advice, sizes
 from moba_cp.planning.calibration import Calibration, known
 from moba_cp.planning.measured import Measured, calibrate, compare, judged, read
 from moba_cp.planning.memory import memory
-from moba_cp.planning.prediction import predict, received, walks
+from moba_cp.planning.prediction import features, predict, received, walks
 from moba_cp.planning.sizes import Cluster, Layer, Split, busiest
 from scripts.make_tables import kernel_files
 from tests.ranks import run_ranks
@@ -40,6 +40,26 @@ def test_predictions_are_near_the_committed_measurements() -> None:
         assert errors.max() < 0.30
         rows += len(errors)
     assert rows > 50
+
+
+def test_stages_of_heads_of_64_are_near_those_of_training() -> None:
+    """Kernels of one layer, one H200, 16/4 heads. Of (4096, 12) the gate is a hundredth."""
+    calibration, seen = Calibration.of("h200"), set()
+    stages = {"forward": ["attend"], "backward": ["attend backward"], "merge": ["merge", "merge dq"], "gate": ["gate"]}
+    for path in (RESULTS / "training_scaling.json", RESULTS / "training_speed.json"):
+        for run in json.loads(path.read_text())["runs"]:
+            one = run.get("label") == "long layers" and run["gpus"] == 1 and run["attention"].startswith("moba")
+            if one and run["tokens_per_step"] == 131072:
+                block_size, topk = map(int, run["attention"].split(":")[1:3])
+                layer = Layer(131072, 16, 4, block_size, topk, head_dim=64)
+                work = busiest(layer, Split.of_comm("local", 1, 1, "contiguous"))
+                found = {name: calibration.stage_ms(name, x) for name, x in features(work, 64).items()}
+                for name, names in stages.items():
+                    if name != "gate" or block_size < 4096:
+                        measured = run["profile"]["by_stage"][name] / 24  # layers
+                        assert sum(map(found.get, names)) == pytest.approx(measured, rel=0.15), (block_size, name)
+                seen.add(block_size)
+    assert seen == {128, 512, 4096}
 
 
 def test_walks_are_those_that_reports_counted() -> None:

@@ -22,6 +22,9 @@ BACKWARD = ("delta", "attend backward", "merge dq")
 BESIDE = ("lists",)
 """Stages that run beside others."""
 CALIBRATED_DIM = 128
+FIXED = {"gate": 0.8, "attend": 0.35, "attend backward": 0.45}
+"""Shares of these stages' time with `CALIBRATED_DIM` that heads of a smaller size take too: minima and maxima of scores,
+exponentials. From models with heads of 64, one H200 (docs/results/training_scaling.json, training_speed.json)."""
 REVISITED = 2
 """Position of `Work.revisited` among what the backward of attention is linear in."""
 RING_STEP_MS = 0.1
@@ -81,17 +84,18 @@ class Prediction:
 
 
 def features(work: Work, head_dim: int) -> dict[str, list[float]]:
-    """What each stage's time is linear in."""
+    """What each stage's time is linear in: bytes shrink with the heads' size, the rest as `FIXED` says."""
     wide = head_dim / CALIBRATED_DIM
-    keys, pairs, rows, revisited = (x * wide for x in (work.keys, work.pairs, work.rows, work.revisited))
+    partly = {name: share + (1 - share) * wide if wide < 1 else wide for name, share in FIXED.items()}
+    pairs, rows, revisited = (x * wide for x in (work.pairs, work.rows, work.revisited))
     return {
         "centroids": [work.kv_rows * wide, 1.0],
-        "gate": [work.scored * wide, rows, 1.0],
+        "gate": [work.scored * partly["gate"], work.rows * partly["gate"], 1.0],
         "lists": [work.pairs, 1.0],
-        "attend": [keys, pairs, 1.0],
+        "attend": [work.keys * partly["attend"], pairs, 1.0],
         "merge": [pairs, 1.0],
         "delta": [rows, 1.0],
-        "attend backward": [keys, pairs, revisited, 1.0],
+        "attend backward": [work.keys * partly["attend backward"], pairs, revisited, 1.0],
         "merge dq": [pairs, 1.0],
     }
 
