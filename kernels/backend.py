@@ -98,7 +98,8 @@ class Backend(Protocol):
 
         Args:
             q: `[T, Hq, D]`.
-            centroids: `[n_blocks, Hkv, D]`; those of blocks that are nobody's candidate may hold anything.
+            centroids: `[n_blocks, Hkv, D]`; those of blocks that are nobody's candidate may hold anything. Rows take longer where
+                one is not finite, or far larger than others.
             rows: positions of the `T` rows.
             topk: most blocks per row, own block included.
 

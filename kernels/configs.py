@@ -359,7 +359,7 @@ PLACED_ENTRIES = 1024
 GATE_ROWS = 64
 """Query rows per program: the smallest tile of Hopper's matrix instruction."""
 GATE_BLOCKS = 32
-"""Centroids per tile, and lanes: with 64, the lists of a program would take half a multiprocessor's registers."""
+"""Centroids per tile, and lanes: with 64, lists and scores of two programs would take all registers of a multiprocessor."""
 LONG_BLOCKS = 2048
 """With more blocks than this, a third stage of copies pays."""
 RETRY_DEPTH = 4
@@ -380,16 +380,17 @@ def gate(dim: int, n_blocks: int, topk: int, gpu: Gpu) -> GateConfig:
     depth = 1
     while depth < RETRY_DEPTH and comb(topk - 1, depth) > REDONE_ROWS * blocks ** (depth - 1):
         depth += 1
-    tiles = cdiv(n_blocks - 1, blocks)
+    # As many keys as tiles, or as are taken, never run out. Before Hopper the longest lists would spill.
+    retried = depth < min(RETRY_DEPTH, cdiv(n_blocks - 1, blocks), topk) and gpu.is_hopper_or_newer
     small = dim_padded <= 128
     return GateConfig(
         rows=GATE_ROWS,
         blocks=blocks,
-        depth=min(depth, tiles),
-        retry_depth=RETRY_DEPTH if depth < min(RETRY_DEPTH, tiles) and gpu.is_hopper_or_newer else 0,
+        depth=min(depth, cdiv(n_blocks - 1, blocks)),
+        retry_depth=RETRY_DEPTH if retried else 0,
         exact_blocks=64 if small else blocks,
         tma=gpu.is_hopper_or_newer,
-        num_warps=4 if small or gpu.is_hopper_or_newer else 8,
+        num_warps=4 if small or gpu.is_hopper_or_newer else 8,  # with 4 that would spill
         num_stages=3 if n_blocks > LONG_BLOCKS and dim_padded == 128 else 2,
     )
 

@@ -3,12 +3,12 @@
 Order of scores: no candidate < -inf < ... < -0 = +0 < ... < +inf < NaN; of equal scores the later block is greater.
 
 Rows whose candidates are all selected are not scored. For the others `gate_kernel` keeps a few best scores per lane and proves
-for nearly every row that they contain the selection. Rows without a proof are listed on the device and computed again: where the
-lists of lanes were too short, first by `gate_kernel` with longer ones, and what is left by `gate_exact.py`. All compute the same
-products in the same order, so a row's result does not depend on which of them made it. The host reads nothing.
+for nearly every row that they contain the selection. Rows without a proof are listed on the device and computed again: first by
+`gate_kernel` with longer lists where that may help, and what is left by `gate_exact.py`. All compute the same products in the
+same order, so a row's result does not depend on which of them made it. The host reads nothing.
 
-`counts` and `unproved` hold, for each of these two passes and each q head, how many rows have no proof, and which. Behind them
-`counts` has the bits of the largest squared norm of a centroid of each kv head.
+`counts` and `unproved` hold, for each pass of `gate_kernel` and each q head, how many rows have no proof, and which. Behind two
+numbers of rows per q head, `counts` has the bits of the largest squared norm of a centroid of each kv head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FAST_TOPK = 16
 LIST_TOPK = 64
 """Largest topk of `gate_exact_kernel`, which keeps a list in registers. Beyond it scores are sorted in bounded portions."""
 AGAIN_PROGRAMS_PER_MULTIPROCESSOR = 8
-"""Of the kernels that compute unproved rows again."""
+"""Of the kernels that compute unproved rows again, and of `gate_exact_kernel` where it computes all."""
 
 _EMPTY = tl.constexpr(0)
 """Key of an empty list entry, before its lane is added. Keys of scores are greater, see `gate_kernel`."""
@@ -45,7 +45,7 @@ _MAGIC_BITS = tl.constexpr(0x4B400000)
 
 @triton.jit
 def _key(score, scale, unit, offset, ASM: tl.constexpr):
-    """int32 `round(score * scale) * unit + label`, where `offset` holds the label and what _MAGIC adds.
+    """int32 `(round(score * scale) + grid) * unit + label`, where `offset` is the label and `(grid - _MAGIC_BITS) * unit`.
 
     Two fused multiply-adds, which run beside the minima and maxima on other units. The interpreter has no assembler.
     """
@@ -66,17 +66,19 @@ def _block_of(tile, lane, BLOCKS: tl.constexpr):
     distances (the golden ratio's at 31 and 33), multiples of its square at hardly any. This factor is one of the best of 4500
     that were tried.
     """
-    swizzle = (tl.mul(tile * tile, 0x063DB153, sanitize_overflow=False) >> 26) & (BLOCKS - 1)
+    tl.static_assert(BLOCKS <= 64)  # bits of the hash
+    square = tl.mul(tile, tile, sanitize_overflow=False)
+    swizzle = (tl.mul(square, 0x063DB153, sanitize_overflow=False) >> 26) & (BLOCKS - 1)
     return tile * BLOCKS + (lane ^ swizzle)
 
 
 @triton.jit
-def _load_tiles(arranged, kv_head, first, arranged_head, D_PADDED: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr):
-    """Rows from `first` on of a kv head's centroids as `arrange_kernel` arranged them, `[ROWS, D_PADDED]`."""
+def _load_pair(arranged, kv_head, first, arranged_rows, D_PADDED: tl.constexpr, PAIR: tl.constexpr, TMA: tl.constexpr):
+    """Two tiles of a kv head's centroids as `arrange_kernel` arranged them, from row `first` on, `[PAIR, D_PADDED]`."""
     if TMA:
-        return tl.reshape(arranged.load([kv_head, first, 0]), [ROWS, D_PADDED])
+        return tl.reshape(arranged.load([kv_head, first, 0]), [PAIR, D_PADDED])
     else:
-        row = kv_head.to(tl.int64) * arranged_head + first + tl.arange(0, ROWS)
+        row = kv_head.to(tl.int64) * arranged_rows + first + tl.arange(0, PAIR)
         return tl.load(arranged + row[:, None] * D_PADDED + tl.arange(0, D_PADDED)[None, :])
 
 
@@ -124,21 +126,21 @@ def _insert_two(m1, m2, m3, m4, a, b, DEPTH: tl.constexpr, ASM: tl.constexpr):
     return m1, m2, m3, m4
 
 
-@triton.jit(do_not_specialize=["n_blocks", "arranged_head", "q_heads"])
+@triton.jit(do_not_specialize=["n_blocks", "arranged_rows", "q_heads"])
 def arrange_kernel(
-    centroids, arranged, counts, n_blocks, c_block, c_head, arranged_head, q_heads, D: tl.constexpr, D_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    centroids, arranged, counts, n_blocks, c_block, c_head, arranged_rows, q_heads, D: tl.constexpr, D_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS centroids of a kv head into `arranged [Hkv, n, D_PADDED]`, and their largest squared norm into `counts`.
+    """One program: PAIR centroids of a kv head into `arranged [Hkv, n, D_PADDED]`, and their largest squared norm into `counts`.
 
     A row is a tile's lane and holds the block that is there. Reads and writes 2 * D bytes per centroid; zeros past the last one.
     Bits of numbers that are not negative have the numbers' order, and NaN above infinity.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * PAIR + tl.arange(0, PAIR)
     head = tl.program_id(1)
     block = _block_of(row // BLOCKS, row % BLOCKS, BLOCKS)
     tile = load_tile(centroids + head.to(tl.int64) * c_head, block, c_block, block < n_blocks, D, D_PADDED)
-    place = head.to(tl.int64) * arranged_head + row
+    place = head.to(tl.int64) * arranged_rows + row
     tl.store(arranged + place[:, None] * D_PADDED + tl.arange(0, D_PADDED)[None, :], tile)
     wide = tile.to(tl.float32)
     bits = tl.sum(wide * wide, 1).to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -148,7 +150,7 @@ def arrange_kernel(
 @triton.jit
 def _select_tile(
     q, arranged, own_block, first_block, selected, counts, unproved, row, valid, head,
-    tokens, q_heads, group, q_token, q_head, arranged_head,
+    tokens, q_heads, group, q_token, q_head, arranged_rows,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
     BLOCKS: tl.constexpr, DEPTH: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +177,8 @@ def _select_tile(
     unit = BLOCKS << label_bits
     grid = tl.minimum(1 << 22, (1 << 30) // unit)
     before = 2 * low - 1  # tiles are counted from 1
-    offset = tl.mul(grid - _MAGIC_BITS, unit, sanitize_overflow=False) - before * BLOCKS
+    offset = tl.mul(grid - _MAGIC_BITS, unit, sanitize_overflow=False)
+    offset = tl.sub(offset, before * BLOCKS, sanitize_overflow=False)
 
     q_tile = load_tile(q + head.to(tl.int64) * q_head, row, q_token, valid, D, D_PADDED)
     kv_head = head // group
@@ -183,10 +186,11 @@ def _select_tile(
     # the layout of scores.
     line = tl.arange(0, ROWS)
     squares = tl.where(line[:, None] == line[None, :], tl.dot(q_tile, tl.trans(q_tile)), 0.0)
+    square = tl.sum(squares, 1)
     largest = tl.load(counts + 2 * q_heads + kv_head).to(tl.float32, bitcast=True)
-    bound = 1.02 * tl.sum(squares, 1) * largest
-    # 0 where there is no grid: then the row is computed again.
-    has_grid = (bound < float("inf")) & (bound > 1e-30)
+    bound = 1.02 * square * largest
+    # 0 where there is no grid: then the row is computed again. Squares of small numbers lose bits, and the smallest are 0.
+    has_grid = (bound < float("inf")) & (bound > 1e-30) & (tl.minimum(square, largest) > 1e-30)
     scale = tl.where(has_grid, (grid - 2).to(tl.float32) * tl.rsqrt(bound), 0.0)[:, None]
     factor = tl.where(valid, unit, 0)[:, None]  # in a register: with two uniform operands every key would take a copy
     lane = tl.arange(0, BLOCKS)
@@ -195,14 +199,14 @@ def _select_tile(
     m3 = tl.full([ROWS, BLOCKS], _EMPTY, tl.int32)
     m4 = tl.full([ROWS, BLOCKS], _EMPTY, tl.int32)
     for pair in tl.range(full, full_end, num_stages=STAGES):
-        c_tile = _load_tiles(arranged, kv_head, pair * PAIR, arranged_head, D_PADDED, PAIR, TMA)
+        c_tile = _load_pair(arranged, kv_head, pair * PAIR, arranged_rows, D_PADDED, PAIR, TMA)
         a, b = _keys_of_pair(q_tile, c_tile, scale, factor, offset + pair * PAIR, ROWS, BLOCKS, ASM)
         m1, m2, m3, m4 = _insert_two(m1, m2, m3, m4, a, b, DEPTH, ASM)
     head_pairs = tl.minimum(full, high) - low
     for number in tl.range(0, high - low - (full_end - full), num_stages=1):
         pair = low + number
         pair += tl.where(number < head_pairs, 0, full_end - full)
-        c_tile = _load_tiles(arranged, kv_head, pair * PAIR, arranged_head, D_PADDED, PAIR, TMA)
+        c_tile = _load_pair(arranged, kv_head, pair * PAIR, arranged_rows, D_PADDED, PAIR, TMA)
         a, b = _keys_of_pair(q_tile, c_tile, scale, factor, offset + pair * PAIR, ROWS, BLOCKS, ASM)
         a = tl.where(_is_candidate(_block_of(2 * pair, lane, BLOCKS), first, own), a, _EMPTY)
         b = tl.where(_is_candidate(_block_of(2 * pair + 1, lane, BLOCKS), first, own), b, _EMPTY)
@@ -233,7 +237,7 @@ def _select_tile(
     # may put DEPTH + 1 into one lane.
     deep = (own - 1) // BLOCKS - first // BLOCKS >= DEPTH
     exhausted = (tl.min(m1, 1) == _GONE) & deep
-    again = scored & ((tl.max(scale, 1) == 0.0) | tied | exhausted)
+    again = scored & ((tl.max(scale, 1) == 0.0) | tied | exhausted)  # `scale` is here already, in this layout
     chosen &= unit - 1
     chosen = _block_of(before + chosen // BLOCKS, chosen % BLOCKS, BLOCKS)
     chosen = tl.where((slot >= SLOTS - TOPK)[None, :], chosen, -1)
@@ -251,19 +255,19 @@ def _select_tile(
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "q_heads", "group", "arranged_head"],
+    do_not_specialize=["tokens", "q_heads", "group", "arranged_rows"],
     do_not_specialize_on_alignment=["own_block", "first_block"],
 )
 def gate_kernel(
     q, arranged, own_block, first_block, selected, counts, unproved,
-    tokens, q_heads, group, q_token, q_head, arranged_head,
+    tokens, q_heads, group, q_token, q_head, arranged_rows,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
     BLOCKS: tl.constexpr, DEPTH: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One program: the selection of ROWS rows of one q head; with LISTED, of some tiles of ROWS unproved rows.
 
     Reads 2 * D + 8 bytes per row once, and 2 * D bytes per centroid from the rows' first to their last candidate (from L2: all
-    programs share them); writes TOPK block numbers per row, and the numbers of rows without a proof.
+    programs share them), in whole pairs of tiles; writes TOPK block numbers per row, and the numbers of rows without a proof.
 
     A block's lane is its index in its tile of BLOCKS, exchanged per tile: otherwise preferred blocks at regular distances would
     share few lanes. Each (row, lane) keeps its DEPTH best keys in order; an insertion is minima and maxima of full tiles.
@@ -272,7 +276,8 @@ def gate_kernel(
     positive. At the end the best key of a row is taken TOPK - 1 times. That is the selection unless
     - a lane gave away all of its keys and may have dropped others, which takes candidates in more than DEPTH tiles,
     - the last key taken and the best key left are one number of the grid, or
-    - the range of scores is not finite, or so small that the grid is not.
+    - there is no grid, since the range of scores is not finite, or since squares are too small to bound it. A centroid that is
+      not finite does this to all rows of its kv head.
     """
     program = tl.program_id(0)
     head = program % q_heads
@@ -285,7 +290,7 @@ def gate_kernel(
             row = tl.load(unproved + head.to(tl.int64) * tokens + index, mask=valid, other=0)
             _select_tile(
                 q, arranged, own_block, first_block, selected, counts, unproved, row, valid, head,
-                tokens, q_heads, group, q_token, q_head, arranged_head,
+                tokens, q_heads, group, q_token, q_head, arranged_rows,
                 TOPK, SLOTS, D, D_PADDED, ROWS, BLOCKS, DEPTH, ASM, STAGES, LISTED, TMA,
             )  # fmt: skip
     else:
@@ -294,7 +299,7 @@ def gate_kernel(
         row = tile * ROWS + tl.arange(0, ROWS)
         _select_tile(
             q, arranged, own_block, first_block, selected, counts, unproved, row, row < tokens, head,
-            tokens, q_heads, group, q_token, q_head, arranged_head,
+            tokens, q_heads, group, q_token, q_head, arranged_rows,
             TOPK, SLOTS, D, D_PADDED, ROWS, BLOCKS, DEPTH, ASM, STAGES, LISTED, TMA,
         )  # fmt: skip
 
@@ -327,15 +332,15 @@ def select_blocks(q: Tensor, *, centroids: Tensor, rows: QueryRows, topk: int) -
     width = {"D": dim, "D_PADDED": padded(dim)}
     constants = {"TOPK": topk, "SLOTS": next_power_of_2(topk), **width, "ROWS": config.rows}
     row_tiles = cdiv(tokens, config.rows)
-    few = min(row_tiles, cdiv(AGAIN_PROGRAMS_PER_MULTIPROCESSOR * gpu.multiprocessors, q_heads)) * q_heads
+    again_programs = min(row_tiles, cdiv(AGAIN_PROGRAMS_PER_MULTIPROCESSOR * gpu.multiprocessors, q_heads)) * q_heads
     if fast:
         pair = 2 * config.blocks
-        head = cdiv(n_blocks, pair) * pair  # rows
-        shape = (head, kv_heads, padded(dim))
-        arranged = torch.empty_strided(shape, (shape[2], head * shape[2], 1), dtype=q.dtype, device=q.device)
-        launch_kernel(arrange_kernel, (head // pair, kv_heads),
-            centroids, arranged, counts, n_blocks, centroids.stride(0), centroids.stride(1), head, q_heads, **width,
-            BLOCKS=config.blocks, ROWS=pair, num_warps=4,
+        arranged_rows = cdiv(n_blocks, pair) * pair
+        shape = (arranged_rows, kv_heads, padded(dim))
+        arranged = torch.empty_strided(shape, (shape[2], arranged_rows * shape[2], 1), dtype=q.dtype, device=q.device)
+        launch_kernel(arrange_kernel, (arranged_rows // pair, kv_heads),
+            centroids, arranged, counts, n_blocks, centroids.stride(0), centroids.stride(1), arranged_rows, q_heads, **width,
+            BLOCKS=config.blocks, PAIR=pair, num_warps=4,
         )  # fmt: skip
         proving = constants | {
             "BLOCKS": config.blocks, "ASM": q.is_cuda, "STAGES": config.num_stages, "TMA": config.tma,
@@ -343,13 +348,13 @@ def select_blocks(q: Tensor, *, centroids: Tensor, rows: QueryRows, topk: int) -
         }  # fmt: skip
         tiles = tile_descriptor(arranged, pair) if config.tma else arranged
         launch_kernel(gate_kernel, (row_tiles * q_heads,),
-            q, tiles, *per_row, *sizes, head, **proving, DEPTH=config.depth, LISTED=False
+            q, tiles, *per_row, *sizes, arranged_rows, **proving, DEPTH=config.depth, LISTED=False
         )  # fmt: skip
         if config.retry_depth:
-            launch_kernel(gate_kernel, (few,),
-                q, tiles, *per_row, *sizes, head, **proving, DEPTH=config.retry_depth, LISTED=True
+            launch_kernel(gate_kernel, (again_programs,),
+                q, tiles, *per_row, *sizes, arranged_rows, **proving, DEPTH=config.retry_depth, LISTED=True
             )  # fmt: skip
-    launch_kernel(gate_exact_kernel, (few,),
+    launch_kernel(gate_exact_kernel, (again_programs,),
         q, centroids, *per_row, *sizes, centroids.stride(0), centroids.stride(1), first_list, **constants,
         BLOCKS=config.exact_blocks, LISTED=fast, num_warps=config.num_warps,
     )  # fmt: skip

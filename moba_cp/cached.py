@@ -204,7 +204,9 @@ class CentroidCache:
         blocks = blocks_per_sample(slots, block_size)
         tiles = -(-blocks // COUNT_TILE)
         if self.values is None or self.count is None:
-            self.values = k.new_empty(samples, blocks, heads, dim)
+            self.values = k.new_zeros(
+                samples, blocks, heads, dim
+            )  # of no block yet: what is there would cost the gate time
             self.count = torch.zeros(samples, heads, tiles, dtype=torch.int32, device=k.device)
             self.arrived = self.count.new_zeros(samples, heads) if k.is_cuda else None
             self._block_size = block_size
@@ -216,7 +218,7 @@ class CentroidCache:
                 f"{self.values.dtype}, got blocks of {block_size} keys, {tuple(k[:, 0].shape)} {k.dtype}"
             )
         if known[1] < blocks:
-            values, count = k.new_empty(samples, blocks, heads, dim), self.count.new_zeros(samples, heads, tiles)
+            values, count = k.new_zeros(samples, blocks, heads, dim), self.count.new_zeros(samples, heads, tiles)
             values[:, : known[1]] = self.values
             count[:, :, : self.count.shape[2]] = self.count
             self.values, self.count = values, count

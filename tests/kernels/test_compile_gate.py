@@ -29,6 +29,7 @@ def kernels(capability: int):
         (128, 32, 12, "bf16"),
         (64, 1024, 8, "fp16"),
         (96, 64, 3, "bf16"),
+        (128, 1024, 2, "bf16"),
         (192, 256, 8, "bf16"),
         (256, 4096, 16, "bf16"),
         (128, 4096, 16, "bf16"),
@@ -39,7 +40,7 @@ def kernels(capability: int):
         config = configs.gate(dim, n_blocks, topk, gpu)
         tile, slots, variant = gate_constants(dim, n_blocks, topk, gpu)
         name = f"D={dim} n_blocks={n_blocks} topk={topk}"
-        arranged = {key: tile[key] for key in ("D", "D_PADDED", "BLOCKS")} | {"ROWS": 2 * config.blocks}
+        arranged = {key: tile[key] for key in ("D", "D_PADDED", "BLOCKS")} | {"PAIR": 2 * config.blocks}
         yield f"arrange {name}", gate.arrange_kernel, element, arranged
         yield f"gate {name}", gate.gate_kernel, element, {**tile, **slots, **variant}
         if config.retry_depth:

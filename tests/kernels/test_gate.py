@@ -147,6 +147,31 @@ def test_documents_that_begin_inside_a_tile(monkeypatch):
 
 
 @interpreter.interpreted
+@pytest.mark.parametrize("rest", [NAN, INF, 3e38, 0.5])
+def test_centroids_of_no_candidates_may_hold_anything(rest):
+    q, c = inputs(64, 1, 1, 200, 16, spread=60)
+    c[150:] = rest
+    assert_equal(q, c, rows_of(np.arange(64) + 85, np.zeros(64)), 8)
+
+
+@interpreter.interpreted
+def test_squares_that_underflow_bound_nothing():
+    """Elements of 2^-75 have squares of 0, so the largest norm would be the one of an element of 2^-74."""
+    signs = torch.randint(0, 2, (4, 1, 128), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    c = torch.randint(0, 2, (40, 1, 128), generator=torch.Generator().manual_seed(1)) * 2.0**-74 - 2.0**-75
+    c[7], c[0] = signs[0] * 2.0**-75, 0
+    c[0, 0, 0] = 2.0**-74
+    q, c = (signs * 2.0**60).to(DEVICE, torch.bfloat16), c.to(DEVICE, torch.bfloat16)
+    assert 7 in assert_equal(q, c, rows_of([39] * 4, [0] * 4), 3)[0, 0]
+
+
+@interpreter.interpreted
+def test_one_head_of_centroids_for_all():
+    q, c = inputs(100, 4, 1, 60, 16)
+    assert_equal(q, c.expand(-1, 2, -1), rows_of(np.arange(100) * 60 // 100, np.zeros(100)), 4)
+
+
+@interpreter.interpreted
 def test_special_scores():
     check_special(100, 50)
 
