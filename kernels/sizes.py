@@ -54,6 +54,10 @@ def heads_at_once(kv_heads: int, group_size: int, q_bytes: int) -> int:
     return 1 << (most.bit_length() - 1) if most else 1
 
 
+MOST_DIM = 256
+"""Largest head size of the kernels."""
+LEAST_BLOCK = 16
+"""Smallest block of the kernels."""
 ITEM_ROWS = 128
 """Most entries per work item of a block of more than 128 keys."""
 KEPT_DIM = 128

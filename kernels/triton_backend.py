@@ -51,16 +51,14 @@ __all__ = [
 ]
 
 NAME = "triton"
-MOST_DIM = 256
-LEAST_BLOCK = 16
 
 
 def check_sizes(*, dim: int, dim_v: int, block_size: int) -> None:
     """See `backend.Backend.check_sizes`."""
-    if max(dim, dim_v) > MOST_DIM or block_size < LEAST_BLOCK:
+    if max(dim, dim_v) > sizes.MOST_DIM or block_size < sizes.LEAST_BLOCK:
         raise ValueError(
-            f"bf16 and fp16 on CUDA need head sizes of at most {MOST_DIM} and blocks of at least {LEAST_BLOCK} tokens; got "
-            f"D {dim}, Dv {dim_v}, block_size {block_size}. fp32 and fp64 take any"
+            f"bf16 and fp16 on CUDA need head sizes of at most {sizes.MOST_DIM} and blocks of at least {sizes.LEAST_BLOCK} "
+            f"tokens; got D {dim}, Dv {dim_v}, block_size {block_size}. fp32 and fp64 take any"
         )
 
 

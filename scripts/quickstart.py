@@ -23,6 +23,8 @@ from .tables.text import pyplot
 
 TOLERANCE = 1e-5
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
+OURS = ("run.name", "run.directory", "run.device", "parallel.context")
+"""Keys that `train` sets for each run."""
 console = Console()
 
 
@@ -55,8 +57,11 @@ def main(
     losses = {run.label: train(run, output, overrides or []) for run in runs}
     difference = compare(losses, runs[:2])
     plot(losses, output / "loss.png")
-    shutil.copy(output / runs[1].name / "routing.png", output / "routing.png")
-    console.print(f"loss curves      {output / 'loss.png'}\nselected blocks  {output / 'routing.png'}")
+    console.print(f"loss curves      {output / 'loss.png'}")
+    drawn = output / runs[1].name / "routing.png"
+    if drawn.exists():
+        shutil.copy(drawn, output / "routing.png")
+        console.print(f"selected blocks  {output / 'routing.png'}")
     console.print(f"TensorBoard      tensorboard --logdir {output}")
     if difference > TOLERANCE:
         sys.exit(f"the losses differ by {difference:.2e}, more than {TOLERANCE:.0e}")
@@ -66,16 +71,22 @@ def check(overrides: list[str]) -> None:
     """Refuse keys and values of which the first run would die, before folders of earlier runs are removed.
 
     Raises:
-        BadParameter: the configuration does not take them, over two ranks.
+        BadParameter: the configuration does not take them, over two ranks; or they are what these runs differ in.
     """
     from omegaconf.errors import OmegaConfBaseException
 
     from examples.megatron_gpt.config import load_config
 
+    for override in overrides:
+        if (key := override.partition("=")[0]) in OURS:
+            raise typer.BadParameter(f"{override}: the runs differ in {key}, so it cannot be given")
     try:
-        load_config(CONFIG, [*overrides, "parallel.context=2"])
+        config = load_config(CONFIG, [*overrides, "parallel.context=2"])
     except (ValueError, OmegaConfBaseException) as error:
         raise typer.BadParameter(f"{CONFIG}: {error}") from None
+    for name in ("tensor", "pipeline"):
+        if (size := getattr(config.parallel, name)) > 1:
+            raise typer.BadParameter(f"parallel.{name}={size}: a run has as many processes as context-parallel ranks")
 
 
 def plan_runs(gpus: int) -> list[Run]:
@@ -94,34 +105,34 @@ def plan_runs(gpus: int) -> list[Run]:
     return runs
 
 
-def train(run: Run, output: Path, overrides: list[str]) -> list[float]:
-    """Train through torchrun and return the loss of every step."""
+def train(run: Run, output: Path, overrides: list[str]) -> dict[int, float]:
+    """Train through torchrun and return the loss of every logged step."""
     console.rule(f"{run.label}: {run.context} process(es), {run.device}")
     ours = [f"run.name={run.name}", f"run.directory={output}", f"parallel.context={run.context}"]
     training.train("quickstart", [*overrides, *ours], run.context, run.device)
-    return [entry["loss"] for entry in training.metrics(output / run.name)]
+    return {entry["step"]: entry["loss"] for entry in training.metrics(output / run.name)}
 
 
-def compare(losses: dict[str, list[float]], pair: list[Run]) -> float:
+def compare(losses: dict[str, dict[int, float]], pair: list[Run]) -> float:
     """Print all losses side by side; the largest difference between the two runs of ``pair``."""
     one, two = (losses[run.label] for run in pair)
-    differences = [abs(a - b) for a, b in zip(one, two, strict=True)]
+    differences = {step: abs(one[step] - two[step]) for step in one}
     table = Table("step", *losses, f"|{pair[0].label} - {pair[1].label}|", title="Loss of each step")
-    for index, difference in enumerate(differences):
-        table.add_row(str(index + 1), *(f"{column[index]:.7f}" for column in losses.values()), f"{difference:.1e}")
+    for step, difference in differences.items():
+        table.add_row(str(step), *(f"{column[step]:.7f}" for column in losses.values()), f"{difference:.1e}")
     console.print(table)
-    largest = max(differences)
+    largest = max(differences.values())
     verdict = "[green]equal[/green]" if largest <= TOLERANCE else "[red]not equal[/red]"
     console.print(f"largest difference {largest:.2e}: {verdict} to the tolerance of {TOLERANCE:.0e}")
     return largest
 
 
-def plot(losses: dict[str, list[float]], path: Path) -> None:
+def plot(losses: dict[str, dict[int, float]], path: Path) -> None:
     """Loss curves of all runs."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150, layout="constrained")
     for (label, values), style in zip(losses.items(), ("-", "--", ":")):
-        axes.plot(range(1, len(values) + 1), values, style, linewidth=2, label=label)
+        axes.plot(list(values), list(values.values()), style, linewidth=2, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title="MoBA attention, one rank and two")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -81,6 +81,9 @@ def test_plan_calibrates_from_result_files(tmp_path: Path) -> None:
         ({"--tokens": "99999999999999999999M"}, "tokens must be below 4294967296"),
         ({"--model": "0/0"}, "'0/0'"),
         ({"--block-size": "0"}, "'--block-size'"),
+        ({"--block-size": "8"}, "blocks of at least 16 tokens, got D = 128, block size 8"),
+        ({"--head-dim": "512"}, "heads of at most 256 and blocks of at least 16 tokens, got D = 512"),
+        ({"--memory": "0"}, "memory must be positive, got 0"),
         ({"--layers": "0"}, "'--layers'"),
         ({"--save": str(ROOT / "nowhere" / "x.json")}, "nowhere/x.json"),
         (
@@ -130,6 +133,10 @@ def test_sizes_are_read() -> None:
         ),
         ("model: {num_attention_heads: 4, hidden_size: 8, num_key_value_heads: 2}", "did you mean 'num_query_groups'"),
         ("sweeps: []", "must have a section `model`"),
+        (
+            "model: {num_attention_heads: 4, hidden_size: 8}\nmoab: {topk: 4}",
+            "has a section 'moab', did you mean 'moba'",
+        ),
         ("just text", "must have a section `model`"),
     ],
 )

@@ -345,14 +345,35 @@ def test_plain_training_says_how_it_is_started(monkeypatch: pytest.MonkeyPatch) 
             train_plain.main(Path(f"configs/{name}.yaml"))
 
 
-def test_quickstart_refuses_a_key_before_it_removes_earlier_runs(tmp_path: Path) -> None:
+def test_plain_training_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_plain = pytest.importorskip("examples.megatron_gpt.train_plain")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for ranks, override, text in (
+        ("2", "run.steps=20", "on one process, and torchrun started 2"),
+        ("1", "moba.fraction=0.5", "moba.fraction=0.5: "),
+        ("1", "data.paths=[/none]", "no text found at '/none'"),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        with pytest.raises(SystemExit, match=re.escape(text)):
+            train_plain.main(Path("configs/quickstart.yaml"), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("run.colour=red", "Key 'colour' not in 'RunConfig'"),
+        ("run.name=mine", "run.name=mine: the runs differ in run.name"),
+        ("parallel.tensor=2", "parallel.tensor=2: a run has as many processes as context-parallel ranks"),
+    ],
+)
+def test_quickstart_refuses_a_key_before_it_removes_earlier_runs(override: str, text: str, tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     (tmp_path / "cp1").mkdir()
     app = typer.Typer()
     app.command()(quickstart.main)
-    result = CliRunner().invoke(app, ["run.colour=red", "--output", str(tmp_path)], terminal_width=400)
+    result = CliRunner().invoke(app, [override, "--output", str(tmp_path)], terminal_width=400)
     assert result.exit_code == 2, result.output
-    assert "Key 'colour' not in 'RunConfig'" in " ".join(result.output.replace("│", " ").split())
+    assert text in " ".join(result.output.replace("│", " ").split())
     assert (tmp_path / "cp1").exists()
 
 

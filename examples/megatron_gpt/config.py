@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from moba_cp.parallel.splits import COMMS, check_split
 
@@ -15,6 +16,8 @@ DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 """Megatron's schedules of the learning rate that need nothing but what `OptimizerSection` has."""
 LONGEST_TIMEOUT = 1e9
 """Seconds, 32 years. Beyond, Python's time differences overflow."""
+MOST_WORKSPACE_GIB = 1 << 20
+"""A thousand times the memory of any GPU."""
 
 
 @dataclass
@@ -141,7 +144,7 @@ class TrainConfig:
     @property
     def run_directory(self) -> Path:
         """Folder that receives checkpoints, metrics and TensorBoard files."""
-        return Path(self.run.directory) / self.run.name
+        return Path(self.run.directory).expanduser() / self.run.name
 
 
 def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
@@ -150,16 +153,46 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
     Raises:
         FileNotFoundError: no such file.
         omegaconf.errors.OmegaConfBaseException: an unknown key or a value of the wrong type.
-        ValueError: values that cannot work, or do not fit together.
+        ValueError: no YAML, or not of sections; text that YAML reads as something else; values that cannot work, or do not fit
+            together.
     """
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"expected section.key=value, got {override!r}")
-    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
-    config = OmegaConf.to_object(merged)
+    structure = OmegaConf.structured(TrainConfig)
+    try:
+        content = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"expected sections {', '.join(structure)}, got a list")
+    given = [content, *(_override(structure, text) for text in overrides)]
+    if missing := set[str]().union(*map(OmegaConf.missing_keys, given)):
+        raise ValueError(f"no value is given for {', '.join(sorted(missing))}: ??? stands for a missing one")
+    for section, values in content.items():
+        for key, value in values.items() if isinstance(values, DictConfig) else ():
+            if _is_text(structure, section, key) and not isinstance(value, str):
+                raise ValueError(f"{section}.{key} is text, and YAML reads it as {value!r}: put it in quotes")
+    config = OmegaConf.to_object(OmegaConf.merge(structure, *given))
     assert isinstance(config, TrainConfig)
     _check(config)
     return config
+
+
+def _override(structure: DictConfig, text: str) -> DictConfig:
+    """One ``section.key=value``. Text is taken as it is: YAML would read a run's name ``3e-4`` as a number."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"expected section.key=value, got {text!r}")
+    section, _, name = key.partition(".")
+    if _is_text(structure, section, name):
+        return OmegaConf.create({section: {name: value}})
+    try:
+        return OmegaConf.from_dotlist([text])
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r} is not YAML behind the equals sign: {' '.join(str(error).split())}") from None
+
+
+def _is_text(structure: DictConfig, section: Any, key: Any) -> bool:
+    """Whether the configuration has text there; its defaults say so."""
+    return section in structure and key in structure[section] and isinstance(structure[section][key], str)
 
 
 def _check(config: TrainConfig) -> None:
@@ -183,6 +216,8 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"moba.head_parallel must not be negative (0: comm decides), got {config.moba.head_parallel}")
     if not 0 <= config.moba.workspace_gib < math.inf:
         raise ValueError(f"moba.workspace_gib must not be negative (0: the default), got {config.moba.workspace_gib}")
+    if config.moba.workspace_gib > MOST_WORKSPACE_GIB:
+        raise ValueError(f"moba.workspace_gib must be at most {MOST_WORKSPACE_GIB}, got {config.moba.workspace_gib}")
     if not 0 <= config.moba.fraction <= 1:
         raise ValueError(f"moba.fraction must be between 0 and 1, got {config.moba.fraction}")
     if data.seq_length < 1:
@@ -284,6 +319,8 @@ def _check_optimizer(config: TrainConfig) -> None:
     ):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if section.eps == 0:
+        raise ValueError("optimizer.eps=0 divides 0 by 0 where a gradient is 0")
     if not 0 <= section.warmup_steps < config.run.steps:
         raise ValueError(
             f"optimizer.warmup_steps={section.warmup_steps} must be below run.steps={config.run.steps}, and not negative"

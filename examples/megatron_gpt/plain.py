@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,7 +20,8 @@ class PlainGPT:
     """Weights under Megatron's names, and one optimizer step after the other.
 
     Args:
-        config: sizes, attention and optimizer; everything about parallel groups is ignored.
+        config: sizes, attention and optimizer; everything about parallel groups is ignored. MoBA is in use from the first step
+            to the last.
         weights: fp32 parameters of the whole model; copied.
     """
 
@@ -47,7 +49,7 @@ class PlainGPT:
         self.adam.zero_grad()
         loss = self.loss(text, first, self.config.run.global_batch_size)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.config.optimizer.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.config.optimizer.clip_grad or math.inf)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.adam.step()

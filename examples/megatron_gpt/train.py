@@ -187,13 +187,17 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
             layer = last_layer_report(
                 trainer, micro_batches(eval_text(), run.micro_batch_size, 0, sharding), config, ranks
             )
+            picture = config.run_directory / "routing.png"
             if layer and ranks.dp_rank == 0 and ranks.tp_rank == 0:
-                picture = config.run_directory / "routing.png"
                 title = f"Layer {layer.layer_number} after {run.steps} steps"
                 diagnostics.plot_block_selection(
                     layer.report, picture, layout=layer.layout, group=layer.group, title=title
                 )
-            reporter.say(f"which blocks the last layer's queries select: {config.run_directory / 'routing.png'}")
+            if layer:
+                reporter.say(f"which blocks the last layer's queries select: {picture}")
+            elif ranks.is_reporter:
+                picture.unlink(missing_ok=True)  # of an earlier run in this folder
+                reporter.say("no layer computes MoBA at the end: no picture of the blocks that its queries select")
 
 
 def _reporter(config: TrainConfig, ranks: distributed.Ranks, step: int, peak: float | None) -> Reporter:

@@ -37,13 +37,17 @@ def main(
         config = load_config(config_file, overrides or [])
         if "LOCAL_RANK" not in os.environ:
             sys.exit(f"start this with torchrun: torchrun --nproc-per-node 1 {sys.argv[0]} {config_file}")
+        if os.environ["WORLD_SIZE"] != "1":
+            raise ValueError(f"this trains on one process, and torchrun started {os.environ['WORLD_SIZE']}")
+        if config.moba.fraction < 1:
+            raise ValueError(f"moba.fraction={config.moba.fraction}: this uses MoBA from the first step to the last")
+        run, data = config.run, config.data
+        train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
+        text, unseen = (PackedText(corpus, data.seq_length, run.seed) for corpus in (train_corpus, eval_corpus))
         ranks = distributed.start(config)
     except (OSError, RuntimeError, ValueError, OmegaConfBaseException) as error:
         sys.exit(f"{config_file}: {error}")
     trainer = build(config, ranks)
-    run, data = config.run, config.data
-    train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
-    text, unseen = (PackedText(corpus, data.seq_length, run.seed) for corpus in (train_corpus, eval_corpus))
     (whole,) = unwrap_model(trainer.model)
     model = PlainGPT(config, dict(whole.named_parameters()))
 

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from ..kernels.sizes import LEAST_BLOCK, MOST_DIM
 from ..planning.advice import (
     ALIKE,
     Option,
@@ -31,6 +32,14 @@ from ..planning.prediction import predict, walks
 from ..planning.sizes import Cluster, Layer
 from .values import read_model, read_tokens
 
+MEMORY = {"h100": Cluster.memory, "h200": 140.0}
+"""GiB of calibrated GPUs."""
+
+
+def shown_memory() -> str:
+    """`MEMORY` for people."""
+    return ", ".join(f"{gib:g} of {name}" for name, gib in MEMORY.items())
+
 
 def plan(
     model: Annotated[str, typer.Option(help="a training configuration (YAML), or query/kv heads such as 32/8")],
@@ -41,7 +50,7 @@ def plan(
         float, typer.Option(help="GB/s that a GPU receives from its node (`moba-cp doctor` measures it)")
     ] = Cluster.link,
     fabric: Annotated[float, typer.Option(help="GB/s that a GPU receives from other nodes")] = Cluster.fabric,
-    memory: Annotated[float, typer.Option(help="GiB of a GPU")] = Cluster.memory,
+    memory: Annotated[float | None, typer.Option(help=f"GiB of a GPU; default: {shown_memory()}")] = None,
     block_size: Annotated[
         int | None, typer.Option(help="tokens per block; default: of the model, or 512", min=1)
     ] = None,
@@ -74,7 +83,13 @@ def plan(
             head_dim=head_dim or sizes.head_dim,
             wanted_share=wanted_share,
         )
-        cluster = Cluster(gpus, gpus_per_node, link, fabric, memory)
+        if layer.head_dim > MOST_DIM or layer.block_size < LEAST_BLOCK:
+            raise ValueError(
+                f"the kernels serve heads of at most {MOST_DIM} and blocks of at least {LEAST_BLOCK} tokens, got D = "
+                f"{layer.head_dim}, block size {layer.block_size}"
+            )
+        gib = MEMORY.get(device or DEFAULT, Cluster.memory) if memory is None else memory
+        cluster = Cluster(gpus, gpus_per_node, link, fabric, gib)
         if results and device is not None:
             raise ValueError(f"--device {device} names a calibration, and --results makes one: give one of them")
         calibration = (
@@ -95,8 +110,9 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
     best = found[0]
     heads = f"{layer.q_heads}/{layer.kv_heads} heads, D = {layer.head_dim}"
     lines = [
-        f"{layer.tokens:,} tokens, {heads}, block size {layer.block_size}, topk {layer.topk}, on {cluster.gpus} GPUs "
-        f"({cluster.node} per node, {cluster.link:g} GB/s inside, {cluster.fabric:g} GB/s between nodes)",
+        f"{layer.tokens:,} tokens, {heads}, block size {layer.block_size}, topk {layer.topk}, on {cluster.gpus} "
+        f"GPU{'s' * (cluster.gpus > 1)} of {cluster.memory:g} GiB ({cluster.node} per node, {cluster.link:g} GB/s inside, "
+        f"{cluster.fabric:g} GB/s between nodes)",
         f"calibrated on {calibration.device}: {', '.join(calibration.sources)}",
     ]
     if layer.tokens < SMALLEST_TOKENS:

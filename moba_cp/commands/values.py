@@ -24,6 +24,9 @@ MOBA_KEYS = (
 """What `moba` may hold. The first two are read; the others choose what the plan recommends, or layers."""
 OTHER_NAMES = {"num_key_value_heads": "num_query_groups", "num_hidden_layers": "num_layers", "head_dim": "kv_channels"}
 """What Hugging Face calls keys of `model`."""
+SECTIONS = ("model", "moba")
+SECTIONS_ALIKE = 0.7
+"""The same for names of sections, which are short."""
 ALIKE = 0.9
 """Names that are so alike are one name misspelt: `difflib`'s ratio."""
 
@@ -78,7 +81,7 @@ def read_model(text: str) -> Model:
 
     Raises:
         ValueError: it is neither, a size is no positive integer, heads do not divide `hidden_size`, `moba` has an unknown key, or
-            one of `model` is misspelt.
+            one of `model`, or one of these sections, is misspelt.
     """
     path = Path(text)
     if not path.is_file():
@@ -86,7 +89,9 @@ def read_model(text: str) -> Model:
             return Model(*read_heads(text))
         raise ValueError(f"model must be a YAML file or heads such as 32/8, got {text!r}")
     content = _yaml(path)
-    sections = [content.get(name) or {} for name in ("model", "moba")] if isinstance(content, dict) else [{}]
+    if isinstance(content, dict):
+        _check_sections(path, content)
+    sections = [content.get(name) or {} for name in SECTIONS] if isinstance(content, dict) else [{}]
     if not all(isinstance(section, dict) for section in sections) or not sections[0]:
         raise ValueError(f"{path} must have a section `model`, as configs/gpt_1b_1m.yaml has")
     model, moba = sections
@@ -108,6 +113,13 @@ def read_model(text: str) -> Model:
         _size(path, moba, "block_size", 0) or None,
         _size(path, moba, "topk", 0) or None,
     )
+
+
+def _check_sections(path: Path, content: dict[str, Any]) -> None:
+    for name in content:
+        meant = difflib.get_close_matches(str(name), SECTIONS, 1, SECTIONS_ALIKE)
+        if meant and name not in SECTIONS:
+            raise ValueError(f"{path} has a section {name!r}, did you mean {meant[0]!r}?")
 
 
 def _check_keys(path: Path, model: dict[str, Any], moba: dict[str, Any]) -> None:

@@ -129,7 +129,8 @@ def recomputation(option: Option, layers: int, cluster: Cluster) -> str:
     """What to recompute, so that what attention keeps of all layers fits `SHARE_FOR_ATTENTION` of a GPU."""
     kept = option.memory.saved * layers
     free = SHARE_FOR_ATTENTION * cluster.memory - (option.memory.peak - option.memory.saved)
-    text = f"{layers} layers keep {kept:.1f} GiB for backward; {max(0.0, free):.1f} GiB are free for it"
+    keep = "layers keep" if layers > 1 else "layer keeps"
+    text = f"{layers} {keep} {kept:.1f} GiB for backward; {max(0.0, free):.1f} GiB are free for it"
     if kept <= free:
         return f"none: {text}"
     return f"every layer: {text}, and attention's forward runs again ({option.prediction.forward_ms:.1f} ms per layer)"

@@ -58,6 +58,8 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Measured]]:
     for path in paths:
         try:
             content = json.loads(path.read_text())
+            if not isinstance(content, dict):
+                raise TypeError("expected an object")
             devices.add(content.get("device") or content["about"]["device"])
             entries = content["results"] + [
                 b for b in content.get("baselines", []) if b.get("baseline") == "equal_work"

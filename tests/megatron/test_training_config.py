@@ -51,6 +51,34 @@ def test_overrides_change_single_keys() -> None:
     assert (config.run.steps, config.data.paths, str(config.run_directory)) == (7, ["a.txt"], "/y/x")
 
 
+@pytest.mark.parametrize("name", ["off", "3e-4", "[1", "'a'", "null"])
+def test_text_is_taken_as_it_is(name: str) -> None:
+    assert load_config(QUICKSTART, [f"run.name={name}", "run.directory=/y"]).run_directory == Path("/y") / name
+
+
+def test_a_run_directory_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/a")
+    assert load_config(QUICKSTART, ["run.directory=~/runs", "run.name=x"]).run_directory == Path("/home/a/runs/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("run: {steps: 1}\nrun: {steps: 2}", "not YAML: .*duplicate key run"),
+        ("model: {num_layers: 2", "not YAML: "),
+        ("- a", "expected sections model, moba, .* got a list"),
+        ("run: {name: off}", "run.name is text, and YAML reads it as False: put it in quotes"),
+        ("run: {directory: 1e3}", "run.directory is text, and YAML reads it as 1000.0"),
+        ("run:\n  steps: ???", "no value is given for run.steps"),
+    ],
+)
+def test_files_that_are_no_configuration_are_refused(text: str, error: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=error):
+        load_config(path, [])
+
+
 @pytest.mark.parametrize("override", ["run.stepps=3", "modell.num_layers=2", "run.steps=many", "run.resume=perhaps"])
 def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
     with pytest.raises(OmegaConfBaseException, match=r"step|modell|many|perhaps"):
@@ -61,6 +89,9 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
     ("overrides", "message"),
     [
         (["run.steps"], "section.key=value, got 'run.steps'"),
+        (["moba.layer_pattern=[1,0"], "'moba.layer_pattern=\\[1,0' is not YAML behind the equals sign"),
+        (["moba.workspace_gib=1e300"], "moba.workspace_gib must be at most 1048576, got 1e\\+300"),
+        (["optimizer.eps=0"], "optimizer.eps=0 divides"),
         (["run.precision=fp16"], "run.precision must be one of.*'fp16'"),
         (["run.routing_interval=-1"], "run.routing_interval must not be negative .0: never., got -1"),
         (["moba.comm=pul"], "moba.comm must be one of.*'auto'.*got 'pul'"),
