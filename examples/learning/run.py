@@ -33,10 +33,12 @@ from .summary import every_run, finished
 from .task import Task, common_start, write_json
 
 MARGIN_S = 20
-SHARED_SLOWDOWN = 6.0
-"""How much longer a run takes, at a guess, whose ranks share GPUs: each collective waits for every rank's turn on the GPU."""
 """Between the deadline that runs are told and the limit: time to write a checkpoint and to stop. A run is started if it should
 end before its deadline, so that only a run that takes longer than others of its arm is cut."""
+SHARED_SLOWDOWN = 6.0
+"""How much longer a run takes, at a guess, whose ranks share GPUs: each collective waits for every rank's turn on the GPU."""
+NO_LIMIT = 1e9
+"""Seconds that no run takes."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Plan:
                 command = [sys.executable, "-u", "-m", "examples.learning.train", "--task", str(path)]
                 started.processes.append(subprocess.Popen(command, env=env))
             self.running.append(started)
-            print(f"{self.left():4.0f} s left: {name} on {gpus}", flush=True)
+            print(f"{self.time_left()}{name} on {gpus}", flush=True)
             return True
         return False
 
@@ -198,6 +200,10 @@ class Plan:
 
     def left(self) -> float:
         return self.limit - time.time()
+
+    def time_left(self) -> str:
+        """What is left of the time limit, to stand before a message; nothing where there is none."""
+        return f"{self.left():4.0f} s left: " if self.args.time_limit < NO_LIMIT else ""
 
     def watch(self, started: Started) -> None:
         """Collect a run that ended; end one that is past the limit, or whose other rank died.
@@ -236,7 +242,7 @@ class Plan:
             shutil.copy(selections, self.args.out / f"selections_{task.arm}.npz")
         self.write()
         shown = {k: result.get(k) for k in ("complete", "diverged", "eval_loss", "tokens_per_second", "error")}
-        print(f"{self.left():4.0f} s left: {task.name} {shown}", flush=True)
+        print(f"{self.time_left()}{task.name} {shown}", flush=True)
 
     def write(self) -> None:
         """`runs` came to their end and were measured; `unfinished` are all others."""
@@ -265,7 +271,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("runs/learning"),
     work: Annotated[Path, typer.Option(help="caches, checkpoints, logs")] = Path(".cache/learning/work"),
     previous: Annotated[Path | None, typer.Option(help="results to go on from")] = None,
-    time_limit: Annotated[float, typer.Option(help="seconds", show_default="none")] = 1e9,
+    time_limit: Annotated[float, typer.Option(help="seconds", show_default="none")] = NO_LIMIT,
     steps: Annotated[int | None, typer.Option(help="instead of the plan's", min=1)] = None,
     only: Annotated[list[str] | None, typer.Option(help="arm to run; the others wait for another call")] = None,
     commit: Annotated[str | None, typer.Option(help="recorded in the results where git does not know it")] = None,
