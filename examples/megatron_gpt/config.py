@@ -169,7 +169,7 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
     for section, values in content.items():
         for key, value in values.items() if isinstance(values, DictConfig) else ():
             if _is_text(structure, section, key) and not isinstance(value, str):
-                raise ValueError(f"{section}.{key} is text, and YAML reads it as {value!r}: put it in quotes")
+                raise ValueError(f"{section!s}.{key!s} is text, and YAML reads it as {value!r}: put it in quotes")
     config = OmegaConf.to_object(OmegaConf.merge(structure, *given))
     assert isinstance(config, TrainConfig)
     _check(config)
