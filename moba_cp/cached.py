@@ -64,8 +64,8 @@ class CachedTokens:
         """The tokens of a cache whose slots `[offset, offset + queries)` hold the keys of this call's queries.
 
         Args:
-            content: bool `[samples, slots or fewer]`, False for padding; missing slots are padding. None: all is content.
-                Slots from `offset + queries` on are not used yet, whatever it says.
+            content: bool or integers `[samples, slots or fewer]`, False or 0 for padding; missing slots are padding. None: all is
+                content. Slots from `offset + queries` on are not used yet, whatever it says.
             samples, queries, slots: samples, queries per sample, slots per sample.
             offset: slot of the first query; as an integer tensor of one element it is not read on the host.
             device: where the tensors of the result are.
@@ -77,6 +77,8 @@ class CachedTokens:
             check_integer(name, count, least=0)
         if content is not None:
             check_tensor("content", content)
+            if content.dtype != torch.bool and content.dtype not in INTEGERS:
+                raise TypeError(f"content must be bool, or integers where 0 is padding, got {content.dtype}")
             if content.dim() != 2 or content.shape[0] != samples or content.shape[1] > slots:
                 raise ValueError(
                     f"content must have shape [{samples}, at most {slots}], got {tuple(content.shape)} for {samples} "

@@ -20,7 +20,7 @@ MOST_WANTED = 10
 """How many of the most-wanted blocks a report names."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MoBAReport:
     """Routing and traffic of one call. Figures are of the whole group unless they say "this rank".
 

@@ -38,7 +38,7 @@ class Routing:
 BY_Q_AND_K = Routing()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """The blocks that the rows of one rank attended to.
 

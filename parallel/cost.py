@@ -143,7 +143,7 @@ def choose_head_parallel(sizes: CallSizes, topology: Topology, asked: int | None
     shown = ", ".join(f"{size}: {ms:.2f}" for size, ms in sorted(cost.items()))
     return (
         best,
-        f"auto: heads over {best} rank{'s' * (best > 1)}; model's ms of exposed communication by ranks that split heads: {shown}",
+        f"auto: heads over {best} ranks; model's ms of exposed communication by ranks that split heads: {shown}",
     )
 
 

@@ -201,6 +201,8 @@ def test_refusals() -> None:
         moba_attention_cached(q[:, :1], k, v, CONFIG, tokens=None)
     with pytest.raises(ValueError, match=r"content must have shape \[4, at most 30\], got \(4, 40\)"):
         of(slots=30)
+    with pytest.raises(TypeError, match=r"content must be bool, or integers where 0 is padding, got torch.float32"):
+        of(content=content.float())
     with pytest.raises(ValueError, match="no gradient"):
         moba_attention_cached(q[:, :1].clone().requires_grad_(), k, v, CONFIG, tokens=tokens)
     with pytest.raises(ValueError, match="made for blocks of 4 keys.*got blocks of 8 keys"):

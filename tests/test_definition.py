@@ -254,3 +254,9 @@ def test_nothing_flows_through_the_selection(attention: Attention) -> None:
     dq, dk = torch.autograd.grad(attention(q, k, v, case.cu_seqlens, case.config), (q, k), dout)
     assert dq.abs().max() < FP64_SUMS
     assert dk.abs().max() < FP64_SUMS
+
+
+def test_the_reference_is_differentiable_without_documents() -> None:
+    tensors = [torch.zeros(0, 2, 4, requires_grad=True) for _ in range(3)]
+    moba_cp.reference.moba_attention(*tensors, [0], moba_cp.MoBAConfig(block_size=4, topk=2)).sum().backward()
+    assert [x.grad.shape for x in tensors] == [(0, 2, 4)] * 3

@@ -31,6 +31,8 @@ MAY_CHANGE = {
     "run.seed": ": the text is drawn anew from here on",
 }
 """Settings that a resumed run may change, with what follows."""
+FROM_CONFIGURATION = ("max_lr", "min_lr", "betas", "eps")
+"""What Megatron's loader takes from the checkpoint, and a resumed run from its configuration, like the rest of `optimizer`."""
 # Optimizer state as one tensor per parameter, whatever the sizes of the parallel groups.
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -187,6 +189,8 @@ def _compare_sizes(path: Path, saved: dict[str, Any] | None, wanted: dict[str, A
     if saved is None or wanted is None:
         return
     changes = {name: f"{name} {saved[name]} -> {wanted[name]}" for name in saved if saved[name] != wanted.get(name)}
+    if sharding := changes.pop("parallel.distributed_optimizer", None):
+        raise TrainingError(f"{path} holds optimizer state of another form: {sharding}; choose another run.name")
     refused = [text for name, text in changes.items() if name.startswith("model.") and name not in MAY_CHANGE]
     if refused:
         raise TrainingError(f"{path} holds another model: {', '.join(refused)}; choose another run.name")
@@ -222,8 +226,11 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     where it is not, and afterwards all parameters share one counter, which each of them would increment.
     """
     tensors = state.pop("param_state", None)
-    optimizer.load_state_dict(state)
     part = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    configured = {name: part.optimizer.param_groups[0][name] for name in FROM_CONFIGURATION}
+    optimizer.load_state_dict(state)
+    for group in part.optimizer.param_groups:
+        group.update(configured)
     steps = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items() if "step" in values}
     if tensors is not None:
         part.load_parameter_state_from_fully_reshardable(tensors)

@@ -206,9 +206,11 @@ def moba_record(config: TrainConfig) -> dict[str, Any]:
 
 
 def sizes_record(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint says about the model and how its text is read, by key of the configuration."""
+    """What a checkpoint says about the model, its optimizer and how its text is read, by key of the configuration."""
     model = {f"model.{name}": value for name, value in vars(config.model).items() if name != "init_std"}
-    return model | {"data.seq_length": config.data.seq_length, "run.seed": config.run.seed}
+    optimizer = {f"optimizer.{name}": value for name, value in vars(config.optimizer).items()}
+    optimizer["parallel.distributed_optimizer"] = config.parallel.distributed_optimizer
+    return model | optimizer | {"data.seq_length": config.data.seq_length, "run.seed": config.run.seed}
 
 
 def _optimizer_config(config: TrainConfig) -> OptimizerConfig:

@@ -135,6 +135,19 @@ def test_a_run_stops_at_nan_on_all_ranks_and_keeps_the_checkpoint_before(tmp_pat
 
 
 @pytest.mark.heavy
+def test_a_resumed_run_has_the_optimizer_of_its_configuration(tmp_path: Path) -> None:
+    constant = "optimizer.decay_style=constant"
+    assert run(tmp_path, 1, constant)[0] == 0
+    status, output = run(tmp_path, 1, constant, "run.steps=3", "optimizer.lr=5e-3", "optimizer.min_lr=5e-3")
+    assert status == 0, output
+    assert metrics(tmp_path / "a")[-1]["learning_rate"] == 0.005
+    assert "optimizer.lr0.001,now0.005" in "".join(output.split())
+    status, output = run(tmp_path, 1, constant, "run.steps=4", "parallel.distributed_optimizer=false")
+    assert status
+    assert "state of another form: parallel.distributed_optimizer True -> False; choose" in " ".join(output.split())
+
+
+@pytest.mark.heavy
 def test_resuming_with_other_moba_settings_and_from_a_truncated_checkpoint(tmp_path: Path) -> None:
     assert run(tmp_path, 1)[0] == 0
     checkpoints = tmp_path / "a" / "checkpoints"
@@ -186,6 +199,9 @@ def test_another_model_is_refused_and_other_lengths_are_noted() -> None:
         "step_2 was trained with data.seq_length 1024, now 2048: the text is cut and drawn anew from here on"
     ]
     checkpoint._compare_sizes(Path("step_2"), None, wanted, notes)  # saved before sizes were recorded
+    saved.pop("optimizer.lr")  # saved before the optimizer was recorded
+    checkpoint._compare_sizes(Path("step_2"), saved, saved | {"optimizer.lr": 1.0}, notes)
+    assert len(notes) == 1
 
 
 def test_metrics_survive_a_line_that_a_killed_run_did_not_finish(tmp_path: Path) -> None:
