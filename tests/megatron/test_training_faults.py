@@ -141,7 +141,7 @@ def test_a_resumed_run_has_the_optimizer_of_its_configuration(tmp_path: Path) ->
     status, output = run(tmp_path, 1, constant, "run.steps=3", "optimizer.lr=5e-3", "optimizer.min_lr=5e-3")
     assert status == 0, output
     assert metrics(tmp_path / "a")[-1]["learning_rate"] == 0.005
-    assert "optimizer.lr0.001,now0.005" in "".join(output.split())
+    assert "optimizer.lr0.002,now0.005" in "".join(output.split())
     status, output = run(tmp_path, 1, constant, "run.steps=4", "parallel.distributed_optimizer=false")
     assert status
     assert "state of another form: parallel.distributed_optimizer True -> False; choose" in " ".join(output.split())
