@@ -380,13 +380,14 @@ def gate(dim: int, n_blocks: int, topk: int, gpu: Gpu) -> GateConfig:
     depth = 1
     while depth < RETRY_DEPTH and comb(topk - 1, depth) > REDONE_ROWS * blocks ** (depth - 1):
         depth += 1
+    tiles = cdiv(n_blocks - 1, blocks)
     # As many keys as tiles, or as are taken, never run out. Before Hopper the longest lists would spill.
-    retried = depth < min(RETRY_DEPTH, cdiv(n_blocks - 1, blocks), topk) and gpu.is_hopper_or_newer
+    retried = depth < min(RETRY_DEPTH, tiles, topk) and gpu.is_hopper_or_newer
     small = dim_padded <= 128
     return GateConfig(
         rows=GATE_ROWS,
         blocks=blocks,
-        depth=min(depth, cdiv(n_blocks - 1, blocks)),
+        depth=min(depth, tiles),
         retry_depth=RETRY_DEPTH if retried else 0,
         exact_blocks=64 if small else blocks,
         tma=gpu.is_hopper_or_newer,

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -83,7 +83,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
     try:
         train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
         train_text = PackedText(train_corpus, data.seq_length, run.seed)
-        eval_text = partial(PackedText, eval_corpus, data.seq_length, run.seed)
+        eval_text = cache(partial(PackedText, eval_corpus, data.seq_length, run.seed))
         if run.eval_interval or run.routing_interval or run.routing_picture:
             eval_text()  # must fill a sequence where something reads it
     except (OSError, ValueError) as error:

@@ -32,13 +32,8 @@ from ..planning.prediction import predict, walks
 from ..planning.sizes import Cluster, Layer
 from .values import read_model, read_tokens
 
-MEMORY = {"h100": Cluster.memory, "h200": 140.0}
-"""GiB of calibrated GPUs."""
-
-
-def shown_memory() -> str:
-    """`MEMORY` for people."""
-    return ", ".join(f"{gib:g} of {name}" for name, gib in MEMORY.items())
+H200, H200_GIB = "NVIDIA H200", 140.0
+"""A calibrated GPU with more memory than `Cluster.memory`."""
 
 
 def plan(
@@ -50,7 +45,9 @@ def plan(
         float, typer.Option(help="GB/s that a GPU receives from its node (`moba-cp doctor` measures it)")
     ] = Cluster.link,
     fabric: Annotated[float, typer.Option(help="GB/s that a GPU receives from other nodes")] = Cluster.fabric,
-    memory: Annotated[float | None, typer.Option(help=f"GiB of a GPU; default: {shown_memory()}")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help=f"GiB of a GPU; default: {Cluster.memory:g}, of an H200 {H200_GIB:g}")
+    ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="tokens per block; default: of the model, or 512", min=1)
     ] = None,
@@ -88,8 +85,6 @@ def plan(
                 f"the kernels serve heads of at most {MOST_DIM} and blocks of at least {LEAST_BLOCK} tokens, got D = "
                 f"{layer.head_dim}, block size {layer.block_size}"
             )
-        gib = MEMORY.get(device or DEFAULT, Cluster.memory) if memory is None else memory
-        cluster = Cluster(gpus, gpus_per_node, link, fabric, gib)
         if results and device is not None:
             raise ValueError(f"--device {device} names a calibration, and --results makes one: give one of them")
         calibration = (
@@ -97,6 +92,8 @@ def plan(
             if results
             else Calibration.of(DEFAULT if device is None else device)
         )
+        gib = (H200_GIB if calibration.device == H200 else Cluster.memory) if memory is None else memory
+        cluster = Cluster(gpus, gpus_per_node, link, fabric, gib)
         if save is not None:
             save.write_text(calibration.to_json())
     except (ValueError, OSError) as error:

@@ -89,9 +89,9 @@ def read_model(text: str) -> Model:
             return Model(*read_heads(text))
         raise ValueError(f"model must be a YAML file or heads such as 32/8, got {text!r}")
     content = _yaml(path)
-    if isinstance(content, dict):
-        _check_sections(path, content)
-    sections = [content.get(name) or {} for name in SECTIONS] if isinstance(content, dict) else [{}]
+    content = content if isinstance(content, dict) else {}
+    _check_sections(path, content)
+    sections = [content.get(name) or {} for name in SECTIONS]
     if not all(isinstance(section, dict) for section in sections) or not sections[0]:
         raise ValueError(f"{path} must have a section `model`, as configs/gpt_1b_1m.yaml has")
     model, moba = sections

@@ -90,9 +90,8 @@ def gpus_table(content: dict[str, Any], others: dict[str, Any] | None = None) ->
         "|---|---|---|---|---|---|---|---|---|---|---|" + "---|" * checked,
     ]
     runs = [run for run in content["runs"] if "error" not in run]
-    other_runs = [run for run in (others or {"runs": []})["runs"] if "error" not in run]
-    known = [*other_runs, *runs]  # the last one counts: one of the same session, if there is any
-    alone = {_per_gpu(run): run["tokens_per_second"] for run in known if run["gpus"] == 1}
+    known = [*(others or {"runs": []})["runs"], *runs]  # of equal ones the last counts, which is of the same file
+    alone = {_per_gpu(run): run["tokens_per_second"] for run in known if "error" not in run and run["gpus"] == 1}
     for run in runs:
         one = alone.get(_per_gpu(run)) if run["gpus"] > 1 else None
         estimate = run["peak_memory_by_part"]["estimated_peak"]

@@ -96,7 +96,7 @@ def _long_run_text(content: dict[str, Any]) -> str:
         f"{about['device']}, torch {about['torch']}, megatron-core {about['megatron_core']}, commit {about['commit'][:10]}. "
         f"{content['parameters'] / 1e6:.0f}M parameters, MoBA ({moba['block_size']}, {moba['topk']}), "
         f"{setup['tokens_per_step']:,} tokens a step over {_gpus(_first_ranks(content))}, "
-        f"{' '.join([setup['precision'] + ',' * bool(setup['overrides']), *setup['overrides']])}.",
+        f"{', '.join(filter(None, [setup['precision'], ' '.join(setup['overrides'])]))}.",
         "",
         f"- {content['steps']} steps: loss {loss[0]:.4f} to {loss[-1]:.4f}; every loss and gradient norm is "
         f"{'finite' if content['finite'] else '**not** finite'}.",
