@@ -15,9 +15,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..gluon_rows import barrier, decode, gather, gather_layout, line_layout, offset_of, product_layout, store_layout
+from ..gluon_rows import (
+    barrier,
+    decode,
+    gather,
+    gather_layout,
+    line_layout,
+    offset_of,
+    product_layout,
+    store_layout,
+    warp_layout,
+)
+from ..sizes import ITEMS_PER_PROGRAM
 from .portable_kernels import LOG2E, UNALIGNED, VARYING
 from .rows_sm90 import block_of, load_scalars
+
+MOST_ITEMS_PER_PROGRAM = gl.constexpr(2 * ITEMS_PER_PROGRAM)
+"""`sizes.programs_for` leaves no program more."""
 
 
 @gluon.jit
@@ -35,6 +49,19 @@ def _turns(program, step, per_program, n_items):
     """First work item of a program, which takes every `step`-th one, and the end of the items of its wave of `step` programs."""
     wave = program // step
     return wave * step * per_program + program % step, gl.minimum(n_items, (wave + 1) * step * per_program)
+
+
+@gluon.jit
+def _held_turns(first_item, end_item, step, item_bin, start, n_blocks, start_head, WARPS: gl.constexpr):
+    """First of a program's items whose block the part holds, and the end behind the last: 2^31 - 1 and 0 where there is none.
+
+    The lists are of all blocks, and other ranks hold most of them. An item of theirs would gather its rows for nothing.
+    """
+    item = first_item + step * gl.arange(0, MOST_ITEMS_PER_PROGRAM, layout=warp_layout(MOST_ITEMS_PER_PROGRAM, WARPS))
+    bin_ = gl.load(item_bin + item, mask=item < end_item, other=-1)
+    first_key = gl.load(start + (bin_ // n_blocks).to(gl.int64) * start_head + bin_ % n_blocks, mask=bin_ >= 0, other=-1)
+    first_held = gl.min(gl.where(first_key >= 0, item, 2147483647), 0)
+    return first_held, gl.max(gl.where(first_key >= 0, item + 1, 0), 0)
 
 
 @gluon.jit
@@ -86,6 +113,9 @@ def dq_kernel(
     """
     STAGES: gl.constexpr = 3
     first_item, n_items = _turns(gl.program_id(0), step, per_program, n_items)
+    first_item, n_items = _held_turns(first_item, n_items, step, item_bin, start, n_blocks, start_head, WARPS)
+    if first_item >= n_items:
+        return
     item = first_item
 
     GATHER: gl.constexpr = gather_layout(D, WARPS)
