@@ -64,9 +64,11 @@ def slots_of(config: MoBAConfig, plan: RankPlan) -> int:
     return min(config.topk, 1 << (plan.plan.blocks.most_of_a_document - 1).bit_length())
 
 
-def work_of(call: Call, ranges: Ranges, k: Tensor) -> Work:
-    """How the pass is divided, for the exchange."""
-    return Work(tuple(heads for heads, _ in ranges), len(ranges[0][1]), call.exchange_bytes, accumulate_dtype(k.dtype))
+def work_of(call: Call, ranges: Ranges, q: Tensor, k: Tensor) -> Work:
+    """How much work the pass is and how it is divided, for the exchange."""
+    rows = call.plan.plan.layout.most_local_tokens * q.shape[1]
+    heads = tuple(heads for heads, _ in ranges)
+    return Work(rows, heads, len(ranges[0][1]), call.exchange_bytes, accumulate_dtype(k.dtype))
 
 
 def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False) -> Ranges:

@@ -85,7 +85,7 @@ def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> S
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v)
-    opening = open_forward(call.requested, home, call.comm, work_of(call, ranges, k))
+    opening = open_forward(call.requested, home, call.comm, work_of(call, ranges, q, k))
     selected = select_blocks(call, q, home, rows, routing)
     exchange, route = opening.route(
         partial(call.backend.wanted_pairs, selected, n_blocks=call.n_blocks, kv_heads=k.shape[1])
@@ -166,7 +166,7 @@ def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: T
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v, backward=True)
-    exchange = open_backward(saved.route, home, call.comm, work_of(call, ranges, k))
+    exchange = open_backward(saved.route, home, call.comm, work_of(call, ranges, q, k))
     with call.stage("delta"):
         delta = call.backend.delta(out=saved.out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -27,9 +27,13 @@ GATHER_BYTES = 32 << 20
 `P - 1` steps, each of which costs about 0.1 ms of latency, as long as 32 MiB take on a 300 GB/s link."""
 
 PULL_BYTES = 256 << 20
-"""Where GPUs can read each other's memory, `pull` is taken when all remote keys and values of a rank are more than this, and
-`all_gather` otherwise. `pull` costs the host about 1 ms more per call, which longer work hides; then it was the fastest or within
-a few percent of it in every case of docs/results/layer.json."""
+"""Where GPUs can read each other's memory, `pull` is taken when all remote keys and values of a rank are more than this, or when
+it has `PULL_ROWS`, and `all_gather` otherwise. `pull` costs the host about 1 ms more per call, which longer work hides; then it
+was the fastest or within a few percent of it in every case of docs/results/layer.json."""
+
+PULL_ROWS = 1 << 20
+"""Query rows of a rank, over all its q heads, that are long work however few bytes the keys of few kv heads have: NCCL's kernels
+take multiprocessors from attention, copies of `pull` do not. Training by both: docs/results.md, "Two GPUs"."""
 
 SPLIT_BYTES = 256 << 20
 """Heads are split by `auto` where all remote keys and values of a rank are more than this. Below, collectives' latency and the
@@ -159,16 +163,18 @@ def visible_tokens(plan: HomePlan, rank: int) -> np.ndarray:
     return tokens.astype(np.int64)
 
 
-def choose_with_shared_memory(plan: HomePlan, kv_heads: int, pair_bytes: int) -> str:
+def choose_with_shared_memory(plan: HomePlan, rows: int, kv_heads: int, pair_bytes: int) -> str:
     """`auto` where GPUs can read each other's memory: by the plan alone, so the host waits for nothing.
 
     Args:
         plan, kv_heads, pair_bytes: as for `choose_transport`.
+        rows: query rows of the longest rank, over all q heads.
 
     Returns:
-        `"pull"`, or `"all_gather"` where the others hold at most `PULL_BYTES`.
+        `"pull"`, or `"all_gather"` where there are fewer than `PULL_ROWS` and the others hold at most `PULL_BYTES`.
     """
-    return "pull" if _remote_bytes(plan, kv_heads, pair_bytes) > PULL_BYTES else "all_gather"
+    long = rows >= PULL_ROWS or _remote_bytes(plan, kv_heads, pair_bytes) > PULL_BYTES
+    return "pull" if long else "all_gather"
 
 
 def choose_transport(plan: HomePlan, remote: np.ndarray, kv_heads: int, pair_bytes: int, ring_walks: int = 1) -> str:

@@ -59,7 +59,9 @@ def _held_turns(first_item, end_item, step, item_bin, start, n_blocks, start_hea
     """
     item = first_item + step * gl.arange(0, MOST_ITEMS_PER_PROGRAM, layout=warp_layout(MOST_ITEMS_PER_PROGRAM, WARPS))
     bin_ = gl.load(item_bin + item, mask=item < end_item, other=-1)
-    first_key = gl.load(start + (bin_ // n_blocks).to(gl.int64) * start_head + bin_ % n_blocks, mask=bin_ >= 0, other=-1)
+    first_key = gl.load(
+        start + (bin_ // n_blocks).to(gl.int64) * start_head + bin_ % n_blocks, mask=bin_ >= 0, other=-1
+    )
     first_held = gl.min(gl.where(first_key >= 0, item, 2147483647), 0)
     return first_held, gl.max(gl.where(first_key >= 0, item + 1, 0), 0)
 

@@ -32,6 +32,7 @@ class Work:
     """How the pipeline divides a pass, equal on every rank: what exchanges size their buffers by.
 
     Attributes:
+        rows: query rows of the longest rank, over all q heads.
         ranges: ranges of kv heads, in the order in which they are worked on.
         chunks: chunks of query rows per range; each chunk visits all parts.
         keep_bytes: most bytes of remote keys, values and gradients of one range that an exchange may hold so that several
@@ -39,6 +40,7 @@ class Work:
         gradient_dtype: dtype in which gradients of keys and values are accumulated and travel.
     """
 
+    rows: int
     ranges: tuple[slice, ...]
     chunks: int
     keep_bytes: int

@@ -44,10 +44,10 @@ def open_forward(comm_name: str, home: HomeBlocks, comm: CommGroup, work: Work) 
         return _Opened(EXCHANGES[comm_name](home, comm, work), f"comm={comm_name!r}")
     device = home.k.device
     if device.type == "cuda" and can_share(comm, device):
-        name = choose_with_shared_memory(home.plan.plan, home.k.shape[1], _pair_bytes(home))
+        name = choose_with_shared_memory(home.plan.plan, work.rows, home.k.shape[1], _pair_bytes(home))
         return _Opened(
             EXCHANGES[name](home, comm, work),
-            "auto: these GPUs read each other's memory; by the size of what they hold",
+            "auto: these GPUs read each other's memory; by their work and the size of what they hold",
         )
     return _ByRouting(home, comm, work)
 

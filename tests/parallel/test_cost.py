@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 import moba_cp
 from moba_cp import SequenceLayout
 from moba_cp.parallel.blocks import HomePlan, home_plan
-from moba_cp.parallel.cost import FETCH_SHARE, GATHER_BYTES, choose_transport, visible_tokens
+from moba_cp.parallel.cost import (
+    FETCH_SHARE,
+    GATHER_BYTES,
+    PULL_BYTES,
+    PULL_ROWS,
+    choose_transport,
+    choose_with_shared_memory,
+    visible_tokens,
+)
 from tests.cases import Case, every_layout, layouts
 from tests.ranks import run_ranks
 
@@ -72,6 +80,13 @@ def test_ring_above_the_bytes_of_one_gather() -> None:
     everything = wanted([[8, 8], [8, 8]])
     assert choose_transport(PLAN, everything, 1, GATHER_BYTES // 8) == "all_gather"
     assert choose_transport(PLAN, everything, 1, GATHER_BYTES // 8 + 1) == "ring"
+
+
+def test_pull_for_many_bytes_or_long_work() -> None:
+    """A rank's others hold 8 tokens. Few kv heads may stand for many rows, whose work hides what `pull` costs the host."""
+    assert choose_with_shared_memory(PLAN, PULL_ROWS - 1, 1, PULL_BYTES // 8) == "all_gather"
+    assert choose_with_shared_memory(PLAN, 1, 1, PULL_BYTES // 8 + 1) == "pull"
+    assert choose_with_shared_memory(PLAN, PULL_ROWS, 1, 1) == "pull"
 
 
 def test_the_rank_that_holds_least_has_most_to_receive() -> None:
