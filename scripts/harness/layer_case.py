@@ -121,13 +121,15 @@ class _Layer:
         self.out.backward(self.dout)
 
     def first_call(self) -> dict[str, Any]:
-        """Compile and fill caches, with a report: what was chosen, and bytes by stage."""
+        """Compile and fill caches, with a report: what was chosen, and bytes by stage. Forward alone may divide heads otherwise than
+        forward for a backward pass, and then its kernels are others."""
         self._drop()
         with torch.set_grad_enabled(self.case.backward):
             q, k, v = self.leaves
             self.out, report = moba_attention(q, k, v, self.case.config, **self.options, return_report=True)
         if self.case.backward:
             self.out.backward(self.dout)
+            self.forward()
         return _reported(report)
 
     def _attend(self) -> Tensor:
