@@ -30,7 +30,7 @@ from .tables.learning import learning_headline
 from .tables.planning import balance_table, clusters_table, predictions_table
 from .tables.scaling import longest_table, scaling_plot, scaling_table, scaling_tables
 from .tables.soak import soak_table
-from .tables.speed import gpus_table, profile_plot, speed_table
+from .tables.speed import exchanges_table, gpus_table, profile_plot, speed_table
 from .tables.text import fill, fill_figures
 from .tables.torch_parts import compile_table, fsdp_table
 from .tables.training import long_run_plot, long_run_text, training_plot, training_table
@@ -79,6 +79,7 @@ def blocks() -> dict[str, str]:
         "results:long_run": long_run_text(contents("long_run")),
         "results:speed": speed_table(content("training_speed")),
         "results:training_scaling": gpus_table(content("training_scaling"), content("training_speed")),
+        "results:training_exchanges": exchanges_table(content("training_exchanges")),
         "results:equality": equality_table(content("parallel_equality")),
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),

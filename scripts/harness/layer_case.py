@@ -121,8 +121,8 @@ class _Layer:
         self.out.backward(self.dout)
 
     def first_call(self) -> dict[str, Any]:
-        """Compile and fill caches, with a report: what was chosen, and bytes by stage. Forward alone may divide heads otherwise than
-        forward for a backward pass, and then its kernels are others."""
+        """Compile and fill caches, with a report: what was chosen, and bytes by stage. Forward alone may divide heads otherwise
+        than forward for a backward pass, and then its kernels are others."""
         self._drop()
         with torch.set_grad_enabled(self.case.backward):
             q, k, v = self.leaves

@@ -16,6 +16,7 @@ from moba_cp.planning.calibration import Calibration
 from moba_cp.planning.measured import calibrate, compare, read
 
 from .learning import learning_figures
+from .speed import kernel_ms
 from .text import Entry
 from .trials import trial_figures
 
@@ -50,6 +51,7 @@ def figures(results: Path) -> Figures:
         "scaling_two": lambda: _foreseen(results, "scaling_two.json"),
         "training_speed": lambda: _micro_batches(content("training_speed")),
         "training_scaling": lambda: _two_gpus(content("training_scaling")),
+        "training_exchanges": lambda: _dq_of_held(content("training_exchanges")),
         "decode": lambda: _decode(content("decode")),
         "learning": lambda: learning_figures(content("learning")),
     }
@@ -181,7 +183,7 @@ def _micro_batches(content: dict[str, Any]) -> Figures:
 def _two_gpus(content: dict[str, Any]) -> Figures:
     run = {"label": "long layers", "attention": "moba:512:8"}
     two, single = (one(content["runs"], **run, gpus=gpus)["profile"] for gpus in (2, 1))
-    dq, dq_alone = (sum(time for name, _, time, _ in x["top"] if name == "dq_kernel") for x in (two, single))
+    dq_alone = kernel_ms(single, "dq_kernel")
     long = one(content["runs"], label="pull, inputs in host memory")
     names = {"gate": "gate", "forward": "forward", "backward": "backward", "merge": "merges"}
     stages = [f"{name} {_whole(two['by_stage'][x])} for {_whole(single['by_stage'][x])}" for x, name in names.items()]
@@ -190,11 +192,22 @@ def _two_gpus(content: dict[str, Any]) -> Figures:
         "attention": f"{_whole(after)} ms in place of {_whole(before)} ms",
         "stages": ", ".join(stages),
         "communication": f"{two['by_category']['communication']:.0f} ms",
-        "dq": f"{_whole(dq)} ms in place of {_whole(dq_alone)}",
+        "dq_alone": _whole(dq_alone),
         "host": f"{long['peak_memory_by_part']['host']:.0f} GiB",
         "kept": f"{long['peak_memory_by_part']['kept']:.0f} GiB",
         "first_step": f"{long['seconds'][0]:.0f} s",
     }
+
+
+def _dq_of_held(content: dict[str, Any]) -> Figures:
+    """`dq_kernel` with `pull`: the first of two commits computed items of blocks that the other rank holds."""
+    runs = [
+        run["profile"]
+        for run in content["runs"]
+        if "profile" in run and run["attention"] == "moba:512:8" and "moba.comm=pull" in run["overrides"]
+    ]
+    before, after = (kernel_ms(profile, "dq_kernel") for profile in (runs[0], runs[-1]))
+    return {"dq_held": f"{_whole(after)} ms in place of {_whole(before)}"}
 
 
 def _decode(content: dict[str, Any]) -> Figures:

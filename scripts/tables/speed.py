@@ -114,6 +114,38 @@ def gpus_table(content: dict[str, Any], others: dict[str, Any] | None = None) ->
     return "\n".join(lines)
 
 
+def exchanges_table(content: dict[str, Any]) -> str:
+    """Markdown of `training_speed` with one exchange after another, which `moba.comm=` names: time of a step, of it attention and
+    `dq_kernel` where a step was profiled."""
+    lines = [
+        _measured_on(content) + " Attention and dq: GPU time of one rank in a profiled step.",
+        "",
+        "| tokens per GPU | attention | exchange | commit | step | attention, ms | dq, ms | peak GiB per GPU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in content["runs"]:
+        exchange = next(x.removeprefix("moba.comm=") for x in run["overrides"] if x.startswith("moba.comm="))
+        profile = run.get("profile")
+        cells = [
+            thousands(run["tokens_per_step"] // run["gpus"]),
+            attention_name(run["attention"]),
+            exchange,
+            run["about"]["commit"][:7],
+            f"{run['step_seconds']:.3f} s",
+            f"{profile['by_category']['attention']:.0f}" if profile else "",
+            f"{kernel_ms(profile, 'dq_kernel'):.0f}" if profile and kernel_ms(profile, "dq_kernel") else "",
+            f"{run['peak_memory_gib']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def kernel_ms(profile: dict[str, Any], kernel: str) -> float:
+    """GPU time of a kernel in a profiled step; 0 where it is not among those that took most."""
+    found: float = sum(ms for name, _, ms, _ in profile["top"] if name == kernel)
+    return found
+
+
 def _measured_on(content: dict[str, Any]) -> str:
     """Device, versions, and the commits of the runs; a run without one is of the file's."""
     about = content["about"]
