@@ -129,7 +129,7 @@ def attention(
     if captured:  # a CUDA graph keeps its memory for good, and its replays make lists at no cost to the host
         call = replace(call, keep_lists=False)
     with torch.cuda.device_of(q), as_given(q):
-        saved = pipeline.forward(call, q, k, v, source)
+        out, saved = pipeline.forward(call, q, k, v, source)
         if gradients:
             lse, selected = saved.lse, _at_the_end(saved.selected, topk, -1, torch.int32)
         else:
@@ -143,7 +143,7 @@ def attention(
     route = _route_tensor(saved.route, call.number, key)
     if call.keep_lists:
         attach(selected, route, call, saved)
-    return saved.out, lse, selected, blocks, weights, route
+    return out, lse, selected, blocks, weights, route
 
 
 @torch.library.register_fake("moba_cp::attention", lib=_LIBRARY)
@@ -212,9 +212,9 @@ def attention_backward(
         chosen = selected if call.topk == topk else selected[:, :, topk - call.topk :].contiguous()
         known = _route_again(call, route, chosen, k.shape[1]) if left is None else left.route
         lists = () if left is None else left.lists
+        saved = pipeline.Saved(lse, chosen, lists, known)
         # What a graph saved may come back in other strides.
-        saved = pipeline.Saved(unit_stride(out), lse, chosen, lists, known)
-        dq, dk, dv = pipeline.backward(call, q, k, v, saved, dout)
+        dq, dk, dv = pipeline.backward(call, q, k, v, saved, dout, out=unit_stride(out))
     return dq, dk.contiguous(), dv.contiguous()  # both may be views of one tensor
 
 

@@ -41,24 +41,22 @@ from .strides import readable, unit_stride
 
 @dataclass(frozen=True)
 class Saved:
-    """What backward needs of a forward pass, besides its inputs.
+    """What backward needs of a forward pass, besides its inputs and its output.
 
     Attributes:
-        out: `[T, Hq, Dv]`.
         lse: `[Hq, T]`.
         selected: `[Hq, T, topk]`, of the gate.
         lists: routing lists of the chunks in turn, if they are kept; else empty.
         route: what the exchange decided.
     """
 
-    out: Tensor
     lse: Tensor
     selected: Tensor
     lists: tuple[RoutingLists, ...]
     route: Route
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Saved:
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> tuple[Tensor, Saved]:
     """Output, log-sum-exp and selected blocks of the local rows, which `routing` decides.
 
     Args:
@@ -67,20 +65,21 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Sa
         routing: what selects blocks.
 
     Returns:
-        the output `[T, Hq, Dv]` with all that backward needs.
+        the output `[T, Hq, Dv]`, and what backward needs beside it.
     """
     if call.replays is None:
         return _forward(call, q, k, v, routing)
-    return put_tensors(*forward_taken(call, q, k, v, routing))[3]
+    *_, out, saved = put_tensors(*forward_taken(call, q, k, v, routing))
+    return out, saved
 
 
 def forward_taken(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> tuple[Any, list[Tensor]]:
-    """`forward`, for autograd: `(q, k, v, Saved)` without its tensors, and these; see `saving.taken`."""
-    make = lambda: (q, k, v, _forward(call, q, k, v, routing))  # noqa: E731
+    """`forward`, for autograd: `(q, k, v, output, Saved)` without its tensors, and these; see `saving.taken`."""
+    make = lambda: (q, k, v, *_forward(call, q, k, v, routing))  # noqa: E731
     return taken(make()) if call.replays is None else call.replays.forward.run((q, k, v), make)
 
 
-def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> Saved:
+def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> tuple[Tensor, Saved]:
     q, k, v = (readable(x) for x in (q, k, v))
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
@@ -103,7 +102,7 @@ def _forward(call: Call, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -> S
                 call, chunk, lists, q, rows, selected, exchange.forward(visit, number), out, lse, routing.weights
             )
             del lists
-    return Saved(out, lse, selected, tuple(kept), route)
+    return out, Saved(lse, selected, tuple(kept), route)
 
 
 def _forward_chunk(
@@ -132,28 +131,39 @@ def _forward_chunk(
         chunk.of_heads(weights).copy_(found)
 
 
-def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: Saved,
+    dout: Tensor,
+    *,
+    out: Tensor | None = None,
+    delta: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the local rows; dk and dv summed over every rank that used them.
 
     Args:
         call, q, k, v: of the forward pass.
         saved: what it returned.
         dout: `[T, Hq, Dv]`, the output's gradient.
+        out, delta: the output, or `Backend.delta` of it and `dout` where the caller has that.
 
     Returns:
         gradients in the shapes and the dtype of q, k and v.
     """
     if call.replays is None:
-        return _backward(call, q, k, v, saved, dout)
-    return backward_taken(call, *taken((q, k, v, saved)), dout)
+        return _backward(call, q, k, v, out, saved, dout, delta)
+    return backward_taken(call, *taken((q, k, v, out, saved)), dout)
 
 
 def backward_taken(call: Call, kept: Any, tensors: Sequence[Tensor], dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`backward` of what `forward_taken` gave."""
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, saved = put_tensors(kept, tensors)
-        return _backward(call, q, k, v, saved, dout)
+        q, k, v, out, saved = put_tensors(kept, tensors)
+        return _backward(call, q, k, v, out, saved, dout)
 
     if call.replays is None:
         return make()
@@ -161,14 +171,25 @@ def backward_taken(call: Call, kept: Any, tensors: Sequence[Tensor], dout: Tenso
     return dq, dk, dv
 
 
-def _backward(call: Call, q: Tensor, k: Tensor, v: Tensor, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    saved: Saved,
+    dout: Tensor,
+    delta: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, dout = readable(q), readable(k), readable(v), readable(dout)
     home = bring_home(call.plan, k, v, call.comm)
     rows = device_rows(call.plan, q.device)
     ranges = head_ranges(call, q, k, v, backward=True)
     exchange = open_backward(saved.route, home, call.comm, work_of(call, ranges, q, k))
-    with call.stage("delta"):
-        delta = call.backend.delta(out=saved.out, dout=dout)
+    if delta is None:
+        assert out is not None
+        with call.stage("delta"):
+            delta = call.backend.delta(out=out, dout=dout)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dtype = k.dtype if call.rounds else accumulate_dtype(k.dtype)
     dk = torch.empty(home.k.shape, dtype=dtype, device=k.device)

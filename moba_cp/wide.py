@@ -1,8 +1,9 @@
 """Attention where neighbouring ranks split the heads: heads in, the pipeline over wide ranks, heads out.
 
 Heads move in slabs, ranges of each member's kv heads with their q heads. Each slab is an attention problem of its own: the next
-one comes in, and the output of the last one goes out, while one is computed. Forward keeps the head-sharded q, k, v and
-output, so backward brings the output's gradient in and takes dq, dk and dv out.
+one comes in, and the output of the last one goes out, while one is computed. Forward keeps the head-sharded q, k and v, and the
+output of the local tokens. Backward brings the output's gradient in, with one number per row and head that stands for the output
+(`Backend.delta`), and takes dq, dk and dv out.
 """
 
 from __future__ import annotations
@@ -190,8 +191,8 @@ def run_forward(call: Call | WideCall, q: Tensor, k: Tensor, v: Tensor, routing:
     if isinstance(call, WideCall):
         return forward(call, q, k, v, routing)
     kept, tensors = pipeline.forward_taken(call, q, k, v, routing)
-    *_, saved = kept
-    out, selected, route = put_tensors((saved.out, saved.selected, saved.route), tensors)
+    *_, out, saved = kept
+    out, selected, route = put_tensors((out, saved.selected, saved.route), tensors)
     return Done(out, selected, route, kept, tensors)
 
 
@@ -201,7 +202,8 @@ def run_backward(
     """dq, dk, dv of a call whose forward kept `kept` and `tensors`, in the shapes and the dtype of q, k and v; `dout` is
     `[T, Hq, Dv]`."""
     if isinstance(call, WideCall):
-        return backward(call, put_tensors(kept, tensors), dout)
+        out, slabs = put_tensors(kept, tensors)
+        return backward(call, out, slabs, dout)
     return pipeline.backward_taken(call, kept, tensors, dout)
 
 
@@ -248,10 +250,10 @@ def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -
     for slab, inputs in zip(call.slabs, _one_ahead(call, shares), strict=True):
         of_q, of_k, of_v, *of_selected = inputs
         here = _routing_of_slab(call, of_q, of_selected, routing)
-        saved = pipeline.forward(call.inner, of_q, of_k, of_v, here)
+        of_out, saved = pipeline.forward(call.inner, of_q, of_k, of_v, here)
         if here.weights is not None:
             weights.append(here.weights)
-        out.start([saved.out], [slab.q])
+        out.start([of_out], [slab.q])
         kept.append(SavedSlab(of_q, of_k, of_v, saved))
     with call.inner.stage("wait for heads out"):
         out.finish()
@@ -260,11 +262,11 @@ def forward(call: WideCall, q: Tensor, k: Tensor, v: Tensor, routing: Routing) -
         selected = _rows_back(call, [slab.saved.selected.to(torch.int32) for slab in kept])
     if routing.weights is not None:
         routing.weights.copy_(_rows_back(call, weights))
-    return Done(whole, selected, kept[0].saved.route, *taken(tuple(kept)))
+    return Done(whole, selected, kept[0].saved.route, *taken((whole, tuple(kept))))
 
 
-def backward(call: WideCall, slabs: Sequence[SavedSlab], dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of the local tokens, in the shapes and the dtype of q, k and v; `dout` is `[T, Hq, Dv]`."""
+def backward(call: WideCall, out: Tensor, slabs: Sequence[SavedSlab], dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of the local tokens, in the shapes and the dtype of q, k and v; `out` and `dout` are `[T, Hq, Dv]`."""
     split, transfer = call.split, call.transfer
     dout = unit_stride(dout)
     first, kv_heads = slabs[0], split.kv_heads * split.size
@@ -274,9 +276,12 @@ def backward(call: WideCall, slabs: Sequence[SavedSlab], dout: Tensor) -> tuple[
     dq = dout.new_empty(tokens, dout.shape[1], first.q.shape[2])
     dk, dv = (dout.new_empty(tokens, kv_heads, x.shape[2], dtype=travels) for x in (first.k, first.v))
     back = HeadsBack(transfer, [dq, dk, dv])
-    come_in = _one_ahead(call, lambda slab: [Share(dout, slab.q, split.q_heads)])
-    for slab, kept, inputs in zip(call.slabs, slabs, come_in, strict=True):
-        gradients = pipeline.backward(call.inner, kept.q, kept.k, kept.v, kept.saved, inputs[0])
+    with call.inner.stage("delta"):
+        delta = call.inner.backend.delta(out=out, dout=dout).t().unsqueeze(2)
+    come_in = _one_ahead(call, lambda slab: [Share(x, slab.q, split.q_heads) for x in (dout, delta)])
+    for slab, kept, (of_dout, of_delta) in zip(call.slabs, slabs, come_in, strict=True):
+        of_rows = of_delta.squeeze(2).t().contiguous()
+        gradients = pipeline.backward(call.inner, kept.q, kept.k, kept.v, kept.saved, of_dout, delta=of_rows)
         back.start(gradients, [slab.q, slab.kv, slab.kv])
     with call.inner.stage("wait for heads out"):
         back.finish()

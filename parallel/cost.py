@@ -95,13 +95,13 @@ class CallSizes:
 
     def head_bytes(self, size: int) -> float:
         """Bytes a GPU receives for heads in and out where they are split over `size` ranks: q, k, v in, the output out; in
-        backward its gradient in, dq, dk, dv out."""
+        backward its gradient in, with `Backend.delta`, and dq, dk, dv out."""
         width, split = self.dim + self.dim_v, head_split(self.q_heads, self.kv_heads, size)
         kv_heads = split.kv_heads * size
         forward = (self.q_heads + kv_heads) * width * self.itemsize
         returned = self.itemsize if split.copies == 1 else self.gradient_itemsize
-        backward = (self.q_heads * self.itemsize + kv_heads * returned) * width if self.gradients else 0
-        return self.tokens * (forward + backward) * (size - 1) / size
+        backward = (self.q_heads * self.itemsize + kv_heads * returned) * width + self.q_heads * self.gradient_itemsize
+        return self.tokens * (forward + backward * self.gradients) * (size - 1) / size
 
     def sequence_bytes(self, size: int, gradients: bool) -> float:
         """Bytes a GPU receives of keys and values of all other sequence ranks, if all are wanted; with `gradients` also those of

@@ -195,10 +195,10 @@ def test_bytes_of_heads_in_and_out() -> None:
     """Each rank gives away half of its heads of its 32 tokens and gets half of the other's: q, k, v in and the output out."""
     for forward, both, figures in traffic(BYTES, 2, "a2a"):
         heads = 32 * 8  # tokens, bytes of a number
-        to, back = heads * (2 * 8 + 1 * 8 + 1 * 4), heads * 2 * 4
+        to, back, delta = heads * (2 * 8 + 1 * 8 + 1 * 4), heads * 2 * 4, heads * 2
         assert forward == {"heads in": StageTraffic(3, to, to), "heads out": StageTraffic(1, back, back)}
-        assert both == {  # and the output's gradient in, dq, dk and dv out
-            "heads in": StageTraffic(4, to + back, to + back),
+        assert both == {  # and the output's gradient in, with a number per row and q head; dq, dk and dv out
+            "heads in": StageTraffic(5, to + back + delta, to + back + delta),
             "heads out": StageTraffic(4, back + to, back + to),
         }
         assert (figures["transport"], figures["head_parallel"]) == ("a2a", 2)

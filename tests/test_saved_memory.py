@@ -79,6 +79,29 @@ def test_nothing_is_kept_beside_saved_tensors(size: int, comm: str) -> None:
         assert offloaded < 4096
 
 
+def saved_on_rank(rank: int, size: int, comm: str) -> int:
+    """Numbers in saved tensors of the width of values and outputs."""
+    layout = SequenceLayout.contiguous([0, 512], size)
+    tokens = layout.local_tokens(rank)
+    q, k, v = (torch.randn(tokens, heads, width, requires_grad=True) for heads, width in ((4, 8), (2, 8), (2, 12)))
+    found: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.dim() == 3 and x.shape[2] == 12:
+            found[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        moba_cp.moba_attention(q, k, v, CONFIG, layout=layout, comm=comm).sum()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("comm", ["ring", "a2a"])
+def test_one_output_is_saved(comm: str) -> None:
+    """That of the rank's own tokens, which the next layer keeps anyway; beside it 2 heads of values."""
+    assert run_ranks(2, saved_on_rank, comm) == [256 * (4 + 2) * 12] * 2
+
+
 class Live(TorchDispatchMode):
     """Counts bytes of the tensors that operations made and that are alive: now, and at most."""
 

@@ -64,9 +64,10 @@ def memory(layer: Layer, split: Split) -> Memory:
     }
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
-        parts["tensors split by heads"] = 2 * (2 * q + 2 * wide_kv)
+        kept = q + 2 * wide_kv  # q, k, v; the output is kept where its tokens are
+        parts["tensors split by heads"] = kept + 2 * q + 2 * wide_kv
         parts["memory for heads in and out"] = _shared_for_heads(layer, split, wide_tokens)
-        saved += 2 * q + 2 * wide_kv
+        saved += kept
     if split.sequence_ranks > 1:
         unit = wide_tokens * ranges(layer, split).most_heads * 2 * row
         others = split.sequence_ranks - 1 if split.exchange in ("fetch", "all_gather") else 1

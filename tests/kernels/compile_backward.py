@@ -142,6 +142,9 @@ def build_moving(dim, value_dim, dtype, capability) -> dict[str, dict]:
     return {
         "pack": build(rows_kernel._pack_kernel, packing, dtype, capability, rows_kernel.PACK_WARPS),
         "take heads": build_heads(heads | {"COPIES": 3, "PUTS": False}, dtype, capability),
+        "take deltas": build_heads(
+            head_rows_kernel.constants(1) | {"COUNT": 2, "COPIES": 1, "PUTS": False}, "fp32", capability
+        ),
         "put heads": build_heads(heads | {"COPIES": 1, "PUTS": True}, dtype, capability),
         "copy": build(wanted, keys, dtype, capability, rows_kernel.WANTED_WARPS, dtype),
         "first": build(wanted, sums | {"FIRST": True}, "fp32", capability, rows_kernel.WANTED_WARPS),

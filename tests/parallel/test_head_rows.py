@@ -18,6 +18,7 @@ CASES = [
     (9, 4, 1, 0, 1, 4, 8),  # one kv head for all members
     (9, 3, 2, 0, 2, 3, 8),  # two kv heads, of which member 1 has one each
     (9, 3, 2, 1, 1, 3, 8),
+    (300, 2, 4, 1, 2, 1, 1),  # one number per row and head
 ]
 DTYPES = [torch.float32, torch.int32, torch.float16]
 
@@ -45,6 +46,8 @@ def check(case: tuple[int, ...], dtype: torch.dtype, device: str, kernel: bool) 
     heads = size * per_member // copies
     values = torch.randint(-1000, 1000, (tokens, heads + 2, width), generator=torch.Generator().manual_seed(tokens))
     x = values.to(dtype).to(device)[:, 1 : heads + 1]  # heads cut out of a wider tensor
+    if width == 1:  # as deltas are: head by head
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
     packed = torch.full((size, tokens, count, width), 7777, dtype=dtype, device=device)
     take(x, packed, first, per_member, copies, kernel)
     for member in range(size):

@@ -51,19 +51,20 @@ def test_every_q_head_reads_its_kv_head(q_heads: int) -> None:
 
 
 def test_bytes_of_the_two_ways() -> None:
-    """Per token and GPU on four: 16/16 heads in and out 3/4 of 4 x 16 vectors, keys and values of three others 3 x 32."""
+    """Per token and GPU on four: 16/16 heads in and out 3/4 of 4 x 16 vectors, keys and values of three others 3 x 32. In
+    backward also a number in fp32 for each q head, a 64th of its vector."""
     vector = TOKENS * 128 * 2
     forward, both = sizes(4, 16, 16, gradients=False), sizes(4, 16, 16)
     assert forward.head_bytes(4) == 48 * vector
-    assert both.head_bytes(4) == 96 * vector
+    assert both.head_bytes(4) == (96 + 12 / 64) * vector
     assert forward.sequence_bytes(1, False) == 96 * vector
     assert both.sequence_bytes(1, True) == 4 * 96 * vector
     # Two groups of two: half of the heads of both kinds of tensors, and half of the kv heads of the other two ranks' tokens.
-    assert both.head_bytes(2) == 64 * vector
+    assert both.head_bytes(2) == (64 + 8 / 64) * vector
     assert forward.sequence_bytes(2, False) == 32 * vector
     # One kv head on each of eight: it goes whole to everybody, and its gradients come back in fp32.
     assert sizes(8, 8, 1, gradients=False).head_bytes(8) == 7 / 8 * (16 + 16) * vector
-    assert sizes(8, 8, 1).head_bytes(8) == 7 / 8 * (16 + 16 + 16 + 32) * vector
+    assert sizes(8, 8, 1).head_bytes(8) == 7 / 8 * (16 + 16 + 16 + 32 + 8 / 64) * vector
 
 
 @pytest.mark.parametrize(
