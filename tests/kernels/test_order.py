@@ -95,6 +95,51 @@ def test_every_item_of_dq_has_one_program(resident):
         assert sorted(found) == list(range(n_items))
 
 
+@pytest.mark.parametrize("resident", [1, 3, 132])
+@pytest.mark.parametrize("held_blocks", [[], [0], [3, 4, 5], [0, 9], list(range(10))], ids=str)
+def test_programs_of_dq_begin_and_end_with_a_held_block(held_blocks, resident):
+    """Items of blocks that other ranks hold are left out at both ends. The parts of all ranks compute every item."""
+    generator = torch.Generator().manual_seed(resident)
+    start = torch.full((2, 10), -1)
+    start[:, held_blocks] = 7
+    for n_items in (1, 20, 16 * resident + 1, 32 * resident - 1, 1000):
+        bins = torch.randint(-1, 20, (n_items,), generator=generator).sort().values
+        programs = sizes.programs_for(n_items, resident)
+        step, per_program = min(resident, programs), sizes.cdiv(n_items, programs)
+        assert per_program <= dq_sm90.MOST_ITEMS_PER_PROGRAM.value
+        for program in range(programs):
+            first, end = on_host(dq_sm90._turns, program, programs)(program, step, per_program, n_items)
+            expected = [i for i in range(first, end, step) if bins[i] >= 0 and start[bins[i] // 10, bins[i] % 10] >= 0]
+            first, end = on_host_lines(dq_sm90._held_turns)(first, end, step, bins, start.flatten(), 10, 10, 8)
+            found = list(range(first, end, step))
+            assert set(expected) <= set(found)
+            assert (found[:1], found[-1:]) == (expected[:1], expected[-1:])
+
+
+def on_host_lines(jitted: Any) -> Callable:
+    """A Gluon function whose tensors of one dimension are torch's, and whose pointers are the tensors they point to."""
+
+    @dataclass
+    class Place:
+        memory: torch.Tensor
+        index: torch.Tensor | int = 0
+
+        def __add__(self, offset: torch.Tensor) -> Place:
+            return Place(self.memory, self.index + offset)
+
+    def load(place: Place, mask: torch.Tensor, other: int) -> torch.Tensor:
+        return torch.where(mask, place.memory[torch.where(mask, place.index, 0)], other)
+
+    language = SimpleNamespace(
+        arange=lambda begin, end, layout: torch.arange(begin, end), load=load, where=torch.where, int64=torch.int64,
+        min=lambda x, axis: int(x.min()), max=lambda x, axis: int(x.max()), constexpr=int,
+    )  # fmt: skip
+    most = dq_sm90.MOST_ITEMS_PER_PROGRAM.value
+    names = {"gl": language, "warp_layout": lambda rows, warps: None, "MOST_ITEMS_PER_PROGRAM": most}
+    function = FunctionType(jitted.fn.__code__, names)
+    return lambda *arguments: function(*(Place(x) if isinstance(x, torch.Tensor) else x for x in arguments))
+
+
 def test_rows_of_kept_gradients_are_found_again():
     """`row_in_ds_order` says where `in_ds_order` has put a row, in each half of a work item."""
     rows = torch.arange(64).expand(16, 64)
