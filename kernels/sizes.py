@@ -12,6 +12,9 @@ LOG2E = 1.4426950408889634
 ITEMS_PER_PROGRAM = 16
 """Work items per program, about, of kernels that request an item's rows while they compute another."""
 
+MOST_ITEMS_PER_PROGRAM = 2 * ITEMS_PER_PROGRAM
+"""No program has more: `dq_kernel` looks at so many at once, 32 to a warp."""
+
 ROWS_AT_ONCE, GROUPS_AT_ONCE = 32 << 20, 64 << 20
 """Most bytes of gathered rows of the kv heads that take turns, with one q head of each counted, and with all. L2 has 50 MB on
 Hopper. Beyond the first number, heads without groups were slower; up to the second, groups of four were faster."""
@@ -31,7 +34,8 @@ def programs_for(n_items: int, resident: int) -> int:
     """Programs that share `n_items` work items, where `resident` programs run at the same time.
 
     A program requests its next item's rows while it computes, so it should have several items. But multiprocessors that other
-    kernels hold for a while must find less to do: hence about `ITEMS_PER_PROGRAM` items each, in full waves of programs.
+    kernels hold for a while must find less to do: hence about `ITEMS_PER_PROGRAM` items each, at most `MOST_ITEMS_PER_PROGRAM`,
+    in full waves of programs.
     """
     waves = max(1, n_items // (resident * ITEMS_PER_PROGRAM))
     return min(n_items, waves * resident)

@@ -146,15 +146,16 @@ def backward(
 
     Args:
         call, q, k, v: of the forward pass.
-        saved: what it returned.
+        saved: what it returned beside the output.
         dout: `[T, Hq, Dv]`, the output's gradient.
-        out, delta: the output, or `Backend.delta` of it and `dout` where the caller has that.
+        out, delta: one of them: the output, or `Backend.delta` of it and `dout`. Recorded calls take the output.
 
     Returns:
         gradients in the shapes and the dtype of q, k and v.
     """
     if call.replays is None:
         return _backward(call, q, k, v, out, saved, dout, delta)
+    assert delta is None
     return backward_taken(call, *taken((q, k, v, out, saved)), dout)
 
 

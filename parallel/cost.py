@@ -28,12 +28,12 @@ GATHER_BYTES = 32 << 20
 
 PULL_BYTES = 256 << 20
 """Where GPUs can read each other's memory, `pull` is taken when all remote keys and values of a rank are more than this, or when
-it has `PULL_ROWS`, and `all_gather` otherwise. `pull` costs the host about 1 ms more per call, which longer work hides; then it
-was the fastest or within a few percent of it in every case of docs/results/layer.json."""
+the rank has at least `PULL_ROWS`, and `all_gather` otherwise. `pull` costs the host about 1 ms more per call, which longer work
+hides; then it was the fastest or within a few percent of it in every case of docs/results/layer.json."""
 
 PULL_ROWS = 1 << 20
-"""Query rows of a rank, over all its q heads, that are long work however few bytes the keys of few kv heads have: NCCL's kernels
-take multiprocessors from attention, copies of `pull` do not. Training by both: docs/results.md, "Two GPUs"."""
+"""Query rows of a rank, over all q heads of the pass, that are long work however few bytes the keys of few kv heads have: NCCL's
+kernels take multiprocessors from attention, copies of `pull` do not. Training by both: docs/results.md, "Every exchange"."""
 
 SPLIT_BYTES = 256 << 20
 """Heads are split by `auto` where all remote keys and values of a rank are more than this. Below, collectives' latency and the

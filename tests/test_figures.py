@@ -183,6 +183,7 @@ def test_constants_are_those_of_the_code() -> None:
     for text, value in (
         ("`SPLIT_BYTES` (256 MiB)", cost.SPLIT_BYTES == 256 << 20),
         ("`PULL_BYTES` (256 MiB)", cost.PULL_BYTES == 256 << 20),
+        ("`PULL_ROWS` (2^20)", cost.PULL_ROWS == 1 << 20),
         ("`FETCH_SHARE` (0.75)", cost.FETCH_SHARE == 0.75),
         ("`GATHER_BYTES` (32 MiB)", cost.GATHER_BYTES == 32 << 20),
         ("`workspace_bytes`** (1.25 GiB by default)", config.DEFAULT_WORKSPACE_BYTES == 5 << 28),

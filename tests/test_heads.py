@@ -169,13 +169,13 @@ BYTES = Case((64,), block_size=4, topk=16, q_heads=4, kv_heads=2, dim=8, v_dim=4
 
 
 def traffic_on_rank(
-    rank: int, size: int, case: Case, layout: SequenceLayout, comm: str, u: int | None, nodes: int
+    rank: int, size: int, case: Case, layout: SequenceLayout, comm: str, u: int | None, nodes: int, dtype: torch.dtype
 ) -> tuple[dict[str, StageTraffic], dict[str, StageTraffic], dict]:
     """Traffic of forward, that with backward, and figures of the report; ranks in `nodes` pretended nodes of neighbours. In a
     group of its own, since nodes are found once per group."""
     group = dist.new_group(list(range(size)))
     with mock.patch.dict(os.environ, {"MOBA_CP_NODE": str(rank * nodes // size)}):
-        qkv = [layout.shard(x, rank).requires_grad_() for x in case.inputs()[:3]]
+        qkv = [layout.shard(x, rank).requires_grad_() for x in case.inputs(dtype)[:3]]
         options = {"layout": layout, "group": group, "comm": comm, "head_parallel": u, "return_report": True}
         out, report = moba_cp.moba_attention(*qkv, case.config, **options)
     forward = {name: StageTraffic(**vars(stage)) for name, stage in report.traffic.stages.items()}
@@ -187,8 +187,11 @@ def traffic_on_rank(
     return forward, report.traffic.stages, figures | {"selected": report.selected}
 
 
-def traffic(case: Case, size: int, comm: str, u: int | None = None, nodes: int = 1) -> list[tuple]:
-    return run_ranks(size, traffic_on_rank, case, SequenceLayout.contiguous(case.cu_seqlens, size), comm, u, nodes)
+def traffic(
+    case: Case, size: int, comm: str, u: int | None = None, nodes: int = 1, dtype: torch.dtype = torch.float64
+) -> list[tuple]:
+    layout = SequenceLayout.contiguous(case.cu_seqlens, size)
+    return run_ranks(size, traffic_on_rank, case, layout, comm, u, nodes, dtype)
 
 
 def test_bytes_of_heads_in_and_out() -> None:
@@ -202,6 +205,13 @@ def test_bytes_of_heads_in_and_out() -> None:
             "heads out": StageTraffic(4, back + to, back + to),
         }
         assert (figures["transport"], figures["head_parallel"]) == ("a2a", 2)
+
+
+def test_deltas_travel_as_they_are_accumulated() -> None:
+    """In bf16 two bytes a number, of which a row and head has D or Dv, and four for its delta."""
+    for forward, both, _ in traffic(BYTES, 2, "a2a", dtype=torch.bfloat16):
+        assert forward["heads in"].received_bytes == 32 * 2 * (2 * 8 + 1 * 8 + 1 * 4)
+        assert both["heads in"].received_bytes - forward["heads in"].received_bytes == 32 * 2 * (2 * 4) + 32 * 2 * 4
 
 
 def test_bytes_of_shared_kv_heads() -> None:

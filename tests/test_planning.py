@@ -62,6 +62,13 @@ def test_stages_of_heads_of_64_are_near_those_of_training() -> None:
     assert seen == {128, 512, 4096}
 
 
+@pytest.mark.parametrize("kv_heads", [8, 4, 2])
+def test_split_heads_are_kept_in_place_of_those_of_the_tokens(kv_heads: int) -> None:
+    """q, k, v of half of the heads and of all tokens are as many numbers as of all heads and half of the tokens."""
+    layer = Layer(8192, 8, kv_heads, 64, 4, head_dim=64)
+    assert memory(layer, Split(2, 2)).saved == pytest.approx(memory(layer, Split(2, 1, "ring")).saved)
+
+
 def test_walks_are_those_that_reports_counted() -> None:
     counted = set()
     for path in RESULTS.glob("scaling*.json"):

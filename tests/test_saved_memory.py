@@ -102,6 +102,24 @@ def test_one_output_is_saved(comm: str) -> None:
     assert run_ranks(2, saved_on_rank, comm) == [256 * (4 + 2) * 12] * 2
 
 
+def changed_output_on_rank(rank: int, size: int, comm: str) -> str:
+    """What backward says of an output that was changed in place."""
+    layout = SequenceLayout.contiguous([0, 512], size)
+    out = moba_cp.moba_attention(*inputs(layout, rank), CONFIG, layout=layout, comm=comm)
+    out.mul_(2)
+    try:
+        out.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("comm", ["ring", "a2a"])
+def test_a_changed_output_is_refused(comm: str) -> None:
+    for said in run_ranks(2, changed_output_on_rank, comm):
+        assert "modified by an inplace operation" in said
+
+
 class Live(TorchDispatchMode):
     """Counts bytes of the tensors that operations made and that are alive: now, and at most."""
 

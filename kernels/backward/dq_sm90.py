@@ -26,12 +26,11 @@ from ..gluon_rows import (
     store_layout,
     warp_layout,
 )
-from ..sizes import ITEMS_PER_PROGRAM
+from ..sizes import MOST_ITEMS_PER_PROGRAM
 from .portable_kernels import LOG2E, UNALIGNED, VARYING
 from .rows_sm90 import block_of, load_scalars
 
-MOST_ITEMS_PER_PROGRAM = gl.constexpr(2 * ITEMS_PER_PROGRAM)
-"""`sizes.programs_for` leaves no program more."""
+_MOST_ITEMS = gl.constexpr(MOST_ITEMS_PER_PROGRAM)
 
 
 @gluon.jit
@@ -57,7 +56,7 @@ def _held_turns(first_item, end_item, step, item_bin, start, n_blocks, start_hea
 
     The lists are of all blocks, and other ranks hold most of them. An item of theirs would gather its rows for nothing.
     """
-    item = first_item + step * gl.arange(0, MOST_ITEMS_PER_PROGRAM, layout=warp_layout(MOST_ITEMS_PER_PROGRAM, WARPS))
+    item = first_item + step * gl.arange(0, _MOST_ITEMS, layout=warp_layout(_MOST_ITEMS, WARPS))
     bin_ = gl.load(item_bin + item, mask=item < end_item, other=-1)
     first_key = gl.load(
         start + (bin_ // n_blocks).to(gl.int64) * start_head + bin_ % n_blocks, mask=bin_ >= 0, other=-1
@@ -105,7 +104,8 @@ def dq_kernel(
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, ROWS: gl.constexpr,
     KEYS: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """One program: partial dq of `per_program` work items, at most ROWS rows and one block each. Gathered rows stay, keys stream.
+    """One program: partial dq of up to `per_program` work items, at most ROWS rows and one block each: from the first of them
+    whose block the part holds to the last. Gathered rows stay, keys stream.
 
     The items of `step` programs, those that run at the same time, are consecutive: they take turns, so that blocks and rows that
     one of them reads are in L2 for the others.
@@ -114,9 +114,9 @@ def dq_kernel(
     overlaps with the next tile's scores, so a stage of keys is free two tiles later, and a stage of values one tile later.
     """
     STAGES: gl.constexpr = 3
-    first_item, n_items = _turns(gl.program_id(0), step, per_program, n_items)
-    first_item, n_items = _held_turns(first_item, n_items, step, item_bin, start, n_blocks, start_head, WARPS)
-    if first_item >= n_items:
+    first_item, end_item = _turns(gl.program_id(0), step, per_program, n_items)
+    first_item, end_item = _held_turns(first_item, end_item, step, item_bin, start, n_blocks, start_head, WARPS)
+    if first_item >= end_item:
         return
     item = first_item
 
@@ -145,8 +145,8 @@ def dq_kernel(
     factor = scale * LOG2E
 
     # Rows past an item's end repeat the last one and are not stored. Names end with how many items ahead something is.
-    bin_, first, end = _item(item_bin, item_start, item_end, item, n_items)
-    bin_1, first_1, end_1 = _item(item_bin, item_start, item_end, item + step, n_items)
+    bin_, first, end = _item(item_bin, item_start, item_end, item, end_item)
+    bin_1, first_1, end_1 = _item(item_bin, item_start, item_end, item + step, end_item)
     kv_head, first_key, held = block_of(start, length, bin_, n_blocks, start_head)
     code = gl.load(entry + gl.maximum(gl.minimum(first + r, end - 1), 0))
     row_code = gl.load(entry + gl.maximum(gl.minimum(first + row, end - 1), 0))
@@ -162,7 +162,7 @@ def dq_kernel(
     _copy_codes(entry, first, end, line, code_s.index(0))
     _copy_codes(entry, first_1, end_1, line, code_s.index(1))
     async_copy.commit_group()
-    bin_2, first_2, end_2 = _item(item_bin, item_start, item_end, item + 2 * step, n_items)
+    bin_2, first_2, end_2 = _item(item_bin, item_start, item_end, item + 2 * step, end_item)
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
@@ -186,7 +186,7 @@ def dq_kernel(
             lse_head, lse_token, delta_head, delta_token, HEAD_BITS, SLOT_BITS, TOPK,
         )  # fmt: skip
         _copy_codes(entry, first_2, end_2, line, code_s.index((j + 2) % 4))
-        bin_3, first_3, end_3 = _item(item_bin, item_start, item_end, item + 3 * step, n_items)
+        bin_3, first_3, end_3 = _item(item_bin, item_start, item_end, item + 3 * step, end_item)
         q_i = q_s.index(j % 2)
         do_i = do_s.index(j % 2)
         total = warpgroup_mma_init(gl.zeros([ROWS, D], gl.float32, SUM))

@@ -13,7 +13,7 @@ from ..configs import GluonConfig
 from ..descriptors import gluon_dtype
 from ..gpu import gpu_of
 from ..launch import launch_kernel
-from ..sizes import cdiv, heads_at_once, programs_for
+from ..sizes import MOST_ITEMS_PER_PROGRAM, cdiv, heads_at_once, programs_for
 from .call import Call
 from .dkdv_dq_sm90 import dkdv_dq_kernel
 from .dkdv_sm90 import dkdv_kernel
@@ -57,8 +57,11 @@ def launch_dq(call: Call, config: GluonConfig) -> None:
     if n_items and call.q.shape[0]:
         resident = gpu_of(call.q.device).multiprocessors
         programs = programs_for(n_items, resident)
+        per_program = cdiv(n_items, programs)
+        if per_program > MOST_ITEMS_PER_PROGRAM:
+            raise ValueError(f"programs must have at most {MOST_ITEMS_PER_PROGRAM} work items, got {per_program}")
         launch_kernel(dq_kernel, (programs,),
-            *call.dq_arguments(), n_items, min(resident, programs), cdiv(n_items, programs), **call.bits(),
+            *call.dq_arguments(), n_items, min(resident, programs), per_program, **call.bits(),
             **_constants(call, config), num_warps=config.num_warps,
         )  # fmt: skip
 

@@ -54,7 +54,6 @@ def memory(layer: Layer, split: Split) -> Memory:
     selected = rows * layer.slots * (2 if blocks < 1 << 15 else 4)
     lists = rows * layer.slots * 4
     sums = rows * 4
-    saved = 2 * q + 2 * kv + selected + lists + sums
     parts = {
         "q, k, v and the output": 2 * q + 2 * kv,
         "gradients": 2 * q + 2 * kv,
@@ -62,12 +61,12 @@ def memory(layer: Layer, split: Split) -> Memory:
         "centroids": blocks * kv_heads * row,
         "workspace": _workspace(layer, split, heads, kv_heads),
     }
+    kept = q + 2 * kv
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
-        kept = q + 2 * wide_kv  # q, k, v; the output is kept where its tokens are
+        kept = q + 2 * wide_kv  # in place of q, k, v
         parts["tensors split by heads"] = kept + 2 * q + 2 * wide_kv
         parts["memory for heads in and out"] = _shared_for_heads(layer, split, wide_tokens)
-        saved += kept
     if split.sequence_ranks > 1:
         unit = wide_tokens * ranges(layer, split).most_heads * 2 * row
         others = split.sequence_ranks - 1 if split.exchange in ("fetch", "all_gather") else 1
@@ -76,6 +75,7 @@ def memory(layer: Layer, split: Split) -> Memory:
             parts["parts kept for chunks of rows"] = KEPT_UNITS * unit * (split.sequence_ranks - 2)
         if split.exchange == "pull":
             parts["memory that other ranks read"] = wide_tokens * kv_heads * 2 * row
+    saved = kept + q + selected + lists + sums  # the output where its tokens are
     return Memory({name: bytes_ / GIB for name, bytes_ in parts.items()}, saved / GIB)
 
 

@@ -109,9 +109,9 @@ def call_sizes(layer: Layer, ranks: int) -> CallSizes:
 def received(layer: Layer, split: Split, cluster: Cluster, backward: bool) -> Bytes:
     """Bytes that a GPU receives in one pass, by where they come from: as `parallel.cost` counts them for `auto`.
 
-    Heads: q, k, v in and the output out; backward its gradient in, and dq, dk, dv out. Sequence: keys and values of all other
-    sequence ranks that are wanted; backward these again, and their gradients in fp32. What does not fit `exchange_bytes` comes
-    once per chunk of query rows: see `walks`.
+    Heads: q, k, v in and the output out; backward its gradient in, with deltas, and dq, dk, dv out. Sequence: keys and values of
+    all other sequence ranks that are wanted; backward these again, and their gradients in fp32. What does not fit
+    `exchange_bytes` comes once per chunk of query rows: see `walks`.
     """
     size, sequence = split.head_parallel, split.sequence_ranks
     sizes = call_sizes(layer, split.ranks)

@@ -32,7 +32,7 @@ class Work:
     """How the pipeline divides a pass, equal on every rank: what exchanges size their buffers by.
 
     Attributes:
-        rows: query rows of the longest rank, over all q heads.
+        rows: query rows of the longest rank, over all q heads; those of a slab, where heads are split.
         ranges: ranges of kv heads, in the order in which they are worked on.
         chunks: chunks of query rows per range; each chunk visits all parts.
         keep_bytes: most bytes of remote keys, values and gradients of one range that an exchange may hold so that several

@@ -200,13 +200,13 @@ def _two_gpus(content: dict[str, Any]) -> Figures:
 
 
 def _dq_of_held(content: dict[str, Any]) -> Figures:
-    """`dq_kernel` with `pull`: the first of two commits computed items of blocks that the other rank holds."""
-    runs = [
-        run["profile"]
+    """`dq_kernel` with `pull`, before 09481d2 and there: then it computed items of blocks that the other rank holds."""
+    of_commit = {
+        run["about"]["commit"][:7]: kernel_ms(run["profile"], "dq_kernel")
         for run in content["runs"]
         if "profile" in run and run["attention"] == "moba:512:8" and "moba.comm=pull" in run["overrides"]
-    ]
-    before, after = (kernel_ms(profile, "dq_kernel") for profile in (runs[0], runs[-1]))
+    }
+    before, after = of_commit["9f768be"], of_commit["09481d2"]
     return {"dq_held": f"{_whole(after)} ms in place of {_whole(before)}"}
 
 

@@ -124,16 +124,17 @@ def exchanges_table(content: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in content["runs"]:
-        exchange = next(x.removeprefix("moba.comm=") for x in run["overrides"] if x.startswith("moba.comm="))
+        asked = [x.removeprefix("moba.comm=") for x in run["overrides"] if x.startswith("moba.comm=")]
         profile = run.get("profile")
+        dq = kernel_ms(profile, "dq_kernel") if profile else 0
         cells = [
             thousands(run["tokens_per_step"] // run["gpus"]),
             attention_name(run["attention"]),
-            exchange,
+            asked[-1] if asked else "auto",
             run["about"]["commit"][:7],
             f"{run['step_seconds']:.3f} s",
             f"{profile['by_category']['attention']:.0f}" if profile else "",
-            f"{kernel_ms(profile, 'dq_kernel'):.0f}" if profile and kernel_ms(profile, "dq_kernel") else "",
+            f"{dq:.0f}" if dq else "",
             f"{run['peak_memory_gib']:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -106,7 +106,6 @@ def test_programs_of_dq_begin_and_end_with_a_held_block(held_blocks, resident):
         bins = torch.randint(-1, 20, (n_items,), generator=generator).sort().values
         programs = sizes.programs_for(n_items, resident)
         step, per_program = min(resident, programs), sizes.cdiv(n_items, programs)
-        assert per_program <= dq_sm90.MOST_ITEMS_PER_PROGRAM.value
         for program in range(programs):
             first, end = on_host(dq_sm90._turns, program, programs)(program, step, per_program, n_items)
             expected = [i for i in range(first, end, step) if bins[i] >= 0 and start[bins[i] // 10, bins[i] % 10] >= 0]
@@ -134,8 +133,8 @@ def on_host_lines(jitted: Any) -> Callable:
         arange=lambda begin, end, layout: torch.arange(begin, end), load=load, where=torch.where, int64=torch.int64,
         min=lambda x, axis: int(x.min()), max=lambda x, axis: int(x.max()), constexpr=int,
     )  # fmt: skip
-    most = dq_sm90.MOST_ITEMS_PER_PROGRAM.value
-    names = {"gl": language, "warp_layout": lambda rows, warps: None, "MOST_ITEMS_PER_PROGRAM": most}
+    most = sizes.MOST_ITEMS_PER_PROGRAM
+    names = {"gl": language, "warp_layout": lambda rows, warps: None, "_MOST_ITEMS": most}
     function = FunctionType(jitted.fn.__code__, names)
     return lambda *arguments: function(*(Place(x) if isinstance(x, torch.Tensor) else x for x in arguments))
 

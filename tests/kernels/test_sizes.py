@@ -18,11 +18,12 @@ def test_equal_to_triton():
 def test_programs_for():
     """Full waves of programs with about `ITEMS_PER_PROGRAM` items each; no more programs than items, and one wave at least."""
     for resident in (1, 132, 264):
-        for n_items in (1, 100, 264, 7168, 131000, 2**22):
+        for n_items in (1, 100, 264, 32 * resident - 1, 32 * resident, 7168, 131000, 2**22):
             programs = sizes.programs_for(n_items, resident)
             assert 1 <= programs <= n_items
             if n_items >= resident:
                 assert programs % resident == 0
+            assert sizes.cdiv(n_items, programs) <= sizes.MOST_ITEMS_PER_PROGRAM
             if programs > resident:
                 assert sizes.ITEMS_PER_PROGRAM <= n_items / programs < 2 * sizes.ITEMS_PER_PROGRAM
 
