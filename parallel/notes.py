@@ -1,7 +1,8 @@
 """Notes in a group's store: a rank leaves one when it refuses its input, or has waited long for the others.
 
 The notes of one call share a prefix: the group's name, its incarnation and the call's number. A group that is made again
-under the same name is another incarnation. Threads talk to the store, so that a store whose host stalls blocks no caller.
+under the same name is another incarnation. Threads talk to the store, so that a store whose host stalls blocks no caller. They
+end before Python does: a thread inside torch while the interpreter shuts down aborts the process.
 
     refused     rank and error of the latest refusing rank
     refusals    how many ranks refused
@@ -11,6 +12,7 @@ under the same name is another incarnation. Threads talk to the store, so that a
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import threading
@@ -30,6 +32,8 @@ _FIRST_POLL_S = 0.02
 _LONGEST_POLL_S = 1.0
 _LONGEST_REFUSING_POLL_S = 0.1, 0.5
 """While the caller is delayed, and afterwards."""
+_EXIT_S = 5.0
+"""Seconds that Python's end waits for threads; a request to a store takes as long only where its host stalls."""
 
 
 def store_of(group: dist.ProcessGroup | None) -> dist.Store | None:
@@ -50,20 +54,62 @@ def rendezvous_of(group: dist.ProcessGroup) -> str:
     return ""
 
 
+class _Worker(threading.Thread):
+    """A thread that talks to a store until its work is done or it is stopped; ended at Python's end."""
+
+    _running: weakref.WeakSet[_Worker] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        self._running.add(self)
+        super().start()
+
+    def stop(self) -> None:
+        """No more requests after the one under way."""
+        self._stopped.set()
+
+    @classmethod
+    def end_all(cls) -> None:
+        """Stop all of them and wait, for `_EXIT_S` at most."""
+        workers, end = list(cls._running), time.monotonic() + _EXIT_S
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            if worker.ident is not None:  # was started
+                worker.join(max(0.0, end - time.monotonic()))
+
+
+atexit.register(_Worker.end_all)
+
+
 def sweep(group: dist.ProcessGroup, prefixes: Sequence[str]) -> None:
     """Delete all notes under `prefixes`, in a thread."""
-    threading.Thread(target=_sweep, args=(weakref.ref(group), prefixes), daemon=True).start()
+    _Sweep(group, prefixes).start()
 
 
-def _sweep(group: weakref.ref[dist.ProcessGroup], prefixes: Sequence[str]) -> None:
-    with contextlib.suppress(RuntimeError):  # the host is gone
-        for prefix in prefixes:
-            for name in _NAMES:
-                if (store := store_of(group())) is not None:
-                    store.delete_key(f"{prefix}/{name}")
+class _Sweep(_Worker):
+    def __init__(self, group: dist.ProcessGroup, prefixes: Sequence[str]) -> None:
+        super().__init__()
+        self._group, self._prefixes = weakref.ref(group), prefixes
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the host is gone
+            for prefix in self._prefixes:
+                if self._stopped.is_set():
+                    return
+                _delete(self._group, prefix)
 
 
-class Refusal(threading.Thread):
+def _delete(group: weakref.ref[dist.ProcessGroup], prefix: str) -> None:
+    for name in _NAMES:
+        if (store := store_of(group())) is not None:
+            store.delete_key(f"{prefix}/{name}")
+
+
+class Refusal(_Worker):
     """Tells the other ranks of a refusal, and finds out whether the call's all-gather still takes place.
 
     The caller waits up to `GRACE_S` for the outcome. The thread then keeps looking for waiting ranks, which would otherwise wait
@@ -85,19 +131,15 @@ class Refusal(threading.Thread):
         withdraw: Callable[[], None],
         take_part: Callable[[], Callable[[], None]],
     ) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._group, self._size = weakref.ref(group), dist.get_world_size(group)
         self._prefix, self._note = prefix, note
         self._withdraw, self._take_part = withdraw, take_part
-        self._known, self._stopped = threading.Event(), threading.Event()
+        self._known = threading.Event()
 
     def wait(self) -> None:
         """Until the outcome is known, or about `GRACE_S`."""
         self._known.wait(GRACE_S + 0.5)
-
-    def stop(self) -> None:
-        """The caller takes part in the all-gather itself."""
-        self._stopped.set()
 
     def run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the host is gone
@@ -123,9 +165,7 @@ class Refusal(threading.Thread):
                     finish = self._take_part()
                     self._known.set()
                     finish()
-                    sweep_now = self._group()
-                    if sweep_now is not None:
-                        _sweep(self._group, [self._prefix])
+                    _delete(self._group, self._prefix)
                     return
                 if decided:
                     self._known.set()
@@ -143,7 +183,7 @@ class Refusal(threading.Thread):
         yield store
 
 
-class NoteReader(threading.Thread):
+class NoteReader(_Worker):
     """Says in the store that this rank waits, and looks for the note of a rank that refused its input.
 
     Attributes:
@@ -152,15 +192,10 @@ class NoteReader(threading.Thread):
     """
 
     def __init__(self, group: dist.ProcessGroup, prefix: str, waits: bool = True) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._store, self._prefix, self._waits = store_of(group), prefix, waits
-        self._stopped = threading.Event()
         self.note: str | None = None
         self.found_at = 0.0
-
-    def stop(self) -> None:
-        """The all-gather is over."""
-        self._stopped.set()
 
     def run(self) -> None:
         if self._store is None:
