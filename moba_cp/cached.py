@@ -67,7 +67,7 @@ class CachedTokens:
             content: bool or integers `[samples, slots or fewer]`, False or 0 for padding; missing slots are padding. None: all is
                 content. Slots from `offset + queries` on are not used yet, whatever it says.
             samples, queries, slots: samples, queries per sample, slots per sample.
-            offset: slot of the first query; as an integer tensor of one element it is not read on the host.
+            offset: slot of the first query; as an integer tensor of one element on a GPU it is not read on the host.
             device: where the tensors of the result are.
 
         Raises:
@@ -133,6 +133,8 @@ def _checked_offset(offset: int | Tensor, queries: int, slots: int) -> int | Ten
     if isinstance(offset, Tensor):
         if offset.numel() != 1 or offset.dtype not in INTEGERS:
             raise TypeError(f"offset must be an int or an integer tensor of one element, got {offset!r}")
+        if offset.device.type == "cpu" and not (torch.compiler.is_compiling() or without_numbers(offset)):
+            _checked_offset(int(offset), queries, slots)
         return offset.reshape(())
     check_integer("offset", offset, least=0)
     if offset + queries > slots:

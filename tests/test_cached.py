@@ -224,6 +224,10 @@ def test_refusals() -> None:
         of(queries=2, offset=51)
     with pytest.raises(ValueError, match="offset must be at least 0, got -1"):
         of(offset=-1)
+    with pytest.raises(ValueError, match="offset must be at least 0, got -1"):
+        of(offset=torch.tensor([-1]))
+    with pytest.raises(ValueError, match="2 queries from slot 51 on do not fit"):
+        of(queries=2, offset=torch.tensor(51))
     with pytest.raises(TypeError, match=r"integer tensor of one element, got tensor\(\[1, 2\]\)"):
         of(offset=torch.tensor([1, 2]))
     with pytest.raises(TypeError, match="content must be a tensor, got list"):
