@@ -12,9 +12,7 @@ what the others hold.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import operator
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
@@ -23,10 +21,9 @@ import torch
 from torch import Tensor
 
 from .balance import balanced_runs
+from .layout_input import check_cover, check_cp_size, host_cu_seqlens, host_runs, integer, positive
 from .partition import Kind, Partition, as_tensor, chunked, describe, expand_runs, merge_adjacent, partition_of
 
-MOST_TOKENS = 1 << 48
-"""Token numbers times ranks, and sums of such products, stay inside int64."""
 _SHOWN_RANKS = 8
 """`repr` of a layout shows the token counts of at most this many ranks."""
 
@@ -69,8 +66,8 @@ class SequenceLayout:
         Raises:
             TypeError, ValueError: an argument is not as described; the message carries its value.
         """
-        cu = _host_cu_seqlens(cu_seqlens)
-        return cls(cu, chunked(cu, _check_cp_size(cp_size), mirrored=False, per_document=False))
+        cu = host_cu_seqlens(cu_seqlens)
+        return cls(cu, chunked(cu, check_cp_size(cp_size), mirrored=False, per_document=False))
 
     @classmethod
     def zigzag(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int, per_document: bool = True) -> SequenceLayout:
@@ -87,8 +84,8 @@ class SequenceLayout:
         """
         if not isinstance(per_document, bool):
             raise TypeError(f"per_document must be True or False, got {per_document!r}")
-        cu = _host_cu_seqlens(cu_seqlens)
-        return cls(cu, chunked(cu, _check_cp_size(cp_size), mirrored=True, per_document=per_document))
+        cu = host_cu_seqlens(cu_seqlens)
+        return cls(cu, chunked(cu, check_cp_size(cp_size), mirrored=True, per_document=per_document))
 
     @classmethod
     def balanced(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int, block_size: int, topk: int) -> SequenceLayout:
@@ -106,8 +103,8 @@ class SequenceLayout:
         Raises:
             TypeError, ValueError: an argument is not as said; the message carries its value.
         """
-        cu, size = _host_cu_seqlens(cu_seqlens), _check_cp_size(cp_size)
-        block_size, topk = (_positive(name, x) for name, x in (("block_size", block_size), ("topk", topk)))
+        cu, size = host_cu_seqlens(cu_seqlens), check_cp_size(cp_size)
+        block_size, topk = (positive(name, x) for name, x in (("block_size", block_size), ("topk", topk)))
         return cls(cu, partition_of(balanced_runs(cu, size, block_size, topk), cu))
 
     @classmethod
@@ -128,9 +125,9 @@ class SequenceLayout:
             raise TypeError(f"runs must be a list with one list of (start, end) for each rank, got {runs!r}")
         if len(runs) < 1:
             raise ValueError("runs must have one list for each rank, got none")
-        cu = _host_cu_seqlens(cu_seqlens)
-        merged = [merge_adjacent(_host_runs(rank, r)) for rank, r in enumerate(runs)]
-        _check_cover(merged, int(cu[-1]))
+        cu = host_cu_seqlens(cu_seqlens)
+        merged = [merge_adjacent(host_runs(rank, r)) for rank, r in enumerate(runs)]
+        check_cover(merged, int(cu[-1]))
         return cls(cu, partition_of(merged, cu))
 
     @classmethod
@@ -240,7 +237,7 @@ class SequenceLayout:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        dim = _integer("dim", dim)
+        dim = integer("dim", dim)
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.total_tokens:
             raise ValueError(f"x must have {self.total_tokens} tokens along dim {dim}, got shape {tuple(x.shape)}")
         return x.index_select(dim, self.local_indices(rank).to(x.device))
@@ -255,7 +252,7 @@ class SequenceLayout:
         """
         if not isinstance(parts, Sequence) or not all(isinstance(part, Tensor) for part in parts):
             raise TypeError(f"parts must be a list with the tensor of each rank, got {parts!r}")
-        dim = _integer("dim", dim)
+        dim = integer("dim", dim)
         if len(parts) != self.cp_size:
             raise ValueError(f"parts must have one tensor for each of {self.cp_size} ranks, got {len(parts)}")
         for rank, part in enumerate(parts):
@@ -278,7 +275,7 @@ class SequenceLayout:
         return whole.index_select(dim, torch.argsort(order).to(whole.device))
 
     def _check_rank(self, rank: int) -> int:
-        rank = _integer("rank", rank)
+        rank = integer("rank", rank)
         if not 0 <= rank < self.cp_size:
             raise ValueError(f"rank must be in [0, {self.cp_size}), got {rank}")
         return rank
@@ -322,94 +319,3 @@ def _others(x: Tensor, dim: int) -> tuple[object, ...]:
     shape = list(x.shape)
     del shape[dim]
     return *shape, x.device
-
-
-def _integer(name: str, value: int) -> int:
-    if not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    return operator.index(value)
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    number = _integer(name, value)
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return number
-
-
-def _check_cp_size(cp_size: int) -> int:
-    if isinstance(cp_size, bool) or not isinstance(cp_size, int):
-        raise TypeError(f"cp_size must be an int, got {cp_size!r} ({type(cp_size).__name__})")
-    if cp_size < 1:
-        raise ValueError(f"cp_size must be at least 1, got {cp_size}")
-    return cp_size
-
-
-def _host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndarray:
-    if isinstance(cu_seqlens, Tensor):
-        if cu_seqlens.device.type != "cpu":
-            raise TypeError(f"cu_seqlens must be on the host (a list, tuple or CPU tensor), got {cu_seqlens.device}")
-        if cu_seqlens.layout != torch.strided or cu_seqlens.is_nested:
-            kind = "a nested tensor" if cu_seqlens.is_nested else f"layout {cu_seqlens.layout}"
-            raise TypeError(f"cu_seqlens must be an ordinary dense tensor, got {kind}")
-        if cu_seqlens.is_floating_point() or cu_seqlens.is_complex():  # numpy takes not all of them
-            raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
-        cu_seqlens = cu_seqlens.numpy()
-    if isinstance(cu_seqlens, np.ndarray):
-        if cu_seqlens.dtype.kind not in "iu":
-            raise TypeError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
-        if cu_seqlens.max(initial=0) > np.iinfo(np.int64).max:
-            raise ValueError(f"cu_seqlens must fit 64 bits with a sign, got {cu_seqlens.max()}")
-        array = cu_seqlens.astype(np.int64)
-    else:
-        try:
-            array = np.array([operator.index(x) for x in cu_seqlens], dtype=np.int64)
-        except OverflowError as error:
-            raise ValueError(f"cu_seqlens must fit 64 bits, got {cu_seqlens!r}") from error
-        except TypeError as error:
-            raise TypeError(f"cu_seqlens must be a list, tuple or CPU tensor of ints, got {cu_seqlens!r}") from error
-    if array.ndim != 1 or array.size < 1:
-        raise ValueError(f"cu_seqlens must be one-dimensional and not empty, got shape {array.shape}")
-    if array[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {array[0]}: it holds boundaries of documents, not lengths")
-    down = np.flatnonzero(np.diff(array) < 0)
-    if down.size:
-        i = int(down[0])
-        raise ValueError(f"cu_seqlens must not decrease, got {array[i]} then {array[i + 1]} at position {i + 1}")
-    if array[-1] > MOST_TOKENS:
-        raise ValueError(f"cu_seqlens must end at {MOST_TOKENS} or before, got {array[-1]}")
-    return array
-
-
-def _host_runs(rank: int, runs: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
-    with contextlib.suppress(ValueError, TypeError, OverflowError):  # whatever is wrong is named below
-        array = np.array(runs)
-        if array.dtype == np.int64 and array.ndim == 2 and array.shape[1] == 2:
-            return array
-    try:
-        array = np.array([[operator.index(a), operator.index(b)] for a, b in runs], dtype=np.int64).reshape(-1, 2)
-    except OverflowError as error:
-        raise ValueError(f"runs of rank {rank} must fit 64 bits, got {runs!r}") from error
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"runs of rank {rank} must be (start, end) pairs of ints, got {runs!r}") from error
-    return array
-
-
-def _check_cover(runs: Sequence[np.ndarray], total: int) -> None:
-    whole = np.concatenate(runs) if len(runs) else np.zeros((0, 2), dtype=np.int64)
-    whole = whole[np.argsort(whole[:, 0], kind="stable")]
-    if len(whole) and whole[0, 0] < 0:
-        raise ValueError(f"runs must hold tokens 0 to {total - 1}, got a run from {whole[0, 0]}")
-    expected = 0
-    for start, end in merge_adjacent(whole).tolist():
-        if start != expected:
-            what = "no rank holds" if start > expected else "more than one rank or run holds"
-            raise ValueError(
-                f"the runs must hold each of {total} tokens exactly once; {what} token {min(start, expected)}"
-            )
-        expected = end
-    if expected != total:
-        what = f"no rank holds token {expected}" if expected < total else f"token {expected - 1} is past the end"
-        raise ValueError(f"the runs must hold each of {total} tokens exactly once; {what}")
