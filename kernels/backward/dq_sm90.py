@@ -169,7 +169,7 @@ def dq_kernel(
     tiles, unmasked = _tiles(limit, held, KEYS)
     t = item * 0  # tiles so far
     j = item * 0  # items so far
-    for item in range(first_item, n_items, step):
+    for item in range(first_item, end_item, step):
         # All warps have waited for the last products that read the other buffer, and passed a barrier since.
         kv_head_1, first_key_1, held_1 = block_of(start, length, bin_1, n_blocks, start_head)
         code_1 = code_s.index((j + 1) % 4).load(gl.SliceLayout(1, GATHER))

@@ -5,8 +5,11 @@ The functions of the Gluon kernels run on Python integers, one program after ano
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from textwrap import dedent
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -113,6 +116,19 @@ def test_programs_of_dq_begin_and_end_with_a_held_block(held_blocks, resident):
             found = list(range(first, end, step))
             assert set(expected) <= set(found)
             assert (found[:1], found[-1:]) == (expected[:1], expected[-1:])
+
+
+def test_dq_ends_with_the_last_held_item():
+    """The loop's bounds are what `_held_turns` gives: behind them the kernel would compute other programs' items for nothing."""
+    body = ast.parse(dedent(inspect.getsource(dq_sm90.dq_kernel.fn))).body[0]
+    bounds = {
+        ast.unparse(node.value.func): ast.unparse(node.targets[0])
+        for node in ast.walk(body)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+    }
+    loops = [ast.unparse(node.iter) for node in ast.walk(body) if isinstance(node, ast.For)]
+    first, end = bounds["_held_turns"].strip("()").split(", ")
+    assert loops[0] == f"range({first}, {end}, step)"
 
 
 def on_host_lines(jitted: Any) -> Callable:
