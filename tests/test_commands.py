@@ -51,6 +51,30 @@ def test_plan_recommends_and_shows_its_parts() -> None:
     assert "Sending queries to blocks" in text
 
 
+def test_plan_fails_where_nothing_fits() -> None:
+    status, text = invoke("plan", "--model", "32/8", "--tokens", "1M", "--gpus", "8", "--memory", "0.001")
+    assert status == 1
+    assert "No split fits 0.001 GiB. Below is what would take the least time." in text
+    assert "recommended:" not in text
+    assert text.count("does not fit") >= 4  # the fastest, alternatives, block sizes
+
+
+@pytest.mark.parametrize(
+    ("model", "why"), [("none.yaml", "got 'none.yaml', no such file"), ("configs", "got 'configs' is a folder")]
+)
+def test_plan_says_what_is_wrong_with_the_models_file(model: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    status, text = invoke("plan", "--model", model, "--tokens", "1M", "--gpus", "8")
+    assert status == 2
+    assert why in " ".join(text.replace("│", " ").split())
+
+
+def test_plan_refuses_more_gpus_than_it_can_plan_for() -> None:
+    status, text = invoke("plan", "--model", "32/8", "--tokens", "1M", "--gpus", "1000000000")
+    assert status == 2
+    assert "--gpus must be at most 1048576, got 1000000000" in " ".join(text.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(("tokens", "warns"), [("31K", True), ("32K", False)])
 def test_plan_says_where_the_host_is_the_bound(tokens: str, warns: bool) -> None:
     status, text = invoke("plan", "--model", "8/2", "--tokens", tokens, "--gpus", "1")

@@ -57,7 +57,7 @@ class MoBASection:
 
 @dataclass
 class DataConfig:
-    """Text to train on, read as bytes."""
+    """Text to train on: every file is read as bytes, whatever is in it."""
 
     paths: list[str] = field(default_factory=list)  # files, folders or globs; empty: the Python standard library
     seq_length: int = 1024

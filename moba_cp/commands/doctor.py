@@ -38,7 +38,10 @@ def doctor(
     if not started:
         for finding in findings:
             show(finding)
-        print("\nFor collectives and what `auto` chooses: torchrun --nproc-per-node <GPUs> -m moba_cp doctor")
+        print(
+            "\nFor collectives and what `auto` chooses, which --heads and --tokens-per-gpu are for: torchrun --nproc-per-node "
+            "<GPUs> -m moba_cp doctor"
+        )
         end(findings)
     try:
         device = join()

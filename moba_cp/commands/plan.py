@@ -34,6 +34,8 @@ from .values import read_model, read_tokens
 
 H200, H200_GIB = "NVIDIA H200", 140.0
 """A calibrated GPU with more memory than `Cluster.memory`."""
+MOST_GPUS = 1 << 20
+"""With as many a plan takes seconds."""
 
 
 def plan(
@@ -70,6 +72,8 @@ def plan(
 ) -> None:
     """Predict time by stage, bytes by link and memory by part, and recommend how to split a layer over GPUs."""
     try:
+        if gpus > MOST_GPUS:
+            raise ValueError(f"--gpus must be at most {MOST_GPUS}, got {gpus}")
         sizes = read_model(model)
         layer = Layer(
             tokens=read_tokens(tokens),
@@ -98,11 +102,14 @@ def plan(
             save.write_text(calibration.to_json())
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    print("\n".join(report(layer, cluster, calibration, layers or sizes.layers)))
+    lines, fits = report(layer, cluster, calibration, layers or sizes.layers)
+    print("\n".join(lines))
+    raise typer.Exit(not fits)
 
 
-def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int) -> list[str]:
-    """Lines for people: the recommendation with its parts, the alternatives, and what block sizes cost."""
+def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int) -> tuple[list[str], bool]:
+    """Lines for people: the recommendation with its parts, the alternatives, and what block sizes cost; and whether any split
+    fits a GPU's memory. Where none does, the fastest stands in place of the recommendation."""
     found = options(layer, cluster, calibration)
     best = found[0]
     heads = f"{layer.q_heads}/{layer.kv_heads} heads, D = {layer.head_dim}"
@@ -117,7 +124,7 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
             f"below {SMALLEST_TOKENS // 1024}K tokens times are too short: the host is the bound, and is not counted"
         )
     if not best.fits:
-        lines.append(f"No split fits {cluster.memory:g} GiB; the least time would be:")
+        lines.append(f"No split fits {cluster.memory:g} GiB. Below is what would take the least time.")
     lines += [
         "",
         *recommended(best, layer, cluster, calibration, layers),
@@ -132,7 +139,10 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
         + "  does not fit" * (not option.fits)
         for option in alternatives(found)[:7]
     ]
-    lines += ["", "block sizes, each as recommended: forward / forward+backward ms, GiB:"]
+    lines += [
+        "",
+        f"block sizes, each {'as recommended' if best.fits else 'at its fastest'}: forward / forward+backward ms, GiB:",
+    ]
     for block_size, topk, option in block_sizes(layer, cluster, calibration):
         mark = "*" if (block_size, topk) == (layer.block_size, layer.topk) else " "
         prediction = option.prediction
@@ -140,13 +150,14 @@ def report(layer: Layer, cluster: Cluster, calibration: Calibration, layers: int
             f" {mark}({block_size}, {topk})".ljust(14)
             + f"{label(option.split):24} {prediction.forward_ms:9.1f} / {prediction.forward_backward_ms:9.1f} "
             + f"{option.memory.peak:8.1f}"
+            + "  does not fit" * (not option.fits)
         )
     lines += [
         "",
         f"Sending queries to blocks would begin to pay above {visiting_pays_from(layer):.0f} sequence ranks (uniform routing); "
         f"here there are {best.split.sequence_ranks}.",
     ]
-    return lines
+    return lines, best.fits
 
 
 def alternatives(found: list[Option]) -> list[Option]:
@@ -174,7 +185,8 @@ def recommended(best: Option, layer: Layer, cluster: Cluster, calibration: Calib
         "no split of heads: the call is small" if split.ranks > 1 else f"U = {size}"
     )
     return [
-        f"recommended: {arguments}: heads over U = {split.head_parallel}, sequence over S = {split.sequence_ranks}",
+        f"{'recommended' if best.fits else 'does not fit'}: {arguments}: heads over U = {split.head_parallel}, sequence over "
+        f"S = {split.sequence_ranks}",
         *(f"  {line}" for line in saved_by_budgets(best, layer, cluster, calibration)),
         *(f"  {line}" for line in faster_with_half(best, layer, cluster, calibration)),
         f"  layout: {layout}",

@@ -51,7 +51,7 @@ def read_tokens(text: str) -> int:
     """
     number, factor = (text[:-1], SUFFIXES[text[-1]]) if text[-1:] in SUFFIXES else (text, 1)
     if not _is_positive(number):
-        raise ValueError(f"tokens must be a positive number such as 131072, 128K or 10M, got {text!r}")
+        raise ValueError(f"tokens must be a whole positive number such as 131072, 128K or 10M, got {text!r}")
     return int(number) * factor
 
 
@@ -87,7 +87,8 @@ def read_model(text: str) -> Model:
     if not path.is_file():
         if "/" in text and DIGITS.issuperset(text.replace("/", "")):
             return Model(*read_heads(text))
-        raise ValueError(f"model must be a YAML file or heads such as 32/8, got {text!r}")
+        why = " is a folder" if path.is_dir() else ", no such file" if path.suffix in (".yaml", ".yml") else ""
+        raise ValueError(f"model must be a YAML file or heads such as 32/8, got {text!r}{why}")
     content = _yaml(path)
     content = content if isinstance(content, dict) else {}
     _check_sections(path, content)

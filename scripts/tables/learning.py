@@ -52,8 +52,8 @@ def learning_headline(results: dict[str, Any]) -> str:
     tokens, size = runs[0]["tokens"] / 1e6, runs[0]["parameters"] / 1e6
     text = (
         f"Models of {size:.0f}M parameters after {tokens:.0f}M tokens of code and prose, windows of {length:,} tokens; ± is the "
-        "standard error over seeds. *Answered*: prompts whose answer stands somewhere before. At this size blocks alone lose answers, "
-        "and full attention in the last layers, or at the end of training, brings them back: [method, curves and "
+        "standard error over seeds. *Answered*: prompts whose answer stands somewhere before. At this size blocks alone lose "
+        "answers, and full attention in the last layers, or at the end of training, brings them back: [method, curves and "
         "limits](docs/learning.md)."
     )
     return f"{text}\n\n{table(['', *(NAMES[arm] for arm in known)], rows).replace(' (one seed)', '')}"
