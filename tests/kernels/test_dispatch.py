@@ -123,6 +123,19 @@ def test_backward_launches(launches: dict[str, dict], block_size: int, variant: 
 
 
 @pytest.mark.usefixtures("hopper")
+def test_programs_of_dq_have_no_more_items_than_they_look_at(
+    launches: dict[str, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would skip the others, and their partial dq would stay uninitialised."""
+    case = case_of(SIZES["large blocks"])
+    items = case.lists.item_bin.numel()
+    monkeypatch.setattr("moba_cp.kernels.backward.sm90.MOST_ITEMS_PER_PROGRAM", items - 1)
+    monkeypatch.setattr("moba_cp.kernels.backward.sm90.programs_for", lambda n_items, resident: 1)
+    with pytest.raises(ValueError, match=f"programs must have at most {items - 1} work items, got {items}"):
+        attend_backward(case, variant="sm90")
+
+
+@pytest.mark.usefixtures("hopper")
 def test_backward_launches_where_gradients_of_scores_are_kept(launches: dict[str, dict]) -> None:
     case = case_of(SIZES["large blocks"])
     items = (case.lists.item_bin.numel(), case.block_size, 128)
