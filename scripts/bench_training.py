@@ -110,14 +110,13 @@ def main(
     if device == "cuda" and torch.cuda.device_count() < 2:
         sys.exit(f"two GPUs are needed, {torch.cuda.device_count()} visible; --device cpu runs over gloo")
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex, Transformer Engine: optional
-    from omegaconf.errors import OmegaConfBaseException
 
     from examples.megatron_gpt.config import load_config
 
     changes = [*(overrides or []), f"run.steps={steps}", *PLAIN]
     try:
         settings = load_config(config, changes)
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{config}: {error}") from None
     parts = options.integers(noise)
     phases = plan(options.choices(comm, COMMS), parts, side_by_side=not alone, only=runs.split(",") if runs else None)

@@ -70,7 +70,6 @@ def main(
             f"need 0 < resumed-steps <= steps - save-at, got steps {steps}, save-at {save_at}, resumed-steps {resumed_steps}"
         )
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex, Transformer Engine: optional
-    from omegaconf.errors import OmegaConfBaseException
 
     from examples.megatron_gpt.config import load_config
 
@@ -78,7 +77,7 @@ def main(
     try:
         settings = load_config(config, changes)
         load_config(config, again)  # refused now, if at all
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{config}: {error}") from None
     content: dict[str, Any] = {
         "about": about(commit) | {"megatron_core": megatron_core_version()},

@@ -45,7 +45,6 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import typer  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from examples.megatron_gpt import distributed, fit, profiling  # noqa: E402
 from examples.megatron_gpt.batches import Sharding, micro_batches, sequence_lengths  # noqa: E402
@@ -95,7 +94,7 @@ def main(
     try:
         runs = [(name, asked, _settings(config, plain, asked)) for name, asked in asked_for]
         ranks = distributed.start(load_config(config, plain))
-    except (OSError, ValueError, RuntimeError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise typer.BadParameter(f"{config}: {error}") from None
     here = about(commit) | {"megatron_core": megatron_core_version()}
     content: dict[str, Any] = {"about": here, "config": config.name, "runs": []}

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from moba_cp.parallel.splits import COMMS, check_split
 
@@ -152,9 +153,8 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        omegaconf.errors.OmegaConfBaseException: an unknown key or a value of the wrong type.
-        ValueError: no YAML, or not of sections; text that YAML reads as something else; values that cannot work, or do not fit
-            together.
+        ValueError: no YAML, or not of sections; an unknown key, a value of the wrong type; text that YAML reads as something
+            else; values that cannot work, or do not fit together.
     """
     structure = OmegaConf.structured(TrainConfig)
     try:
@@ -166,11 +166,18 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
     given = [content, *(_override(structure, text) for text in overrides)]
     if missing := set[str]().union(*map(OmegaConf.missing_keys, given)):
         raise ValueError(f"no value is given for {', '.join(sorted(missing))}: ??? stands for a missing one")
+    for section, values in (item for part in given for item in part.items()):
+        if section in structure and not isinstance(values, DictConfig):
+            raise ValueError(f"{section!s} must be a section of keys, got {values!r}")
     for section, values in content.items():
         for key, value in values.items() if isinstance(values, DictConfig) else ():
             if _is_text(structure, section, key) and not isinstance(value, str):
                 raise ValueError(f"{section!s}.{key!s} is text, and YAML reads it as {value!r}: put it in quotes")
-    config = OmegaConf.to_object(OmegaConf.merge(structure, *given))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(structure, *given))
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise ValueError(f"{what} ({error.full_key})" if error.full_key else what) from None
     assert isinstance(config, TrainConfig)
     _check(config)
     return config
@@ -186,7 +193,7 @@ def _override(structure: DictConfig, text: str) -> DictConfig:
         return OmegaConf.create({section: {name: value}})
     try:
         return OmegaConf.from_dotlist([text])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{text!r} is not YAML behind the equals sign: {' '.join(str(error).split())}") from None
 
 

@@ -21,7 +21,6 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import typer  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from examples.megatron_gpt import checkpoint, distributed, fit, run_folder  # noqa: E402
 from examples.megatron_gpt.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
@@ -52,7 +51,7 @@ def main(
     """
     try:
         config = load_config(config_file, overrides or [])
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"{config_file}: {error}")
     try:
         ranks = distributed.start(config)

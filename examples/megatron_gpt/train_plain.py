@@ -14,7 +14,6 @@ if not __package__:  # run by its path: the package is found from the repository
 import torch
 import typer
 from megatron.core.utils import unwrap_model
-from omegaconf.errors import OmegaConfBaseException
 
 from examples.megatron_gpt import distributed
 from examples.megatron_gpt.config import load_config
@@ -45,7 +44,7 @@ def main(
         train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
         text, unseen = (PackedText(corpus, data.seq_length, run.seed) for corpus in (train_corpus, eval_corpus))
         ranks = distributed.start(config)
-    except (OSError, RuntimeError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"{config_file}: {error}")
     trainer = build(config, ranks)
     (whole,) = unwrap_model(trainer.model)
