@@ -154,7 +154,7 @@ def backward(
         gradients in the shapes and the dtype of q, k and v.
     """
     if call.replays is None:
-        return _backward(call, q, k, v, out, saved, dout, delta)
+        return _backward(call, q, k, v, saved, dout, out, delta)
     assert delta is None
     return backward_taken(call, *taken((q, k, v, out, saved)), dout)
 
@@ -164,7 +164,7 @@ def backward_taken(call: Call, kept: Any, tensors: Sequence[Tensor], dout: Tenso
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out, saved = put_tensors(kept, tensors)
-        return _backward(call, q, k, v, out, saved, dout)
+        return _backward(call, q, k, v, saved, dout, out)
 
     if call.replays is None:
         return make()
@@ -177,9 +177,9 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor | None,
     saved: Saved,
     dout: Tensor,
+    out: Tensor | None,
     delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, dout = readable(q), readable(k), readable(v), readable(dout)

@@ -1,4 +1,4 @@
-"""What layouts are made of, as integers on the host; what is none is refused by name."""
+"""The integers that layouts are made of, read on the host. Anything else is refused by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def integer(name: str, value: int) -> int:
     """`value` as an int.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not an integer.
     """
     if not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r}")
@@ -30,7 +30,7 @@ def positive(name: str, value: int) -> int:
     """`value` as an int of at least 1.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: it is not such an integer.
     """
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
@@ -44,7 +44,7 @@ def check_cp_size(cp_size: int) -> int:
     """`cp_size`, an int of at least 1.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: it is not such an int.
     """
     if isinstance(cp_size, bool) or not isinstance(cp_size, int):
         raise TypeError(f"cp_size must be an int, got {cp_size!r} ({type(cp_size).__name__})")
@@ -54,10 +54,10 @@ def check_cp_size(cp_size: int) -> int:
 
 
 def host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndarray:
-    """int64 `[documents + 1]`: boundaries of documents, from 0 on.
+    """int64 `[documents + 1]`: where documents begin and end, starting at 0.
 
     Raises:
-        TypeError, ValueError: they are no integers on the host, or no boundaries.
+        TypeError, ValueError: they are not integers on the host, do not start at 0, or decrease.
     """
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.device.type != "cpu":
@@ -95,10 +95,10 @@ def host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndarr
 
 
 def host_runs(rank: int, runs: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
-    """int64 `[runs, 2]`: (start, end) of each run of a rank.
+    """int64 `[runs, 2]`: start and end, one row per run.
 
     Raises:
-        TypeError, ValueError: they are no pairs of integers.
+        TypeError, ValueError: they are not pairs of integers.
     """
     with contextlib.suppress(ValueError, TypeError, OverflowError):  # whatever is wrong is named below
         array = np.array(runs)
@@ -114,7 +114,7 @@ def host_runs(rank: int, runs: Sequence[tuple[int, int]] | np.ndarray) -> np.nda
 
 
 def check_cover(runs: Sequence[np.ndarray], total: int) -> None:
-    """The runs of all ranks hold each of `total` tokens once.
+    """Check that the runs of all ranks hold each of `total` tokens exactly once.
 
     Raises:
         ValueError: they do not.

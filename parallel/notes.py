@@ -64,8 +64,8 @@ class _Worker(threading.Thread):
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        self._running.add(self)
         super().start()
+        self._running.add(self)
 
     def stop(self) -> None:
         """No more requests after the one under way."""
@@ -78,8 +78,7 @@ class _Worker(threading.Thread):
         for worker in workers:
             worker.stop()
         for worker in workers:
-            if worker.ident is not None:  # was started
-                worker.join(max(0.0, end - time.monotonic()))
+            worker.join(max(0.0, end - time.monotonic()))
 
 
 atexit.register(_Worker.end_all)

@@ -110,7 +110,6 @@ def main(
     if device == "cuda" and torch.cuda.device_count() < 2:
         sys.exit(f"two GPUs are needed, {torch.cuda.device_count()} visible; --device cpu runs over gloo")
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # apex, Transformer Engine: optional
-
     from examples.megatron_gpt.config import load_config
 
     changes = [*(overrides or []), f"run.steps={steps}", *PLAIN]

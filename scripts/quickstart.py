@@ -73,7 +73,6 @@ def check(overrides: list[str]) -> None:
     Raises:
         BadParameter: the configuration does not take them, over two ranks; or they are what these runs differ in.
     """
-
     from examples.megatron_gpt.config import load_config
 
     for override in overrides:

@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-
 from examples.megatron_gpt.config import load_config
 from examples.megatron_gpt.data import PADDED_VOCAB_SIZE
 from moba_cp import MoBAConfig
