@@ -31,6 +31,7 @@ from .portable_kernels import LOG2E, UNALIGNED, VARYING
 from .rows_sm90 import block_of, load_scalars
 
 _MOST_ITEMS = gl.constexpr(MOST_ITEMS_PER_PROGRAM)
+_NO_ITEM = gl.constexpr(2**31 - 1)
 
 
 @gluon.jit
@@ -51,8 +52,8 @@ def _turns(program, step, per_program, n_items):
 
 
 @gluon.jit
-def _held_turns(first_item, end_item, step, item_bin, start, n_blocks, start_head, WARPS: gl.constexpr):
-    """First of a program's items whose block the part holds, and the end behind the last: 2^31 - 1 and 0 where there is none.
+def _held_items(first_item, end_item, step, item_bin, start, n_blocks, start_head, WARPS: gl.constexpr):
+    """A program's items whose block the part holds, one per lane; `_NO_ITEM` in the other lanes.
 
     The lists are of all blocks, and other ranks hold most of them. An item of theirs would gather its rows for nothing.
     """
@@ -61,8 +62,13 @@ def _held_turns(first_item, end_item, step, item_bin, start, n_blocks, start_hea
     first_key = gl.load(
         start + (bin_ // n_blocks).to(gl.int64) * start_head + bin_ % n_blocks, mask=bin_ >= 0, other=-1
     )
-    first_held = gl.min(gl.where(first_key >= 0, item, 2147483647), 0)
-    return first_held, gl.max(gl.where(first_key >= 0, item + 1, 0), 0)
+    return gl.where(first_key >= 0, item, _NO_ITEM)
+
+
+@gluon.jit
+def _next(held_items, item):
+    """The first of some items behind `item`; `_NO_ITEM` where there is none."""
+    return gl.min(gl.where(held_items > item, held_items, _NO_ITEM), 0)
 
 
 @gluon.jit
@@ -104,8 +110,8 @@ def dq_kernel(
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, ROWS: gl.constexpr,
     KEYS: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """One program: partial dq of up to `per_program` work items, at most ROWS rows and one block each: from the first of them
-    whose block the part holds to the last. Gathered rows stay, keys stream.
+    """One program: partial dq of those of `per_program` work items whose block the part holds, at most ROWS rows and one block
+    each. Gathered rows stay, keys stream.
 
     The items of `step` programs, those that run at the same time, are consecutive: they take turns, so that blocks and rows that
     one of them reads are in L2 for the others.
@@ -115,10 +121,10 @@ def dq_kernel(
     """
     STAGES: gl.constexpr = 3
     first_item, end_item = _turns(gl.program_id(0), step, per_program, n_items)
-    first_item, end_item = _held_turns(first_item, end_item, step, item_bin, start, n_blocks, start_head, WARPS)
-    if first_item >= end_item:
+    held_items = _held_items(first_item, end_item, step, item_bin, start, n_blocks, start_head, WARPS)
+    item = gl.min(held_items, 0)
+    if item >= end_item:
         return
-    item = first_item
 
     GATHER: gl.constexpr = gather_layout(D, WARPS)
     SCORE: gl.constexpr = product_layout(KEYS, WARPS)
@@ -146,7 +152,8 @@ def dq_kernel(
 
     # Rows past an item's end repeat the last one and are not stored. Names end with how many items ahead something is.
     bin_, first, end = _item(item_bin, item_start, item_end, item, end_item)
-    bin_1, first_1, end_1 = _item(item_bin, item_start, item_end, item + step, end_item)
+    item = _next(held_items, item)
+    bin_1, first_1, end_1 = _item(item_bin, item_start, item_end, item, end_item)
     kv_head, first_key, held = block_of(start, length, bin_, n_blocks, start_head)
     code = gl.load(entry + gl.maximum(gl.minimum(first + r, end - 1), 0))
     row_code = gl.load(entry + gl.maximum(gl.minimum(first + row, end - 1), 0))
@@ -162,14 +169,14 @@ def dq_kernel(
     _copy_codes(entry, first, end, line, code_s.index(0))
     _copy_codes(entry, first_1, end_1, line, code_s.index(1))
     async_copy.commit_group()
-    bin_2, first_2, end_2 = _item(item_bin, item_start, item_end, item + 2 * step, end_item)
+    item = _next(held_items, item)
+    bin_2, first_2, end_2 = _item(item_bin, item_start, item_end, item, end_item)
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
     tiles, unmasked = _tiles(limit, held, KEYS)
     t = item * 0  # tiles so far
-    j = item * 0  # items so far
-    for item in range(first_item, end_item, step):
+    for j in range(gl.sum((held_items < end_item).to(gl.int32), 0)):
         # All warps have waited for the last products that read the other buffer, and passed a barrier since.
         kv_head_1, first_key_1, held_1 = block_of(start, length, bin_1, n_blocks, start_head)
         code_1 = code_s.index((j + 1) % 4).load(gl.SliceLayout(1, GATHER))
@@ -186,7 +193,8 @@ def dq_kernel(
             lse_head, lse_token, delta_head, delta_token, HEAD_BITS, SLOT_BITS, TOPK,
         )  # fmt: skip
         _copy_codes(entry, first_2, end_2, line, code_s.index((j + 2) % 4))
-        bin_3, first_3, end_3 = _item(item_bin, item_start, item_end, item + 3 * step, end_item)
+        item = _next(held_items, item)
+        bin_3, first_3, end_3 = _item(item_bin, item_start, item_end, item, end_item)
         q_i = q_s.index(j % 2)
         do_i = do_s.index(j % 2)
         total = warpgroup_mma_init(gl.zeros([ROWS, D], gl.float32, SUM))
@@ -232,7 +240,6 @@ def dq_kernel(
         done = gl.convert_layout((total * scale).to(DTYPE), STORE)
         columns = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
         gl.store(dq + (at * dq_slot)[:, None] + columns[None, :], done, mask=stored[:, None])
-        j += 1
         kv_head, first_key, held, first, end = kv_head_1, first_key_1, held_1, first_1, end_1
         row_lse, row_delta, limit = row_lse_1, row_delta_1, limit_1
         bin_1, first_1, end_1 = bin_2, first_2, end_2

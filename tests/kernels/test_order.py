@@ -5,11 +5,8 @@ The functions of the Gluon kernels run on Python integers, one program after ano
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from textwrap import dedent
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -22,6 +19,8 @@ pytest.importorskip("triton.experimental.gluon")
 from moba_cp.kernels import gluon_rows, sizes
 from moba_cp.kernels.backward import dq_sm90, rows_sm90, segments
 from moba_cp.kernels.forward import sm90, stream_rows_sm90
+
+NO_ITEM = dq_sm90._NO_ITEM.value
 
 
 class Number(int):
@@ -100,8 +99,9 @@ def test_every_item_of_dq_has_one_program(resident):
 
 @pytest.mark.parametrize("resident", [1, 3, 132])
 @pytest.mark.parametrize("held_blocks", [[], [0], [3, 4, 5], [0, 9], list(range(10))], ids=str)
-def test_programs_of_dq_begin_and_end_with_a_held_block(held_blocks, resident):
-    """Items of blocks that other ranks hold are left out at both ends. The parts of all ranks compute every item."""
+def test_programs_of_dq_take_the_items_of_held_blocks(held_blocks, resident):
+    """In order, and no item of blocks that other ranks hold."""
+    held_items, next_item = on_host_lines(dq_sm90._held_items), on_host_lines(dq_sm90._next)
     generator = torch.Generator().manual_seed(resident)
     start = torch.full((2, 10), -1)
     start[:, held_blocks] = 7
@@ -112,47 +112,37 @@ def test_programs_of_dq_begin_and_end_with_a_held_block(held_blocks, resident):
         for program in range(programs):
             first, end = on_host(dq_sm90._turns, program, programs)(program, step, per_program, n_items)
             expected = [i for i in range(first, end, step) if bins[i] >= 0 and start[bins[i] // 10, bins[i] % 10] >= 0]
-            first, end = on_host_lines(dq_sm90._held_turns)(first, end, step, bins, start.flatten(), 10, 10, 8)
-            found = list(range(first, end, step))
-            assert set(expected) <= set(found)
-            assert (found[:1], found[-1:]) == (expected[:1], expected[-1:])
+            items = held_items(first, end, step, Place(bins), Place(start.flatten()), 10, 10, 8)
+            assert int((items < end).sum()) == len(expected)
+            found = [int(items.min())]
+            while found[-1] < end:
+                found.append(next_item(items, found[-1]))
+            assert found == [*expected, NO_ITEM]
 
 
-def test_dq_ends_with_the_last_held_item():
-    """The loop's bounds are what `_held_turns` gives: behind them the kernel would compute other programs' items for nothing."""
-    body = ast.parse(dedent(inspect.getsource(dq_sm90.dq_kernel.fn))).body[0]
-    bounds = {
-        ast.unparse(node.value.func): ast.unparse(node.targets[0])
-        for node in ast.walk(body)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
-    }
-    loops = [ast.unparse(node.iter) for node in ast.walk(body) if isinstance(node, ast.For)]
-    first, end = bounds["_held_turns"].strip("()").split(", ")
-    assert loops[0] == f"range({first}, {end}, step)"
+@dataclass
+class Place:
+    """A pointer to some of a tensor's elements."""
+
+    memory: torch.Tensor
+    index: torch.Tensor | int = 0
+
+    def __add__(self, offset: torch.Tensor) -> Place:
+        return Place(self.memory, self.index + offset)
 
 
 def on_host_lines(jitted: Any) -> Callable:
-    """A Gluon function whose tensors of one dimension are torch's, and whose pointers are the tensors they point to."""
-
-    @dataclass
-    class Place:
-        memory: torch.Tensor
-        index: torch.Tensor | int = 0
-
-        def __add__(self, offset: torch.Tensor) -> Place:
-            return Place(self.memory, self.index + offset)
+    """A Gluon function whose tensors of one dimension are torch's, and whose pointers are `Place`s."""
 
     def load(place: Place, mask: torch.Tensor, other: int) -> torch.Tensor:
         return torch.where(mask, place.memory[torch.where(mask, place.index, 0)], other)
 
     language = SimpleNamespace(
         arange=lambda begin, end, layout: torch.arange(begin, end), load=load, where=torch.where, int64=torch.int64,
-        min=lambda x, axis: int(x.min()), max=lambda x, axis: int(x.max()), constexpr=int,
+        min=lambda x, axis: int(x.min()), constexpr=int,
     )  # fmt: skip
-    most = sizes.MOST_ITEMS_PER_PROGRAM
-    names = {"gl": language, "warp_layout": lambda rows, warps: None, "_MOST_ITEMS": most}
-    function = FunctionType(jitted.fn.__code__, names)
-    return lambda *arguments: function(*(Place(x) if isinstance(x, torch.Tensor) else x for x in arguments))
+    names = {"_MOST_ITEMS": sizes.MOST_ITEMS_PER_PROGRAM, "_NO_ITEM": NO_ITEM}
+    return FunctionType(jitted.fn.__code__, {"gl": language, "warp_layout": lambda rows, warps: None} | names)
 
 
 def test_rows_of_kept_gradients_are_found_again():
