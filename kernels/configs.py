@@ -172,6 +172,8 @@ class ListConfig:
         programs, most_programs: approximate number of programs per pass, at least and at most.
         program_batches, table_entries: beyond `programs`, each program has at least this many batches, and the table of
             counts at most this many entries (`n_blocks` per program).
+        shared_memory: sort in shared memory where `shared_lists` serves. All else here is about sorting in registers, but for
+            items.
     """
 
     item_rows_small: int = 2048
@@ -192,6 +194,51 @@ class ListConfig:
     most_programs: int = 4096
     program_batches: int = 4
     table_entries: int = 1 << 23
+    shared_memory: bool = True
+
+
+@dataclass(frozen=True)
+class SharedListConfig:
+    """The counting sort in shared memory, on Hopper.
+
+    Attributes:
+        bins: words for blocks, a power of two.
+        width: slots per row, rounded up to a power of two.
+        tiles: tiles of 32 tokens whose entries find their places at once.
+        entries: entries (`width` per row) of a program's share, at most.
+        warps: of the program that sorts a share.
+        count_tokens, count_warps: tokens counted at once by a program.
+    """
+
+    bins: int
+    width: int
+    tiles: int
+    entries: int
+    warps: int
+    count_tokens: int
+    count_warps: int = 8
+
+
+MOST_SHARED_BLOCKS = 8192
+"""Most blocks whose routing lists are made in shared memory: with more, shares are too small to sort."""
+MOST_SHARED_SLOTS = 64
+SHARES_PER_MULTIPROCESSOR = 2
+"""Where there are fewer entries than that of whole shares, shares are smaller."""
+
+
+@lru_cache(maxsize=64)
+def shared_lists(n_blocks: int, slots: int, gpu: Gpu) -> SharedListConfig | None:
+    """How routing lists are made in shared memory. None where that does not serve.
+
+    A share of 16 entries per block or more is written in runs that fill sectors. It is as small as that, so that several programs
+    fit on a multiprocessor.
+    """
+    if n_blocks > MOST_SHARED_BLOCKS or slots > MOST_SHARED_SLOTS or not gpu.is_hopper:
+        return None
+    bins, width = max(next_power_of_2(n_blocks), 32), next_power_of_2(slots)
+    entries = min(max(16 * bins, 1 << 13), 1 << 15)
+    tiles = 2 if width <= 32 and 4 * (5 * bins + entries) <= gpu.shared_memory else 1
+    return SharedListConfig(bins, width, tiles, entries, 16 if entries >= 1 << 14 else 8, max(2048 // width, 32))
 
 
 # ---- forward

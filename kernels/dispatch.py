@@ -67,12 +67,16 @@ def choose_variant(
 
 
 @lru_cache(maxsize=64)
+def gluon_serves(device: torch.device) -> bool:
+    """Whether Gluon kernels run on a device: a Hopper, with a version of Triton that they were compiled with."""
+    return device.type == "cuda" and gpu_of(device).is_hopper and triton.__version__.startswith(TRITON_VERSIONS)
+
+
+@lru_cache(maxsize=64)
 def sm90_serves(device: torch.device, dtype: torch.dtype, dim: int, dim_v: int, block_size: int) -> bool:
     """Whether the Hopper kernels serve aligned tensors of these sizes with int32 entries."""
     return (
-        device.type == "cuda"
-        and gpu_of(device).is_hopper
-        and triton.__version__.startswith(TRITON_VERSIONS)
+        gluon_serves(device)
         and dtype in (torch.bfloat16, torch.float16)
         and dim in _SM90_DIMS
         and dim_v == dim

@@ -6,7 +6,9 @@ Three passes, all on the device:
 2. One cumulative sum over [kv head, block, share] turns the counts into the position of each share's first entry per block.
 3. `scatter_kernel`: each program puts its entries there, in order.
 
-Inside a bin, entries have the order of the selection, (head, token), whatever the sizes of the shares.
+Inside a bin, entries have the order of the selection, (head, token), whatever the sizes of the shares. On Hopper, where all
+blocks fit, a program sorts its share in shared memory (`lists_sm90.py`); elsewhere it sorts batches in registers
+(`lists_kernels.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .configs import ListConfig
+from .configs import ListConfig, SharedListConfig
+from .dispatch import gluon_serves
+from .gpu import Gpu, gpu_of
 from .launch import launch_kernel
 from .lists_kernels import count_kernel, item_kernel, scatter_few_kernel, scatter_kernel
 from .sizes import cdiv, next_power_of_2
@@ -47,6 +51,54 @@ def _counting_sort(
     selected: Tensor, shape: ListShape, entry: Tensor, config: ListConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fill `entry`; return `pointer`, `item_bin`, `item_start`, `item_end`."""
+    shared = None
+    if config.shared_memory and gluon_serves(selected.device):
+        shared = configs.shared_lists(shape.n_blocks, selected.shape[2], gpu_of(selected.device))
+    if shared is not None:
+        return _sort_in_shared_memory(selected, shape, entry, config, shared)
+    return _sort_in_registers(selected, shape, entry, config)
+
+
+def share_entries(entries: int, config: SharedListConfig, gpu: Gpu) -> int:
+    """Entries of a program's share, of `entries` in all: fewer than `config` allows where multiprocessors would be idle.
+
+    Never so few that counts of blocks take more than the entries, nor than the tokens that are sorted at once.
+    """
+    wanted = next_power_of_2(cdiv(entries, configs.SHARES_PER_MULTIPROCESSOR * gpu.multiprocessors))
+    least = max(config.bins, 1 << 10, 32 * config.tiles * config.width)
+    return min(max(wanted, least), config.entries)
+
+
+def _sort_in_shared_memory(
+    selected: Tensor, shape: ListShape, entry: Tensor, config: ListConfig, shared: SharedListConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .lists_sm90 import count_kernel, scatter_kernel  # Gluon is experimental: imported only where it runs
+
+    q_heads, tokens, slots = selected.shape
+    entries = share_entries(q_heads * tokens * shared.width, shared, gpu_of(selected.device))
+    share_tokens = entries // shared.width
+    shares_per_head = cdiv(tokens, share_tokens)
+    grid = (shares_per_head * shape.group_size, shape.kv_heads)
+    sizes = (tokens, shape.n_blocks, shape.group_size, shares_per_head, share_tokens, *selected.stride())
+    constants = {"SLOTS": slots, "WIDTH": shared.width, "BINS": shared.bins}
+    # A zero before the counts makes their inclusive sum the exclusive one, with the total at its end.
+    count = torch.empty(1 + shape.n_bins * grid[0], dtype=torch.int32, device=selected.device)
+    launch_kernel(
+        count_kernel, grid, selected, count, *sizes,
+        **constants, TOKENS=shared.count_tokens, WARPS=shared.count_warps, num_warps=shared.count_warps,
+    )  # fmt: skip
+    begin = torch.cumsum(count, 0, dtype=torch.int32)
+    result = _items(begin, shape, grid[0], entry.numel(), config)
+    launch_kernel(
+        scatter_kernel, grid, selected, begin, entry, *sizes, shape.head_bits, shape.slot_bits,
+        **constants, TILES=shared.tiles, PLACE_BITS=entries.bit_length() - 1, WARPS=shared.warps, num_warps=shared.warps,
+    )  # fmt: skip
+    return result
+
+
+def _sort_in_registers(
+    selected: Tensor, shape: ListShape, entry: Tensor, config: ListConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q_heads, tokens, slots = selected.shape
     n_blocks, group = shape.n_blocks, shape.group_size
     batch = batch_constants(slots, config.entries)

@@ -192,13 +192,13 @@ def forward_variants(chunk: Chunk, merged: Tensor, lse: Tensor) -> Iterator[Vari
 # ---- routing lists
 
 
-def list_changes(n_blocks: int) -> list[dict[str, int]]:
-    """Fields of `ListConfig` that differ from the shipped ones; the first one changes nothing."""
+def list_changes(n_blocks: int) -> list[dict[str, Any]]:
+    """Fields of `ListConfig` that differ from the shipped ones; the first one changes nothing, the others sort in registers."""
     counted = [(1024, 8, 1024), (2048, 4, 1024), (2048, 8, 1024), (4096, 4, 1024), (4096, 8, 1024), (1024, 4, 0)]
     few = [(32, 1, 1024), (32, 2, 1024), (32, 4, 1024), (32, 8, 1024), (64, 4, 1024), (64, 8, 1024), (128, 4, 1024)]
     few += [(128, 8, 1024), (32, 4, 2048), (32, 2, 2048), (32, 1, 4096), (32, 4, 4096)]
     entries = [(1024, 4), (512, 1), (1024, 2), (1024, 8), (512, 2), (1024, 1), (2048, 8), (512, 4)]
-    return [
+    changes: list[dict[str, Any]] = [
         {},
         *({"count_entries": n, "count_warps": warps, "register_bins": bins} for n, warps, bins in counted),
         *(
@@ -211,6 +211,7 @@ def list_changes(n_blocks: int) -> list[dict[str, int]]:
             for (n, warps), programs in itertools.product(entries, [1024, 2048])
         ),
     ]
+    return [{}, *(change | {"shared_memory": False} for change in changes)]
 
 
 def lists(chunk: Chunk) -> Subject:
@@ -227,7 +228,7 @@ def lists(chunk: Chunk) -> Subject:
     )
     made: list[RoutingLists] = []
 
-    def launch(change: dict[str, int]) -> None:
+    def launch(change: dict[str, Any]) -> None:
         made[:] = [route(config=replace(shipped.LISTS, **change))]
 
     variants = (Variant("lists", change, partial(launch, change)) for change in list_changes(shape.n_blocks))

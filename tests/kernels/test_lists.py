@@ -185,11 +185,18 @@ class TestGPU:
             (1, 1, 400, 8, 65536, 16),
             (1, 1, 200, 1500, 2000, 16),
             (2, 1, 300, 100, 200, 64),
+            (2, 1, 3000, 50, 4096, 16),
+            (1, 1, 40000, 1, 8192, 16),
+            (8, 2, 30000, 3, 31, 4096),
             (1, 1, 1, 8, 100, 128),
         ],
     )
     @pytest.mark.parametrize("hot", [False, True])
-    def test_equals_torch(self, q_heads, kv_heads, tokens, topk, n_blocks, block_size, hot):
+    @pytest.mark.parametrize("shared_memory", [True, False])
+    def test_equals_torch(
+        self, q_heads, kv_heads, tokens, topk, n_blocks, block_size, hot, shared_memory, monkeypatch
+    ):  # fmt: skip
+        configure(monkeypatch, shared_memory=shared_memory)
         selected = random_selection(q_heads, tokens, topk, n_blocks, hot=hot)
         check(selected, n_blocks, kv_heads, block_size)
 
