@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,7 @@ import typer
 from torch import Tensor
 
 from moba_cp import CachedTokens, CentroidCache, MoBAConfig, SequenceLayout, moba_attention, moba_attention_cached
-from moba_cp.kernels import triton_backend
+from moba_cp.kernels import configs, triton_backend
 from moba_cp.parallel.head_rows import put_heads, take_heads
 
 from .harness import options
@@ -127,6 +128,12 @@ def keeping_ds() -> list[Tensor]:
     return results
 
 
+def lists_in_registers() -> list[Tensor]:
+    """Routing lists as GPUs other than Hopper make them, of few blocks and of more."""
+    with mock.patch.object(configs, "LISTS", replace(configs.LISTS, shared_memory=False)):
+        return attention([0, 1000], 128, 3, 2, 1, 128, 128) + attention([0, 1200], 16, 3, 2, 1, 64, 64)
+
+
 def decoding() -> list[Tensor]:
     """A prompt, a chunk and single tokens against a cache of two samples, one padded on the left."""
     slots, config, centroids = 700, MoBAConfig(64, 3), CentroidCache()
@@ -184,6 +191,7 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     "blocks of 256, gradients of scores kept": keeping_ds,
     "blocks of 256, Dv unlike D": lambda: attention([0, 900], 256, 2, 2, 1, 128, 64),
     "many slots": lambda: attention([0, 700], 16, 24, 1, 1, 64, 64),
+    "routing lists in registers": lists_in_registers,
     "a selection that is given": lambda: attention([0, 1000], 128, 3, 2, 1, 128, 128, given=True),
     "decoding": decoding,
     "heads in and out": heads,
