@@ -138,7 +138,7 @@ def scatter_kernel(
     tile = place // WIDTH // 32
     bit = gl.full_like(place, 1) << (place // WIDTH % 32)
     block = _blocks(head_selected, first + place // WIDTH, slot, end, selected_token, selected_slot, SLOTS)
-    last_block = block
+    last_block = gl.full_like(block, 0)  # not `block`: Triton would not see that the loop sets it to the last turn's `block`
     last_cursor = gl.full_like(block, 0)
     was_last = block < -1
     for step in range((end - first + TOKENS - 1) // TOKENS):
