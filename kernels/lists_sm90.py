@@ -80,7 +80,7 @@ def _sums_before(x_s, spare_s, BINS: gl.constexpr, WARPS: gl.constexpr):
     SQUARE: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
     EVERY_WARP: gl.constexpr = gl.BlockedLayout([max(ROWS // 32, 1)], [32], [WARPS], [0])
     square_s = x_s._reinterpret(gl.int32, [ROWS, 32], _ROWS)
-    row_s = spare_s._reinterpret(gl.int32, [ROWS], _FLAT)
+    row_s = spare_s.slice(0, ROWS)
     x = square_s.load(SQUARE)
     row_s.store(gl.sum(x, 1))
     barrier()

@@ -45,8 +45,11 @@ class Words:
     def index(self, at: int) -> Words:
         return Words(self.memory[at])
 
+    def slice(self, first: int, length: int) -> Words:
+        return Words(self.memory[first : first + length])
+
     def _reinterpret(self, dtype: object, shape: list[int], layout: object) -> Words:
-        return Words(self.memory[: shape[0]] if len(shape) == 1 else self.memory.view(shape))
+        return Words(self.memory.view(shape))
 
     def _keep_alive(self) -> None:
         pass
