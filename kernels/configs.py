@@ -230,8 +230,8 @@ SHARES_PER_MULTIPROCESSOR = 2
 def shared_lists(n_blocks: int, slots: int, gpu: Gpu) -> SharedListConfig | None:
     """How routing lists are made in shared memory. None where that does not serve.
 
-    A share of 16 entries per block or more is written in runs that fill sectors. It is as small as that, so that several programs
-    fit on a multiprocessor.
+    A share of 16 entries per block is written in runs that fill sectors. It has no more, so that a multiprocessor has several
+    programs, as far as the words of all blocks let it.
     """
     if n_blocks > MOST_SHARED_BLOCKS or slots > MOST_SHARED_SLOTS or not gpu.is_hopper:
         return None

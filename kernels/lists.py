@@ -6,9 +6,9 @@ Three passes, all on the device:
 2. One cumulative sum over [kv head, block, share] turns the counts into the position of each share's first entry per block.
 3. `scatter_kernel`: each program puts its entries there, in order.
 
-Inside a bin, entries have the order of the selection, (head, token), whatever the sizes of the shares. On Hopper, where all
-blocks fit, a program sorts its share in shared memory (`lists_sm90.py`); elsewhere it sorts batches in registers
-(`lists_kernels.py`).
+Inside a bin, entries have the order of the selection, (head, token), whatever the sizes of the shares. On Hopper, with not too
+many blocks and slots (`configs.shared_lists`), a program sorts its share in shared memory (`lists_sm90.py`); elsewhere it sorts
+batches in registers (`lists_kernels.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from .launch import launch_kernel
 from .lists_kernels import count_kernel, item_kernel, scatter_few_kernel, scatter_kernel
 from .sizes import cdiv, next_power_of_2
 from .types import ListShape, RoutingLists, list_shape
+
+MOST_ENTRIES = (1 << 31) - (1 << 20)
+"""A token past the end of a program's share is still less than 2^31."""
 
 
 def batch_constants(slots: int, entries: int) -> dict[str, int]:
@@ -62,7 +65,7 @@ def _counting_sort(
 def share_entries(entries: int, config: SharedListConfig, gpu: Gpu) -> int:
     """Entries of a program's share, of `entries` in all: fewer than `config` allows where multiprocessors would be idle.
 
-    Never so few that counts of blocks take more than the entries, nor than the tokens that are sorted at once.
+    Both count `config.width` entries per row. A share has no fewer than counts (one per block), nor than are sorted at once.
     """
     wanted = next_power_of_2(cdiv(entries, configs.SHARES_PER_MULTIPROCESSOR * gpu.multiprocessors))
     least = max(config.bins, 1 << 10, 32 * config.tiles * config.width)
@@ -155,12 +158,14 @@ def route(
     """See `backend.Backend.route`; `selected` may have any strides.
 
     Raises:
-        ValueError: 2^31 entries or more.
+        ValueError: more entries than `MOST_ENTRIES`.
     """
     config = config or configs.LISTS
     capacity, device = selected.numel(), selected.device
-    if capacity >= 1 << 31:
-        raise ValueError(f"routing lists hold fewer than 2**31 entries, got {tuple(selected.shape)}; split the heads")
+    if capacity > MOST_ENTRIES:
+        raise ValueError(
+            f"routing lists hold at most {MOST_ENTRIES} entries, got {tuple(selected.shape)}; split the heads"
+        )
     small = block_size <= configs.SMALL_BLOCK
     shape = list_shape(
         selected, n_blocks, kv_heads, block_size, config.item_rows_small if small else config.item_rows_large

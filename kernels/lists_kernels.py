@@ -26,7 +26,9 @@ def _batch(
     index = tl.arange(0, ENTRIES)
     token, slot = _token_and_slot(row, index, WIDTH, CHUNKS)
     inside = (index < ENTRIES // WIDTH * WIDTH) & (row + index // WIDTH < end) & (token < tokens) & (slot < SLOTS)
-    block = tl.load(head_selected + token.to(tl.int64) * selected_token + slot * selected_slot, mask=inside, other=-1)
+    block = tl.load(
+        head_selected + token.to(tl.int64) * selected_token + slot.to(tl.int64) * selected_slot, mask=inside, other=-1
+    )
     return block.to(tl.int32)
 
 

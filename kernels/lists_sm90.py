@@ -27,7 +27,7 @@ def _share(selected, share, kv_head, tokens, group, shares_per_head, share_token
 @gluon.jit
 def _blocks(head_selected, token, slot, end, selected_token, selected_slot, SLOTS: gl.constexpr):
     """Selected blocks as int32; -1 for none, in slots from SLOTS on and tokens from `end` on."""
-    at = head_selected + token.to(gl.int64) * selected_token + slot * selected_slot
+    at = head_selected + token.to(gl.int64) * selected_token + slot.to(gl.int64) * selected_slot
     return gl.load(at, mask=(token < end) & (slot < SLOTS), other=-1).to(gl.int32)
 
 
@@ -54,6 +54,7 @@ def count_kernel(
     _, head_selected, first, end = _share(
         selected, share, kv_head, tokens, group, shares_per_head, share_tokens, selected_head
     )
+    gl.static_assert(TOKENS * WIDTH >= 32 * WARPS)  # else several threads would count one entry
     place = gl.arange(0, TOKENS * WIDTH, layout=LINE)
     barrier()
     for at in range(first, end, TOKENS):
@@ -108,8 +109,8 @@ def scatter_kernel(
 
     32 * TILES tokens at a time, every entry sets its token's bit in its block's words, one word per tile of 32 tokens. The bits
     do not depend on the order in which they are set. As a token lists a block once, the bits below its own count the entries
-    before it. The last entry moves the block's cursor on, and empties its words, while the next tokens set bits in other words.
-    A sorted entry is its block, and its place in the share in PLACE_BITS bits.
+    before it. The block's last entry (any would do) moves its cursor on and empties its words, while the next tokens set bits in
+    other words. A sorted entry is its block, and its place in the share in PLACE_BITS bits.
     """
     share = gl.program_id(0)
     kv_head = gl.program_id(1)
@@ -138,7 +139,8 @@ def scatter_kernel(
     tile = place // WIDTH // 32
     bit = gl.full_like(place, 1) << (place // WIDTH % 32)
     block = _blocks(head_selected, first + place // WIDTH, slot, end, selected_token, selected_slot, SLOTS)
-    last_block = gl.full_like(block, 0)  # not `block`: Triton would not see that the loop sets it to the last turn's `block`
+    # Not `block`: Triton would not see that the loop sets it to the last turn's `block`.
+    last_block = gl.full_like(block, 0)
     last_cursor = gl.full_like(block, 0)
     was_last = block < -1
     for step in range((end - first + TOKENS - 1) // TOKENS):

@@ -4,8 +4,9 @@ Gluon stores and loads whole tensors there. With these functions each thread rea
 numbered from the beginning of the program's shared memory. So a kernel that uses them allocates one buffer and nothing else: then
 the buffer begins at word 0. `tests/kernels/test_compile_lists.py` checks that the compiler adds none.
 
-The compiler sees neither reads nor writes. The kernel puts a barrier between accesses of different threads to a word, except that
-any of them may `combine` in any order.
+The compiler sees neither reads nor writes. The kernel puts a barrier between accesses of different threads to a word; only
+`add_to_words` and `set_bits` change words of several threads in any order. Where a tensor has fewer elements than there are
+threads, several hold one element, and each does what is asked: `add_to_words` then adds several times.
 """
 
 from triton.experimental import gluon

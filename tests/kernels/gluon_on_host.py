@@ -95,6 +95,7 @@ class _Language:
     zeros = staticmethod(lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype))
     full_like = staticmethod(torch.full_like)
     static_range = staticmethod(range)
+    static_assert = staticmethod(lambda condition: None)
     sum = staticmethod(lambda x, axis: x.sum(axis, dtype=torch.int32))
     associative_scan = staticmethod(lambda x, axis, combine: x.cumsum(axis, dtype=torch.int32))
     BlockedLayout = SliceLayout = staticmethod(lambda *arguments: None)
@@ -102,6 +103,7 @@ class _Language:
     @staticmethod
     def load(pointer: Pointer, mask: Tensor, other: int) -> Tensor:
         mask, index = torch.broadcast_tensors(mask, pointer.index)
+        assert (index[mask] >= 0).all()
         found = torch.full(index.shape, other, dtype=pointer.memory.dtype)
         found[mask] = pointer.memory[index[mask].long()]
         return found
@@ -111,6 +113,7 @@ class _Language:
         if mask is None:
             pointer.memory[pointer.index] = value
         else:
+            assert (pointer.index[mask] >= 0).all()
             pointer.memory[pointer.index[mask].long()] = value[mask]
 
     def shared_words(self) -> dict[str, Any]:
@@ -118,18 +121,20 @@ class _Language:
 
         def change(combine: Any) -> Any:
             def changed(word: Tensor, value: Tensor, mask: Tensor) -> None:
-                assert (word[mask] >= 0).all(), "numpy would count from the end"
+                assert (word[mask] >= 0).all(), "torch and numpy would count from the end"
                 combine(self._words.view(-1).numpy(), word[mask].numpy(), value[mask].numpy())
 
             return changed
 
         def load_words(word: Tensor, mask: Tensor) -> Tensor:
+            assert (word[mask] >= 0).all()
             found = torch.zeros_like(word)
             found[mask] = self._words.view(-1)[word[mask].long()]
             return found
 
         def put(memory: np.ndarray, at: np.ndarray, value: np.ndarray) -> None:
             memory[at] = value
+            assert (memory[at] == value).all(), "threads store different values into one word"
 
         def count_bits(x: Tensor) -> Tensor:
             return sum(((x >> bit) & 1 for bit in range(32)), torch.zeros_like(x))

@@ -170,6 +170,12 @@ def test_nothing_listed():
     assert empty.item_bin.numel() == empty.entry.numel() == 0
 
 
+def test_too_many_entries():
+    selected = torch.zeros(1, 1, 1, dtype=torch.int16).expand(4, 1 << 20, 512)
+    with pytest.raises(ValueError, match=r"at most 2146435072 entries, got \(4, 1048576, 512\)"):
+        lists.route(selected, n_blocks=1, kv_heads=4, block_size=128)
+
+
 class TestGPU:
     pytestmark = interpreter.gpu
 

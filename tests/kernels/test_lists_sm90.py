@@ -44,10 +44,12 @@ def check(selected, n_blocks, kv_heads):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kv_heads=st.integers(1, 3), group=st.integers(1, 3), tokens=st.integers(1, 900), topk=st.integers(1, 20),
-    n_blocks=st.integers(1, 300), hot=st.booleans(), seed=st.integers(0, 1000),
+    n_blocks=st.integers(1, 300), hot=st.booleans(), shuffled=st.booleans(), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_equals_torch(on_host, kv_heads, group, tokens, topk, n_blocks, hot, seed):
+def test_equals_torch(on_host, kv_heads, group, tokens, topk, n_blocks, hot, shuffled, seed):
     selected = random_selection(kv_heads * group, tokens, topk, n_blocks, seed, hot and n_blocks > 1).cpu()
+    if shuffled:  # slots in another order, -1 among them
+        selected = selected[:, :, torch.randperm(topk, generator=torch.Generator().manual_seed(seed))].int()
     check(selected, n_blocks, kv_heads)
 
 
