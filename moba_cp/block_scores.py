@@ -21,6 +21,7 @@ from .tracing import is_captured, without_numbers
 from .validation import (
     INTEGERS,
     RefusedTogether,
+    check_can_be_saved,
     check_config,
     check_dtype,
     check_layout,
@@ -77,6 +78,7 @@ def block_scores(
                     "a CUDA graph cannot capture block_scores: the values of blocks are checked on the host"
                 )
             _check_values(blocks, config, layout, ranks)
+        check_can_be_saved(torch.is_grad_enabled(), q_gate=q_gate, k_gate=k_gate)
     if inferred:
         like = q_gate.to(accumulate_dtype(q_gate.dtype)).sum(2).t()[:, :, None] + k_gate.sum()
         return like.expand(blocks.shape)
@@ -98,10 +100,13 @@ def block_scores(
     if layout.cp_size > 1:
         sums = _SumOverRanks.apply(sums, ranks, number)
     means = sums / torch.from_numpy(table.length).to(q_gate.device, acc)[:, None, None]
+    means = torch.cat(
+        [means, means.new_zeros(1, *means.shape[1:])]
+    )  # for entries that do not count: NaN of no block, and to none
     place = blocks.long() + first[:, None]
     counted = (blocks >= 0) & (place < own[:, None])
     head = torch.arange(q_gate.shape[1], device=q_gate.device) // (q_gate.shape[1] // k_gate.shape[1])
-    gathered = means[place.masked_fill(~counted, 0), head[:, None, None]]  # [Hs, T, n, Dg]
+    gathered = means[place.masked_fill(~counted, len(table)), head[:, None, None]]  # [Hs, T, n, Dg]
     scores = torch.einsum("thd,htnd->htn", q_gate.to(acc), gathered)
     return scores.masked_fill(~counted, 0)
 

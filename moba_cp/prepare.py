@@ -27,7 +27,7 @@ from .replay import Replays
 from .selection import BY_Q_AND_K, Routing, check_routing, make_routing, place, routing_fact
 from .stages import Stages, is_timed
 from .tracing import is_captured, without_numbers
-from .validation import RefusedTogether, call_facts, check_call, check_capture, check_flags
+from .validation import RefusedTogether, call_facts, check_call, check_can_be_saved, check_capture, check_flags
 
 _captured: dict[int, HomePlan] = {}
 """Plans of calls that CUDA graphs captured, by identity, for the life of the process: replays read their tensors."""
@@ -103,6 +103,7 @@ def prepare(
         and all(x.__class__ is int for x in numbers)
         and all(_is_plain(x) for x in (q, k, v))
         and layout.cp_size == 1
+        and not (gradients and any(x.is_inference() for x in (q, k, v)))
         and (group is None or (isinstance(group, dist.ProcessGroup) and group.size() == 1))
         and not (without_numbers(q, k, v) or is_captured(q) or is_timed())
     )
@@ -120,6 +121,7 @@ def prepare(
     with RefusedTogether(layout, group, q, k, v):
         check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)
         check_flags(check_selection=check_selection, return_selection=return_selection)
+        check_can_be_saved(gradients, q=q, k=k, v=v)
         if selection is not None or routing is not None:
             check_routing(selection, routing, q, k, config)
         if inferred:

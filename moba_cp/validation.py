@@ -125,6 +125,18 @@ def check_call(
     check_placement(q, layout, group)
 
 
+def check_can_be_saved(enabled: bool, **tensors: Tensor) -> None:
+    """If backward will want some of the tensors, autograd can keep all of them. `enabled`: whether gradients are recorded."""
+    if not (enabled and any(x.requires_grad for x in tensors.values())):
+        return
+    for name, x in tensors.items():
+        if x.is_inference():
+            raise ValueError(
+                f"gradients are wanted, and {name} was made under torch.inference_mode(): backward cannot keep it; pass "
+                f"{name}.clone()"
+            )
+
+
 def check_flags(**flags: object) -> None:
     """Each of these arguments is True or False."""
     for name, value in flags.items():

@@ -19,9 +19,9 @@ def integer(name: str, value: int) -> int:
     """`value` as an int.
 
     Raises:
-        TypeError: it is not an integer.
+        TypeError: it is not an integer, or a bool.
     """
-    if not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return operator.index(value)
 
@@ -32,8 +32,6 @@ def positive(name: str, value: int) -> int:
     Raises:
         TypeError, ValueError: it is not such an integer.
     """
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
     number = integer(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
@@ -76,7 +74,7 @@ def host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndarr
         array = cu_seqlens.astype(np.int64)
     else:
         try:
-            array = np.array([operator.index(x) for x in cu_seqlens], dtype=np.int64)
+            array = np.array([integer("cu_seqlens", x) for x in cu_seqlens], dtype=np.int64)
         except OverflowError as error:
             raise ValueError(f"cu_seqlens must fit 64 bits, got {cu_seqlens!r}") from error
         except TypeError as error:

@@ -65,6 +65,30 @@ def test_scores_and_gradients_over_every_layout(cp_size: int) -> None:
             torch.testing.assert_close(whole, expected[n], rtol=1e-12, atol=1e-12)  # fp64 sums in another order
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_reach_only_what_lists_them(bad: float) -> None:
+    """Not the first block, whose place in memory an entry that does not count might take: -1, or the row's own block."""
+    layout = SequenceLayout.contiguous([0, 10, 30], 1)
+    own = torch.cat([torch.arange(10), torch.arange(20)]) // 5
+    blocks = torch.stack([torch.full((30,), -1), own, (own - 1).clamp(min=-1)], 1)[None]
+    for where in ("k_gate", "q_gate"):
+        q_gate, k_gate = (torch.randn(30, 1, 4, dtype=torch.float64) for _ in range(2))
+        {"k_gate": k_gate, "q_gate": q_gate}[where][{"k_gate": 0, "q_gate": 27}[where]] = bad
+        scores = moba_cp.block_scores(q_gate.requires_grad_(), k_gate.requires_grad_(), blocks, CONFIG, layout=layout)
+        scores.sum().backward()
+        assert q_gate.grad is not None
+        assert k_gate.grad is not None
+        reached = {  # rows 5 to 9 list the first block, and row 27 lists rows 20 to 24
+            "k_gate": (scores[0].isfinite().all(1), slice(5, 10), q_gate.grad, slice(5, 10), k_gate.grad, slice(0)),
+            "q_gate": (scores[0].isfinite().all(1), slice(27, 28), q_gate.grad, slice(0), k_gate.grad, slice(20, 25)),
+        }[where]
+        for finite, rows in zip(reached[::2], reached[1::2], strict=True):
+            wrong = ~finite if finite.dim() == 1 else ~finite.isfinite().all(2).all(1)
+            expected = torch.zeros(30, dtype=torch.bool)
+            expected[rows] = True
+            assert torch.equal(wrong, expected), (where, wrong.nonzero().flatten().tolist())
+
+
 def test_the_best_scored_blocks_are_those_that_are_selected() -> None:
     q_gate, k_gate, _, _ = inputs()
     layout, v = SequenceLayout.contiguous(CU, 1), torch.randn(55, 1, 4, dtype=torch.float64)

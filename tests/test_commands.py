@@ -106,6 +106,7 @@ def test_plan_calibrates_from_result_files(tmp_path: Path) -> None:
         ({"--model": "0/0"}, "'0/0'"),
         ({"--block-size": "0"}, "'--block-size'"),
         ({"--block-size": "8"}, "blocks of at least 16 tokens, got D = 128, block size 8"),
+        ({"--block-size": "9" * 20}, "block_size must be at most 4611686018427387904, got 99999999999999999999"),
         ({"--head-dim": "512"}, "heads of at most 256 and blocks of at least 16 tokens, got D = 512"),
         ({"--memory": "0"}, "memory must be positive, got 0"),
         ({"--layers": "0"}, "'--layers'"),

@@ -24,6 +24,11 @@ def blocks(heads: int, tokens: int, count: int, number: int = -1) -> torch.Tenso
     return torch.full((heads, tokens, count), number)
 
 
+def of_inference(*shape: int) -> torch.Tensor:
+    with torch.inference_mode():
+        return zeros(*shape)
+
+
 # What to change of a call that is good on two ranks; the error; and what its message must carry.
 BAD_CALLS: dict[str, tuple[dict, type[Exception], str]] = {
     "q of two dimensions": ({"q": zeros(8, 32)}, ValueError, r"q must have shape .*\(8, 32\)"),
@@ -179,6 +184,11 @@ BAD_CALLS: dict[str, tuple[dict, type[Exception], str]] = {
         {"routing": (zeros(8, 4, 2), zeros(8, 3, 2))},
         ValueError,
         r"heads of q_gate must be a multiple of those of k_gate, got q_gate \(8, 4, 2\), k_gate \(8, 3, 2\)",
+    ),
+    "q of inference mode with gradients": (
+        {"q": of_inference(8, 4, 8), "k": zeros(8, 2, 8).requires_grad_()},
+        ValueError,
+        r"gradients are wanted, and q was made under torch.inference_mode\(\): .* pass q.clone\(\)",
     ),
     "group is a string": ({"group": "cp"}, TypeError, "group must be .* got 'cp'"),
 }

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moba_cp.config import LARGEST_BLOCK
 from moba_cp.parallel.splits import COMMS, check_split
 
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
@@ -227,6 +228,9 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"moba.workspace_gib must be at most {MOST_WORKSPACE_GIB}, got {config.moba.workspace_gib}")
     if not 0 <= config.moba.fraction <= 1:
         raise ValueError(f"moba.fraction must be between 0 and 1, got {config.moba.fraction}")
+    folder = Path(run.name)
+    if not folder.parts or folder.is_absolute() or ".." in folder.parts:
+        raise ValueError(f"run.name must be a folder in run.directory, got {run.name!r}")
     if data.seq_length < 1:
         raise ValueError(f"data.seq_length must be at least 1, got {data.seq_length}")
     for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval", "eval_batches", "token_parts"):
@@ -284,6 +288,8 @@ def _check(config: TrainConfig) -> None:
 def _check_attention(config: TrainConfig) -> None:
     """Raise where the choice of layers does not fit the model, or the split of heads does not fit the ranks."""
     moba, layers = config.moba, config.model.num_layers
+    if moba.block_size > LARGEST_BLOCK:
+        raise ValueError(f"moba.block_size must be at most {LARGEST_BLOCK}, got {moba.block_size}")
     if not 0 <= moba.full_last_layers <= layers:
         raise ValueError(
             f"moba.full_last_layers must be from 0 to model.num_layers={layers}, got {moba.full_last_layers}"

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from ..config import MoBAConfig
 from ..kernels.sizes import LEAST_BLOCK, MOST_DIM
 from ..planning.advice import (
     ALIKE,
@@ -84,6 +85,7 @@ def plan(
             head_dim=head_dim or sizes.head_dim,
             wanted_share=wanted_share,
         )
+        MoBAConfig(layer.block_size, layer.topk)  # refuses what the library would refuse
         if layer.head_dim > MOST_DIM or layer.block_size < LEAST_BLOCK:
             raise ValueError(
                 f"the kernels serve heads of at most {MOST_DIM} and blocks of at least {LEAST_BLOCK} tokens, got D = "

@@ -120,6 +120,9 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
             ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
             "model.num_layers=2 must be a multiple of parallel.pipeline . virtual_pipeline=4",
         ),
+        (["moba.block_size=1" + 24 * "0"], "moba.block_size must be at most 4611686018427387904, got 1" + 24 * "0"),
+        (["run.name="], "run.name must be a folder in run.directory, got ''"),
+        (["run.name=../x"], "run.name must be a folder in run.directory, got '../x'"),
         (["run.token_parts=0"], "run.token_parts must be at least 1, got 0"),
         (
             ["run.token_parts=5", "data.seq_length=192"],

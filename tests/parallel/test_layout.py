@@ -250,5 +250,9 @@ def test_types_of_rank_and_per_document_are_checked() -> None:
     layout = SequenceLayout.contiguous([0, 6], 2)
     with pytest.raises(TypeError, match="rank must be an int, got 'a'"):
         layout.local_indices("a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"cu_seqlens must be .* of ints, got \[False, True\]"):
+        SequenceLayout.zigzag([False, True], 2)
+    with pytest.raises(TypeError, match="rank must be an int, got True"):
+        layout.local_indices(True)
     with pytest.raises(TypeError, match="per_document must be True or False, got 'no'"):
         SequenceLayout.zigzag([0, 6], 2, per_document="no")  # type: ignore[arg-type]
