@@ -95,13 +95,17 @@ class MoBAAttention(nn.Module):
         try:
             layout = self._checked_layout(q, k, v, self.layout if layout is None else layout)
         except (TypeError, ValueError) as error:
-            if self.cp_size > 1 and not torch.compiler.is_compiling() and not sends_nothing(q, k, v):
-                agreement.refuse(self.group, error, q)
+            self._tell(error, q, k, v)
             raise
         if q.dim() != 4:
             return self._attend(q, k, v, config, layout)
         out = self._attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), config, layout)
         return out.unflatten(0, q.shape[:2])
+
+    def _tell(self, error: Exception, *tensors: Tensor) -> None:
+        """Let the other ranks raise too what this one refuses."""
+        if self.cp_size > 1 and not torch.compiler.is_compiling() and not sends_nothing(*tensors):
+            agreement.refuse(self.group, error, tensors[0])
 
     def _checked_layout(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None) -> SequenceLayout:
         """The layout of the inputs, of which what `moba_attention`, which sees flat tokens, would not find is refused."""

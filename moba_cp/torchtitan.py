@@ -51,14 +51,25 @@ class TitanAttention(MoBAAttention):
             `[B, L, Hq, Dv]` in the dtype of `q_BLNH`.
 
         Raises:
-            TypeError, ValueError: an argument asks for what MoBA does not do; or as `MoBAAttention.forward`.
+            TypeError, ValueError: an argument asks for what MoBA does not do, or is refused as by `MoBAAttention.forward`; on
+                every rank.
         """
+        try:
+            config, layout = self._asked(attention_masks, scale, is_causal, other)
+        except (TypeError, ValueError) as error:
+            self._tell(error, q_BLNH, k_BLNH, v_BLNH)
+            raise
+        return self._forward(q_BLNH, k_BLNH, v_BLNH, config, layout)
+
+    def _asked(
+        self, masks: Any, scale: float | None, is_causal: bool, other: dict[str, Any]
+    ) -> tuple[MoBAConfig, SequenceLayout | None]:
         for name, value in other.items():
             if value is not None:
                 raise ValueError(f"MoBA attention has no {name}, got {value!r}")
         if not is_causal:
             raise ValueError("MoBA attention is causal, got is_causal=False")
-        layout = self.layout if attention_masks is None else self._of_documents(attention_masks)
+        layout = self.layout if masks is None else self._of_documents(masks)
         config = self.config
         if scale is not None and scale != config.softmax_scale:
             if config.softmax_scale is not None:
@@ -66,7 +77,7 @@ class TitanAttention(MoBAAttention):
                     f"the model's scale is {scale}, but the configuration's softmax_scale is {config.softmax_scale}"
                 )
             config = replace(config, softmax_scale=scale)
-        return self._forward(q_BLNH, k_BLNH, v_BLNH, config, layout)
+        return config, layout
 
     def _of_documents(self, masks: Any) -> SequenceLayout:
         if self.layout is not None:

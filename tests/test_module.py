@@ -296,6 +296,24 @@ def refusing_module(rank: int, size: int) -> tuple[dict[str, str], Tensor]:
     return errors, module(good, good, good)
 
 
+def refusing_titan(rank: int, size: int) -> tuple[list[str], Tensor]:
+    module, good, errors = TitanAttention(CONFIG, group=dist.group.WORLD), torch.zeros(1, 8, 2, 4), []
+    for options in ({"attention_masks": object()}, {"is_causal": False}, {"score_mod": abs}):
+        with pytest.raises(ValueError) as error:  # the text is looked at below
+            module(good, good, good, **(options if rank else {}))
+        errors.append(str(error.value))
+    return errors, module(good, good, good)
+
+
+def test_what_one_rank_of_torchtitan_refuses_ends_the_others_too() -> None:
+    for errors, out in run_ranks(2, refusing_titan):
+        for text, error in zip(
+            ("must be None or VarlenMetadata", "is causal", "has no score_mod"), errors, strict=True
+        ):
+            assert text in error
+        assert out.shape == (1, 8, 2, 4)
+
+
 def test_what_one_rank_refuses_ends_the_others_too() -> None:
     for errors, out in run_ranks(2, refusing_module):
         for name, (_, text) in REFUSED_ALONE.items():

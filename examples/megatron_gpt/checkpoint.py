@@ -7,6 +7,7 @@ initialisation (no dropout, and the data order follows from the seed), so there 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -146,20 +147,29 @@ def load_latest(
     path = _choose(directory, notes)
     if path is None:
         return None
-    common = dist_checkpointing.load_common_state_dict(str(path))
-    progress = Progress(**common["progress"])
-    if progress.corpus != corpus:
-        raise TrainingError(
-            f"the training text has changed since {path} was saved: resuming would not continue that run"
-        )
-    _compare_sizes(path, common.get("sizes"), sizes, notes)
-    _compare_moba(path, common.get("moba"), moba, allow_moba_change, notes)
+    problem = None
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        progress = Progress(**common["progress"])
+        if progress.corpus != corpus:
+            raise TrainingError(
+                f"the training text has changed since {path} was saved: resuming would not continue that run"
+            )
+        _compare_sizes(path, common.get("sizes"), sizes, notes)
+        _compare_moba(path, common.get("moba"), moba, allow_moba_change, notes)
+    except TrainingError as error:
+        problem = str(error)
+    except (Exception, CheckpointException) as error:  # whatever unpickling damaged bytes raises
+        problem = f"checkpoint {path} is damaged: what it says of the run cannot be read ({_cause(error)!r})"
+    agree(problem)
     _allocate_adam_state(trainer.optimizer)
-    problem, state = None, {}
+    state = {}
     try:
         state = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(path))
     except (CheckpointingException, CheckpointException) as error:  # torch's is no Exception
-        problem = f"checkpoint {path} does not fit this model: {_cause(error)}"
+        cause = _cause(error)
+        is_damage = isinstance(cause, (pickle.UnpicklingError, EOFError))
+        problem = f"checkpoint {path} {'is damaged' if is_damage else 'does not fit this model'}: {cause}"
     agree(problem)
     for number, chunk in enumerate(unwrap_model(trainer.model)):
         chunk.load_state_dict(state[f"model{number}"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -53,16 +54,19 @@ def choose(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, from the one that ``latest`` names downwards, and what the user should know about it.
 
     Raises:
-        ValueError: there is a ``latest``, but no whole checkpoint.
+        ValueError: there is a ``latest``, or a checkpoint, but no whole one.
     """
-    pointer = directory / "latest"
+    pointer, candidates, notes = directory / "latest", _steps(directory), list[str]()
     if not pointer.exists():
-        return None, []
-    name, notes, candidates = pointer.read_text().strip(), [], _steps(directory)
-    if name:
-        candidates = [path for path in candidates if path.name < name] + [directory / name]
+        if not candidates:
+            return None, []
+        notes.append(f"{pointer} is missing")
     else:
-        notes.append(f"{pointer} is empty")
+        name = pointer.read_bytes().decode(errors="replace").strip()
+        if re.fullmatch(r"step_\d+", name):
+            candidates = [path for path in candidates if path.name < name] + [directory / name]
+        else:
+            notes.append(f"{pointer} names {name!r}, which is no checkpoint" if name else f"{pointer} is empty")
     for path in reversed(candidates):
         damage = _damage(path)
         if damage is None:
@@ -83,6 +87,8 @@ def _damage(path: Path) -> str | None:
         sizes = json.loads(manifest.read_text())
     except ValueError:
         return f"{_MANIFEST} cannot be read"
+    if not isinstance(sizes, dict):
+        return f"{_MANIFEST} lists no files"
     for name, size in sizes.items():
         found = (path / name).stat().st_size if (path / name).exists() else 0
         if found != size:

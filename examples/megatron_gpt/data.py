@@ -35,21 +35,23 @@ class Corpus:
 
     @classmethod
     def find(cls, patterns: list[str]) -> Corpus:
-        """Collect files from paths, folders (read recursively) and globs, sorted; no pattern means the Python standard
+        """Collect files from paths, folders (read recursively) and globs, sorted, each once; no pattern means the Python standard
         library's own sources.
 
         Raises:
             FileNotFoundError: a pattern that matches no file with text in it.
         """
-        found: set[Path] = set()
+        found: dict[Path, Path] = {}
         for pattern in patterns or [_standard_library()]:
-            paths = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
+            given = Path(pattern).expanduser()
+            paths = [given] if given.exists() else [Path(p) for p in glob.glob(str(given), recursive=True)]
             files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
-            texts = [f for f in files if f.is_file() and f.stat().st_size and _is_text_path(f)]
+            texts = [f for f in files if f.is_file() and f.stat().st_size and _is_text_path(f, given)]
             if not texts:
                 raise FileNotFoundError(f"no text found at {pattern!r}")
-            found.update(texts)
-        paths = sorted(found)
+            for text in texts:
+                found.setdefault(text.resolve(), text)
+        paths = sorted(found.values())
         return cls(tuple(paths), tuple(p.stat().st_size for p in paths))
 
     def split(self, eval_fraction: float, seed: int) -> tuple[Corpus, Corpus]:
@@ -68,6 +70,9 @@ class Corpus:
         chosen = sorted(indices.tolist())
         return Corpus(tuple(self.paths[i] for i in chosen), tuple(self.sizes[i] for i in chosen))
 
+    def __str__(self) -> str:
+        return f"{len(self.paths):,} documents of {sum(self.sizes):,} bytes ({self.fingerprint[:8]})"
+
     @property
     def total_tokens(self) -> int:
         """Bytes of all documents plus one separator each."""
@@ -84,8 +89,9 @@ def _standard_library() -> str:
     return sysconfig.get_path("stdlib") + "/**/*.py"
 
 
-def _is_text_path(path: Path) -> bool:
-    return not {"site-packages", "dist-packages", "__pycache__"} & set(path.parts)
+def _is_text_path(path: Path, given: Path) -> bool:
+    """Installed packages and compiled files are left out, unless what was given names their folder."""
+    return not ({"site-packages", "dist-packages", "__pycache__"} - set(given.parts)) & set(path.parts)
 
 
 def _permutation(length: int, *seeds: int) -> np.ndarray:

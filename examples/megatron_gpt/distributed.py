@@ -141,6 +141,19 @@ def agree(error: str | None) -> None:
         raise TrainingError(first)
 
 
+def agree_on(what: str, value: str) -> None:
+    """Pass if all ranks bring the same; every rank must call this.
+
+    Raises:
+        TrainingError: they do not; with the values of two ranks, on every rank.
+    """
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise TrainingError(f"ranks have different {what}: rank 0 has {values[0]}, rank {rank} has {other}")
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes that torch has held at once on a GPU since the run started, over all ranks; None on CPU. Every rank must
     call this."""

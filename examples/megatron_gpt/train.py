@@ -88,6 +88,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
     except (OSError, ValueError) as error:
         missing = f"data.paths={data.paths}: {error}"
     distributed.agree(missing)
+    distributed.agree_on("training text", f"{train_corpus}; to evaluate, {eval_corpus}")
     parallel = config.parallel
     sharding = Sharding(
         ranks.dp_rank,

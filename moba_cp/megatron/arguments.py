@@ -105,7 +105,7 @@ def layer_pattern(text: str) -> int | tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected N or a list like ([1]*3+[0])*4, got {text!r}")
     try:
         pattern = eval(text, {"__builtins__": {}})  # digits, brackets, + and * only
-    except (SyntaxError, TypeError, OverflowError, MemoryError) as error:
+    except (SyntaxError, TypeError, IndexError, OverflowError, MemoryError) as error:
         raise argparse.ArgumentTypeError(f"expected N or a list like ([1]*3+[0])*4, got {text!r}") from error
     if not isinstance(pattern, list) or set(pattern) - {0, 1}:
         raise argparse.ArgumentTypeError(f"expected a list of 0 and 1, got {text!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
 from moba_cp.dense import causal_attention
-from moba_cp.validation import COMMS
+from moba_cp.validation import COMMS, RefusedTogether
 
 from .heads import full_comm_of, resolve_head_parallel
 from .layout import sbhd_layout
@@ -158,25 +159,26 @@ class MoBACoreAttention(MegatronModule):
             ``[s / cp, b, heads * d]``, or packed ``[t / cp, heads * d]``, in the dtype of ``query``.
 
         Raises:
-            ValueError: tensors or lengths that do not fit together, a mask, or a bias.
-            TypeError: an unknown keyword argument that carries a value.
+            ValueError: tensors or lengths that do not fit together, a mask, or a bias; on every rank of the group, but with
+                Transformer Engine's attention.
+            TypeError: an unknown keyword argument that carries a value; on the same ranks.
         """
-        self._check_call(query, key, attention_mask, attn_mask_type, attention_bias, extra)
         group, cp_size = self._group(packed_seq_params)
         packed = packed_seq_params if is_packed(packed_seq_params) else None
+        asked = (query, key, attention_mask, attn_mask_type, attention_bias, extra)
         if self._te and not self.computes_moba:
+            self._check_call(*asked)
             if packed is not None and cp_size > 1:
                 self._packed_layout(packed, query.size(0), cp_size)  # refuses a cut that is not named
             mask_type = self._attn_mask_type if attn_mask_type is None else attn_mask_type
             (te,) = self._te
             return te(query, key, value, None, attn_mask_type=mask_type, packed_seq_params=packed_seq_params)
+        with nullcontext() if group is None else RefusedTogether(None, group, query, key, value):
+            self._check_call(*asked)
+            layout = self._layout(query, packed, cp_size)
         if packed is not None:
-            layout = self._packed_layout(packed, query.size(0), cp_size)
             return self._attend(query, key, value, layout, group).flatten(1)
-        if query.dim() != 4:
-            raise ValueError(f"query must be [s / cp, b, heads, d] without packing, got {tuple(query.shape)}")
         length, batch = query.shape[:2]
-        layout = sbhd_layout(length, batch, cp_size, self.partition)
         if batch == 1:
             q_thd, k_thd, v_thd = query.squeeze(1), key.squeeze(1), value.squeeze(1)
             return self._attend(q_thd, k_thd, v_thd, layout, group).flatten(1).unsqueeze(1)
@@ -246,6 +248,13 @@ class MoBACoreAttention(MegatronModule):
             raise ValueError(f"packed_seq_params.local_cp_size={local_size}, but its cp_group has {size} rank(s)")
         resolve_partition(self.config, self._settings, size)  # it may be larger than the layer's own
         return (group, size) if size > 1 else (None, 1)
+
+    def _layout(self, query: torch.Tensor, packed: PackedSeqParams | None, cp_size: int) -> SequenceLayout:
+        if packed is not None:
+            return self._packed_layout(packed, query.size(0), cp_size)
+        if query.dim() != 4:
+            raise ValueError(f"query must be [s / cp, b, heads, d] without packing, got {tuple(query.shape)}")
+        return sbhd_layout(*query.shape[:2], cp_size, self.partition)
 
     def _packed_layout(self, packed: PackedSeqParams, local_tokens: int, cp_size: int) -> SequenceLayout:
         lengths = pack_lengths(packed, self.layer_number, self.training)

@@ -20,6 +20,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from moba_cp import SequenceLayout
+from moba_cp.parallel.layout_input import integer
 
 from .layout import host_integers, packed_layout
 
@@ -42,10 +43,11 @@ class Packing:
                 equal parts; a last sequence of padding alone makes the total fit, where it does not.
 
         Raises:
-            ValueError: a negative length.
+            TypeError, ValueError: a length is no integer, or negative.
         """
+        lengths = [integer("a length", length) for length in lengths]
         if any(length < 0 for length in lengths):
-            raise ValueError(f"lengths must not be negative, got {list(lengths)}")
+            raise ValueError(f"lengths must not be negative, got {lengths}")
         multiple = 2 * cp_size if cp_size > 1 else 1
         padded = [-(-length // multiple) * multiple for length in lengths]
         if missing := -sum(padded) % math.lcm(multiple, cp_size * sequence_shards):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moba_cp.parallel.layout_input import integer
+
 from .core_attention import MoBACoreAttention
 
 
@@ -42,13 +44,13 @@ class MoBASchedule:
         full_from: first step (counted from 1) with full attention; None: never.
 
     Raises:
-        ValueError: ``full_from`` below 1.
+        TypeError, ValueError: ``full_from`` is no integer, or below 1.
     """
 
     full_from: int | None = None
 
     def __post_init__(self) -> None:
-        if self.full_from is not None and self.full_from < 1:
+        if self.full_from is not None and integer("full_from", self.full_from) < 1:
             raise ValueError(f"full_from must be at least 1, got {self.full_from}")
 
     @classmethod

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moba_cp import MoBAConfig
 from moba_cp.dense import COMMS as FULL_ATTENTION_COMMS
+from moba_cp.parallel.layout_input import integer
 from moba_cp.validation import COMMS, check_config, check_integer
 
 from .layout import PACKED_PARTITIONS, PARTITIONS
@@ -47,7 +48,7 @@ class MoBASettings:
         workspace_bytes: as for ``moba_cp.moba_attention``, whose default None stands for.
 
     Raises:
-        TypeError: ``moba`` is no ``MoBAConfig``, or ``workspace_bytes`` no integer.
+        TypeError: ``moba`` is no ``MoBAConfig``, or a number no integer.
         ValueError: an unknown name, or a choice of layers that makes no sense.
     """
 
@@ -64,7 +65,7 @@ class MoBASettings:
 
     def __post_init__(self) -> None:
         check_config(self.moba)
-        if self.full_attention_last_n_layers < 0:
+        if integer("full_attention_last_n_layers", self.full_attention_last_n_layers) < 0:
             raise ValueError(f"full_attention_last_n_layers must not be negative: {self.full_attention_last_n_layers}")
         if self.layer_pattern is not None:
             object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
@@ -80,7 +81,7 @@ class MoBASettings:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if self.head_parallel is not None and self.head_parallel < 1:
+        if self.head_parallel is not None and integer("head_parallel", self.head_parallel) < 1:
             raise ValueError(f"head_parallel must be None or at least 1, got {self.head_parallel}")
         if self.workspace_bytes is not None:
             check_integer("workspace_bytes", self.workspace_bytes, least=1)

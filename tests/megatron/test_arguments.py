@@ -67,7 +67,7 @@ def test_a_frequency_that_leaves_no_moba_layer_is_refused() -> None:
         settings_from_arguments(parse("--moba-layer-freq", "5", num_layers=4))
 
 
-@pytest.mark.parametrize("frequency", ["0", "[2]", "[1]*", "exit()", "(1)", ""])
+@pytest.mark.parametrize("frequency", ["0", "[2]", "[1]*", "[1][5]", "exit()", "(1)", ""])
 def test_other_layer_frequencies_are_refused(frequency: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--moba-layer-freq", frequency)

@@ -82,6 +82,35 @@ def sbhd_on_rank(rank: int, world_size: int, batch: int) -> float:
     return worst
 
 
+def refusing_layer(rank: int, size: int) -> tuple[list[str], float]:
+    """What rank 0 alone refuses; then the error of a good call."""
+    core, good, errors = build(dist.group.WORLD), [x.chunk(2)[rank] for x in random_qkv(48, 1)], []
+    packed = packed_params((0, 13, 30, 33, 33), (0, 16, 36, 40, 44))
+    bad: tuple[dict[str, Any], ...] = (
+        {"attention_mask": torch.zeros(1, 1, 24, 24)},
+        {"attention_bias": torch.zeros(1)},
+        {"unknown": 1},
+        {"packed_seq_params": packed},
+        {"query": good[0][:23]},
+        {"query": good[0][:, 0]},
+    )
+    for change in bad:
+        arguments = dict(zip(("query", "key", "value"), good, strict=True)) | (change if rank == 0 else {})
+        with pytest.raises((TypeError, ValueError)) as error:  # the text is looked at below
+            core(**arguments)
+        errors.append(str(error.value))
+    return errors, sbhd_on_rank(rank, size, 1)
+
+
+def test_what_one_rank_refuses_ends_the_others_too() -> None:
+    texts = ("attention_mask", "attention_bias is not", "unknown", "end at token 44", "23 queries but 24", "must be")
+    for rank, (errors, worst) in enumerate(run_ranks(2, refusing_layer)):
+        for text, error in zip(texts, errors, strict=True):
+            assert text in error, (rank, error)
+            assert rank == 0 or "rank 0 refused its input" in error
+        assert worst < TO_DEFINITION
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_sbhd_equals_the_definition(world_size: int, batch: int) -> None:

@@ -27,7 +27,7 @@ def corpus(tmp_path: Path) -> Corpus:
 
 
 def test_folders_globs_and_files_are_found_once_and_sorted(corpus: Corpus, tmp_path: Path) -> None:
-    again = Corpus.find([str(tmp_path / "*.txt"), str(tmp_path / "03.txt")])
+    again = Corpus.find([str(tmp_path / "*.txt"), str(tmp_path / "03.txt"), f"{tmp_path}/../{tmp_path.name}"])
     assert again == corpus
     assert [p.name for p in corpus.paths] == [f"{n:02}.txt" for n in range(12)]
 
@@ -41,6 +41,18 @@ def test_the_default_is_the_standard_library() -> None:
 def test_nothing_found_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no text found at .*nothing\*"):
         Corpus.find([str(tmp_path / "nothing*")])
+
+
+def test_what_is_there_is_no_glob_and_what_is_named_is_not_skipped(tmp_path: Path) -> None:
+    (tmp_path / "site-packages").mkdir()
+    for name in ("[a].txt", "site-packages/b.txt"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "[a].txt")
+    names = lambda *found: [p.name for p in Corpus.find([str(tmp_path / name) for name in found]).paths]  # noqa: E731
+    assert names("[a].txt") == ["[a].txt"]
+    assert names("") == ["[a].txt"]
+    assert names("site-packages") == ["b.txt"]
+    assert "1 documents of 4 bytes (" in str(Corpus.find([str(tmp_path)]))
 
 
 def test_documents_are_either_for_training_or_for_evaluation(corpus: Corpus) -> None:

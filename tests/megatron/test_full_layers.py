@@ -48,7 +48,13 @@ def test_choices_that_make_no_sense_are_refused(settings: dict, message: str) ->
         MoBASettings(MOBA, **settings)
 
 
-def test_settings_of_no_config_are_refused() -> None:
+def test_settings_of_other_types_are_refused() -> None:
+    for name in ("full_attention_last_n_layers", "head_parallel"):
+        for value in (1.5, True):
+            with pytest.raises(TypeError, match=f"{name} must be an int, got {value}"):
+                MoBASettings(MOBA, **{name: value})
+    with pytest.raises(TypeError, match=r"full_from must be an int, got 2.5"):
+        MoBASchedule(2.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="config must be a MoBAConfig, got dict"):
         MoBASettings({"block_size": 4})  # type: ignore[arg-type]
 

@@ -55,6 +55,8 @@ def test_sequence_parallelism_gets_equal_parts_of_every_ranks_tokens(
 
 
 def test_tensors_and_lengths_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"a length must be an int, got 1.5"):
+        Packing.of([1.5, 2], 2)  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"got \[3, -1\]"):
         Packing.of([3, -1], 2)
     with pytest.raises(ValueError, match=r"has 8 tokens, got a tensor of \(7,\)"):

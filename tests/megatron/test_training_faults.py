@@ -17,12 +17,13 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from examples.megatron_gpt import checkpoint, checkpoint_files, run_folder
+from examples.megatron_gpt import checkpoint, checkpoint_files, distributed, run_folder
 from examples.megatron_gpt.config import load_config
 from examples.megatron_gpt.distributed import TrainingError
 from examples.megatron_gpt.model import sizes_record
 from examples.megatron_gpt.progress import Reporter
 from scripts.harness.training import metrics
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -86,10 +87,21 @@ def test_files_fall_back_past_damage_and_name_it(tmp_path: Path) -> None:
     path, notes = checkpoint_files.choose(tmp_path)
     assert path == tmp_path / "step_2"
     assert notes[0] == f"{tmp_path / 'latest'} is empty"
-    for step in (1, 2):
-        (tmp_path / f"step_{step}" / "weights").unlink()
-    with pytest.raises(ValueError, match=r"is empty.*no whole checkpoint"):
+    for content, what in ((b"\0" * 14, "which is no checkpoint"), (b"\xff\n", "no checkpoint"), (b"..", "names '..'")):
+        (tmp_path / "latest").write_bytes(content)
+        path, notes = checkpoint_files.choose(tmp_path)
+        assert path == tmp_path / "step_2"
+        assert what in notes[0]
+    (tmp_path / "step_2" / "files.json").write_text("null")
+    assert checkpoint_files.choose(tmp_path)[0] == tmp_path / "step_1"
+    (tmp_path / "latest").unlink()
+    path, notes = checkpoint_files.choose(tmp_path)
+    assert path == tmp_path / "step_1"
+    assert notes[0] == f"{tmp_path / 'latest'} is missing"
+    (tmp_path / "step_1" / "weights").unlink()
+    with pytest.raises(ValueError, match=r"is missing.*no whole checkpoint"):
         checkpoint_files.choose(tmp_path)
+    assert checkpoint_files.choose(tmp_path / "nothing") == (None, [])
 
 
 def test_files_keep_the_newest_and_remove_unfinished_ones(tmp_path: Path) -> None:
@@ -175,6 +187,33 @@ def test_resuming_with_other_moba_settings_and_from_a_truncated_checkpoint(tmp_p
     status, output = run(tmp_path, 1, "moba.topk=2", "run.steps=2")
     assert status == 0, output
     assert "run.steps=2 are done: a larger run.steps trains on" in output
+
+
+def disagreeing_rank(rank: int, size: int) -> str:
+    distributed.agree_on("weather", "sun")
+    with pytest.raises(TrainingError) as error:  # the text is looked at below
+        distributed.agree_on("training text", f"{rank} documents")
+    return str(error.value)
+
+
+def test_ranks_with_other_text_refuse_it_together() -> None:
+    text = "ranks have different training text: rank 0 has 0 documents, rank 1 has 1 documents"
+    assert run_ranks(2, disagreeing_rank) == [text, text]
+
+
+@pytest.mark.heavy
+def test_damaged_bytes_are_called_so(tmp_path: Path) -> None:
+    """Files of the right size."""
+    assert run(tmp_path, 1)[0] == 0
+    saved = tmp_path / "a" / "checkpoints" / "step_00000002"
+    for name in ("common.pt", ".metadata"):
+        content = (saved / name).read_bytes()
+        (saved / name).write_bytes(b"\xc2" * len(content))
+        status, output = run(tmp_path, 1, "run.steps=3")
+        assert status
+        assert f"checkpoint{saved}isdamaged" in "".join(output.split()), output
+        assert "Traceback (most recent call last):\n  File" not in output.split("error: ")[0]
+        (saved / name).write_bytes(content)
 
 
 @pytest.mark.heavy
