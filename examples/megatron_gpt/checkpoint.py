@@ -168,7 +168,7 @@ def load_latest(
         state = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(path))
     except (CheckpointingException, CheckpointException) as error:  # torch's is no Exception
         cause = _cause(error)
-        is_damage = isinstance(cause, (pickle.UnpicklingError, EOFError))
+        is_damage = isinstance(cause, (pickle.UnpicklingError, EOFError)) or "metadata read failed" in str(cause)
         problem = f"checkpoint {path} {'is damaged' if is_damage else 'does not fit this model'}: {cause}"
     agree(problem)
     for number, chunk in enumerate(unwrap_model(trainer.model)):
