@@ -100,9 +100,8 @@ def block_scores(
     if layout.cp_size > 1:
         sums = _SumOverRanks.apply(sums, ranks, number)
     means = sums / torch.from_numpy(table.length).to(q_gate.device, acc)[:, None, None]
-    means = torch.cat(
-        [means, means.new_zeros(1, *means.shape[1:])]
-    )  # for entries that do not count: NaN of no block, and to none
+    # One more, of zeros, for entries that do not count: no NaN of a block comes back from them, and none of a row goes to one.
+    means = torch.cat([means, means.new_zeros(1, *means.shape[1:])])
     place = blocks.long() + first[:, None]
     counted = (blocks >= 0) & (place < own[:, None])
     head = torch.arange(q_gate.shape[1], device=q_gate.device) // (q_gate.shape[1] // k_gate.shape[1])
