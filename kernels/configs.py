@@ -163,7 +163,8 @@ class ListConfig:
         item_rows_large: most entries per work item for larger blocks: keys stream past the rows.
         register_bins: at most this many blocks, a program counts in registers; more are counted by atomic adds.
         entries, warps: entries sorted at once by a program. Within one warp nothing waits for a barrier.
-        count_entries, count_warps: entries counted at once by a program.
+        count_entries: entries that a program counts at a time.
+        count_warps: warps of a program that counts.
         few_blocks, few_slots: at most this many blocks and slots, a program keeps a cursor per block in registers and
             sorts nothing.
         few_tokens, few_warps: tokens processed at once by such a program.
@@ -207,7 +208,8 @@ class SharedListConfig:
         tiles: tiles of 32 tokens whose entries find their places at once.
         entries: entries (`width` per row) of a program's share, at most.
         warps: of the program that sorts a share.
-        count_tokens, count_warps: tokens counted at once by a program.
+        count_tokens: tokens that a program counts at a time.
+        count_warps: warps of a program that counts.
     """
 
     bins: int

@@ -17,6 +17,7 @@ from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import named_error, process_group_of
 from .parallel.layout import SequenceLayout
+from .prepare import needs_gradients
 from .tracing import is_captured, without_numbers
 from .validation import (
     INTEGERS,
@@ -78,7 +79,7 @@ def block_scores(
                     "a CUDA graph cannot capture block_scores: the values of blocks are checked on the host"
                 )
             _check_values(blocks, config, layout, ranks)
-        check_can_be_saved(torch.is_grad_enabled(), q_gate=q_gate, k_gate=k_gate)
+        check_can_be_saved(needs_gradients(q_gate, k_gate), q_gate=q_gate, k_gate=k_gate)
     if inferred:
         like = q_gate.to(accumulate_dtype(q_gate.dtype)).sum(2).t()[:, :, None] + k_gate.sum()
         return like.expand(blocks.shape)

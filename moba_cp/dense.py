@@ -109,7 +109,7 @@ def causal_attention(
         if traffic is not None and not isinstance(traffic, Traffic):
             raise TypeError(f"traffic must be a Traffic or None, got {type(traffic).__name__}")
         check_capture(is_captured(q), layout)
-        check_can_be_saved(torch.is_grad_enabled(), q=q, k=k, v=v)
+        check_can_be_saved(needs_gradients(q, k, v), q=q, k=k, v=v)
         if layout.cp_size > 1:
             host()  # refused here, if it cannot be told to the others
     if without_numbers(q, k, v):

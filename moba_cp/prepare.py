@@ -33,9 +33,9 @@ _captured: dict[int, HomePlan] = {}
 """Plans of calls that CUDA graphs captured, by identity, for the life of the process: replays read their tensors."""
 
 
-def needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def needs_gradients(*tensors: Tensor) -> bool:
     """Whether there will be a backward pass."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if isinstance(x, Tensor))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors if isinstance(x, Tensor))
 
 
 @dataclass(frozen=True)

@@ -125,12 +125,10 @@ def check_call(
     check_placement(q, layout, group)
 
 
-def check_can_be_saved(enabled: bool, **tensors: Tensor) -> None:
-    """If backward will want some of the tensors, autograd can keep all of them. `enabled`: whether gradients are recorded."""
-    if not (enabled and any(x.requires_grad for x in tensors.values())):
-        return
+def check_can_be_saved(gradients: bool, **tensors: Tensor) -> None:
+    """If there will be a backward pass (`gradients`), autograd can keep the tensors for it."""
     for name, x in tensors.items():
-        if x.is_inference():
+        if gradients and x.is_inference():
             raise ValueError(
                 f"gradients are wanted, and {name} was made under torch.inference_mode(): backward cannot keep it; pass "
                 f"{name}.clone()"

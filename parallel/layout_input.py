@@ -76,7 +76,7 @@ def host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndarr
         try:
             cu_seqlens = list(cu_seqlens)
             if bool in set(map(type, cu_seqlens)):  # for all at once: lists are long
-                raise TypeError("bools")
+                raise TypeError("a bool is not an int")
             array = np.array([operator.index(x) for x in cu_seqlens], dtype=np.int64)
         except OverflowError as error:
             raise ValueError(f"cu_seqlens must fit 64 bits, got {cu_seqlens!r}") from error

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moba_cp.config import LARGEST_BLOCK
+from moba_cp.config import MoBAConfig
 from moba_cp.parallel.splits import COMMS, check_split
 
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
@@ -288,8 +288,10 @@ def _check(config: TrainConfig) -> None:
 def _check_attention(config: TrainConfig) -> None:
     """Raise where the choice of layers does not fit the model, or the split of heads does not fit the ranks."""
     moba, layers = config.moba, config.model.num_layers
-    if moba.block_size > LARGEST_BLOCK:
-        raise ValueError(f"moba.block_size must be at most {LARGEST_BLOCK}, got {moba.block_size}")
+    try:
+        MoBAConfig(moba.block_size, moba.topk)
+    except ValueError as error:
+        raise ValueError(f"moba.{error}") from None
     if not 0 <= moba.full_last_layers <= layers:
         raise ValueError(
             f"moba.full_last_layers must be from 0 to model.num_layers={layers}, got {moba.full_last_layers}"

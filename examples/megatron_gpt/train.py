@@ -80,7 +80,8 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
     # Text. Every rank reads the same samples and keeps the tokens that are its own.
     missing = None
     try:
-        train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
+        corpus = Corpus.find(data.paths)
+        train_corpus, eval_corpus = corpus.split(data.eval_fraction, run.seed)
         train_text = PackedText(train_corpus, data.seq_length, run.seed)
         eval_text = cache(partial(PackedText, eval_corpus, data.seq_length, run.seed))
         if run.eval_interval or run.routing_interval or run.routing_picture:
@@ -88,7 +89,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
     except (OSError, ValueError) as error:
         missing = f"data.paths={data.paths}: {error}"
     distributed.agree(missing)
-    distributed.agree_on("training text", f"{train_corpus}; to evaluate, {eval_corpus}")
+    distributed.agree_on("training text", str(corpus))
     parallel = config.parallel
     sharding = Sharding(
         ranks.dp_rank,

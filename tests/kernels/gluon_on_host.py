@@ -1,7 +1,7 @@
 """Gluon kernels on the CPU, one program after another and one operation at a time: Gluon has no interpreter.
 
 Tensors are torch's, pointers are `Pointer`s, and layouts mean nothing. All threads do an operation before any does the next, so
-missing barriers do not show. Only what `lists_sm90.py` uses is here.
+missing barriers do not show. Only what tests need is here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from triton.language import constexpr
 
 
 @dataclass
@@ -60,12 +61,26 @@ def run_on_host(kernel: Any, module: ModuleType, grid: tuple[int, ...], argument
     pointers = [Pointer(x.as_strided((_extent(x),), (1,))) if isinstance(x, Tensor) else x for x in arguments]
     for y in range(grid[1]):
         for x in range(grid[0]):
-            language = _Language((x, y), grid)
-            names = vars(module) | language.shared_words() | {"gl": language, "line_layout": lambda warps: None}
-            for name, value in vars(module).items():
-                if hasattr(value, "fn") and name not in language.shared_words():
-                    names[name] = FunctionType(value.fn.__code__, names)
-            FunctionType(kernel.fn.__code__, names)(*pointers, **constants)
+            on_host(kernel, module, (x, y), grid)(*pointers, **constants)
+
+
+def on_host(jitted: Any, module: ModuleType, program: tuple[int, ...] = (0, 0), grid: tuple[int, ...] = (1, 1)) -> Any:
+    """A jitted function of `module` as a Python function, in program `program` of `grid`."""
+    language = _Language(program, grid)
+    ours = language.shared_words() | {"gl": language, "line_layout": _no_layout, "warp_layout": _no_layout}
+    names = vars(module) | ours
+    for name, value in vars(module).items():
+        if name in ours:
+            continue
+        if hasattr(value, "fn"):
+            names[name] = FunctionType(value.fn.__code__, names)
+        elif isinstance(value, constexpr):
+            names[name] = value.value
+    return FunctionType(jitted.fn.__code__, names)
+
+
+def _no_layout(*arguments: Any) -> None:
+    """In place of a function that makes a layout."""
 
 
 def _extent(x: Tensor) -> int:
@@ -96,9 +111,10 @@ class _Language:
     full_like = staticmethod(torch.full_like)
     static_range = staticmethod(range)
     static_assert = staticmethod(lambda condition: None)
+    min = staticmethod(torch.amin)
     sum = staticmethod(lambda x, axis: x.sum(axis, dtype=torch.int32))
     associative_scan = staticmethod(lambda x, axis, combine: x.cumsum(axis, dtype=torch.int32))
-    BlockedLayout = SliceLayout = staticmethod(lambda *arguments: None)
+    BlockedLayout = SliceLayout = staticmethod(_no_layout)
 
     @staticmethod
     def load(pointer: Pointer, mask: Tensor, other: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels import gluon_on_host
 from tests.kernels.list_cases import make_lists
 
 pytest.importorskip("triton.experimental.gluon")
@@ -101,7 +102,7 @@ def test_every_item_of_dq_has_one_program(resident):
 @pytest.mark.parametrize("held_blocks", [[], [0], [3, 4, 5], [0, 9], list(range(10))], ids=str)
 def test_programs_of_dq_take_the_items_of_held_blocks(held_blocks, resident):
     """In order, and no item of blocks that other ranks hold."""
-    held_items, next_item = on_host_lines(dq_sm90._held_items), on_host_lines(dq_sm90._next)
+    held_items, next_item = (gluon_on_host.on_host(f, dq_sm90) for f in (dq_sm90._held_items, dq_sm90._next))
     generator = torch.Generator().manual_seed(resident)
     start = torch.full((2, 10), -1)
     start[:, held_blocks] = 7
@@ -112,37 +113,14 @@ def test_programs_of_dq_take_the_items_of_held_blocks(held_blocks, resident):
         for program in range(programs):
             first, end = on_host(dq_sm90._turns, program, programs)(program, step, per_program, n_items)
             expected = [i for i in range(first, end, step) if bins[i] >= 0 and start[bins[i] // 10, bins[i] % 10] >= 0]
-            items = held_items(first, end, step, Place(bins), Place(start.flatten()), 10, 10, 8)
+            items = held_items(
+                first, end, step, gluon_on_host.Pointer(bins), gluon_on_host.Pointer(start.flatten()), 10, 10, 8
+            )
             assert int((items < end).sum()) == len(expected)
             found = [int(items.min())]
             while found[-1] < end:
-                found.append(next_item(items, found[-1]))
+                found.append(int(next_item(items, found[-1])))
             assert found == [*expected, NO_ITEM]
-
-
-@dataclass
-class Place:
-    """A pointer to some of a tensor's elements."""
-
-    memory: torch.Tensor
-    index: torch.Tensor | int = 0
-
-    def __add__(self, offset: torch.Tensor) -> Place:
-        return Place(self.memory, self.index + offset)
-
-
-def on_host_lines(jitted: Any) -> Callable:
-    """A Gluon function whose tensors of one dimension are torch's, and whose pointers are `Place`s."""
-
-    def load(place: Place, mask: torch.Tensor, other: int) -> torch.Tensor:
-        return torch.where(mask, place.memory[torch.where(mask, place.index, 0)], other)
-
-    language = SimpleNamespace(
-        arange=lambda begin, end, layout: torch.arange(begin, end), load=load, where=torch.where, int64=torch.int64,
-        min=lambda x, axis: int(x.min()), constexpr=int,
-    )  # fmt: skip
-    names = {"_MOST_ITEMS": sizes.MOST_ITEMS_PER_PROGRAM, "_NO_ITEM": NO_ITEM}
-    return FunctionType(jitted.fn.__code__, {"gl": language, "warp_layout": lambda rows, warps: None} | names)
 
 
 def test_rows_of_kept_gradients_are_found_again():

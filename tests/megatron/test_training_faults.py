@@ -101,6 +101,9 @@ def test_files_fall_back_past_damage_and_name_it(tmp_path: Path) -> None:
     (tmp_path / "step_1" / "weights").unlink()
     with pytest.raises(ValueError, match=r"is missing.*no whole checkpoint"):
         checkpoint_files.choose(tmp_path)
+    (tmp_path / "latest").write_text("")
+    with pytest.raises(ValueError, match=r"is empty.*no whole checkpoint"):
+        checkpoint_files.choose(tmp_path)
     assert checkpoint_files.choose(tmp_path / "nothing") == (None, [])
 
 
