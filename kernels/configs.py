@@ -137,7 +137,9 @@ class GateConfig:
     Attributes:
         rows: query rows per tile.
         blocks: centroids per tile.
+        tiles: of all blocks that may be candidates.
         depth: best keys kept per (row, lane).
+        most_registers: of a thread that keeps so many; None: no limit.
         retry_depth: the same where rows that it did not prove are tried again; 0: they are not.
         exact_blocks: centroids per tile of the kernel that needs no proof.
         tma: centroids come by descriptor.
@@ -146,7 +148,9 @@ class GateConfig:
 
     rows: int
     blocks: int
+    tiles: int
     depth: int
+    most_registers: int | None
     retry_depth: int
     exact_blocks: int
     tma: bool
@@ -305,7 +309,13 @@ SM90_HOLD_ROWS = GluonConfig(rows=OWN_TILE, keys=64, num_warps=4)
 
 @lru_cache(maxsize=64)
 def merge(dim: int) -> RowConfig:
-    """Merge of partials: bound by memory; a tile of 2048 elements per slot."""
+    """Merge of partials: bound by memory. One warp and 1024 elements per slot: nothing waits for other warps."""
+    return RowConfig(rows=max(4, 1024 // padded(dim)), num_warps=1, num_stages=3)
+
+
+@lru_cache(maxsize=64)
+def merge_dq(dim: int) -> RowConfig:
+    """Merge of partial dq, which has no weights to compute: 2048 elements per slot."""
     return RowConfig(rows=max(4, 2048 // padded(dim)), num_warps=4, num_stages=3)
 
 
@@ -436,7 +446,10 @@ def gate(dim: int, n_blocks: int, topk: int, gpu: Gpu) -> GateConfig:
     return GateConfig(
         rows=GATE_ROWS,
         blocks=blocks,
+        tiles=tiles,
         depth=min(depth, tiles),
+        # Four programs per multiprocessor. Longer lists or wider heads would spill.
+        most_registers=128 if gpu.is_hopper_or_newer and small and depth <= 3 else None,
         retry_depth=RETRY_DEPTH if retried else 0,
         exact_blocks=64 if small else blocks,
         tma=gpu.is_hopper_or_newer,

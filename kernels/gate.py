@@ -126,6 +126,53 @@ def _insert_two(m1, m2, m3, m4, a, b, DEPTH: tl.constexpr, ASM: tl.constexpr):
     return m1, m2, m3, m4
 
 
+@triton.jit
+def _kth_of_two(a, b, K: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """The key at K of two descending lists together, of which FIRST to LAST may come from `a`.
+
+    With i keys of `a` and K + 1 - i of `b`, the least of these is at most that key, and is that key for one i.
+    """
+    greatest = b[K] if FIRST == 0 else tl.minimum(a[FIRST - 1], b[K - FIRST])
+    for i in tl.static_range(FIRST + 1, LAST + 1):
+        greatest = tl.maximum(greatest, a[K] if i == K + 1 else tl.minimum(a[i - 1], b[K - i]))
+    return greatest
+
+
+@triton.jit
+def _merge_lanes(
+    lists, LENGTH: tl.constexpr, KEPT: tl.constexpr, NEIGHBOURS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):
+    """The KEPT greatest of two lanes' descending lists of LENGTH each, descending: a tuple of `[ROWS, LANES // 2]`.
+
+    Lanes 2i and 2i + 1 (NEIGHBOURS), or i and i + LANES // 2: in the layout of products a thread has all four, so nothing moves.
+    """
+    a = lists[:0]
+    b = lists[:0]
+    for i in tl.static_range(LENGTH):
+        if NEIGHBOURS:
+            x, y = tl.split(tl.reshape(lists[i], [ROWS, LANES // 2, 2]))
+        else:
+            x, y = tl.split(tl.permute(tl.reshape(lists[i], [ROWS, 2, LANES // 2]), (0, 2, 1)))
+        a += (x,)
+        b += (y,)
+    merged = lists[:0]
+    for k in tl.static_range(KEPT):
+        merged += (_kth_of_two(a, b, k, max(k + 1 - LENGTH, 0), min(k + 1, LENGTH)),)
+    return merged
+
+
+@triton.jit
+def _without_first(lists, hit, LENGTH: tl.constexpr, NEEDED: tl.constexpr):
+    """Where `hit`, lists of LENGTH without their first key; only the first NEEDED keys of the results count."""
+    moved = lists[:0]
+    for i in tl.static_range(LENGTH):
+        if i < NEEDED:
+            moved += (tl.where(hit, lists[i + 1] if i + 1 < LENGTH else _GONE, lists[i]),)
+        else:
+            moved += (lists[i],)
+    return moved
+
+
 @triton.jit(do_not_specialize=["n_blocks", "arranged_rows", "q_heads"])
 def arrange_kernel(
     centroids, arranged, counts, n_blocks, c_block, c_head, arranged_rows, q_heads, D: tl.constexpr, D_PADDED: tl.constexpr,
@@ -152,7 +199,8 @@ def _select_tile(
     q, arranged, own_block, first_block, selected, counts, unproved, row, valid, head,
     tokens, q_heads, group, q_token, q_head, arranged_rows,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, DEPTH: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr,
+    BLOCKS: tl.constexpr, DEPTH: tl.constexpr, COMPLETE: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    LISTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     own = tl.load(own_block + row, mask=valid, other=0)
     first = tl.load(first_block + row, mask=valid, other=0)
@@ -216,28 +264,26 @@ def _select_tile(
     m2 |= lane[None, :]
     m3 |= lane[None, :]
     m4 |= lane[None, :]
+    # Without COMPLETE a lane's last key only bounds those that it dropped.
+    tl.static_assert(COMPLETE or DEPTH > 1)
+    USED: tl.constexpr = DEPTH if COMPLETE else DEPTH - 1
+    keys = (m1, m2, m3, m4)
+    dropped = tl.max(keys[DEPTH - 1], 1)
+    lists = _merge_lanes(keys, USED, min(2 * USED, TOPK), True, ROWS, BLOCKS)
+    LENGTH: tl.constexpr = min(4 * USED, TOPK)
+    lists = _merge_lanes(lists, min(2 * USED, TOPK), LENGTH, False, ROWS, BLOCKS // 2)
     chosen = tl.zeros([ROWS, SLOTS], tl.int32)
-    last = tl.max(m1, 1)
+    last = tl.max(lists[0], 1)
     for taken in tl.static_range(TOPK - 1):
-        best = tl.max(m1, 1)
-        hit = m1 == best[:, None]
+        best = tl.max(lists[0], 1)
         chosen = tl.where((slot == SLOTS - 2 - taken)[None, :], best[:, None], chosen)
+        lists = _without_first(lists, lists[0] == best[:, None], LENGTH, TOPK - 1 - taken)
         last = best
-        # A lane's next keys move up, as far as the remaining rounds can look.
-        m1 = tl.where(hit, m2 if DEPTH > 1 else _GONE, m1)
-        if DEPTH > 1 and TOPK - 1 - taken > 1:
-            m2 = tl.where(hit, m3 if DEPTH > 2 else _GONE, m2)
-        if DEPTH > 2 and TOPK - 1 - taken > 2:
-            m3 = tl.where(hit, m4 if DEPTH > 3 else _GONE, m3)
-        if DEPTH > 3 and TOPK - 1 - taken > 3:
-            m4 = tl.where(hit, _GONE, m4)
-
-    tied = (tl.max(m1, 1) | (unit - 1)) == (last | (unit - 1))
-    # Tiles, not the number of candidates: blocks of a tile are exchanged, so DEPTH * BLOCKS candidates that begin inside a tile
-    # may put DEPTH + 1 into one lane.
-    deep = (own - 1) // BLOCKS - first // BLOCKS >= DEPTH
-    exhausted = (tl.min(m1, 1) == _GONE) & deep
-    again = scored & ((tl.max(scale, 1) == 0.0) | tied | exhausted)  # `scale` is here already, in this layout
+    left = tl.max(lists[0], 1)
+    if not COMPLETE:
+        left = tl.maximum(left, dropped)
+    doubtful = (left | (unit - 1)) >= (last | (unit - 1))
+    again = scored & ((tl.max(scale, 1) == 0.0) | doubtful)  # `scale` is here already, in this layout
     chosen &= unit - 1
     chosen = _block_of(before + chosen // BLOCKS, chosen % BLOCKS, BLOCKS)
     chosen = tl.where((slot >= SLOTS - TOPK)[None, :], chosen, -1)
@@ -262,7 +308,8 @@ def gate_kernel(
     q, arranged, own_block, first_block, selected, counts, unproved,
     tokens, q_heads, group, q_token, q_head, arranged_rows,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, DEPTH: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr,
+    BLOCKS: tl.constexpr, DEPTH: tl.constexpr, COMPLETE: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    LISTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One program: the selection of ROWS rows of one q head; with LISTED, of some tiles of ROWS unproved rows.
 
@@ -273,8 +320,10 @@ def gate_kernel(
     share few lanes. Each (row, lane) keeps its DEPTH best keys in order; an insertion is minima and maxima of full tiles.
     A key is the score, rounded to a grid, with the tile's number, counted from 1, and the lane in the low bits, in no more bits
     than this program needs. The grid divides the range that |q| and the largest norm of a centroid leave to scores, so a key is
-    positive. At the end the best key of a row is taken TOPK - 1 times. That is the selection unless
-    - a lane gave away all of its keys and may have dropped others, which takes candidates in more than DEPTH tiles,
+    positive. At the end lanes' lists are merged as far as a thread holds them, and the best key of a row is taken TOPK - 1 times.
+    That is the selection unless
+    - a lane's last key is among the best, and it may have dropped others: not with COMPLETE, where all candidates are in DEPTH
+      tiles,
     - the last key taken and the best key left are one number of the grid, or
     - there is no grid, since the range of scores is not finite, or since squares are too small to bound it. A centroid that is
       not finite does this to all rows of its kv head.
@@ -291,7 +340,7 @@ def gate_kernel(
             _select_tile(
                 q, arranged, own_block, first_block, selected, counts, unproved, row, valid, head,
                 tokens, q_heads, group, q_token, q_head, arranged_rows,
-                TOPK, SLOTS, D, D_PADDED, ROWS, BLOCKS, DEPTH, ASM, STAGES, LISTED, TMA,
+                TOPK, SLOTS, D, D_PADDED, ROWS, BLOCKS, DEPTH, COMPLETE, ASM, STAGES, LISTED, TMA,
             )  # fmt: skip
     else:
         # Later rows usually have more candidates: the longest programs start first. Heads share rows of q in DRAM.
@@ -300,7 +349,7 @@ def gate_kernel(
         _select_tile(
             q, arranged, own_block, first_block, selected, counts, unproved, row, row < tokens, head,
             tokens, q_heads, group, q_token, q_head, arranged_rows,
-            TOPK, SLOTS, D, D_PADDED, ROWS, BLOCKS, DEPTH, ASM, STAGES, LISTED, TMA,
+            TOPK, SLOTS, D, D_PADDED, ROWS, BLOCKS, DEPTH, COMPLETE, ASM, STAGES, LISTED, TMA,
         )  # fmt: skip
 
 
@@ -348,11 +397,13 @@ def select_blocks(q: Tensor, *, centroids: Tensor, rows: QueryRows, topk: int) -
         }  # fmt: skip
         tiles = tile_descriptor(arranged, pair) if config.tma else arranged
         launch_kernel(gate_kernel, (row_tiles * q_heads,),
-            q, tiles, *per_row, *sizes, arranged_rows, **proving, DEPTH=config.depth, LISTED=False
+            q, tiles, *per_row, *sizes, arranged_rows, **proving, DEPTH=config.depth, COMPLETE=config.depth >= config.tiles,
+            LISTED=False, maxnreg=config.most_registers,
         )  # fmt: skip
         if config.retry_depth:
             launch_kernel(gate_kernel, (again_programs,),
-                q, tiles, *per_row, *sizes, arranged_rows, **proving, DEPTH=config.retry_depth, LISTED=True
+                q, tiles, *per_row, *sizes, arranged_rows, **proving, DEPTH=config.retry_depth,
+                COMPLETE=config.retry_depth >= config.tiles, LISTED=True, maxnreg=None,
             )  # fmt: skip
     launch_kernel(gate_exact_kernel, (again_programs,),
         q, centroids, *per_row, *sizes, centroids.stride(0), centroids.stride(1), first_list, **constants,

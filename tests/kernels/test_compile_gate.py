@@ -44,7 +44,8 @@ def kernels(capability: int):
         yield f"arrange {name}", gate.arrange_kernel, element, arranged
         yield f"gate {name}", gate.gate_kernel, element, {**tile, **slots, **variant}
         if config.retry_depth:
-            again = variant | {"DEPTH": config.retry_depth, "LISTED": True}
+            again = variant | {"DEPTH": config.retry_depth, "COMPLETE": config.retry_depth >= config.tiles}
+            again |= {"LISTED": True, "maxnreg": None}
             yield f"gate again {name}", gate.gate_kernel, element, {**tile, **slots, **again}
         exact = {**tile, **slots, "BLOCKS": config.exact_blocks, "LISTED": True}
         yield f"gate exact {name}", gate_exact.gate_exact_kernel, element, exact
@@ -91,7 +92,11 @@ def gate_constants(dim: int, n_blocks: int, topk: int, gpu):
     tile = {"D": dim, "D_PADDED": padded(dim), "ROWS": config.rows, "BLOCKS": config.blocks}
     slots = {"TOPK": topk, "SLOTS": next_power_of_2(topk)}
     variant = {"DEPTH": config.depth, "ASM": True, "STAGES": config.num_stages, "LISTED": False, "TMA": config.tma}
-    variant["num_warps"] = config.num_warps
+    variant |= {
+        "COMPLETE": config.depth >= config.tiles,
+        "num_warps": config.num_warps,
+        "maxnreg": config.most_registers,
+    }
     return tile, slots, variant
 
 
@@ -99,7 +104,7 @@ def usage(kernel, element: str, constants: dict, capability: int) -> dict[str, i
     """Build `kernel`; see `compiling.build`."""
     from tests.kernels import compiling
 
-    options = {key: constants[key] for key in ("num_warps",) if key in constants}
+    options = {key: constants[key] for key in ("num_warps", "maxnreg") if key in constants}
     constants = {key: value for key, value in constants.items() if key not in options}
     elements = dict.fromkeys(("q", "centroids", "arranged", "k", "out", "entry", "listed"), element) | {
         "keys": "i64",

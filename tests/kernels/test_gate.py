@@ -118,9 +118,9 @@ def test_any_row_order(tma, monkeypatch):
 
 
 @interpreter.interpreted
-@pytest.mark.parametrize("retry_depth", [0, 2, 4])
+@pytest.mark.parametrize("retry_depth", [0, 3, 4])
 def test_rows_without_a_proof_are_tried_again(retry_depth, monkeypatch):
-    configure(monkeypatch, depth=1, retry_depth=retry_depth)
+    configure(monkeypatch, depth=2, retry_depth=retry_depth)
     check_small([330], 2, 4, order=np.arange(1, 330, 6))  # the interpreter is slow: every sixth row
     check_small([40, 290], 2, 3, spread=1, dim=4, order=np.arange(1, 330, 6))
 
@@ -140,10 +140,10 @@ def test_regularly_spaced_preferences_are_exact_and_proved(stride):
 
 @interpreter.interpreted
 def test_documents_that_begin_inside_a_tile(monkeypatch):
-    """As many candidates as lanes, but in two tiles with different swizzles: lists of one key may have dropped some."""
-    configure(monkeypatch, depth=1)
+    """Twice as many candidates as lanes, but in three tiles with different swizzles: lists of two keys may have dropped some."""
+    configure(monkeypatch, depth=2)
     first = np.arange(128) % 32
-    assert_equal(*inputs(128, 2, 1, 64, 16, spread=60), rows_of(first + 32, first), 8)
+    assert_equal(*inputs(128, 2, 1, 96, 16, spread=60), rows_of(first + 64, first), 8)
 
 
 @interpreter.interpreted
