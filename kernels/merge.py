@@ -115,7 +115,7 @@ def merge_dq(dq_partials: DqPartials, *, selected: Tensor, dq: Tensor, config: R
     if tokens == 0 or q_heads == 0:
         return
     dim = dq.shape[2]
-    config = config or configs.merge(dim)
+    config = config or configs.merge_dq(dim)
     placed = dq_partials.place is not None
     launch_kernel(merge_dq_kernel, (cdiv(tokens, config.rows), q_heads),
         dq_partials.dq, dq_partials.place if placed else selected, selected, dq, tokens, *selected.stride(), dq.stride(0),

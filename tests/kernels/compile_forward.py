@@ -117,16 +117,15 @@ def build_hopper(dim, block_size, dtype, group=4, heads=1) -> dict[str, dict]:
 
 
 def build_merge(dim, topk, dtype, capability) -> dict[str, dict]:
-    config = configs.merge(dim)
-    common = {"TOPK": topk, "ROWS": config.rows, "STAGES": config.num_stages}
     kernels = {
-        "merge": (merge.merge_kernel, {"DV": dim, "DV_PADDED": padded(dim)}),
-        "merge_dq": (merge.merge_dq_kernel, {"D": dim, "D_PADDED": padded(dim)}),
+        "merge": (merge.merge_kernel, configs.merge(dim), {"DV": dim, "DV_PADDED": padded(dim)}),
+        "merge_dq": (merge.merge_dq_kernel, configs.merge_dq(dim), {"D": dim, "D_PADDED": padded(dim)}),
     }
-    return {
-        name: build(kernel, common | sizes, dtype, capability, config.num_warps)
-        for name, (kernel, sizes) in kernels.items()
-    }
+    built = {}
+    for name, (kernel, config, sizes) in kernels.items():
+        sizes |= {"TOPK": topk, "ROWS": config.rows, "STAGES": config.num_stages}
+        built[name] = build(kernel, sizes, dtype, capability, config.num_warps)
+    return built
 
 
 BUILDERS = {"attend": build_attend, "launched": build_launched, "merge": build_merge}
