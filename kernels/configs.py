@@ -137,12 +137,12 @@ class GateConfig:
     Attributes:
         rows: query rows per tile.
         blocks: centroids per tile.
-        tiles: of all blocks that may be candidates.
+        tiles: tiles that hold all blocks that may be candidates: all but the last one.
         depth: best keys kept per (row, lane).
-        most_registers: of a thread that keeps so many; None: no limit.
         retry_depth: the same where rows that it did not prove are tried again; 0: they are not.
         exact_blocks: centroids per tile of the kernel that needs no proof.
         tma: centroids come by descriptor.
+        most_registers: of a thread that keeps `depth` keys, not `retry_depth`; None: no limit.
         num_warps, num_stages: Triton's.
     """
 
@@ -150,12 +150,16 @@ class GateConfig:
     blocks: int
     tiles: int
     depth: int
-    most_registers: int | None
     retry_depth: int
     exact_blocks: int
     tma: bool
+    most_registers: int | None
     num_warps: int
     num_stages: int
+
+    def is_complete(self, depth: int) -> bool:
+        """Whether no lane drops a key if it keeps `depth` of them."""
+        return depth >= self.tiles
 
 
 @dataclass(frozen=True)
@@ -309,13 +313,13 @@ SM90_HOLD_ROWS = GluonConfig(rows=OWN_TILE, keys=64, num_warps=4)
 
 @lru_cache(maxsize=64)
 def merge(dim: int) -> RowConfig:
-    """Merge of partials: bound by memory. One warp and 1024 elements per slot: nothing waits for other warps."""
+    """Merge of partials: bound by memory. One warp, which waits for no other, and 1024 elements per slot (more if D > 256)."""
     return RowConfig(rows=max(4, 1024 // padded(dim)), num_warps=1, num_stages=3)
 
 
 @lru_cache(maxsize=64)
 def merge_dq(dim: int) -> RowConfig:
-    """Merge of partial dq, which has no weights to compute: 2048 elements per slot."""
+    """Merge of partial dq: as fast with any size, since it computes no weights."""
     return RowConfig(rows=max(4, 2048 // padded(dim)), num_warps=4, num_stages=3)
 
 
@@ -431,16 +435,16 @@ REDONE_ROWS = 0.035
 def gate(dim: int, n_blocks: int, topk: int, gpu: Gpu) -> GateConfig:
     """The gate for heads of `dim` and `n_blocks` blocks in all.
 
-    The depth bounds how many rows have a lane that gave away all of its keys and so are not proved: with independent scores
-    `comb(topk - 1, depth) / blocks^(depth - 1)`, and, as blocks of a tile are exchanged, about as many where preferred
-    blocks are regularly spaced. With as many keys as there are tiles no lane runs out.
+    The depth bounds how many rows are not proved, since one lane has `depth` of their `topk - 1` best keys: with independent
+    scores `comb(topk - 1, depth) / blocks^(depth - 1)`, and, as blocks of a tile are exchanged, about as many where preferred
+    blocks are regularly spaced. With as many keys as there are tiles no lane drops one.
     """
     dim_padded, blocks = padded(dim), GATE_BLOCKS
     depth = 1
     while depth < RETRY_DEPTH and comb(topk - 1, depth) > REDONE_ROWS * blocks ** (depth - 1):
         depth += 1
     tiles = cdiv(n_blocks - 1, blocks)
-    # As many keys as tiles, or as are taken, never run out. Before Hopper the longest lists would spill.
+    # As many keys as tiles, or one more than are taken, prove every row. Before Hopper the longest lists would spill.
     retried = depth < min(RETRY_DEPTH, tiles, topk) and gpu.is_hopper_or_newer
     small = dim_padded <= 128
     return GateConfig(
@@ -448,11 +452,11 @@ def gate(dim: int, n_blocks: int, topk: int, gpu: Gpu) -> GateConfig:
         blocks=blocks,
         tiles=tiles,
         depth=min(depth, tiles),
-        # Four programs per multiprocessor. Longer lists or wider heads would spill.
-        most_registers=128 if gpu.is_hopper_or_newer and small and depth <= 3 else None,
         retry_depth=RETRY_DEPTH if retried else 0,
         exact_blocks=64 if small else blocks,
         tma=gpu.is_hopper_or_newer,
+        # Four programs per multiprocessor. With more keys taken or wider heads it would spill.
+        most_registers=128 if gpu.is_hopper_or_newer and small and depth <= 3 else None,
         num_warps=4 if small or gpu.is_hopper_or_newer else 8,  # with 4 that would spill
         num_stages=3 if n_blocks > LONG_BLOCKS and dim_padded == 128 else 2,
     )

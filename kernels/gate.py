@@ -36,7 +36,7 @@ AGAIN_PROGRAMS_PER_MULTIPROCESSOR = 8
 _EMPTY = tl.constexpr(0)
 """Key of an empty list entry, before its lane is added. Keys of scores are greater, see `gate_kernel`."""
 _GONE = tl.constexpr(-1)
-"""Key of an entry that was taken."""
+"""Key behind the last one of a list, from which others were taken."""
 _MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2^23: the sum with a number of less than 2^22 is rounded to an integer, which its low bits hold."""
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -128,9 +128,9 @@ def _insert_two(m1, m2, m3, m4, a, b, DEPTH: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _kth_of_two(a, b, K: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """The key at K of two descending lists together, of which FIRST to LAST may come from `a`.
+    """The key at K of two descending lists together. Of the K + 1 greatest keys, FIRST to LAST can be keys of `a`.
 
-    With i keys of `a` and K + 1 - i of `b`, the least of these is at most that key, and is that key for one i.
+    The least of i keys of `a` and K + 1 - i of `b` is at most that key, and is that key for at least one i.
     """
     greatest = b[K] if FIRST == 0 else tl.minimum(a[FIRST - 1], b[K - FIRST])
     for i in tl.static_range(FIRST + 1, LAST + 1):
@@ -144,7 +144,7 @@ def _merge_lanes(
 ):
     """The KEPT greatest of two lanes' descending lists of LENGTH each, descending: a tuple of `[ROWS, LANES // 2]`.
 
-    Lanes 2i and 2i + 1 (NEIGHBOURS), or i and i + LANES // 2: in the layout of products a thread has all four, so nothing moves.
+    Lanes 2i and 2i + 1 (NEIGHBOURS), or i and i + LANES // 2. In the layout of products a thread has them all, so nothing moves.
     """
     a = lists[:0]
     b = lists[:0]
@@ -162,14 +162,11 @@ def _merge_lanes(
 
 
 @triton.jit
-def _without_first(lists, hit, LENGTH: tl.constexpr, NEEDED: tl.constexpr):
-    """Where `hit`, lists of LENGTH without their first key; only the first NEEDED keys of the results count."""
+def _without_first(lists, hit, LENGTH: tl.constexpr, KEPT: tl.constexpr):
+    """The first KEPT keys of lists of LENGTH, after their very first one has left where `hit`."""
     moved = lists[:0]
-    for i in tl.static_range(LENGTH):
-        if i < NEEDED:
-            moved += (tl.where(hit, lists[i + 1] if i + 1 < LENGTH else _GONE, lists[i]),)
-        else:
-            moved += (lists[i],)
+    for i in tl.static_range(KEPT):
+        moved += (tl.where(hit, lists[i + 1] if i + 1 < LENGTH else _GONE, lists[i]),)
     return moved
 
 
@@ -264,7 +261,7 @@ def _select_tile(
     m2 |= lane[None, :]
     m3 |= lane[None, :]
     m4 |= lane[None, :]
-    # Without COMPLETE a lane's last key only bounds those that it dropped.
+    # Without COMPLETE a lane's last key only bounds those that it dropped, and is not taken.
     tl.static_assert(COMPLETE or DEPTH > 1)
     USED: tl.constexpr = DEPTH if COMPLETE else DEPTH - 1
     keys = (m1, m2, m3, m4)
@@ -273,16 +270,16 @@ def _select_tile(
     LENGTH: tl.constexpr = min(4 * USED, TOPK)
     lists = _merge_lanes(lists, min(2 * USED, TOPK), LENGTH, False, ROWS, BLOCKS // 2)
     chosen = tl.zeros([ROWS, SLOTS], tl.int32)
-    last = tl.max(lists[0], 1)
     for taken in tl.static_range(TOPK - 1):
         best = tl.max(lists[0], 1)
         chosen = tl.where((slot == SLOTS - 2 - taken)[None, :], best[:, None], chosen)
-        lists = _without_first(lists, lists[0] == best[:, None], LENGTH, TOPK - 1 - taken)
-        last = best
+        lists = _without_first(
+            lists, lists[0] == best[:, None], min(LENGTH, TOPK - taken), min(LENGTH, TOPK - 1 - taken)
+        )
     left = tl.max(lists[0], 1)
     if not COMPLETE:
         left = tl.maximum(left, dropped)
-    doubtful = (left | (unit - 1)) >= (last | (unit - 1))
+    doubtful = (left | (unit - 1)) >= (best | (unit - 1))  # `best` is the last one taken
     again = scored & ((tl.max(scale, 1) == 0.0) | doubtful)  # `scale` is here already, in this layout
     chosen &= unit - 1
     chosen = _block_of(before + chosen // BLOCKS, chosen % BLOCKS, BLOCKS)
@@ -320,10 +317,10 @@ def gate_kernel(
     share few lanes. Each (row, lane) keeps its DEPTH best keys in order; an insertion is minima and maxima of full tiles.
     A key is the score, rounded to a grid, with the tile's number, counted from 1, and the lane in the low bits, in no more bits
     than this program needs. The grid divides the range that |q| and the largest norm of a centroid leave to scores, so a key is
-    positive. At the end lanes' lists are merged as far as a thread holds them, and the best key of a row is taken TOPK - 1 times.
-    That is the selection unless
-    - a lane's last key is among the best, and it may have dropped others: not with COMPLETE, where all candidates are in DEPTH
-      tiles,
+    positive. At the end the lists of four lanes that one thread holds are merged, without each lane's last key, and the best key
+    of a row is taken TOPK - 1 times. That is the selection unless
+    - a lane's last key is not below the last key taken: then the lane may have dropped others. With COMPLETE no lane dropped a
+      key, since there are at most DEPTH tiles of candidates, and the last keys are merged too,
     - the last key taken and the best key left are one number of the grid, or
     - there is no grid, since the range of scores is not finite, or since squares are too small to bound it. A centroid that is
       not finite does this to all rows of its kv head.
@@ -397,13 +394,13 @@ def select_blocks(q: Tensor, *, centroids: Tensor, rows: QueryRows, topk: int) -
         }  # fmt: skip
         tiles = tile_descriptor(arranged, pair) if config.tma else arranged
         launch_kernel(gate_kernel, (row_tiles * q_heads,),
-            q, tiles, *per_row, *sizes, arranged_rows, **proving, DEPTH=config.depth, COMPLETE=config.depth >= config.tiles,
+            q, tiles, *per_row, *sizes, arranged_rows, **proving, DEPTH=config.depth, COMPLETE=config.is_complete(config.depth),
             LISTED=False, maxnreg=config.most_registers,
         )  # fmt: skip
         if config.retry_depth:
             launch_kernel(gate_kernel, (again_programs,),
                 q, tiles, *per_row, *sizes, arranged_rows, **proving, DEPTH=config.retry_depth,
-                COMPLETE=config.retry_depth >= config.tiles, LISTED=True, maxnreg=None,
+                COMPLETE=config.is_complete(config.retry_depth), LISTED=True, maxnreg=None,
             )  # fmt: skip
     launch_kernel(gate_exact_kernel, (again_programs,),
         q, centroids, *per_row, *sizes, centroids.stride(0), centroids.stride(1), first_list, **constants,

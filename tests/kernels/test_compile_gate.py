@@ -36,6 +36,8 @@ def kernels(capability: int):
         (128, 1024, 16, "bf16"),
         (128, 8192, 8, "bf16"),
         (128, 8192, 16, "fp16"),
+        (128, 97, 5, "bf16"),
+        (128, 128, 8, "bf16"),
     ):
         config = configs.gate(dim, n_blocks, topk, gpu)
         tile, slots, variant = gate_constants(dim, n_blocks, topk, gpu)
@@ -44,7 +46,7 @@ def kernels(capability: int):
         yield f"arrange {name}", gate.arrange_kernel, element, arranged
         yield f"gate {name}", gate.gate_kernel, element, {**tile, **slots, **variant}
         if config.retry_depth:
-            again = variant | {"DEPTH": config.retry_depth, "COMPLETE": config.retry_depth >= config.tiles}
+            again = variant | {"DEPTH": config.retry_depth, "COMPLETE": config.is_complete(config.retry_depth)}
             again |= {"LISTED": True, "maxnreg": None}
             yield f"gate again {name}", gate.gate_kernel, element, {**tile, **slots, **again}
         exact = {**tile, **slots, "BLOCKS": config.exact_blocks, "LISTED": True}
@@ -93,7 +95,7 @@ def gate_constants(dim: int, n_blocks: int, topk: int, gpu):
     slots = {"TOPK": topk, "SLOTS": next_power_of_2(topk)}
     variant = {"DEPTH": config.depth, "ASM": True, "STAGES": config.num_stages, "LISTED": False, "TMA": config.tma}
     variant |= {
-        "COMPLETE": config.depth >= config.tiles,
+        "COMPLETE": config.is_complete(config.depth),
         "num_warps": config.num_warps,
         "maxnreg": config.most_registers,
     }
