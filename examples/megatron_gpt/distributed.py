@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from .config import TrainConfig
 PROGRAM = "examples/megatron_gpt/train.py"
 RESERVED_BYTES = int(2.5 * (1 << 30))
 """Memory that torch leaves to NCCL, to buffers that ranks share, and to the CUDA context, where there are several ranks."""
+
+LOCAL_SETTINGS = ("data.paths", "run.directory")
+"""Settings that hosts may have each for itself. The text itself is compared, see `Corpus.fingerprint`."""
 
 
 class TrainingError(ValueError):
@@ -69,7 +73,7 @@ def start(config: TrainConfig) -> Ranks:
 
     Raises:
         RuntimeError: not started by torchrun, no GPU where one was asked for, or more processes than GPUs.
-        ValueError: sizes that do not fit the number of processes.
+        ValueError: sizes that do not fit the number of processes, or other settings on another rank.
     """
     if "LOCAL_RANK" not in os.environ:
         raise RuntimeError(f"start this with torchrun: torchrun --nproc-per-node N {PROGRAM} configs/NAME.yaml")
@@ -93,6 +97,9 @@ def start(config: TrainConfig) -> Ranks:
         # Without device_id: with it, all of Megatron's groups, dozens, would open NCCL communicators now; most are never
         # used.
         dist.init_process_group("nccl", timeout=timeout)
+    sections = asdict(config)
+    settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    agree_on({name: value for name, value in settings.items() if name not in LOCAL_SETTINGS})
     _check_sizes(config, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
@@ -141,17 +148,18 @@ def agree(error: str | None) -> None:
         raise TrainingError(first)
 
 
-def agree_on(what: str, value: str) -> None:
-    """Pass if all ranks bring the same; every rank must call this.
+def agree_on(values: dict[str, Any]) -> None:
+    """Pass if all ranks bring the same values by name; every rank must call this.
 
     Raises:
-        TrainingError: they do not; with the values of two ranks, on every rank.
+        TrainingError: they do not; with the first name and the values of two ranks, on every rank.
     """
-    values: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise TrainingError(f"ranks have different {what}: rank 0 has {values[0]}, rank {rank} has {other}")
+    found: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, values)
+    for name, first in found[0].items():
+        for rank, other in enumerate(found):
+            if other[name] != first:
+                raise TrainingError(f"ranks have different {name}: rank 0 has {first}, rank {rank} has {other[name]}")
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -89,7 +89,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
     except (OSError, ValueError) as error:
         missing = f"data.paths={data.paths}: {error}"
     distributed.agree(missing)
-    distributed.agree_on("training text", str(corpus))
+    distributed.agree_on({"training text": str(corpus)})
     parallel = config.parallel
     sharding = Sharding(
         ranks.dp_rank,

@@ -22,7 +22,7 @@ from examples.megatron_gpt.config import load_config
 from examples.megatron_gpt.distributed import TrainingError
 from examples.megatron_gpt.model import sizes_record
 from examples.megatron_gpt.progress import Reporter
-from scripts.harness.training import metrics
+from scripts.harness.training import hosted_store, metrics, torchrun
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -44,10 +44,13 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def command(folder: Path, processes: int, *overrides: str) -> list[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+def program(folder: Path, *overrides: str) -> list[str]:
     script = [str(ROOT / "examples" / "megatron_gpt" / "train.py"), str(ROOT / "configs" / "quickstart.yaml")]
-    return [*launch, "--nproc-per-node", str(processes), *script, *SMALL, f"run.directory={folder}", *overrides]
+    return [*script, *SMALL, f"run.directory={folder}", *overrides]
+
+
+def command(folder: Path, processes: int, *overrides: str) -> list[str]:
+    return [*torchrun(processes), *program(folder, *overrides)]
 
 
 def run(folder: Path, processes: int, *overrides: str, file_bytes: int | None = None) -> tuple[int, str]:
@@ -193,15 +196,34 @@ def test_resuming_with_other_moba_settings_and_from_a_truncated_checkpoint(tmp_p
 
 
 def disagreeing_rank(rank: int, size: int) -> str:
-    distributed.agree_on("weather", "sun")
+    distributed.agree_on({"weather": "sun"})
     with pytest.raises(TrainingError) as error:  # the text is looked at below
-        distributed.agree_on("training text", f"{rank} documents")
+        distributed.agree_on({"weather": "sun", "training text": f"{rank} documents"})
     return str(error.value)
 
 
 def test_ranks_with_other_text_refuse_it_together() -> None:
     text = "ranks have different training text: rank 0 has 0 documents, rank 1 has 1 documents"
     assert run_ranks(2, disagreeing_rank) == [text, text]
+
+
+def test_ranks_with_other_settings_refuse_them_together(tmp_path: Path) -> None:
+    """Hosts that were started with unlike commands. Folders may differ."""
+    _store, variables = hosted_store(2, 60)
+    began = [
+        subprocess.Popen(
+            [sys.executable, *program(tmp_path / str(rank), f"run.seed={rank}")],
+            env=ENVIRONMENT | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in began:
+        output = process.communicate(timeout=120)[1]
+        assert process.returncode == 1, output
+        assert "quickstart.yaml: ranks have different run.seed: rank 0 has 0, rank 1 has 1" in output
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.heavy
