@@ -19,6 +19,7 @@ from torch import Tensor
 from .chunks import most_at_once, ranges_of
 from .config import DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .decoding import Step, decode, made, most_slots, step_facts, strides_of
+from .derivatives import refuse_transforms
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
 from .kernels.types import COUNT_TILE
 from .outside_graphs import outside_graphs
@@ -269,6 +270,7 @@ def moba_attention_cached(
     """
     if torch.compiler.is_compiling():
         return _outside_the_graph(q, k, v, config, tokens=tokens, centroids=centroids, workspace_bytes=workspace_bytes)
+    refuse_transforms(q=q, k=k, v=v)
     facts = step_facts(q, k, v, config, tokens, workspace_bytes) if tokens.__class__ is CachedTokens else None
     before = centroids._step if centroids.__class__ is CentroidCache else Step()
     strides = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import MoBAConfig
+from .derivatives import refuse_transforms
 from .kernels import Backend, QueryRows, backend_for
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import RankPlan
@@ -71,6 +72,7 @@ def check_routing(
     allowed = ", ".join(f"{name}{'' if name == '1' else f' ({count})'}" for name, count in heads.items())
     if selection is not None:
         check_tensor("selection", selection)
+        refuse_transforms(selection=selection)
         if selection.dtype not in INTEGERS:
             raise TypeError(f"selection must be int16, int32 or int64, got {selection.dtype}")
         _check_place("selection", selection, q)
@@ -86,6 +88,7 @@ def check_routing(
         named = {"q_gate": routing[0], "k_gate": routing[1]}
         for name, x in named.items():
             check_tensor(name, x)
+            refuse_transforms(**{name: x})
             check_dtype(name, x)
             _check_place(name, x, q)
             if x.dim() != 3 or x.shape[0] != q.shape[0] or 0 in x.shape[1:]:

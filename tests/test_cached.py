@@ -197,6 +197,8 @@ def test_refusals() -> None:
         moba_attention_cached(q[:3, :1], k, v, CONFIG, tokens=tokens)
     with pytest.raises(ValueError, match=r"\[samples, queries\] \(4, 1\).*q is \(4, 2, 4, 8\)"):
         moba_attention_cached(q[:, :2], k, v, CONFIG, tokens=tokens)
+    with pytest.raises(TypeError, match="q must not be inside a torch.func transform"):
+        torch.func.vmap(lambda x: moba_attention_cached(x, k, v, CONFIG, tokens=tokens))(q[None, :, :1])
     with pytest.raises(TypeError, match="tokens must be CachedTokens, got NoneType"):
         moba_attention_cached(q[:, :1], k, v, CONFIG, tokens=None)
     with pytest.raises(ValueError, match=r"content must have shape \[4, at most 30\], got \(4, 40\)"):

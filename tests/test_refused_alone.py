@@ -55,6 +55,21 @@ def compiled(rank: int, **bad: Any) -> object:
     return torch.compile(moba_cp.moba_attention, backend="eager")(**good_call(rank) | bad)
 
 
+def mapped(given: Callable[..., object], name: str, x: torch.Tensor) -> Callable[..., object]:
+    """`given(rank, name=x)`, where x is bad inside `torch.func.vmap`."""
+
+    def call(rank: int, **bad: Any) -> object:
+        if bad:
+            return torch.func.vmap(lambda y: given(rank, **{name: y}), randomness="same")(x[None])
+        return given(rank, **{name: x})
+
+    return call
+
+
+def gated(rank: int, *, q_gate: torch.Tensor) -> object:
+    return attention(rank, routing=(q_gate, zeros(8, 2, 8)))
+
+
 META = {"q": zeros(8, 4, 8, device="meta"), "k": zeros(8, 2, 8, device="meta"), "v": zeros(8, 2, 4, device="meta")}
 FP8 = [zeros(8, heads, 8, dtype=torch.float8_e4m3fn) for heads in (4, 2)]
 
@@ -77,6 +92,13 @@ ALONE: dict[str, tuple[Callable[..., object], dict[str, Any], str]] = {
     "group of full attention": (full, {"group": 3}, "group must be a torch.distributed ProcessGroup .* got 3"),
     "group of scores": (scores, {"group": [0, 1]}, r"group must be a torch.distributed ProcessGroup .* got \[0, 1\]"),
     "group in a graph": (compiled, {"group": "cp"}, "group must be a torch.distributed ProcessGroup .* got 'cp'"),
+    "a mapped selection": (
+        mapped(attention, "selection", BLOCKS),
+        {"bad": 1},
+        "selection must not be inside a torch.func",
+    ),
+    "mapped gates": (mapped(gated, "q_gate", zeros(8, 4, 8)), {"bad": 1}, "q_gate must not be inside a torch.func"),
+    "mapped scores": (mapped(scores, "k_gate", zeros(8, 2, 8)), {"bad": 1}, "k_gate must not be inside a torch.func"),
     "no report": (histogram, {"report": None}, "report must be a MoBAReport, got NoneType"),
 }
 
