@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import MoBAConfig
-from .derivatives import first_derivative_only
+from .derivatives import first_derivative_only, refuse_transforms
 from .kernels.torch_backend import accumulate_dtype
 from .outside_graphs import outside_graphs
 from .parallel import agreement, backward_order
@@ -107,7 +107,8 @@ def block_scores(
     counted = (blocks >= 0) & (place < own[:, None])
     head = torch.arange(q_gate.shape[1], device=q_gate.device) // (q_gate.shape[1] // k_gate.shape[1])
     gathered = means[place.masked_fill(~counted, len(table)), head[:, None, None]]  # [Hs, T, n, Dg]
-    scores = torch.einsum("thd,htnd->htn", q_gate.to(acc), gathered)
+    # Not a matrix product: autocast would round its operands, also those of its backward pass.
+    scores = (q_gate.to(acc).transpose(0, 1)[:, :, None] * gathered).sum(-1)
     return scores.masked_fill(~counted, 0)
 
 
@@ -123,6 +124,7 @@ def _check(
     check_layout(layout)
     for name, x in (("q_gate", q_gate), ("k_gate", k_gate), ("blocks", blocks)):
         check_tensor(name, x)
+        refuse_transforms(**{name: x})
         if x.dim() != 3:
             raise ValueError(f"{name} must have three dimensions, got shape {tuple(x.shape)}")
     for name, x in (("q_gate", q_gate), ("k_gate", k_gate)):

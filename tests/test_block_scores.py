@@ -105,6 +105,23 @@ def test_the_best_scored_blocks_are_those_that_are_selected() -> None:
     assert torch.equal(best.blocks[:, :, :-1], wanted)
 
 
+def test_autocast_rounds_nothing() -> None:
+    layout = SequenceLayout.contiguous(CU, 1)
+
+    def run() -> tuple[Tensor, ...]:
+        q_gate, k_gate, blocks, gradient = inputs()
+        gates = [x.float().requires_grad_() for x in (q_gate, k_gate)]
+        scores = moba_cp.block_scores(*gates, blocks, CONFIG, layout=layout)
+        return scores, *torch.autograd.grad(scores, gates, gradient.float())
+
+    plain = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run()
+    for x, y in zip(plain, cast, strict=True):
+        assert x.dtype == y.dtype == torch.float32
+        assert torch.equal(x, y)
+
+
 def refused_on_rank(rank: int, size: int) -> list[str]:
     layout, errors = SequenceLayout.contiguous(CU, size), []
     q_gate, k_gate, blocks = (layout.shard(x, rank, dim) for x, dim in zip(inputs()[:3], (0, 0, 1), strict=True))
