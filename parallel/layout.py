@@ -52,6 +52,7 @@ class SequenceLayout:
         self.partition = partition
         self.description = describe(cu_seqlens, partition)
         self.described = as_tensor(self.description)
+        self.description.flags.writeable = False
         self._ends = cu_seqlens.size
         self._local_tokens: dict[int, int] = {}
 
@@ -135,8 +136,10 @@ class SequenceLayout:
         """The layout with this `description`.
 
         Raises:
-            ValueError: it is no layout's.
+            TypeError, ValueError: it is no layout's.
         """
+        if not isinstance(description, np.ndarray) or description.dtype != np.int64 or description.ndim != 1:
+            raise TypeError(f"description must be a one-dimensional int64 array, got {description!r}")
         if description.size < 2:
             raise ValueError(f"no layout has the description {description.tolist()}")
         size, kind = divmod(int(description[0]), len(Kind))
@@ -183,9 +186,7 @@ class SequenceLayout:
     @property
     def cu_seqlens_array(self) -> np.ndarray:
         """`cu_seqlens` as a read-only int64 array."""
-        ends = self.description[-self._ends :]  # kept once; there is always one
-        ends.flags.writeable = False
-        return ends
+        return self.description[-self._ends :]  # kept once; there is always one
 
     @property
     def total_tokens(self) -> int:
@@ -300,6 +301,7 @@ class SequenceLayout:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.described = as_tensor(self.description)
+        self.description.flags.writeable = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SequenceLayout) and self.digest == other.digest

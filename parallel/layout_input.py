@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 from torch import Tensor, strided
@@ -24,6 +25,12 @@ def integer(name: str, value: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return operator.index(value)
+
+
+def _refuse_bools(values: Iterable[object]) -> None:
+    """Raise TypeError if a value is a bool, which would pass as an int: all types at once, since lists are long."""
+    if {bool, np.bool_} & set(map(type, values)):
+        raise TypeError("a bool is not an int")
 
 
 def positive(name: str, value: int) -> int:
@@ -75,8 +82,7 @@ def host_cu_seqlens(cu_seqlens: Iterable[int] | Tensor | np.ndarray) -> np.ndarr
     else:
         try:
             cu_seqlens = list(cu_seqlens)
-            if bool in set(map(type, cu_seqlens)):  # for all at once: lists are long
-                raise TypeError("a bool is not an int")
+            _refuse_bools(cu_seqlens)
             array = np.array([operator.index(x) for x in cu_seqlens], dtype=np.int64)
         except OverflowError as error:
             raise ValueError(f"cu_seqlens must fit 64 bits, got {cu_seqlens!r}") from error
@@ -102,10 +108,13 @@ def host_runs(rank: int, runs: Sequence[tuple[int, int]] | np.ndarray) -> np.nda
         TypeError, ValueError: they are not pairs of integers.
     """
     with contextlib.suppress(ValueError, TypeError, OverflowError):  # whatever is wrong is named below
+        if not isinstance(runs, np.ndarray):
+            _refuse_bools(chain.from_iterable(runs))
         array = np.array(runs)
         if array.dtype == np.int64 and array.ndim == 2 and array.shape[1] == 2:
             return array
     try:
+        _refuse_bools(x for pair in runs for x in pair)
         array = np.array([[operator.index(a), operator.index(b)] for a, b in runs], dtype=np.int64).reshape(-1, 2)
     except OverflowError as error:
         raise ValueError(f"runs of rank {rank} must fit 64 bits, got {runs!r}") from error

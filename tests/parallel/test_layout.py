@@ -252,7 +252,20 @@ def test_types_of_rank_and_per_document_are_checked() -> None:
         layout.local_indices("a")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"cu_seqlens must be .* of ints, got \[False, True\]"):
         SequenceLayout.zigzag([False, True], 2)
+    with pytest.raises(TypeError, match="cu_seqlens must be .* of ints"):
+        SequenceLayout.zigzag([0, np.True_], 2)
+    with pytest.raises(TypeError, match=r"runs of rank 1 must be .* pairs of ints, got \[\(True, 3\)\]"):
+        SequenceLayout.from_runs([[(0, 1)], [(True, 3)]], [0, 3])
+    with pytest.raises(TypeError, match=r"description must be a one-dimensional int64 array, got \[4, 0, 3\]"):
+        SequenceLayout.from_description([4, 0, 3])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="rank must be an int, got True"):
         layout.local_indices(True)
     with pytest.raises(TypeError, match="per_document must be True or False, got 'no'"):
         SequenceLayout.zigzag([0, 6], 2, per_document="no")  # type: ignore[arg-type]
+
+
+def test_what_describes_a_layout_is_read_only() -> None:
+    layout = SequenceLayout.zigzag([0, 8], 2)
+    for one in (layout, pickle.loads(pickle.dumps(layout))):
+        with pytest.raises(ValueError, match="read-only"):
+            one.description[0] = 77
