@@ -227,9 +227,11 @@ def test_doctor_names_an_environment_that_is_half_set(monkeypatch: pytest.Monkey
     assert output.splitlines()[-1] == "1 problem"
 
 
-def test_doctor_refuses_bad_heads() -> None:
-    for heads, text in (("16", "'16'"), ("32/5", "5 and 32")):
-        status, output = invoke("doctor", "--heads", heads)
+def test_doctor_refuses_bad_sizes() -> None:
+    for option, value, text in (
+        ("--heads", "16", "'16'"), ("--heads", "32/5", "5 and 32"), ("--tokens-per-gpu", "8k", "128K or 10M, got '8k'"),
+    ):  # fmt: skip
+        status, output = invoke("doctor", option, value)
         assert status == 2
         assert text in output
 

@@ -14,15 +14,15 @@ import typer
 
 from .checks import Finding, environment_findings, gpu_findings, version_findings
 from .group_checks import group_findings, join, leave
-from .values import read_heads
+from .values import read_heads, read_tokens
 
 STATUS = {"ok": "  ok  ", "note": " note ", "problem": "PROBLEM"}
 
 
 def doctor(
     tokens_per_gpu: Annotated[
-        int, typer.Option(help="of the call that `auto` is asked about; at most 256 on a CPU", min=1)
-    ] = 131072,
+        str, typer.Option(help="of the call that `auto` is asked about, such as 128K; at most 256 on a CPU")
+    ] = "128K",
     heads: Annotated[str, typer.Option(help="query/kv heads of that call")] = "16/16",
     megabytes: Annotated[
         int, typer.Option(help="size of the transfers that are timed; at most 8 on a CPU", min=1)
@@ -30,7 +30,7 @@ def doctor(
 ) -> None:
     """Look at this machine: one line per finding, and the cure of each problem. Ends with status 1 if there is a problem."""
     try:
-        pair = read_heads(heads)
+        pair, tokens = read_heads(heads), read_tokens(tokens_per_gpu)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -49,7 +49,7 @@ def doctor(
         cure = "start all ranks by torchrun --nproc-per-node <GPUs> -m moba_cp doctor, or unset RANK and WORLD_SIZE"
         fail(findings, "joining the other ranks", error, cure)
     try:
-        findings += group_findings(device, tokens_per_gpu, pair, megabytes << 20)
+        findings += group_findings(device, tokens, pair, megabytes << 20)
         everyone: list[list[Finding]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, findings)
     except (ValueError, RuntimeError) as error:
