@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from .config import DEFAULT_WORKSPACE_BYTES
 from .kernels.sizes import cdiv, kept_ds_bytes
 
 ROW_MULTIPLE = 128
@@ -96,8 +97,9 @@ def most_keeping_ds(
     """Kv heads per range and rows per chunk where backward keeps gradients of scores; `(0, 0)`: it keeps none.
 
     Where all partial results together fit the workspace, it takes no more memory than they would, or with `LONG_ROWS` or more
-    twice as much. Fewer rows of heads together than `LONG_ROWS` would leave a GPU idle, so then it keeps none. Where not even
-    one head fits, its rows come in as few chunks as fit, of equal size but for the last.
+    twice as much. A workspace above the default may be used whole. Fewer rows of some heads together than `LONG_ROWS` would
+    leave a GPU idle, so then it keeps none. Where not even one head fits, its rows come in as few chunks as fit, of equal size
+    but for the last.
 
     Args:
         of_head: bytes of so many rows of one kv head with their gradients of scores; 0 where they cannot be kept.
@@ -106,12 +108,12 @@ def most_keeping_ds(
         rows: query rows.
     """
     most = min(workspace_bytes, MOST_KEPT_BYTES)
-    if together <= workspace_bytes:
+    if together <= workspace_bytes <= DEFAULT_WORKSPACE_BYTES:
         most = min(most, 2 * together if rows >= LONG_ROWS else together)
     whole = of_head(rows)
     if whole and whole <= most:
-        heads = min(kv_heads, most // whole)
-        return (heads, rows) if heads * rows >= LONG_ROWS else (0, 0)
+        heads = cdiv(kv_heads, cdiv(kv_heads, most // whole))  # in ranges of nearly equal size
+        return (heads, rows) if heads == kv_heads or heads * rows >= LONG_ROWS else (0, 0)
     partly = of_head(0)  # bytes of work items that are not full: of any chunk
     if not whole or most <= partly or rows < LONG_ROWS:
         return 0, 0

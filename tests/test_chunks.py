@@ -15,6 +15,7 @@ from moba_cp.chunks import (
     most_at_once,
     most_keeping_ds,
 )
+from moba_cp.config import DEFAULT_WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,19 @@ def test_heads_that_keep_gradients_of_scores(of_head: int, together: int, rows: 
     """With all their rows."""
     found = most_keeping_ds(lambda n: of_head * n // rows, together, 1, 8, rows, 100)
     assert found == (expected, rows if expected else 0)
+
+
+def test_a_workspace_above_the_default_is_used_whole() -> None:
+    """In ranges of nearly equal size, of all heads where rows are few."""
+    whole, more = DEFAULT_WORKSPACE_BYTES // 8, DEFAULT_WORKSPACE_BYTES + 1
+
+    def heads(kv_heads: int, rows: int, workspace: int) -> int:
+        return most_keeping_ds(lambda n: whole * n // rows, 1, 1, kv_heads, rows, workspace)[0]
+
+    assert heads(8, 8192, more) == 8
+    assert heads(9, 8192, more) == 0
+    assert heads(9, LONG_ROWS, more) == 5
+    assert heads(8, 8192, DEFAULT_WORKSPACE_BYTES) == heads(8, LONG_ROWS, DEFAULT_WORKSPACE_BYTES) == 0
 
 
 def chunk(whole: int, together: int, least: int = 0, partly: int = 0) -> int:
