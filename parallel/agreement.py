@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,7 +103,8 @@ class _GroupState:
 
     def learn_life(self, gathered: Tensor) -> None:
         """The ranks' largest number, so that a rank that did not use an earlier life counts like the others."""
-        life = max(int(bytes(row).decode()) for row in gathered[:, _FACTS_BYTES:_WORD_AT].tolist())
+        with _foreign():
+            life = max(int(bytes(row).decode()) for row in gathered[:, _FACTS_BYTES:_WORD_AT].tolist())
         if life != self.life:
             self.life = _lives[self.name] = life
             self.headers.clear()
@@ -196,7 +197,7 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
 
     Raises:
         ValueError: the facts differ, with the values of two ranks; or another rank refused its input.
-        RuntimeError: a rank did not come within the group's timeout.
+        RuntimeError: a rank did not come within the group's timeout, or sent something else.
     """
     group = process_group(group)
     state = _state(group)
@@ -347,7 +348,20 @@ def _facts_differ(gathered: Tensor) -> bool:
 
 def _decode(gathered: Tensor) -> list[dict[str, str]]:
     """The facts of every rank, from headers `[P, bytes]`."""
-    return [json.loads(bytes(row).decode()) for row in gathered[:, :_FACTS_BYTES].tolist()]
+    with _foreign():
+        return [json.loads(bytes(row).decode()) for row in gathered[:, :_FACTS_BYTES].tolist()]
+
+
+@contextlib.contextmanager
+def _foreign() -> Iterator[None]:
+    """Names what it means where headers cannot be read."""
+    try:
+        yield
+    except ValueError:
+        raise RuntimeError(
+            "a rank of the context-parallel group sent what moba_cp does not understand: another collective of this group ran at "
+            "the same time, or the rank has another version of moba_cp"
+        ) from None
 
 
 def compare(facts: list[dict[str, str]]) -> None:

@@ -79,6 +79,21 @@ def test_pull_is_refused_across_hosts() -> None:
         assert started == 1
 
 
+def beside_another_collective(rank: int, size: int) -> str:
+    """Rank 1 gathers something else in the same group, as large as what begins a call."""
+    if rank:
+        foreign = torch.full((1024,), 0x89, dtype=torch.uint8)
+        dist.all_gather_into_tensor(foreign.new_empty(2048), foreign)
+        return ""
+    with pytest.raises(RuntimeError) as error:  # the text is looked at below
+        moba_cp.moba_attention(**good_call(rank))
+    return str(error.value)
+
+
+def test_another_collective_of_the_group_is_named() -> None:
+    assert "another collective of this group ran at the same time" in run_ranks(2, beside_another_collective)[0]
+
+
 def long_disagreement(rank: int, size: int) -> Exception | None:
     """Configurations that differ only in the last digit of a long number."""
     config = MoBAConfig(4, 10**90 + rank)
