@@ -50,7 +50,8 @@ def block_scores(
     `torch.compile` breaks the graph once, at the call.
 
     All ranks of the group call it together, and run its backward together: each adds up the block sums of all ranks,
-    `n_blocks * Hc * Dg` numbers, by one all-reduce. Gathered means take `Hs * T * n * Dg` numbers until backward.
+    `n_blocks * Hc * Dg` numbers, by one all-reduce. Gathered means take `Hs * T * n * Dg` numbers until backward, and
+    their products with `q_gate` as many for a moment.
 
     Args:
         q_gate: `[T, Hs, Dg]`, fp64, fp32, bf16 or fp16, of this rank's tokens.
@@ -166,12 +167,13 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, number: int) -> Tensor:
         ctx.group, ctx.number = group, number
+        ctx.together = backward_order.FailedTogether(group, x.device)
         ctx.linked = True  # linear: its gradient depends on the incoming one only
         return _summed(x, group)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, saved: tuple[()], gradient: Tensor) -> tuple[Tensor, None, None]:
         backward_order.check(ctx.group, ctx.number, gradient.device)
         return _summed(gradient, ctx.group), None, None
 

@@ -6,6 +6,7 @@ walked as a whole. Otherwise the gradients come back as constants, and a gradien
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,23 +46,28 @@ def can_refuse(ctx: Any, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> N
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """`backward` of a `torch.autograd.Function`, with gradients that refuse to be differentiated again.
 
-    Forward calls `can_refuse`. Where it saved other tensors than its inputs, `create_graph=True` is refused at once.
+    Forward calls `can_refuse`. Where it saved other tensors than its inputs, `create_graph=True` is refused at once. `backward`
+    gets the context, the saved tensors and the incoming gradients. What fails before it runs, other ranks are told by
+    `ctx.together`, if forward has set it.
     """
 
     @functools.wraps(backward)
     def refusing(ctx: Any, *incoming: Any) -> Any:
         given = [x for x in incoming if isinstance(x, Tensor)]
-        if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in given):  # as is_grads_batched=True makes them
-            raise RuntimeError("attention of moba_cp takes one gradient at a time, got is_grads_batched=True")
         again = torch.is_grad_enabled()
-        if again and not ctx.linked:
-            raise RuntimeError(f"{_TWICE}; here create_graph=True is refused already")
+        with getattr(ctx, "together", contextlib.nullcontext()):
+            # As is_grads_batched=True makes them.
+            if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in given):
+                raise RuntimeError("attention of moba_cp takes one gradient at a time, got is_grads_batched=True")
+            if again and not ctx.linked:
+                raise RuntimeError(f"{_TWICE}; here create_graph=True is refused already")
+            saved = ctx.saved_tensors  # may have been freed, or changed in place
         with torch.no_grad():
-            gradients = backward(ctx, *incoming)
+            gradients = backward(ctx, saved, *incoming)
         if not again:
             return gradients
         count = sum(isinstance(x, Tensor) for x in gradients)
-        held = [x for x in (*given, *ctx.saved_tensors) if x.requires_grad]
+        held = [x for x in (*given, *saved) if x.requires_grad]
         linked = iter(_Twice.apply(count, *(x for x in gradients if isinstance(x, Tensor)), *held))
         return tuple(next(linked) if isinstance(x, Tensor) else x for x in gradients)
 

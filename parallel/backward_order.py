@@ -136,7 +136,7 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
     order = _order(group)
     order.events += 1
     order.in_backward = True
-    if device.type in AT_ONCE or order.rounds < _ROUNDS_AT_ONCE:
+    if _compares_at_once(order, device):
         with _named(group, f"begin the backward of call {number}"):
             facts = agreement.all_facts(group, {"step": "backward", "number": str(number)}, device)
         if any(of_rank.get("step") != "backward" for of_rank in facts):
@@ -150,6 +150,35 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
     order.untold = True
     if len(order.numbers) < _SHOWN:
         order.numbers.append(number)
+
+
+def _compares_at_once(order: _Order, device: torch.device) -> bool:
+    return device.type in AT_ONCE or order.rounds < _ROUNDS_AT_ONCE
+
+
+class FailedTogether:
+    """Context in which what fails on one rank before `check` (RuntimeError), all ranks of the group raise there, if they compare
+    numbers at once. Others find it out as they find a different order.
+
+    Args:
+        group, device: as for `check`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self._group, self._device = group, device
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        group = process_group(self._group)
+        if not isinstance(error, RuntimeError) or not _compares_at_once(_order(group), self._device):
+            return
+        order = _order(group)
+        order.events += 1
+        order.in_backward = True
+        with contextlib.suppress(RuntimeError):  # the others do not come: this rank's own error is raised
+            agreement.all_facts(group, {"refused": f"{type(error).__name__}: {error}"}, self._device)
 
 
 def _read(group: dist.ProcessGroup, order: _Order, told: _Told, device: torch.device) -> None:

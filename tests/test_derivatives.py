@@ -79,6 +79,45 @@ def test_several_ranks(function: Callable[[int, int], None]) -> None:
         run_ranks(2, function)
 
 
+def fails_alone(rank: int, size: int) -> list[str]:
+    """What rank 1 does wrong in backward, and rank 0 does not: both raise, and the group works on."""
+    layout = moba_cp.SequenceLayout.zigzag([0, 80], size)
+
+    def run(comm: str, wrong: Callable[[Tensor, list[Tensor]], object]) -> str:
+        inputs = [x.requires_grad_() for x in tensors()]
+        if comm == "full attention":
+            out = causal_attention(*inputs, None, layout=layout)
+        else:
+            out = moba_cp.moba_attention(*inputs, CONFIG, layout=layout, comm=comm)
+        with pytest.raises((RuntimeError, ValueError)) as error:  # the text is looked at below
+            wrong(out, inputs) if rank else torch.autograd.grad(out.sum(), inputs)
+        return str(error.value)
+
+    def again(out: Tensor, inputs: list[Tensor]) -> None:
+        torch.autograd.grad(out, inputs, torch.ones(2, *out.shape, dtype=out.dtype), is_grads_batched=True)
+
+    def changed(out: Tensor, inputs: list[Tensor]) -> None:
+        with torch.no_grad():
+            inputs[1].mul_(2)
+        out.sum().backward()
+
+    def graph(out: Tensor, inputs: list[Tensor]) -> None:
+        torch.autograd.grad(out.sum(), inputs, create_graph=True)
+
+    found = [run(comm, wrong) for comm in ("ring", "full attention") for wrong in (again, changed)]
+    found += [run("a2a", wrong) for wrong in (again, graph)]
+    inputs = [x.requires_grad_() for x in tensors()]
+    moba_cp.moba_attention(*inputs, CONFIG, layout=layout).sum().backward()
+    return found
+
+
+def test_a_backward_that_fails_on_one_rank_ends_the_others_too() -> None:
+    first, second = run_ranks(2, fails_alone)
+    assert ["is_grads_batched" in x or "create_graph" in x or "inplace" in x for x in second] == [True] * 6
+    for told, own in zip(first, second, strict=True):
+        assert told.startswith(f"rank 1 refused its input: RuntimeError: {own[:60]}")
+
+
 def test_transforms_of_torch_func(attention: Callable[..., Tensor]) -> None:
     q, k, v = tensors()
     batch = [x.expand(2, *x.shape) for x in (q, k, v)]
