@@ -167,13 +167,13 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, number: int) -> Tensor:
         ctx.group, ctx.number = group, number
-        ctx.together = backward_order.FailedTogether(group, x.device)
+        ctx.together = backward_order.BackwardRefusedTogether(group, x.device)
         ctx.linked = True  # linear: its gradient depends on the incoming one only
         return _summed(x, group)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, saved: tuple[()], gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         backward_order.check(ctx.group, ctx.number, gradient.device)
         return _summed(gradient, ctx.group), None, None
 

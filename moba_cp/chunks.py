@@ -112,8 +112,10 @@ def most_keeping_ds(
         most = min(most, 2 * together if rows >= LONG_ROWS else together)
     whole = of_head(rows)
     if whole and whole <= most:
-        heads = cdiv(kv_heads, cdiv(kv_heads, most // whole))  # in ranges of nearly equal size
-        return (heads, rows) if heads == kv_heads or heads * rows >= LONG_ROWS else (0, 0)
+        heads = min(kv_heads, most // whole)
+        if heads < kv_heads and heads * rows < LONG_ROWS:
+            return 0, 0
+        return cdiv(kv_heads, cdiv(kv_heads, heads)), rows  # in ranges of nearly equal size
     partly = of_head(0)  # bytes of work items that are not full: of any chunk
     if not whole or most <= partly or rows < LONG_ROWS:
         return 0, 0

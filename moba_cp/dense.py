@@ -173,7 +173,7 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v = (unit_stride(x) for x in (q, k, v))
         ctx.call = call
         if call.whole.size > 1:
-            ctx.together = backward_order.FailedTogether(call.whole.group, q.device)
+            ctx.together = backward_order.BackwardRefusedTogether(call.whole.group, q.device)
         if call.wide is not None:
             out, saved = wide_dense_forward(call.wide, partial(_attend, call), q, k, v)
         else:
@@ -185,9 +185,9 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, saved: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        dout = dout.contiguous()
+        saved, dout = ctx.saved_tensors, dout.contiguous()
         if call.whole.size > 1:
             backward_order.check(call.whole.group, call.number, dout.device)
         if call.wide is not None:

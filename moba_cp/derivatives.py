@@ -46,9 +46,8 @@ def can_refuse(ctx: Any, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> N
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """`backward` of a `torch.autograd.Function`, with gradients that refuse to be differentiated again.
 
-    Forward calls `can_refuse`. Where it saved other tensors than its inputs, `create_graph=True` is refused at once. `backward`
-    gets the context, the saved tensors and the incoming gradients. What fails before it runs, other ranks are told by
-    `ctx.together`, if forward has set it.
+    Forward calls `can_refuse`. Where it saved other tensors than its inputs, `create_graph=True` is refused at once. Other
+    ranks are told of what is refused here by `ctx.together`, if forward has set it.
     """
 
     @functools.wraps(backward)
@@ -61,13 +60,12 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
                 raise RuntimeError("attention of moba_cp takes one gradient at a time, got is_grads_batched=True")
             if again and not ctx.linked:
                 raise RuntimeError(f"{_TWICE}; here create_graph=True is refused already")
-            saved = ctx.saved_tensors  # may have been freed, or changed in place
         with torch.no_grad():
-            gradients = backward(ctx, saved, *incoming)
+            gradients = backward(ctx, *incoming)
         if not again:
             return gradients
         count = sum(isinstance(x, Tensor) for x in gradients)
-        held = [x for x in (*given, *saved) if x.requires_grad]
+        held = [x for x in (*given, *ctx.saved_tensors) if x.requires_grad]
         linked = iter(_Twice.apply(count, *(x for x in gradients if isinstance(x, Tensor)), *held))
         return tuple(next(linked) if isinstance(x, Tensor) else x for x in gradients)
 

@@ -156,9 +156,9 @@ def _compares_at_once(order: _Order, device: torch.device) -> bool:
     return device.type in AT_ONCE or order.rounds < _ROUNDS_AT_ONCE
 
 
-class FailedTogether:
-    """Context in which what fails on one rank before `check` (RuntimeError), all ranks of the group raise there, if they compare
-    numbers at once. Others find it out as they find a different order.
+class BackwardRefusedTogether:
+    """Context in which what one rank refuses before `check` (RuntimeError), all ranks of the group raise there, if they compare
+    numbers at once; else they wait for it. Nothing that communicates may run inside.
 
     Args:
         group, device: as for `check`.
@@ -171,10 +171,12 @@ class FailedTogether:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        group = process_group(self._group)
-        if not isinstance(error, RuntimeError) or not _compares_at_once(_order(group), self._device):
+        if not isinstance(error, RuntimeError):
             return
+        group = process_group(self._group)
         order = _order(group)
+        if not _compares_at_once(order, self._device):
+            return
         order.events += 1
         order.in_backward = True
         with contextlib.suppress(RuntimeError):  # the others do not come: this rank's own error is raised

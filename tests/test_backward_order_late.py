@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -355,3 +356,22 @@ def inference_and_training(rank: int, size: int) -> bool:
 
 def test_messages_are_shared_with_inference_mode() -> None:
     assert run_ranks(2, inference_and_training) == [True, True]
+
+
+def recomputed_out_of_order(rank: int, size: int) -> str:
+    """Calls of unlike sizes, whose recomputations would not even exchange tensors of one size."""
+    with late(rounds_at_once=4) as group:
+        outs = []
+        for tokens in (80, 160):
+            layout = SequenceLayout.zigzag([0, tokens], size)
+            attend = partial(moba_cp.moba_attention, config=CONFIG, layout=layout, group=group, comm="ring")
+            x = torch.ones(layout.local_tokens(rank), 2, 8, requires_grad=True)
+            outs.append(checkpoint(attend, x, x, x, use_reentrant=False))
+        with pytest.raises(ValueError, match=DIFFERENT) as error:
+            outs[1 - rank].sum().backward()
+        return str(error.value)
+
+
+def test_orders_are_compared_before_anything_is_recomputed() -> None:
+    first, second = run_ranks(2, recomputed_out_of_order)
+    assert first == second
