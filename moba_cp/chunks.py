@@ -97,9 +97,9 @@ def most_keeping_ds(
     """Kv heads per range and rows per chunk where backward keeps gradients of scores; `(0, 0)`: it keeps none.
 
     Where all partial results together fit the workspace, it takes no more memory than they would, or with `LONG_ROWS` or more
-    twice as much. A workspace above the default may be used whole. Fewer rows of some heads together than `LONG_ROWS` would
-    leave a GPU idle, so then it keeps none. Where not even one head fits, its rows come in as few chunks as fit, of equal size
-    but for the last.
+    twice as much. A workspace above the default may be used whole. Where not all heads fit, and those that do have fewer rows
+    together than `LONG_ROWS`, a GPU would be idle, so then it keeps none. Where not even one head fits, its rows come in as few
+    chunks as fit, of equal size but for the last.
 
     Args:
         of_head: bytes of so many rows of one kv head with their gradients of scores; 0 where they cannot be kept.

@@ -25,6 +25,7 @@ from moba_cp.config import DEFAULT_WORKSPACE_BYTES
         (50, 101, LONG_ROWS // 2, 2),  # partial results come in ranges anyway
         (50, 101, LONG_ROWS // 2 - 1, 0),  # two heads are not work enough
         (1, 101, LONG_ROWS // 8, 8),
+        (14, 101, LONG_ROWS // 7 + 1, 4),  # seven fit, and are work enough: two ranges of four
         (25, 75, LONG_ROWS // 3 + 1, 3),  # partial results fit: no more memory than they take
         (25, 74, LONG_ROWS // 3 + 1, 0),
         (50, 100, LONG_ROWS, 2),
