@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import moba_cp
 from moba_cp.dense import causal_attention
+from tests.gpu_ranks import run_gpu_ranks
 from tests.ranks import run_ranks
 
 LAYOUT, CONFIG = moba_cp.SequenceLayout.contiguous([0, 13, 40], 1), moba_cp.MoBAConfig(8, 3)
@@ -19,9 +22,9 @@ ATTENTIONS = {
 }
 
 
-def tensors(**settings: bool) -> list[Tensor]:
+def tensors(device: str = "cpu", **settings: bool) -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(40, heads, 4, dtype=torch.float64, **settings) for heads in (4, 2, 2)]
+    return [torch.randn(40, heads, 4, dtype=torch.float64, device=device, **settings) for heads in (4, 2, 2)]
 
 
 @pytest.fixture(params=ATTENTIONS)
@@ -79,34 +82,43 @@ def test_several_ranks(function: Callable[[int, int], None]) -> None:
         run_ranks(2, function)
 
 
-def refuses_alone(rank: int, size: int) -> list[str]:
+def refuses_alone(rank: int, size: int, device: str = "cpu") -> list[str]:
     """What rank 1 asks of backward, and rank 0 does not: both raise, and the group works on."""
     layout = moba_cp.SequenceLayout.zigzag([0, 80], size)
 
     def run(comm: str, wrong: Callable[[Tensor, list[Tensor]], object]) -> str:
-        inputs = [x.requires_grad_() for x in tensors()]
+        inputs, group = [x.requires_grad_() for x in tensors(device)], dist.new_group()
         if comm == "full attention":
-            out = causal_attention(*inputs, None, layout=layout)
+            out = causal_attention(*inputs, None, layout=layout, group=group)
         else:
-            out = moba_cp.moba_attention(*inputs, CONFIG, layout=layout, comm=comm)
+            out = moba_cp.moba_attention(*inputs, CONFIG, layout=layout, group=group, comm=comm)
         with pytest.raises((RuntimeError, ValueError)) as error:  # the text is looked at below
             wrong(out, inputs) if rank else torch.autograd.grad(out.sum(), inputs)
+        moba_cp.moba_attention(*inputs, CONFIG, layout=layout, group=group).sum().backward()
+        assert all(x.grad.isfinite().all() for x in inputs)
         return str(error.value)
 
     def again(out: Tensor, inputs: list[Tensor]) -> None:
-        torch.autograd.grad(out, inputs, torch.ones(2, *out.shape, dtype=out.dtype), is_grads_batched=True)
+        torch.autograd.grad(out, inputs, out.new_ones(2, *out.shape), is_grads_batched=True)
 
     def graph(out: Tensor, inputs: list[Tensor]) -> None:
         torch.autograd.grad(out.sum(), inputs, create_graph=True)
 
-    found = [*(run(comm, again) for comm in ("ring", "full attention", "a2a")), run("a2a", graph)]
-    inputs = [x.requires_grad_() for x in tensors()]
-    moba_cp.moba_attention(*inputs, CONFIG, layout=layout).sum().backward()
-    return found
+    return [*(run(comm, again) for comm in ("ring", "full attention", "a2a")), run("a2a", graph)]
 
 
-def test_a_backward_that_one_rank_refuses_ends_the_others_too() -> None:
-    first, second = run_ranks(2, refuses_alone)
+def on_gpu(rank: int, size: int, path: Path) -> None:
+    torch.save(refuses_alone(rank, size, "cuda"), path / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_backward_that_one_rank_refuses_ends_the_others_too(device: str, tmp_path: Path) -> None:
+    """Before four rounds of a group; later on GPUs the others wait for the rank."""
+    if device == "cuda":
+        run_gpu_ranks(2, on_gpu, tmp_path)
+        first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    else:
+        first, second = run_ranks(2, refuses_alone)
     assert ["is_grads_batched" in x or "create_graph" in x for x in second] == [True] * 4
     for told, own in zip(first, second, strict=True):
         assert told.startswith(f"rank 1 refused its input: RuntimeError: {own[:60]}")
