@@ -185,6 +185,7 @@ def _two_gpus(content: dict[str, Any]) -> Figures:
     two, single = (one(content["runs"], **run, gpus=gpus)["profile"] for gpus in (2, 1))
     dq_alone = kernel_ms(single, "dq_kernel")
     long = one(content["runs"], label="pull, inputs in host memory")
+    full = one(content["runs"], label="inputs in host memory")
     names = {"gate": "gate", "forward": "forward", "backward": "backward", "merge": "merges"}
     stages = [f"{name} {_whole(two['by_stage'][x])} for {_whole(single['by_stage'][x])}" for x, name in names.items()]
     before, after = (x["by_category"]["attention"] for x in (single, two))
@@ -196,6 +197,7 @@ def _two_gpus(content: dict[str, Any]) -> Figures:
         "host": f"{long['peak_memory_by_part']['host']:.0f} GiB",
         "kept": f"{long['peak_memory_by_part']['kept']:.0f} GiB",
         "first_step": f"{long['seconds'][0]:.0f} s",
+        "faster_1m": f"{full['step_seconds'] / long['step_seconds']:.1f} times",
     }
 
 

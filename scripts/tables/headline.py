@@ -32,8 +32,15 @@ def headline(scaling: dict[str, Any], training: dict[str, Any]) -> str:
             f"training step, {run['parameters'] / 1e9:.1f}B, {attention_name(run['attention']).removeprefix('MoBA ')}"
         )
         where = f"{run['tokens_per_step']:,} tokens, {run['gpus']} {short_device(training['about']['device'])}"
-        lines.append(f"| {what}, {where} | not measured | **{run['step_seconds']:.1f} s** | |")
+        alike = [r for r in runs if r["attention"].startswith("full") and _training(r) == _training(run)]
+        full = f"{alike[0]['step_seconds']:.1f} s" if alike else "not measured"
+        faster = f" {alike[0]['step_seconds'] / run['step_seconds']:.1f}x" if alike else ""
+        lines.append(f"| {what}, {where} | {full} | **{run['step_seconds']:.1f} s** |{faster} |")
     return "\n".join(lines)
+
+
+def _training(run: dict[str, Any]) -> tuple[int, int, int]:
+    return run["parameters"], run["tokens_per_step"], run["gpus"]
 
 
 def _layers(scaling: dict[str, Any]) -> list[str]:

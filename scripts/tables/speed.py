@@ -34,7 +34,7 @@ def speed_table(content: dict[str, Any]) -> str:
     checked = _checked(content["runs"])
     lines = [
         f"{_measured_on(content)} MFU counts MoBA as what it computes and recomputation not at all. "
-        f"*Busy*: time that the GPU works, of a profiled step.{CHECKED if checked else ''}",
+        f"*Busy*: time that the GPU works in a profiled step, over a step's time; the profiler delays the host.{CHECKED if checked else ''}",
         "",
         "| layers | attention | GPUs | parameters | tokens a step | step | tokens/s | MFU | busy | peak GiB per GPU |"
         + " errors |" * checked,
@@ -52,12 +52,19 @@ def speed_table(content: dict[str, Any]) -> str:
             f"{run['step_seconds']:.2f} s",
             f"{run['tokens_per_second']:,.0f}",
             f"{run['mfu']:.1%}" if run["mfu"] else "-",
-            f"{run['profile']['busy']:.0%}" if "profile" in run else "-",
+            f"{_busy(run):.0%}" if "profile" in run else "-",
             f"{run['peak_memory_gib']:.1f}" if run["peak_memory_gib"] else "-",
             *[_errors(run)] * checked,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _busy(run: dict[str, Any]) -> float:
+    """GPU time of the profiled step over the time of a step without the profiler."""
+    profile = run["profile"]
+    busy: float = profile["busy"] * profile["step_ms"] / 1e3 / run["step_seconds"]
+    return min(1.0, busy)
 
 
 def _checked(runs: list[dict[str, Any]]) -> bool:
@@ -78,7 +85,7 @@ def gpus_table(content: dict[str, Any], others: dict[str, Any] | None = None) ->
     its estimate.
 
     A run on several GPUs is compared with the one on one GPU that has its parameters, attention, settings and tokens per GPU; it
-    may be among the runs of `others`.
+    may be among the runs of `others`. Full attention is not: its work per token grows with the tokens.
     """
     checked = _checked(content["runs"])
     lines = [
@@ -93,7 +100,8 @@ def gpus_table(content: dict[str, Any], others: dict[str, Any] | None = None) ->
     known = [*(others or {"runs": []})["runs"], *runs]  # of equal ones the last counts, which is of the same file
     alone = {_per_gpu(run): run["tokens_per_second"] for run in known if "error" not in run and run["gpus"] == 1}
     for run in runs:
-        one = alone.get(_per_gpu(run)) if run["gpus"] > 1 else None
+        compared = run["gpus"] > 1 and run["attention"].startswith("moba")
+        one = alone.get(_per_gpu(run)) if compared else None
         estimate = run["peak_memory_by_part"]["estimated_peak"]
         tokens = run["tokens_per_step"]
         cells = [

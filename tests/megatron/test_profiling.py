@@ -15,7 +15,7 @@ import typer
 
 from examples.megatron_gpt.profiling import Span, category, shares
 from scripts import training_speed
-from scripts.tables import speed
+from scripts.tables import headline, speed
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,26 @@ def test_table_of_one_gpu_and_several() -> None:
     both = more | {"overrides": ["parallel.context=2", "data.seq_length=2048"]}
     (line,) = speed.gpus_table({"about": about, "runs": [both]}, {"runs": [alone, hybrid]}).splitlines()[4:]
     assert "| 1.90x |" in line
-    rows = speed.step_rows({"about": about, "runs": [both, both | {"attention": "full:1:0", "step_seconds": 9.0}]})
+    full = both | {"attention": "full:1:0", "step_seconds": 9.0}
+    rows = speed.step_rows({"about": about, "runs": [both, full]})
     assert rows == ["| training step, 1M, (512, 8), 2K tokens, pull, 2 GPU | 9.00 s | **1.00 s** | 9.0x |"]
+    (line,) = speed.gpus_table(
+        {"about": about, "runs": [full]}, {"runs": [alone | {"attention": "full:1"}]}
+    ).splitlines()[4:]
+    assert "| 9.00 s | 190 |  |" in line  # not against one GPU: its work per token grows
+
+    # The longest step, beside full attention of as many tokens on as many GPUs whatever its label.
+    empty = {"device": "NVIDIA GPU", "baselines": [], "results": []}
+    for runs, cells in (
+        ([both, run], "not measured | **1.0 s** | |"),
+        ([run, full | {"gpus": 1}, both, full | {"label": "ring"}], "9.0 s | **1.0 s** | 9.0x |"),
+    ):
+        row = headline.headline(empty, {"about": about, "runs": runs}).splitlines()[-1]
+        assert row == f"| training step, 0.0B, (512, 8), 2,048 tokens, 2 GPU | {cells}"
+
+    # The profiler delays the host: GPU time counts, over the time of a step without it.
+    profile = {"busy": 0.5, "step_ms": 1600.0}
+    assert "| 80% |" in speed.speed_table({"about": about, "runs": [run | {"profile": profile}]})
 
 
 def test_what_an_attention_asks_for() -> None:
