@@ -34,7 +34,8 @@ def speed_table(content: dict[str, Any]) -> str:
     checked = _checked(content["runs"])
     lines = [
         f"{_measured_on(content)} MFU counts MoBA as what it computes and recomputation not at all. "
-        f"*Busy*: time that the GPU works in a profiled step, over a step's time; the profiler delays the host.{CHECKED if checked else ''}",
+        "*Busy*: time that the GPU works in a profiled step, over a step's time; the profiler delays the host."
+        f"{CHECKED if checked else ''}",
         "",
         "| layers | attention | GPUs | parameters | tokens a step | step | tokens/s | MFU | busy | peak GiB per GPU |"
         + " errors |" * checked,
