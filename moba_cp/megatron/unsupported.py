@@ -8,6 +8,8 @@ from typing import Any
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 
+_GRAPHS = "only a layer on one rank can be captured, and Megatron's CUDA graphs were never run with it: turn them off"
+
 # (config attribute, values under which it is off, what to do)
 _REFUSED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("attention_dropout", (None, 0, 0.0), "set attention_dropout=0 (--attention-dropout 0)"),
@@ -25,9 +27,9 @@ _REFUSED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("log_max_attention_logit", (None, False), "MoBA attention does not record the largest logits"),
     ("fp8_dot_product_attention", (None, False), "attention runs in bf16 or fp32: set fp8_dot_product_attention=False"),
     ("fp8_multi_head_attention", (None, False), "attention runs in bf16 or fp32: set fp8_multi_head_attention=False"),
-    ("enable_cuda_graph", (None, False), "routing is data-dependent: turn CUDA graphs off"),
-    ("external_cuda_graph", (None, False), "routing is data-dependent: turn CUDA graphs off"),
-    ("cuda_graph_impl", (None, "none"), "routing is data-dependent: turn CUDA graphs off"),
+    ("enable_cuda_graph", (None, False), _GRAPHS),
+    ("external_cuda_graph", (None, False), _GRAPHS),
+    ("cuda_graph_impl", (None, "none"), _GRAPHS),
     ("flash_decode", (None, False), "inference with a key-value cache is not supported"),
     ("use_kitchen_attention", (None, False), "MoBA takes the place of Kitchen's attention: turn it off"),
     ("mtp_num_layers", (None, 0), "multi-token-prediction layers would silently get stock attention: turn them off"),
