@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import pipeline, wide
 from .call import Call
-from .compiled import compiled_attention, compiled_varlen, fits_a_graph, fits_the_schema
+from .compiled import can_be_traced, compiled_attention, compiled_varlen, fits_a_graph, fits_the_schema
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .derivatives import can_refuse, first_derivative_only, no_forward_mode
 from .outside_graphs import outside_graphs
@@ -180,6 +180,7 @@ def moba_attention(
         plain = fits_the_schema(
             (q, k, v), (check_selection, return_selection, return_report), (workspace_bytes, exchange_bytes)
         )
+        plain = plain and can_be_traced(config, layout, comm, head_parallel, selection, routing)
         if return_report or not plain or not fits_a_graph(config.topk, comm, head_parallel):
             return _outside_the_graph(
                 q, k, v, config, layout=layout, group=ranks, comm=comm, head_parallel=head_parallel, selection=selection,
@@ -235,8 +236,9 @@ def moba_attn_varlen(
     Raises:
         TypeError, ValueError: an argument is not as said.
     """
-    if torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor):
-        if not fits_a_graph(moba_topk):
+    if torch.compiler.is_compiling():
+        plain = fits_the_schema((q, k, v, cu_seqlens), (), (max_seqlen, moba_chunk_size, moba_topk))
+        if not plain or not fits_a_graph(moba_topk):
             return _varlen_outside_the_graph(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, moba_topk)
         return compiled_varlen(q, k, v, cu_seqlens, max_seqlen, moba_chunk_size, moba_topk)
     check_tensors(q, k, v)

@@ -30,7 +30,7 @@ from .tracing import is_captured, without_numbers
 from .validation import INTEGERS, check_config, check_integer, check_tensor, check_tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CachedTokens:
     """Which slots of a cache hold content, and where the queries of a call stand in it. Made by `of`.
 

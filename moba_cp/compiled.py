@@ -17,6 +17,8 @@ from .parallel.splits import HEADS
 from .prepare import needs_gradients
 from .selection import Selection
 
+MOST_INT = 1 << 63
+"""What an integer argument of an operator must be less than."""
 MOST_SLOTS = 128
 """Largest `topk` of a call inside a graph: saved blocks have `topk` slots there, however few blocks a document has."""
 
@@ -32,7 +34,23 @@ def fits_the_schema(tensors: Iterable[object], flags: Iterable[object], numbers:
     return (
         all(isinstance(x, Tensor) for x in tensors)
         and all(isinstance(x, bool) for x in flags)
-        and all(isinstance(x, int) and not isinstance(x, bool) for x in numbers)
+        and all(isinstance(x, int) and not isinstance(x, bool) and x < MOST_INT for x in numbers)
+    )
+
+
+def can_be_traced(
+    config: object, layout: object, comm: object, head_parallel: object, selection: object, routing: object
+) -> bool:
+    """Whether the other arguments of `moba_attention` are of types that tracing may look into. Others it would refuse on one
+    rank alone."""
+    return (
+        isinstance(config, MoBAConfig)
+        and hasattr(layout, "described")
+        and isinstance(comm, str)
+        and (head_parallel is None or (isinstance(head_parallel, int) and not isinstance(head_parallel, bool)))
+        and (selection is None or isinstance(selection, Tensor))
+        and (routing is None or (isinstance(routing, (tuple, list)) and len(routing) == 2))
+        and (routing is None or fits_the_schema(routing, (), ()))
     )
 
 

@@ -7,7 +7,8 @@
     diagnostics.plot_traffic(report, "traffic.png", group=group)
 
 Nothing here runs unless called. Drawing needs matplotlib (`pip install "moba_cp[plots]"`), which is imported by the first
-plot; no global matplotlib state is touched and no display is needed. The suffix of `path` decides the file format.
+plot; no global matplotlib state is touched and no display is needed. The suffix of `path` decides the file format; without one
+it is PNG, and `.png` is added.
 
 Functions that bring the ranks' figures together say so: every rank of the group calls them, rank 0 writes the file.
 """
@@ -176,7 +177,7 @@ def plot_block_selection(
         title: None for a standing title.
 
     Returns:
-        `path`, on every rank.
+        The file, on every rank.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -191,14 +192,14 @@ def plot_block_selection(
     error: Exception | None = None
     chosen: list[int] = []
     try:
-        path, chosen = Path(path), _chosen_heads(heads, report.selected.shape[0])
+        path, chosen = _file(path), _chosen_heads(heads, report.selected.shape[0])
     except (TypeError, ValueError) as raised:
         error = raised
     if layout is not None:
         _begin(report, layout, group, f"plot_block_selection of heads {heads}", error)
     elif error is not None:
         raise error
-    path = Path(path)
+    path = _file(path)
     grid = count_selections(report, layout, group, chosen)
     if layout is not None and layout.cp_size > 1 and dist.get_rank(group) > 0:
         return path
@@ -237,7 +238,7 @@ def plot_distance_histogram(
         title: None for a standing title.
 
     Returns:
-        `path`, on every rank.
+        The file, on every rank.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -247,12 +248,13 @@ def plot_distance_histogram(
     if group is None:
         _check_report(report)
     else:
-        _check_together(report, layout, group)
+        _check_together(report, layout, group, path)
     drawing.matplotlib()
+    path = _file(path)
     if group is not None:
         _begin(report, layout, group, "plot_distance_histogram")
         if dist.get_rank(group) > 0:
-            return Path(path)
+            return path
     labels, counts = distances(report)
     uniform = None
     if layout is not None:
@@ -262,7 +264,7 @@ def plot_distance_histogram(
     subtitle = f"{int(counts.sum()):,} selections · {report.n_blocks:,} blocks · entropy {report.entropy:.2f}"
     share = counts / max(1, counts.sum())
     return drawing.draw_distances(
-        labels, share, uniform, report.block_size, Path(path), title or "How far back queries look", subtitle
+        labels, share, uniform, report.block_size, path, title or "How far back queries look", subtitle
     )
 
 
@@ -285,7 +287,7 @@ def plot_traffic(
         title: None for a standing title.
 
     Returns:
-        `path`, on every rank.
+        The file, on every rank.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -293,9 +295,10 @@ def plot_traffic(
     """
     drawing.matplotlib()
     group = process_group_of(group)
-    traffic = gather_traffic(report, group)
+    _check_together(report, None, group, path)
+    path, traffic = _file(path), gather_traffic(report, group)
     if len(traffic) > 1 and dist.get_rank(group) > 0:
-        return Path(path)
+        return path
     names = dict.fromkeys(name for t in traffic for name in t.stages)
     received = {n: np.array([t.stages[n].received_bytes if n in t.stages else 0 for t in traffic]) for n in names}
     passes = 2 if any("gradients" in name for name in names) else 1
@@ -304,14 +307,17 @@ def plot_traffic(
         subtitle += f" · {report.wanted_share:.1%} of the remote keys and values in sight are wanted"
     bounds = report.lower_bound_bytes * passes, report.visible_bytes * passes
     of = "forward and backward" if passes == 2 else "forward"
-    return drawing.draw_traffic(received, *bounds, of, Path(path), title or "Bytes each rank received", subtitle)
+    return drawing.draw_traffic(received, *bounds, of, path, title or "Bytes each rank received", subtitle)
 
 
 def _chosen_heads(heads: int | Sequence[int] | None, q_heads: int) -> list[int]:
     if heads is None:
         return list(range(q_heads))
     try:
-        chosen = [operator.index(h) for h in ([heads] if isinstance(heads, SupportsIndex) else heads)]
+        listed = [heads] if isinstance(heads, SupportsIndex) else list(heads)
+        if any(isinstance(h, bool) for h in listed):
+            raise TypeError("bools count nothing")
+        chosen = [operator.index(h) for h in listed]
     except TypeError as error:
         raise TypeError(f"heads must be an int or a list of ints, got {heads!r}") from error
     if not chosen or not all(0 <= h < q_heads for h in chosen):
@@ -333,8 +339,8 @@ def _begin(
         if layout is not None:
             _check_layout(report, layout)
         ranks = report.attended_keys.size
-        if (ranks > 1 or layout is None) and dist.get_world_size(group) != ranks:
-            raise ValueError(f"group has {dist.get_world_size(group)} ranks, but the report is of {ranks}")
+        if ranks > 1:
+            _check_ranks(report, group)
     except (TypeError, ValueError) as raised:
         if report.attended_keys.size > 1 and dist.is_initialized():
             agreement.refuse(group, raised, report.selected)
@@ -350,11 +356,31 @@ def _check_report(report: MoBAReport) -> None:
         raise TypeError(f"report must be a MoBAReport, got {type(report).__name__}")
 
 
-def _check_together(report: MoBAReport, layout: SequenceLayout | None, group: dist.ProcessGroup | None) -> None:
-    """Report and group of a call that all ranks of the group make: what one of them refuses, all raise."""
+def _check_together(
+    report: MoBAReport,
+    layout: SequenceLayout | None,
+    group: dist.ProcessGroup | None,
+    path: str | os.PathLike[str] = "",
+) -> None:
+    """What all ranks of a group pass to a call that they make together: what one of them refuses, all raise."""
     with RefusedTogether(layout, group):
         _check_report(report)
         check_group(group)
+        if group is not None:
+            _check_ranks(report, group)
+        Path(path)
+
+
+def _check_ranks(report: MoBAReport, group: dist.ProcessGroup | None) -> None:
+    size, ranks = dist.get_world_size(group), report.attended_keys.size
+    if size != ranks:
+        raise ValueError(f"group has {size} ranks, but the report is of {ranks}")
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    """Where a picture goes: matplotlib adds `.png` to a name without a suffix."""
+    path = Path(path)
+    return path if path.suffix else path.with_name(f"{path.name}.png")
 
 
 def _check_layout(report: MoBAReport, layout: SequenceLayout) -> None:

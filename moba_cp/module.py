@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .attention import moba_attention
+from .compiled import fits_a_graph
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
+from .outside_graphs import outside_graphs
 from .parallel import agreement
 from .parallel.comm import check_group, process_group_of
 from .parallel.layout import SequenceLayout
@@ -92,6 +94,8 @@ class MoBAAttention(nn.Module):
         return self._forward(q, k, v, self.config, layout)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, layout: SequenceLayout | None) -> Tensor:
+        if torch.compiler.is_compiling() and not self._can_be_traced(q, k, v, config, layout):
+            return _forward_outside_the_graph(self, q, k, v, config, layout)
         try:
             layout = self._checked_layout(q, k, v, self.layout if layout is None else layout)
         except (TypeError, ValueError) as error:
@@ -101,6 +105,18 @@ class MoBAAttention(nn.Module):
             return self._attend(q, k, v, config, layout)
         out = self._attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), config, layout)
         return out.unflatten(0, q.shape[:2])
+
+    def _can_be_traced(
+        self, q: object, k: object, v: object, config: MoBAConfig, layout: SequenceLayout | None
+    ) -> bool:
+        """Whether `_checked_layout` will accept the inputs. What it refuses, it refuses outside of the graph, where the other
+        ranks learn of it."""
+        if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+            return False
+        if q.dim() != 4:
+            return layout is not None or self.layout is not None
+        alike = k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
+        return alike and fits_a_graph(config.topk, self.comm)
 
     def _tell(self, error: Exception, *tensors: Tensor) -> None:
         """Let the other ranks raise too what this one refuses."""
@@ -151,6 +167,9 @@ class MoBAAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.config}, cp_size={self.cp_size}, comm={self.comm!r}"
+
+
+_forward_outside_the_graph = outside_graphs(MoBAAttention._forward)
 
 
 @dataclass(frozen=True)

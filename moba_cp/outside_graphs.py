@@ -23,3 +23,14 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
         return disabled[0](*args, **kwargs)
 
     return call
+
+
+def untraced(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, which torch cannot trace: eager as it is, a graph break of `torch.compile`."""
+    outside = outside_graphs(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return outside(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return call

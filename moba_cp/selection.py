@@ -84,7 +84,8 @@ def check_routing(
             raise ValueError(f"selection must list 1 to topk ({config.topk}) blocks per row, got {selection.shape[2]}")
     if routing is not None:
         if not isinstance(routing, (tuple, list)) or len(routing) != 2:
-            raise TypeError(f"routing must be a pair (q_gate, k_gate), got {type(routing).__name__}")
+            of = f" of {len(routing)}" if isinstance(routing, (tuple, list)) else ""
+            raise TypeError(f"routing must be a pair (q_gate, k_gate), got {type(routing).__name__}{of}")
         named = {"q_gate": routing[0], "k_gate": routing[1]}
         for name, x in named.items():
             check_tensor(name, x)

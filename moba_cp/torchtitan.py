@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import MoBAConfig
 from .module import MoBAAttention
+from .outside_graphs import outside_graphs
 from .parallel.layout import SequenceLayout
 
 
@@ -54,12 +56,27 @@ class TitanAttention(MoBAAttention):
             TypeError, ValueError: an argument asks for what MoBA does not do, or is refused as by `MoBAAttention.forward`; on
                 every rank.
         """
+        if torch.compiler.is_compiling() and not self._asks_plainly(attention_masks, scale, is_causal, other):
+            return _forward_outside_the_graph(
+                self, q_BLNH, k_BLNH, v_BLNH, attention_masks=attention_masks, scale=scale, is_causal=is_causal, **other
+            )
         try:
             config, layout = self._asked(attention_masks, scale, is_causal, other)
         except (TypeError, ValueError) as error:
             self._tell(error, q_BLNH, k_BLNH, v_BLNH)
             raise
         return self._forward(q_BLNH, k_BLNH, v_BLNH, config, layout)
+
+    def _asks_plainly(self, masks: Any, scale: float | None, is_causal: bool, other: dict[str, Any]) -> bool:
+        """Whether `_asked` will accept the arguments. What it refuses, it refuses outside of the graph, where the other ranks
+        learn of it."""
+        own = self.config.softmax_scale
+        return (
+            is_causal
+            and all(value is None for value in other.values())
+            and (scale is None or own is None or scale == own)
+            and (masks is None or self.layout is not None or (hasattr(masks, "cu_seq_q") and self.cp_size == 1))
+        )
 
     def _asked(
         self, masks: Any, scale: float | None, is_causal: bool, other: dict[str, Any]
@@ -93,6 +110,9 @@ class TitanAttention(MoBAAttention):
             )
         host = getattr(masks, "cu_seq_q_host", None)
         return SequenceLayout.contiguous(masks.cu_seq_q.cpu() if host is None else host, 1)
+
+
+_forward_outside_the_graph = outside_graphs(TitanAttention.forward)
 
 
 def swap_attention(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..outside_graphs import untraced
 from .balance import balanced_runs
 from .layout_input import check_cover, check_cp_size, host_cu_seqlens, host_runs, integer, positive
 from .partition import Kind, Partition, as_tensor, chunked, describe, expand_runs, merge_adjacent, partition_of
@@ -151,6 +152,8 @@ class SequenceLayout:
                 return cls.zigzag(rest.tolist(), size, per_document=kind == Kind.ZIGZAG_PER_DOCUMENT)
             case Kind.LISTED:
                 counts = rest[:size]
+                if size < 1 or counts.size < size or counts.min() < 0 or 2 * counts.sum() > rest.size - size:
+                    raise ValueError(f"no layout has the description {description.tolist()}")
                 flat, cu = np.split(rest[size:], [2 * int(counts.sum())])
                 return cls.from_runs(np.split(flat.reshape(-1, 2), np.cumsum(counts)[:-1]), cu.tolist())
         raise ValueError(f"no layout has a description that begins with {description[0]}")
@@ -220,6 +223,7 @@ class SequenceLayout:
         """The most tokens that any rank holds."""
         return max(self.all_local_tokens)
 
+    @untraced
     def local_indices(self, rank: int) -> Tensor:
         """Global token numbers that `rank` holds, in its own order: int64 `[local tokens]`, on the host.
 
@@ -228,6 +232,7 @@ class SequenceLayout:
         """
         return torch.from_numpy(expand_runs(self.runs_of(rank)))
 
+    @untraced
     def shard(self, x: Tensor, rank: int, dim: int = 0) -> Tensor:
         """The tokens of `rank` out of a global tensor of any dtype, which has `total_tokens` along `dim`: a copy on its device,
         `local_tokens(rank)` along `dim`, in the order that the rank holds them.
@@ -243,6 +248,7 @@ class SequenceLayout:
             raise ValueError(f"x must have {self.total_tokens} tokens along dim {dim}, got shape {tuple(x.shape)}")
         return x.index_select(dim, self.local_indices(rank).to(x.device))
 
+    @untraced
     def unshard(self, parts: Sequence[Tensor], dim: int = 0) -> Tensor:
         """The global tensor out of every rank's tokens: the inverse of `shard`.
 
@@ -300,6 +306,7 @@ class SequenceLayout:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        self.description = self.description.copy()  # may be read-only, as `copy.copy` and pickle's protocol 5 share it
         self.described = as_tensor(self.description)
         self.description.flags.writeable = False
 

@@ -288,6 +288,8 @@ def chunked(cu_seqlens: np.ndarray, size: int, mirrored: bool, per_document: boo
         mirrored: zigzag; else contiguous, over the whole sequence.
         per_document: cut each document; else the whole sequence.
     """
+    if 2 * size * int(cu_seqlens[-1]) > np.iinfo(np.int64).max:
+        raise ValueError(f"{size} ranks are too many for {cu_seqlens[-1]} tokens: twice their product must fit 63 bits")
     whole = np.unique(cu_seqlens[[0, -1]])
     if not mirrored or size == 1 or whole.size == 1:
         return Chunked(whole, size, False)

@@ -324,3 +324,12 @@ def test_inference_mode_may_begin_and_end_between_calls(
         with (first, second)[number % 2]():
             outputs.append(cache.attend(queries, centroids))
     check(torch.cat(outputs, 1), content, given)
+
+
+def test_tokens_compare_by_identity() -> None:
+    """Their tensors have no single truth value."""
+    made = [
+        CachedTokens.of(None, samples=1, queries=2, slots=4, offset=0, device=torch.device("cpu")) for _ in range(2)
+    ]
+    assert made[0] != made[1]
+    assert made[0] == made[0]

@@ -181,6 +181,8 @@ def test_pictures_and_tables_of_one_rank(tmp_path, cu_seqlens, config):
         diagnostics.plot_distance_histogram(report, folder / "uniform.png", layout=layout),
         diagnostics.plot_traffic(report, folder / "traffic.png"),
     ]
+    assert diagnostics.plot_traffic(report, folder / "no suffix") == folder / "no suffix.png"
+    paths.append(folder / "no suffix.png")
     for path in paths:
         assert isinstance(path, Path)
         assert path.read_bytes().startswith(PNG)
@@ -216,6 +218,8 @@ def test_errors_name_the_values(tmp_path):
     report, layout = one_rank()
     with pytest.raises(ValueError, match=r"heads must be in \[0, 4\), got \[0, 4\]"):
         diagnostics.plot_block_selection(report, tmp_path / "x.png", heads=[0, 4])
+    with pytest.raises(TypeError, match="heads must be an int or a list of ints, got True"):
+        diagnostics.plot_block_selection(report, tmp_path / "a.png", heads=True)
     with pytest.raises(TypeError, match="heads must be an int or a list of ints, got 'all'"):
         diagnostics.plot_block_selection(report, tmp_path / "x.png", heads="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"heads must be in \[0, 4\), got -1"):

@@ -15,6 +15,7 @@ import moba_cp
 from moba_cp import diagnostics
 from moba_cp.dense import causal_attention
 from moba_cp.parallel import peer_memory
+from moba_cp.torchtitan import TitanAttention
 from tests.calls import TWO, assert_works, full_result, good_call, zeros
 from tests.ranks import run_ranks
 
@@ -55,6 +56,30 @@ def compiled(rank: int, **bad: Any) -> object:
     return torch.compile(moba_cp.moba_attention, backend="eager")(**good_call(rank) | bad)
 
 
+def module(rank: int, **bad: Any) -> object:
+    """A compiled `MoBAAttention` of a batch of two, on ranks that share no graph."""
+    call = {name: zeros(2, 4, heads, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    attend = moba_cp.MoBAAttention(moba_cp.MoBAConfig(4, 2), group=torch.distributed.group.WORLD)
+    return torch.compile(attend, backend="eager")(**call | bad)
+
+
+def titan(rank: int, **bad: Any) -> object:
+    call = {name: zeros(2, 4, heads, 8) for name, heads in (("q_BLNH", 4), ("k_BLNH", 2), ("v_BLNH", 2))}
+    attend = TitanAttention(moba_cp.MoBAConfig(4, 2), group=torch.distributed.group.WORLD)
+    return torch.compile(attend, backend="eager")(**call | bad)
+
+
+def traffic(rank: int, **bad: Any) -> object:
+    _, report = attention(rank, return_report=True)
+    return diagnostics.gather_traffic(**{"report": report, "group": torch.distributed.group.WORLD} | bad)
+
+
+def of_one_rank() -> moba_cp.MoBAReport:
+    alone = moba_cp.SequenceLayout.contiguous([0, 8], 1)
+    qkv = [zeros(8, heads, 8) for heads in (4, 2, 2)]
+    return moba_cp.moba_attention(*qkv, moba_cp.MoBAConfig(4, 2), layout=alone, return_report=True)[1]
+
+
 def mapped(given: Callable[..., object], name: str, x: torch.Tensor) -> Callable[..., object]:
     """`given(rank, name=x)`, where x is bad inside `torch.func.vmap`."""
 
@@ -88,6 +113,22 @@ ALONE: dict[str, tuple[Callable[..., object], dict[str, Any], str]] = {
     "two dtypes in a graph": (compiled, {"q": zeros(8, 4, 8, dtype=torch.float32)}, "q, k and v must have one dtype"),
     "flag in a graph": (compiled, {"check_selection": None}, "check_selection must be True or False, got None"),
     "size in a graph": (compiled, {"workspace_bytes": 1e9}, "workspace_bytes must be an int, got 1000000000.0"),
+    "selection in a graph": (compiled, {"selection": [[0]]}, r"selection must be a tensor, got list"),
+    "layout in a graph": (compiled, {"layout": [0, 16]}, "layout must be a SequenceLayout, got list"),
+    "config in a graph": (compiled, {"config": (4, 2)}, "config must be a MoBAConfig, got tuple"),
+    "routing in a graph": (compiled, {"routing": zeros(2, 8, 4, 8)}, "routing must be a pair .*, got Tensor"),
+    "heads in a graph": (compiled, {"head_parallel": True}, "head_parallel must be an int or None, got True"),
+    "keys of a compiled module": (module, {"k": zeros(8, 2, 8)}, r"must have the same batch and length"),
+    "values of a compiled module": (module, {"v": [1]}, "v must be a tensor, got list"),
+    "no layout of a compiled module": (
+        module,
+        {name: zeros(8, heads, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2))},
+        "need a layout, got",
+    ),
+    "a mask of a compiled module": (titan, {"is_causal": False}, "MoBA attention is causal, got is_causal=False"),
+    "report of one rank": (traffic, {"report": of_one_rank()}, "group has 2 ranks, but the report is of 1"),
+    "picture of one rank": (histogram, {"report": of_one_rank()}, "group has 2 ranks, but the report is of 1"),
+    "path of a histogram": (histogram, {"path": None}, "expected str, bytes or os.PathLike object, not NoneType"),
     "group": (attention, {"group": "cp"}, "group must be a torch.distributed ProcessGroup .* got 'cp'"),
     "group of full attention": (full, {"group": 3}, "group must be a torch.distributed ProcessGroup .* got 3"),
     "group of scores": (scores, {"group": [0, 1]}, r"group must be a torch.distributed ProcessGroup .* got \[0, 1\]"),

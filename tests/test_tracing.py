@@ -271,6 +271,52 @@ def test_fake_tensors_infer_shapes_and_leave_nothing_behind(name: str, dtype: to
     assert ENTRIES[name](*qkv, cu).isfinite().all()
 
 
+def varlen(q: Tensor, k: Tensor, v: Tensor, *arguments: object) -> Tensor:
+    return moba_cp.moba_attn_varlen(q, k, v, *arguments)  # type: ignore[arg-type]
+
+
+CU = torch.tensor([0, 20, 31])
+UNUSUAL: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "block size": (lambda *qkv: varlen(*qkv, CU, 31, True, 2), "block_size must be an int, got True"),
+    "topk": (lambda *qkv: varlen(*qkv, CU, 31, 8, True), "topk must be an int, got True"),
+    "no longest document": (lambda *qkv: varlen(*qkv, CU, None, 8, 2), "max_seqlen must be an int, got None"),
+    "a float": (lambda *qkv: varlen(*qkv, CU, 31.0, 8, 2), "max_seqlen must be an int, got 31.0"),
+    "computed in the graph": (lambda *qkv: varlen(*qkv, CU, (CU[1:] - CU[:-1]).max(), 8, 2), ""),
+    "a list of documents": (lambda *qkv: varlen(*qkv, [0, 20, 31], 31, 8, 2), ""),
+    "more than an operator's integers": (
+        lambda *qkv: moba_cp.moba_attention(
+            *qkv, CONFIG, layout=SequenceLayout.contiguous([0, 31], 1), workspace_bytes=1 << 63
+        ),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_compiled_code_takes_and_refuses_what_eager_code_does(case: str) -> None:
+    torch._dynamo.reset()
+    call, text = UNUSUAL[case]
+    qkv = inputs(31)
+    if text:
+        for f in (call, torch.compile(call, backend="eager")):
+            with pytest.raises(TypeError, match=text):
+                f(*qkv)
+    else:
+        assert torch.equal(torch.compile(call, backend="eager")(*qkv), call(*qkv))
+
+
+def test_layouts_in_compiled_code() -> None:
+    """Also those that it makes: torch cannot trace their numpy."""
+    torch._dynamo.reset()
+    x = torch.arange(24.0).view(12, 2)
+
+    def there_and_back(x: Tensor) -> Tensor:
+        layout = SequenceLayout.zigzag([0, 5, 12], 2)
+        return layout.unshard([layout.shard(x + 1, rank) for rank in range(2)]) - 1
+
+    assert torch.equal(torch.compile(there_and_back, backend="eager")(x), x)
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_meta_tensors_infer_shapes(name: str) -> None:
     out, *gradients = with_gradients(lambda q, k, v: ENTRIES[name](q, k, v, [0, 31]), inputs(31, device="meta"))

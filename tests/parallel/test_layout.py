@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import time
 from itertools import accumulate
@@ -211,6 +212,9 @@ def test_a_description_is_the_layout() -> None:
         ([4], r"no layout has the description \[4\]"),
         ([-4, 0, 5], "cp_size must be at least 1, got -1"),
         ([4, 0, 5, 3], "must not decrease, got 5 then 3"),
+        ([7, -1, 0, 3, 0, 3], r"no layout has the description \[7, -1, 0, 3, 0, 3\]"),
+        ([11, 100, 0, 3], r"no layout has the description \[11, 100, 0, 3\]"),
+        ([3, 0, 3], r"no layout has the description \[3, 0, 3\]"),
         ([11, 1, 1, 0, 5, 0, 5, 0, 5], "more than one rank or run holds token 0"),
     ],
     ids=str,
@@ -218,6 +222,29 @@ def test_a_description_is_the_layout() -> None:
 def test_other_descriptions_are_refused(description: list[int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         SequenceLayout.from_description(np.array(description, dtype=np.int64))
+
+
+def test_more_ranks_than_integers_hold_are_refused() -> None:
+    for make, ranks in ((SequenceLayout.zigzag, 1 << 14), (SequenceLayout.contiguous, 1 << 14)):
+        with pytest.raises(ValueError, match=f"{ranks} ranks are too many for {1 << 48} tokens"):
+            make([0, 1 << 48], ranks)
+        assert sum(make([0, 1 << 48], ranks - 1).all_local_tokens) == 1 << 48
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_copies_share_no_read_only_memory(protocol: int) -> None:
+    """torch warns of it."""
+    for layout in (SequenceLayout.zigzag([0, 5, 12], 2), SequenceLayout.from_runs([[(3, 5)], [(0, 3)]], [0, 5])):
+        buffers: list[pickle.PickleBuffer] = []
+        kept = pickle.dumps(layout, protocol, buffer_callback=buffers.append if protocol == 5 else None)
+        for other in (
+            copy.copy(layout),
+            copy.deepcopy(layout),
+            pickle.loads(kept, buffers=[bytes(x) for x in buffers]),
+        ):
+            assert other == layout
+            assert other.described.tolist() == layout.described.tolist()
 
 
 def test_many_documents_are_laid_out_quickly() -> None:
