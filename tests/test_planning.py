@@ -163,6 +163,16 @@ def test_memory_of_one_gpu_is_what_was_measured() -> None:
         assert memory(one.layer, one.split).peak == pytest.approx(one.peak_gib, rel=0.15)
 
 
+def test_memory_of_two_gpus_is_what_was_measured() -> None:
+    """With every exchange. A balanced layout keeps a tenth more than is known of it."""
+    seen = set()
+    for one in read([RESULTS / "scaling.json"])[1]:
+        if one.split.ranks > 1:
+            assert memory(one.layer, one.split).peak == pytest.approx(one.peak_gib, rel=0.11), one
+            seen.add((one.split.exchange, one.split.head_parallel))
+    assert seen == {("pull", 1), ("ring", 1), ("fetch", 1), ("all_gather", 1), ("local", 2)}
+
+
 def shared_bytes(rank: int, size: int, layer: Layer) -> int:
     """What the buffers of heads in and out take after a step that goes through memory, in slabs."""
     layout = SequenceLayout.zigzag([0, layer.tokens], size)

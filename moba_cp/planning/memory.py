@@ -15,9 +15,10 @@ from .prediction import keeps_parts
 from .sizes import Layer, Split, partial_bytes, ranges
 
 GIB = 2.0**30
-UNITS = {"ring": 15.0, "pull": 15.0, "fetch": 12.0, "all_gather": 11.0}
+UNITS = {"ring": 15.5, "pull": 14.0, "fetch": 10.0, "all_gather": 10.5}
 """Bytes that an exchange holds, in bf16 keys and values of one range of one rank: parts that arrive, their gradients in fp32,
-sums of this rank's own, and the range before and after. `fetch` and `all_gather` hold every other rank's part at once."""
+sums of this rank's own, and the range before and after. `fetch` holds every other rank's part at once, and `all_gather` every
+rank's. Of two H200 (docs/results/scaling.json); how they grow with more ranks is by construction."""
 
 KEPT_UNITS = 3.0
 """The same of each further part that `ring` and `pull` keep for several chunks of query rows: its keys and values, and their
@@ -69,8 +70,8 @@ def memory(layer: Layer, split: Split) -> Memory:
         parts["memory for heads in and out"] = _shared_for_heads(layer, split, wide_tokens)
     if split.sequence_ranks > 1:
         unit = wide_tokens * ranges(layer, split).most_heads * 2 * row
-        others = split.sequence_ranks - 1 if split.exchange in ("fetch", "all_gather") else 1
-        parts["exchange"] = UNITS[split.exchange] * unit * others
+        at_once = {"fetch": split.sequence_ranks - 1, "all_gather": split.sequence_ranks}.get(split.exchange, 1)
+        parts["exchange"] = UNITS[split.exchange] * unit * at_once
         if keeps_parts(layer, split):
             parts["parts kept for chunks of rows"] = KEPT_UNITS * unit * (split.sequence_ranks - 2)
         if split.exchange == "pull":
