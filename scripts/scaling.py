@@ -14,8 +14,10 @@ format: `harness.sweep`, `harness.layer_case`.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +67,8 @@ def main(
     commit: options.Commit = "",
 ) -> None:
     """Measure every case of the file on the ranks that torchrun started."""
+    if not (time_limit >= 0 and math.isfinite(time_limit)):
+        raise typer.BadParameter(f"--time-limit must be a number of seconds, 0 or more, got {time_limit}")
     clock = Clock(time_limit)
     place = join(options.device(device))
     world = dist.get_world_size()
@@ -78,10 +82,15 @@ def main(
     if previous is not None and not done:
         say(f"nothing to take over from {previous}")
     cases = [case for case in plan.cases if only in case.sweep]
-    if plan.cases and not cases:
-        names = "; ".join(dict.fromkeys(case.sweep for case in plan.cases))
+    writable = first_rank_says(can_write(out))
+    problem = "" if writable else f"--out: {out} cannot be written"
+    if not cases:
+        names = "; ".join(dict.fromkeys(case.sweep for case in plan.cases)) or "none"
+        more = f"; for more than {world} ranks: {', '.join(plan.left_out)}" if plan.left_out else ""
+        problem = f"no sweep to measure with --only {only!r}: the file has {names}{more}"
+    if problem:
         dist.destroy_process_group()
-        raise typer.BadParameter(f"--only must be part of the name of a sweep ({names}), got {only!r}")
+        raise typer.BadParameter(problem)
     results = Results(out if dist.get_rank() == 0 else None, head, *LISTS, quiet=QUIET)
     for name in LISTS:
         results.content[name] = [entry for entry in done if ("baseline" in entry) == (name == "baselines")]
@@ -90,6 +99,16 @@ def main(
     dist.destroy_process_group()
     if is_first:
         limits.end(limits.broken(entry for name in LISTS for entry in results.content[name]))
+
+
+def can_write(path: Path) -> bool:
+    """Whether a file can be made or replaced there; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return not path.is_dir()
+    except OSError:
+        return False
 
 
 def shown_command() -> str:
@@ -176,7 +195,7 @@ def run(
         del results.content["running"]
         if place.type == "cuda":
             torch.cuda.empty_cache()
-        if not case.baseline and "error" not in entry:
+        if "fingerprint" in entry and not case.baseline:  # a rank in no team has none
             entry |= compared(entry, results.content["results"])
         entry["commit"] = results.content["commit"]
         took = time.monotonic() - began

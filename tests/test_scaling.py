@@ -34,9 +34,9 @@ FIELDS = {
 }  # fmt: skip
 
 
-def run(*options: str, config: str = "configs/scaling/tiny.yaml") -> str:
-    """Run the tiny configuration over two ranks as documented, without PYTHONPATH."""
-    return run_program("scripts.scaling", config, "--device", "cpu", *options, ranks=2)
+def run(*options: str, config: str = "configs/scaling/tiny.yaml", ranks: int = 2) -> str:
+    """Run the tiny configuration as documented, without PYTHONPATH."""
+    return run_program("scripts.scaling", config, "--device", "cpu", *options, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +92,37 @@ def test_the_tables_of_the_layer_are_made_of_the_same_file(measured: Path) -> No
     assert f"{alone['forward_ms'] / together[0]['forward_ms']:.0%} / " in text
 
 
-def test_a_bad_configuration_is_refused_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("change", "options", "text"),
+    [
+        ({"comm": ["ring", "puls"]}, [], "got puls"),
+        ({}, ["--time-limit", "-1"], "--time-limit must be a number of seconds, 0 or more, got -1.0"),
+        ({}, ["--time-limit", "nan"], "0 or more, got nan"),
+        ({}, ["--only", "strong"], "no sweep to measure with --only 'strong': the file has x"),
+        ({"ranks": [5]}, [], "the file has none; for more than 1 ranks: x: 5 ranks"),
+        ({}, ["--out", "/proc/x.json"], "--out: /proc/x.json cannot be written"),
+    ],
+)
+def test_a_bad_start_is_refused_on_the_command_line(
+    change: dict, options: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         monkeypatch.setenv(name, value)
     app = typer.Typer()
     app.command()(scaling.main)
-    line = [str(written(tmp_path, comm=["ring", "puls"])), "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    line = [str(written(tmp_path, **change)), "--device", "cpu", "--out", str(tmp_path / "out.json"), *options]
     result = CliRunner().invoke(app, line, terminal_width=200)
     assert result.exit_code == 2, result.output
-    assert "got puls" in result.output
+    assert text in " ".join(result.output.replace("│", " ").split())
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_rank_in_no_team_waits(tmp_path: Path) -> None:
+    """Of three ranks: two measure, and the third compares nothing."""
+    out = tmp_path / "scaling.json"
+    assert "0 with errors" in run("--out", str(out), "--only", "strong", ranks=3)
+    assert [entry["ranks"] for entry in json.loads(out.read_text())["results"]] == [1, 2]
 
 
 @pytest.mark.heavy
@@ -221,6 +241,8 @@ def test_what_two_ranks_refuse_ends_the_case_on_a_third_that_is_in_no_team(tmp_p
         ({"comm": None}, "lacks 'comm'"),
         ({"comm": "ring"}, "comm must be a list, got 'ring'"),
         ({"ranks": 4}, "ranks must be a list, got 4"),
+        ({"tokens": []}, "tokens must not be empty"),
+        ({"heads": []}, "heads must not be empty"),
         ({"tokens": ["256K"]}, "tokens must hold positive integers, got .'256K'."),
         ({"exchange_bytes": "16 GiB"}, "exchange_bytes must be an integer of at least 0, got '16 GiB'"),
         ({"exchange_bytes": -1}, "exchange_bytes must be an integer of at least 0, got -1"),

@@ -187,6 +187,8 @@ def _cases(sweep: dict[str, Any], layout: str, world: int, left_out: list[str]) 
             continue
         if not isinstance(sweep[key], list):
             raise ValueError(f"sweep {name!r}: {key} must be a list, got {sweep[key]!r}")
+        if not sweep[key] and key not in ("baselines", "head_parallel"):
+            raise ValueError(f"sweep {name!r}: {key} must not be empty")
         if key in NUMBERS and not all(type(value) is int and value > 0 for value in sweep[key]):
             raise ValueError(f"sweep {name!r}: {key} must hold positive integers, got {sweep[key]!r}")
     layout = sweep.get("layout", layout)
