@@ -64,7 +64,7 @@ class DataConfig:
     paths: list[str] = field(default_factory=list)  # files, folders or globs; empty: the Python standard library
     seq_length: int = 1024
     separate_documents: bool = False  # no attention from one document into another (packed sequences)
-    eval_fraction: float = 0.02  # share of the documents kept for evaluation
+    eval_fraction: float = 0.02  # share of the documents kept for evaluation; 0: none
 
 
 @dataclass
@@ -270,8 +270,12 @@ def _check(config: TrainConfig) -> None:
     _divides("2 * parallel.context", chunks, "data.seq_length", data.seq_length)
     if parallel.sequence:
         _divides("parallel.context * tensor", parallel.context * parallel.tensor, "data.seq_length", data.seq_length)
-    if not 0 < data.eval_fraction < 1:
-        raise ValueError(f"data.eval_fraction must be between 0 and 1, got {data.eval_fraction}")
+    if not 0 <= data.eval_fraction < 1:
+        raise ValueError(f"data.eval_fraction must be at least 0 and less than 1, got {data.eval_fraction}")
+    reading = [name for name in ("eval_interval", "routing_interval", "routing_picture") if getattr(run, name)]
+    if not data.eval_fraction and reading:
+        values = ", ".join(f"run.{name}={getattr(run, name)}" for name in reading)
+        raise ValueError(f"data.eval_fraction=0 leaves no documents to evaluate: set {values} to 0 or false")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
     if run.token_parts > 1:

@@ -58,10 +58,15 @@ class Corpus:
         """Training and evaluation documents; which is which depends on the seed and the number of documents only.
 
         Raises:
-            ValueError: fewer than two documents.
+            ValueError: a share of fewer than two documents.
         """
+        if eval_fraction == 0:
+            return self, self._subset(np.zeros(0, dtype=np.int64))
         if len(self.paths) < 2:
-            raise ValueError(f"{len(self.paths)} document(s) cannot be split into training and evaluation")
+            raise ValueError(
+                f"{len(self.paths)} document cannot be split into training and evaluation: give more files in data.paths, or "
+                "set data.eval_fraction=0"
+            )
         count = min(max(1, round(eval_fraction * len(self.paths))), len(self.paths) - 1)
         order = _permutation(len(self.paths), seed, 0)
         return self._subset(order[count:]), self._subset(order[:count])

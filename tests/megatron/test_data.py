@@ -63,6 +63,17 @@ def test_documents_are_either_for_training_or_for_evaluation(corpus: Corpus) -> 
     assert corpus.split(0.25, seed=4) != (train, held_out)
 
 
+def test_all_documents_may_be_for_training(corpus: Corpus, tmp_path: Path) -> None:
+    train, held_out = corpus.split(0, seed=3)
+    assert (train, held_out.paths) == (corpus, ())
+    one = Corpus(corpus.paths[:1], corpus.sizes[:1])
+    assert one.split(0, seed=3)[0] == one
+    with pytest.raises(
+        ValueError, match="1 document cannot be split .*: give more files .* or set data.eval_fraction=0"
+    ):
+        one.split(0.25, seed=3)
+
+
 def test_an_epoch_holds_every_whole_document_once_with_its_separator(corpus: Corpus) -> None:
     text = PackedText(corpus, seq_length=16, seed=0)
     for epoch in range(2):

@@ -109,7 +109,13 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
             "seq_length=1026 must be a multiple of 2 . parallel.context=4",
         ),
         (["model.num_query_groups=3"], "num_attention_heads=4 must be a multiple of model.num_query_groups=3"),
-        (["data.eval_fraction=1"], "eval_fraction must be between 0 and 1"),
+        (["data.eval_fraction=1"], "eval_fraction must be at least 0 and less than 1, got 1.0"),
+        (["data.eval_fraction=-0.1"], "eval_fraction must be at least 0 and less than 1, got -0.1"),
+        (["data.eval_fraction=nan"], "eval_fraction must be at least 0 and less than 1, got nan"),
+        (
+            ["data.eval_fraction=0", "run.routing_interval=0"],
+            "no documents to evaluate: set run.eval_interval=.*, run.routing_picture=True to 0 or false",
+        ),
         (["parallel.sequence=true"], "needs parallel.tensor > 1"),
         (
             ["parallel.sequence=true", "parallel.tensor=4", "parallel.context=3", "data.seq_length=1026"],
