@@ -134,6 +134,7 @@ def prepare(
         capturing = is_captured(q)
         check_capture(capturing, layout)
         if layout.cp_size > 1:
+            whole_heads = comm in EXCHANGES and head_parallel is None  # as a compiled call, which always says 1
             facts = call_facts(q, k, v, layout, comm, gradients) | {
                 "config": repr(config),
                 "routing": routing_fact(selection, routing),
@@ -141,7 +142,7 @@ def prepare(
                 "return_report": str(return_report),
                 "workspace_bytes": str(workspace_bytes),
                 "exchange_bytes": str(exchange_bytes),
-                "head_parallel": str(head_parallel),
+                "head_parallel": "1" if whole_heads else str(head_parallel),
             }
             node = host()  # refused here, if it cannot be told to the others
             if comm in EXCHANGES and EXCHANGES[comm].same_host:

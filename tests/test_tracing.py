@@ -305,6 +305,21 @@ def test_compiled_code_takes_and_refuses_what_eager_code_does(case: str) -> None
         assert torch.equal(torch.compile(call, backend="eager")(*qkv), call(*qkv))
 
 
+def eager_beside_compiled(rank: int, size: int) -> list[Tensor]:
+    torch._dynamo.reset()
+    layout = SequenceLayout.zigzag([0, 40], size)
+    attend = lambda q, k, v: moba_cp.moba_attention(q, k, v, CONFIG, layout=layout, comm="ring")  # noqa: E731
+    both = attend, torch.compile(attend, backend="eager") if rank else attend
+    return [x for f in both for x in with_gradients(f, inputs(20))]
+
+
+def test_a_rank_may_run_eagerly_beside_compiled_ones() -> None:
+    """As where ranks reach dynamo's limit of recompilations at different calls."""
+    for found in run_ranks(2, eager_beside_compiled):
+        for eager, mixed in zip(found[:4], found[4:], strict=True):
+            assert torch.equal(eager, mixed)
+
+
 def test_layouts_in_compiled_code() -> None:
     """Also those that it makes: torch cannot trace their numpy."""
     torch._dynamo.reset()
