@@ -274,8 +274,8 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"data.eval_fraction must be at least 0 and less than 1, got {data.eval_fraction}")
     reading = [name for name in ("eval_interval", "routing_interval", "routing_picture") if getattr(run, name)]
     if not data.eval_fraction and reading:
-        values = ", ".join(f"run.{name}={getattr(run, name)}" for name in reading)
-        raise ValueError(f"data.eval_fraction=0 leaves no documents to evaluate: set {values} to 0 or false")
+        shown = ", ".join(f"run.{name}={getattr(run, name)}" for name in reading)
+        raise ValueError(f"data.eval_fraction=0 leaves no documents to evaluate: set {shown} to 0 or false")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
     if run.token_parts > 1:
