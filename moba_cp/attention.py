@@ -15,11 +15,11 @@ from .call import Call
 from .compiled import can_be_traced, compiled_attention, compiled_varlen, fits_a_graph, fits_the_schema
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .derivatives import can_refuse, first_derivative_only, no_forward_mode
-from .outside_graphs import outside_graphs
 from .parallel import backward_order
 from .parallel.comm import CommGroup, process_group_of
 from .parallel.exchanges import Route
 from .parallel.layout import SequenceLayout
+from .parallel.outside_graphs import outside_graphs
 from .precision import as_given
 from .prepare import needs_gradients, prepare
 from .report import MoBAReport, make_report

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from .config import MoBAConfig
 from .derivatives import first_derivative_only, refuse_transforms
 from .kernels.torch_backend import accumulate_dtype
-from .outside_graphs import outside_graphs
 from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import named_error, process_group_of
 from .parallel.layout import SequenceLayout
+from .parallel.outside_graphs import outside_graphs
 from .prepare import needs_gradients
 from .tracing import is_captured, without_numbers
 from .validation import (

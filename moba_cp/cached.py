@@ -22,7 +22,7 @@ from .decoding import Step, decode, made, most_slots, step_facts, strides_of
 from .derivatives import refuse_transforms
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
 from .kernels.types import COUNT_TILE
-from .outside_graphs import outside_graphs
+from .parallel.outside_graphs import outside_graphs
 from .precision import as_given
 from .prepare import needs_gradients
 from .strides import readable, unit_stride

@@ -26,12 +26,12 @@ from .config import checked_scale
 from .derivatives import can_refuse, first_derivative_only, no_forward_mode, refuse_transforms
 from .kernels import dense
 from .kernels.torch_backend import accumulate_dtype
-from .outside_graphs import outside_graphs
 from .parallel import agreement, backward_order
 from .parallel.comm import CommGroup, Traffic, process_group_of
 from .parallel.dense import COMMS as FLAT_COMMS
 from .parallel.dense import DenseTransport, Pair, Shard, equal_documents, transport, visible_pairs
 from .parallel.layout import SequenceLayout
+from .parallel.outside_graphs import outside_graphs
 from .parallel.splits import check_split
 from .parallel.topology import host
 from .prepare import needs_gradients

@@ -14,10 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from .attention import moba_attention
 from .compiled import fits_a_graph
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
-from .outside_graphs import outside_graphs
 from .parallel import agreement
 from .parallel.comm import check_group, process_group_of
 from .parallel.layout import SequenceLayout
+from .parallel.outside_graphs import outside_graphs
 from .parallel.partition import Kind, head_of_description
 from .parallel.plan_cache import PLANS, Memo
 from .parallel.splits import COMMS

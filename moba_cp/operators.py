@@ -35,7 +35,6 @@ from .config import MoBAConfig
 from .derivatives import can_refuse, first_derivative_only
 from .kernels import backend_for
 from .kernels.torch_backend import accumulate_dtype
-from .outside_graphs import outside_graphs
 from .parallel import backward_order
 from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import CommGroup
@@ -44,6 +43,7 @@ from .parallel.exchanges.base import LocalOnly
 from .parallel.exchanges.fetch import Fetch
 from .parallel.exchanges.pull import Pull
 from .parallel.layout import SequenceLayout
+from .parallel.outside_graphs import outside_graphs
 from .parallel.plan_cache import PLANS, Memo
 from .parallel.wanted import exchange_wanted
 from .precision import as_given

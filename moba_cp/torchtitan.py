@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .config import MoBAConfig
 from .module import MoBAAttention
-from .outside_graphs import outside_graphs
 from .parallel.layout import SequenceLayout
+from .parallel.outside_graphs import outside_graphs
 
 
 class TitanAttention(MoBAAttention):

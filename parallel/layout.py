@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..outside_graphs import untraced
 from .balance import balanced_runs
 from .layout_input import check_cover, check_cp_size, host_cu_seqlens, host_runs, integer, positive
+from .outside_graphs import untraced
 from .partition import Kind, Partition, as_tensor, chunked, describe, expand_runs, merge_adjacent, partition_of
 
 _SHOWN_RANKS = 8
