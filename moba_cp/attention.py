@@ -180,7 +180,7 @@ def moba_attention(
         plain = fits_the_schema(
             (q, k, v), (check_selection, return_selection, return_report), (workspace_bytes, exchange_bytes)
         )
-        plain = plain and can_be_traced(config, layout, comm, head_parallel, selection, routing)
+        plain = plain and can_be_traced(config, layout, ranks, comm, head_parallel, selection, routing)
         if return_report or not plain or not fits_a_graph(config.topk, comm, head_parallel):
             return _outside_the_graph(
                 q, k, v, config, layout=layout, group=ranks, comm=comm, head_parallel=head_parallel, selection=selection,

@@ -34,18 +34,38 @@ def fits_the_schema(tensors: Iterable[object], flags: Iterable[object], numbers:
     return (
         all(isinstance(x, Tensor) for x in tensors)
         and all(isinstance(x, bool) for x in flags)
-        and all(isinstance(x, int) and not isinstance(x, bool) and x < MOST_INT for x in numbers)
+        and all(map(_is_number, numbers))
     )
 
 
+def _is_number(x: object) -> bool:
+    """Whether an operator takes it as an integer. Nothing is asked of an integer that only running the graph will know."""
+    if isinstance(x, torch.SymInt):
+        return True
+    if not isinstance(x, int) or isinstance(x, bool):
+        return False
+    from torch.fx.experimental.symbolic_shapes import (
+        guard_or_true,
+    )  # loads slowly, and is there while a graph is recorded
+
+    return bool(guard_or_true(x < MOST_INT)) and bool(guard_or_true(x >= -MOST_INT))
+
+
 def can_be_traced(
-    config: object, layout: object, comm: object, head_parallel: object, selection: object, routing: object
+    config: object,
+    layout: object,
+    group: object,
+    comm: object,
+    head_parallel: object,
+    selection: object,
+    routing: object,
 ) -> bool:
     """Whether the other arguments of `moba_attention` are of types that tracing may look into. Others it would refuse on one
     rank alone."""
     return (
         isinstance(config, MoBAConfig)
         and hasattr(layout, "described")
+        and (group is None or isinstance(group, dist.ProcessGroup))
         and isinstance(comm, str)
         and (head_parallel is None or (isinstance(head_parallel, int) and not isinstance(head_parallel, bool)))
         and (selection is None or isinstance(selection, Tensor))

@@ -360,7 +360,7 @@ def _check_together(
     report: MoBAReport,
     layout: SequenceLayout | None,
     group: dist.ProcessGroup | None,
-    path: str | os.PathLike[str] = "",
+    path: str | os.PathLike[str] = "no picture",
 ) -> None:
     """What all ranks of a group pass to a call that they make together: what one of them refuses, all raise."""
     with RefusedTogether(layout, group):
@@ -368,7 +368,7 @@ def _check_together(
         check_group(group)
         if group is not None:
             _check_ranks(report, group)
-        Path(path)
+        _file(path)
 
 
 def _check_ranks(report: MoBAReport, group: dist.ProcessGroup | None) -> None:

@@ -73,6 +73,7 @@ class TitanAttention(MoBAAttention):
         own = self.config.softmax_scale
         return (
             is_causal
+            and (scale is None or isinstance(scale, (int, float)))
             and all(value is None for value in other.values())
             and (scale is None or own is None or scale == own)
             and (masks is None or self.layout is not None or (hasattr(masks, "cu_seq_q") and self.cp_size == 1))

@@ -152,7 +152,13 @@ class SequenceLayout:
                 return cls.zigzag(rest.tolist(), size, per_document=kind == Kind.ZIGZAG_PER_DOCUMENT)
             case Kind.LISTED:
                 counts = rest[:size]
-                if size < 1 or counts.size < size or counts.min() < 0 or 2 * counts.sum() > rest.size - size:
+                if (
+                    size < 1
+                    or counts.size < size
+                    or counts.min() < 0
+                    or counts.max() > rest.size
+                    or 2 * counts.sum() > rest.size - size
+                ):
                     raise ValueError(f"no layout has the description {description.tolist()}")
                 flat, cu = np.split(rest[size:], [2 * int(counts.sum())])
                 return cls.from_runs(np.split(flat.reshape(-1, 2), np.cumsum(counts)[:-1]), cu.tolist())

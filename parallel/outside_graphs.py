@@ -18,6 +18,11 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():  # which knows no graph breaks
+            raise RuntimeError(
+                f"{function.__name__} cannot be part of an exported graph with these arguments: they ask for what no graph "
+                "holds, or are not as the function takes them (call it eagerly to see)"
+            )
         if not disabled:
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args, **kwargs)
@@ -31,6 +36,6 @@ def untraced(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return outside(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+        return outside(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else function(*args, **kwargs)
 
     return call

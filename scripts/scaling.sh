@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Scaling over 1, 2, 4, ... of this machine's GPUs: bash scripts/scaling.sh configs/scaling/node.yaml --out docs/results/scaling.json
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+root=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [[ $(pwd -P) != "$root" ]]; then # files that are named here and in configs/ are relative to it
     echo "start this in the root of the repository: cd '$root'" >&2
     exit 2

@@ -128,6 +128,18 @@ ALONE: dict[str, tuple[Callable[..., object], dict[str, Any], str]] = {
     "a mask of a compiled module": (titan, {"is_causal": False}, "MoBA attention is causal, got is_causal=False"),
     "report of one rank": (traffic, {"report": of_one_rank()}, "group has 2 ranks, but the report is of 1"),
     "picture of one rank": (histogram, {"report": of_one_rank()}, "group has 2 ranks, but the report is of 1"),
+    "a name that is empty": (histogram, {"path": ""}, "has an empty name"),
+    "scale of a compiled module": (titan, {"scale": "x"}, "softmax_scale"),
+    "group of ranks in a graph": (
+        compiled,
+        {"group": [0, 1]},
+        r"group must be a torch.distributed ProcessGroup .*, got \[0, 1\]",
+    ),
+    "bytes in a graph": (
+        compiled,
+        {"workspace_bytes": -(1 << 64)},
+        "workspace_bytes must be at least 1, got -18446744073709551616",
+    ),
     "path of a histogram": (histogram, {"path": None}, "expected str, bytes or os.PathLike object, not NoneType"),
     "group": (attention, {"group": "cp"}, "group must be a torch.distributed ProcessGroup .* got 'cp'"),
     "group of full attention": (full, {"group": 3}, "group must be a torch.distributed ProcessGroup .* got 3"),

@@ -305,6 +305,37 @@ def test_compiled_code_takes_and_refuses_what_eager_code_does(case: str) -> None
         assert torch.equal(torch.compile(call, backend="eager")(*qkv), call(*qkv))
 
 
+class Varlen(torch.nn.Module):
+    """The longest document: as many tokens as there are (0), read from the lengths (1), or no number (2)."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.longest = longest
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        longest = (lambda: q.shape[0], lambda: (cu[1:] - cu[:-1]).max().item(), lambda: None)[self.longest]()
+        return varlen(q, k, v, cu, longest, 8, 2)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("longest", [0, 1])
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_numbers_that_only_the_graph_will_know(longest: int, strict: bool) -> None:
+    torch._dynamo.reset()
+    tokens, qkv = torch.export.Dim("tokens", max=100), [x.detach() for x in inputs(31)]
+    shapes = ({0: tokens}, {0: tokens}, {0: tokens}, None)
+    module = Varlen(longest)
+    exported = torch.export.export(module, (*qkv, CU), dynamic_shapes=shapes, strict=strict).module()
+    assert torch.equal(exported(*qkv, CU), module(*qkv, CU))
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(*qkv, CU), module(*qkv, CU))
+
+
+def test_what_no_exported_graph_holds_is_said() -> None:
+    qkv = [x.detach() for x in inputs(31)]
+    with pytest.raises(RuntimeError, match="moba_attn_varlen cannot be part of an exported graph with these arguments"):
+        torch.export.export(Varlen(2), (*qkv, CU), strict=False)
+
+
 def eager_beside_compiled(rank: int, size: int) -> list[Tensor]:
     torch._dynamo.reset()
     layout = SequenceLayout.zigzag([0, 40], size)

@@ -42,7 +42,8 @@ def main(
             raise ValueError(f"moba.fraction={config.moba.fraction}: this uses MoBA from the first step to the last")
         run, data = config.run, config.data
         train_corpus, eval_corpus = Corpus.find(data.paths).split(data.eval_fraction, run.seed)
-        text, unseen = (PackedText(corpus, data.seq_length, run.seed) for corpus in (train_corpus, eval_corpus))
+        text = PackedText(train_corpus, data.seq_length, run.seed)
+        unseen = PackedText(eval_corpus, data.seq_length, run.seed) if data.eval_fraction else None
         ranks = distributed.start(config)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"{config_file}: {error}")
@@ -57,11 +58,14 @@ def main(
             loss, norm = model.step(text, (step - 1) * run.global_batch_size, learning_rate)
             trainer.scheduler.step(increment=run.global_batch_size)
             log.write(json.dumps({"kind": "train", "step": step, "loss": loss, "grad_norm": norm}) + "\n")
-        with torch.no_grad():
-            losses = [
-                model.loss(unseen, i * run.global_batch_size, run.global_batch_size) for i in range(run.eval_batches)
-            ]
-        log.write(json.dumps({"kind": "eval", "step": run.steps, "loss": torch.stack(losses).mean().item()}) + "\n")
+        if unseen is not None:
+            with torch.no_grad():
+                losses = [
+                    model.loss(unseen, i * run.global_batch_size, run.global_batch_size)
+                    for i in range(run.eval_batches)
+                ]
+            loss = torch.stack(losses).mean().item()
+            log.write(json.dumps({"kind": "eval", "step": run.steps, "loss": loss}) + "\n")
     distributed.stop()
 
 

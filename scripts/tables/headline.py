@@ -26,8 +26,9 @@ def headline(scaling: dict[str, Any], training: dict[str, Any]) -> str:
         *step_rows(training),
     ]
     runs = [run for run in training["runs"] if "error" not in run]
-    if runs:
-        run = max(runs, key=lambda run: (run["tokens_per_step"], -run["step_seconds"]))
+    if any(run["attention"].startswith("moba") for run in runs):
+        ours = [run for run in runs if run["attention"].startswith("moba")]
+        run = max(ours, key=lambda run: (run["tokens_per_step"], -run["step_seconds"]))
         what = (
             f"training step, {run['parameters'] / 1e9:.1f}B, {attention_name(run['attention']).removeprefix('MoBA ')}"
         )
