@@ -17,7 +17,7 @@ from .parallel.splits import HEADS
 from .prepare import needs_gradients
 from .selection import Selection
 
-MOST_INT = 1 << 63
+_MOST_INT = 1 << 63
 """What an integer argument of an operator must be less than."""
 MOST_SLOTS = 128
 """Largest `topk` of a call inside a graph: saved blocks have `topk` slots there, however few blocks a document has."""
@@ -31,11 +31,12 @@ def fits_a_graph(topk: int, comm: str = "auto", head_parallel: int | None = None
 def fits_the_schema(tensors: Iterable[object], flags: Iterable[object], numbers: Iterable[object]) -> bool:
     """Whether arguments are of the types that the operator's schema names. It would convert others, or refuse them on one rank
     alone, while the graph is recorded."""
-    return (
-        all(isinstance(x, Tensor) for x in tensors)
-        and all(isinstance(x, bool) for x in flags)
-        and all(map(_is_number, numbers))
-    )
+    return are_tensors(*tensors) and all(isinstance(x, bool) for x in flags) and all(map(_is_number, numbers))
+
+
+def are_tensors(*values: object) -> bool:
+    """Whether all are tensors."""
+    return all(isinstance(x, Tensor) for x in values)
 
 
 def _is_number(x: object) -> bool:
@@ -44,11 +45,10 @@ def _is_number(x: object) -> bool:
         return True
     if not isinstance(x, int) or isinstance(x, bool):
         return False
-    from torch.fx.experimental.symbolic_shapes import (
-        guard_or_true,
-    )  # loads slowly, and is there while a graph is recorded
+    # Loads slowly, and is there while a graph is recorded.
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
 
-    return bool(guard_or_true(x < MOST_INT)) and bool(guard_or_true(x >= -MOST_INT))
+    return bool(guard_or_true(x < _MOST_INT)) and bool(guard_or_true(x >= -_MOST_INT))
 
 
 def can_be_traced(
@@ -67,10 +67,9 @@ def can_be_traced(
         and hasattr(layout, "described")
         and (group is None or isinstance(group, dist.ProcessGroup))
         and isinstance(comm, str)
-        and (head_parallel is None or (isinstance(head_parallel, int) and not isinstance(head_parallel, bool)))
+        and (head_parallel is None or _is_number(head_parallel))
         and (selection is None or isinstance(selection, Tensor))
-        and (routing is None or (isinstance(routing, (tuple, list)) and len(routing) == 2))
-        and (routing is None or fits_the_schema(routing, (), ()))
+        and (routing is None or (isinstance(routing, (tuple, list)) and len(routing) == 2 and are_tensors(*routing)))
     )
 
 

@@ -247,10 +247,11 @@ def plot_distance_histogram(
     group = process_group_of(group)
     if group is None:
         _check_report(report)
+        path = _file(path)
     else:
-        _check_together(report, layout, group, path)
+        _check_together(report, layout, group)
+        path = _file_together(path, layout, group)
     drawing.matplotlib()
-    path = _file(path)
     if group is not None:
         _begin(report, layout, group, "plot_distance_histogram")
         if dist.get_rank(group) > 0:
@@ -295,8 +296,8 @@ def plot_traffic(
     """
     drawing.matplotlib()
     group = process_group_of(group)
-    _check_together(report, None, group, path)
-    path, traffic = _file(path), gather_traffic(report, group)
+    path = _file_together(path, None, group)
+    traffic = gather_traffic(report, group)
     if len(traffic) > 1 and dist.get_rank(group) > 0:
         return path
     names = dict.fromkeys(name for t in traffic for name in t.stages)
@@ -356,19 +357,13 @@ def _check_report(report: MoBAReport) -> None:
         raise TypeError(f"report must be a MoBAReport, got {type(report).__name__}")
 
 
-def _check_together(
-    report: MoBAReport,
-    layout: SequenceLayout | None,
-    group: dist.ProcessGroup | None,
-    path: str | os.PathLike[str] = "no picture",
-) -> None:
-    """What all ranks of a group pass to a call that they make together: what one of them refuses, all raise."""
+def _check_together(report: MoBAReport, layout: SequenceLayout | None, group: dist.ProcessGroup | None) -> None:
+    """Report and group of a call that all ranks of the group make: what one of them refuses, all raise."""
     with RefusedTogether(layout, group):
         _check_report(report)
         check_group(group)
         if group is not None:
             _check_ranks(report, group)
-        _file(path)
 
 
 def _check_ranks(report: MoBAReport, group: dist.ProcessGroup | None) -> None:
@@ -381,6 +376,14 @@ def _file(path: str | os.PathLike[str]) -> Path:
     """Where a picture goes: matplotlib adds `.png` to a name without a suffix."""
     path = Path(path)
     return path if path.suffix else path.with_name(f"{path.name}.png")
+
+
+def _file_together(
+    path: str | os.PathLike[str], layout: SequenceLayout | None, group: dist.ProcessGroup | None
+) -> Path:
+    """`_file` of a call that all ranks of the group make: what one of them refuses, all raise."""
+    with RefusedTogether(layout, group):
+        return _file(path)
 
 
 def _check_layout(report: MoBAReport, layout: SequenceLayout) -> None:

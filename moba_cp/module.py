@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .attention import moba_attention
-from .compiled import fits_a_graph
+from .compiled import are_tensors, fits_a_graph
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .parallel import agreement
 from .parallel.comm import check_group, process_group_of
@@ -107,11 +107,11 @@ class MoBAAttention(nn.Module):
         return out.unflatten(0, q.shape[:2])
 
     def _can_be_traced(
-        self, q: object, k: object, v: object, config: MoBAConfig, layout: SequenceLayout | None
+        self, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, layout: SequenceLayout | None
     ) -> bool:
-        """Whether `_checked_layout` will accept the inputs. What it refuses, it refuses outside of the graph, where the other
-        ranks learn of it."""
-        if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        """Whether `_checked_layout` will accept the inputs, and a graph holds a call with a layout that the module makes. What is
+        refused, is refused outside of the graph, where the other ranks learn of it."""
+        if not are_tensors(q, k, v):
             return False
         if q.dim() != 4:
             return layout is not None or self.layout is not None

@@ -272,8 +272,7 @@ def _check(config: TrainConfig) -> None:
         _divides("parallel.context * tensor", parallel.context * parallel.tensor, "data.seq_length", data.seq_length)
     if not 0 <= data.eval_fraction < 1:
         raise ValueError(f"data.eval_fraction must be at least 0 and less than 1, got {data.eval_fraction}")
-    reading = [name for name in ("eval_interval", "routing_interval", "routing_picture") if getattr(run, name)]
-    if not data.eval_fraction and reading:
+    if not data.eval_fraction and (reading := reading_evaluation(run)):
         shown = ", ".join(f"run.{name}={getattr(run, name)}" for name in reading)
         raise ValueError(f"data.eval_fraction=0 leaves no documents to evaluate: set {shown} to 0 or false")
     if parallel.sequence and parallel.tensor == 1:
@@ -366,6 +365,11 @@ def _check_layers(config: TrainConfig) -> None:
         )
     if run.offload_inputs and run.recompute != "all_but_attention":
         raise ValueError(f"run.offload_inputs=true needs run.recompute=all_but_attention, got {run.recompute!r}")
+
+
+def reading_evaluation(run: RunConfig) -> list[str]:
+    """Settings in use that read the documents kept for evaluation."""
+    return [name for name in ("eval_interval", "routing_interval", "routing_picture") if getattr(run, name)]
 
 
 def uses_long_layers(config: TrainConfig) -> bool:

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from examples.megatron_gpt import checkpoint, distributed, fit, run_folder  # noqa: E402
 from examples.megatron_gpt.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
-from examples.megatron_gpt.config import TrainConfig, load_config  # noqa: E402
+from examples.megatron_gpt.config import TrainConfig, load_config, reading_evaluation  # noqa: E402
 from examples.megatron_gpt.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
 from examples.megatron_gpt.model import build, count_parameters, moba_record, moba_settings, sizes_record  # noqa: E402
 from examples.megatron_gpt.progress import Reporter  # noqa: E402
@@ -84,8 +84,8 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
         train_corpus, eval_corpus = corpus.split(data.eval_fraction, run.seed)
         train_text = PackedText(train_corpus, data.seq_length, run.seed)
         eval_text = cache(partial(PackedText, eval_corpus, data.seq_length, run.seed))
-        if run.eval_interval or run.routing_interval or run.routing_picture:
-            eval_text()  # must fill a sequence where something reads it
+        if reading_evaluation(run):
+            eval_text()  # must fill a sequence
     except (OSError, ValueError) as error:
         missing = f"data.paths={data.paths}: {error}"
     distributed.agree(missing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .scaling import times
-from .speed import attention_name, step_rows
+from .speed import attention_name, sizes, step_rows
 from .text import short_device
 
 TOKENS = 1 << 17
@@ -26,22 +26,22 @@ def headline(scaling: dict[str, Any], training: dict[str, Any]) -> str:
         *step_rows(training),
     ]
     runs = [run for run in training["runs"] if "error" not in run]
-    if any(run["attention"].startswith("moba") for run in runs):
-        ours = [run for run in runs if run["attention"].startswith("moba")]
+    ours = [run for run in runs if run["attention"].startswith("moba")]
+    if ours:
         run = max(ours, key=lambda run: (run["tokens_per_step"], -run["step_seconds"]))
         what = (
             f"training step, {run['parameters'] / 1e9:.1f}B, {attention_name(run['attention']).removeprefix('MoBA ')}"
         )
         where = f"{run['tokens_per_step']:,} tokens, {run['gpus']} {short_device(training['about']['device'])}"
-        alike = [r for r in runs if r["attention"].startswith("full") and _training(r) == _training(run)]
+        alike = [r for r in runs if r["attention"].startswith("full") and _on_gpus(r) == _on_gpus(run)]
         full = f"{alike[0]['step_seconds']:.1f} s" if alike else "not measured"
         faster = f" {alike[0]['step_seconds'] / run['step_seconds']:.1f}x" if alike else ""
         lines.append(f"| {what}, {where} | {full} | **{run['step_seconds']:.1f} s** |{faster} |")
     return "\n".join(lines)
 
 
-def _training(run: dict[str, Any]) -> tuple[int, int, int]:
-    return run["parameters"], run["tokens_per_step"], run["gpus"]
+def _on_gpus(run: dict[str, Any]) -> tuple[object, ...]:
+    return *sizes(run), run["gpus"]
 
 
 def _layers(scaling: dict[str, Any]) -> list[str]:

@@ -184,9 +184,9 @@ def step_rows(content: dict[str, Any]) -> list[str]:
     runs = [run for run in content["runs"] if "error" not in run]
     for run in runs:
         if run["attention"].startswith("full"):
-            dense[(run["label"], run["gpus"], _sizes(run))] = run["step_seconds"]
+            dense[(run["label"], run["gpus"], sizes(run))] = run["step_seconds"]
     for run in runs:
-        full, seconds = dense.get((run["label"], run["gpus"], _sizes(run))), run["step_seconds"]
+        full, seconds = dense.get((run["label"], run["gpus"], sizes(run))), run["step_seconds"]
         if full and run["attention"].startswith("moba"):
             what = f"training step, {run['parameters'] / 1e6:.0f}M, {attention_name(run['attention']).removeprefix('MoBA ')}"
             where = f"{run['gpus']} {short_device(content['about']['device'])}"
@@ -201,7 +201,7 @@ def profile_plot(content: dict[str, Any], path: Path) -> None:
     """Milliseconds of GPU time of a step by category, one bar per run of MoBA that has a profile and the first run's sizes."""
     plt = pyplot()
     first = content["runs"][0]
-    runs = [run for run in content["runs"] if "profile" in run and _sizes(run) == _sizes(first)]
+    runs = [run for run in content["runs"] if "profile" in run and sizes(run) == sizes(first)]
     runs = [run for run in runs if run["attention"].startswith("moba")]
     figure, axis = plt.subplots(figsize=(8, 0.6 * len(runs) + 1.4), dpi=130, layout="constrained")
     for row, run in enumerate(reversed(runs)):
@@ -220,7 +220,8 @@ def profile_plot(content: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _sizes(run: dict[str, Any]) -> tuple[int, int]:
+def sizes(run: dict[str, Any]) -> tuple[int, int]:
+    """Parameters, and tokens per step."""
     return run["parameters"], run["tokens_per_step"]
 
 
