@@ -57,6 +57,8 @@ def gather_selection(
     """
     group = process_group_of(group)
     _check_together(report, layout, group)
+    with RefusedTogether(layout, group):
+        check_layout(layout)
     _begin(report, layout, group, "gather_selection")
     if layout.cp_size == 1:
         return layout.unshard([report.selected], dim=1)

@@ -74,6 +74,11 @@ def traffic(rank: int, **bad: Any) -> object:
     return diagnostics.gather_traffic(**{"report": report, "group": torch.distributed.group.WORLD} | bad)
 
 
+def gathered(rank: int, **bad: Any) -> object:
+    _, report = attention(rank, return_report=True)
+    return diagnostics.gather_selection(**{"report": report, "layout": TWO} | bad)
+
+
 def of_one_rank() -> moba_cp.MoBAReport:
     alone = moba_cp.SequenceLayout.contiguous([0, 8], 1)
     qkv = [zeros(8, heads, 8) for heads in (4, 2, 2)]
@@ -126,6 +131,7 @@ ALONE: dict[str, tuple[Callable[..., object], dict[str, Any], str]] = {
         "need a layout, got",
     ),
     "a mask of a compiled module": (titan, {"is_causal": False}, "MoBA attention is causal, got is_causal=False"),
+    "no layout to gather by": (gathered, {"layout": None}, "layout must be a SequenceLayout, got NoneType"),
     "report of one rank": (traffic, {"report": of_one_rank()}, "group has 2 ranks, but the report is of 1"),
     "picture of one rank": (histogram, {"report": of_one_rank()}, "group has 2 ranks, but the report is of 1"),
     "a name that is empty": (histogram, {"path": ""}, "has an empty name"),
