@@ -47,6 +47,10 @@ class Backend(Protocol):
         """Workspace bytes per (q head, row, slot) of partials with last size `dim`; `dtype` is the inputs'."""
         ...
 
+    def dq_bytes_per_slot(self, q: Tensor, v: Tensor, block_size: int) -> int:
+        """Workspace bytes per (q head, row, slot) of partial dq; shapes, dtype and device of `q` and `v` count."""
+        ...
+
     def kept_ds_bytes(
         self, q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int
     ) -> int:
@@ -64,13 +68,15 @@ class Backend(Protocol):
         ...
 
     def new_dq_partials(
-        self, selected: Tensor, dim: int, dtype: torch.dtype, *, keeps_ds: RoutingLists | None = None
+        self, selected: Tensor, lists: RoutingLists, q: Tensor, v: Tensor, *, keeps_ds: bool = False
     ) -> DqPartials:
-        """Uninitialised partial dq for `selected` `[Hq, T, topk]`; `dtype` is the inputs'. Contiguous.
+        """Uninitialised partial dq for `selected` `[Hq, T, topk]`.
 
         Args:
-            keeps_ds: `route(selected, ...)` where gradients of scores are to be kept, which takes `kept_ds_bytes` and saves two
-                of dq's three products. The bits of dq are the same.
+            lists: `route(selected, ...)`.
+            q, v: of the call, `v` or `dout`; head sizes, dtype and device count.
+            keeps_ds: gradients of scores are to be kept, which takes `kept_ds_bytes` and saves two of dq's three products. The
+                bits of dq are the same.
         """
         ...
 

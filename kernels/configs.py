@@ -13,7 +13,7 @@ from math import comb
 import triton
 
 from .gpu import LEAST_SHARED, Gpu
-from .sizes import ITEM_ROWS, cdiv, next_power_of_2, padded
+from .sizes import ITEM_ROWS, SUM_ROWS, cdiv, next_power_of_2, padded
 from .types import OWN_TILE
 
 SMALL_BLOCK = 128
@@ -391,6 +391,8 @@ def sm90_dkdv(dim: int, block_size: int) -> GluonConfig:
     return GluonConfig(rows, keys, num_warps=keys // 16, ahead=2, last=block_size > 1024)
 
 
+SM90_DKDV_DQ_TILES = GluonConfig(rows=SUM_ROWS, keys=128, num_warps=8, ahead=1)
+"""dK, dV and sums of dq on Hopper, for blocks of several tiles of keys."""
 SM90_DQ = GluonConfig(rows=128, keys=64, num_warps=8)
 """Partial dq on Hopper: rows stay on chip, keys stream."""
 SM90_DQ_OF_DS = GluonConfig(rows=128, keys=64, num_warps=4, ahead=1)

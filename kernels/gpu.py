@@ -10,8 +10,6 @@ import torch
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 LEAST_SHARED = 99 << 10
 """Bytes of shared memory per program on consumer GPUs: compute capabilities 8.6, 8.9 and 12.0."""
-_HBM3_BYTES = 100 << 30
-"""Hopper GPUs with more memory have HBM3e: H200, and GH200 of 144 GB. torch tells no bandwidth with every version of CUDA."""
 
 
 class Gpu(NamedTuple):
@@ -21,13 +19,11 @@ class Gpu(NamedTuple):
         capability: compute capability.
         shared_memory: most bytes of shared memory per program.
         multiprocessors: number of multiprocessors.
-        has_hbm3e: its memory reads 4.8 TB/s or more, where that of an H100 reads 3.35.
     """
 
     capability: tuple[int, int]
     shared_memory: int
     multiprocessors: int = 1
-    has_hbm3e: bool = False
 
     @property
     def is_hopper(self) -> bool:
@@ -53,5 +49,4 @@ def gpu_of(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     return gpu_of_capability((properties.major, properties.minor))._replace(
         multiprocessors=properties.multi_processor_count,
-        has_hbm3e=properties.major >= 9 and properties.total_memory > _HBM3_BYTES,
     )

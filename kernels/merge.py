@@ -73,24 +73,32 @@ def merge_kernel(
 def merge_dq_kernel(
     partial, place, selected, merged, tokens, selected_head, selected_token, selected_slot, merged_token, merged_head,
     TOPK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    PLACED: tl.constexpr,
+    PLACED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of ROWS rows of one q head, fp32 sums over slots.
 
     Reads TOPK * (2 * D + 2) bytes per row (2 per empty slot), writes 2 * D. With PLACED, `place` says where partials are, in D
-    elements, and takes 4 bytes per used slot.
+    elements, and takes 4 bytes per used slot. With SUMS, it says which row of the fp32 sums a partial is, and D is 128: see
+    `dkdv_dq_tiles_sm90._in_sum_order`, whose order of columns the accumulator has until the end.
     """
     head, token, valid, chosen, first = _slot_rows(selected, tokens, selected_head, selected_token, ROWS, TOPK)
     d = tl.arange(0, D_PADDED)
     column = (d < D)[None, :]
+    sums_column = d // 64 * 4096 + d // 16 % 4 * 128 + d % 16
     acc = tl.zeros([ROWS, D_PADDED], tl.float32)
     for slot in tl.range(0, TOPK, num_stages=STAGES):
         used = tl.load(chosen + slot * selected_slot, mask=valid, other=-1) >= 0
         at = first + slot
         if PLACED:
             at = tl.load(place + at, mask=used, other=0).to(tl.int64)
-        dq = tl.load(partial + at[:, None] * D + d[None, :], mask=used[:, None] & column, other=0.0)
+        if SUMS:
+            at = at // 64 * 8192 + at % 64 // 8 * 512 + at % 8 * 16
+            dq = tl.load(partial + at[:, None] + sums_column[None, :], mask=used[:, None] & column, other=0.0)
+        else:
+            dq = tl.load(partial + at[:, None] * D + d[None, :], mask=used[:, None] & column, other=0.0)
         acc += dq.to(tl.float32)
+    if SUMS:
+        acc = acc.reshape(ROWS, 8, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, D)
     pointers = merged + head * merged_head + token[:, None] * merged_token + d[None, :]
     tl.store(pointers, acc.to(merged.dtype.element_ty), mask=valid[:, None] & column)
 
@@ -120,5 +128,5 @@ def merge_dq(dq_partials: DqPartials, *, selected: Tensor, dq: Tensor, config: R
     launch_kernel(merge_dq_kernel, (cdiv(tokens, config.rows), q_heads),
         dq_partials.dq, dq_partials.place if placed else selected, selected, dq, tokens, *selected.stride(), dq.stride(0),
         dq.stride(1), TOPK=topk, D=dim, D_PADDED=padded(dim), ROWS=config.rows, STAGES=config.num_stages, PLACED=placed,
-        num_warps=config.num_warps,
+        SUMS=dq_partials.sums, num_warps=config.num_warps,
     )  # fmt: skip

@@ -67,12 +67,24 @@ ITEM_ROWS = 128
 KEPT_DIM = 128
 """Head size with which keeping gradients of scores pays: with 64 they are as large, and the products that they save are half."""
 KEPT_BLOCK = 512
-"""Largest block with which it pays without HBM3e. With larger ones dq reads as fast as memory gives."""
+"""Largest block whose gradients of scores are kept. With larger ones sums of dq take less memory."""
+SUM_ROWS = 64
+"""Rows per tile of sums of dq."""
 
 
 def can_keep_ds(block_size: int) -> bool:
     """Whether the Hopper kernels can keep the gradients of scores: blocks of several tiles of 128 keys."""
-    return block_size > 128 and block_size % 128 == 0
+    return 128 < block_size <= KEPT_BLOCK and block_size % 128 == 0
+
+
+def sums_dq(block_size: int, dim: int) -> bool:
+    """Whether the Hopper kernels compute dq with dK and dV, as fp32 sums over a block's tiles of 128 keys."""
+    return block_size > KEPT_BLOCK and block_size % 128 == 0 and dim == KEPT_DIM
+
+
+def tiles_of_sums(entries: int, n_bins: int) -> int:
+    """Tiles of sums of dq that lists of at most so many entries take: those of each bin are its own."""
+    return entries // SUM_ROWS + n_bins
 
 
 def kept_ds_bytes(*, entries: int, n_blocks: int, block_size: int, dim: int) -> int:

@@ -42,6 +42,11 @@ def bytes_per_slot(dim: int, dtype: torch.dtype) -> int:
     return accumulate_dtype(dtype).itemsize * (dim + 1)
 
 
+def dq_bytes_per_slot(q: Tensor, v: Tensor, block_size: int) -> int:
+    """See `backend.Backend.dq_bytes_per_slot`."""
+    return accumulate_dtype(q.dtype).itemsize * q.shape[2]
+
+
 def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int) -> int:
     """See `backend.Backend.kept_ds_bytes`: this backend keeps none."""
     return 0
@@ -55,16 +60,16 @@ def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
 
 
 def new_dq_partials(
-    selected: Tensor, dim: int, dtype: torch.dtype, *, keeps_ds: RoutingLists | None = None
+    selected: Tensor, lists: RoutingLists, q: Tensor, v: Tensor, *, keeps_ds: bool = False
 ) -> DqPartials:
     """See `backend.Backend.new_dq_partials`; in the accumulation dtype.
 
     Raises:
         ValueError: gradients of scores are to be kept.
     """
-    if keeps_ds is not None:
+    if keeps_ds:
         raise ValueError("the torch backend keeps no gradients of scores")
-    return DqPartials(torch.empty(*selected.shape, dim, dtype=accumulate_dtype(dtype), device=selected.device))
+    return DqPartials(torch.empty(*selected.shape, q.shape[2], dtype=accumulate_dtype(q.dtype), device=selected.device))
 
 
 def centroids(k: Tensor, *, start: Tensor, block_size: int) -> Tensor:

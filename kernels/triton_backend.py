@@ -16,7 +16,6 @@ from .decode import attend_selected, decode_step, select_for_decoding, update_ce
 from .dispatch import sm90_serves
 from .forward import attend
 from .gate import select_blocks
-from .gpu import gpu_of
 from .gradients import add_gradients
 from .lists import route
 from .merge import merge, merge_dq
@@ -36,6 +35,7 @@ __all__ = [
     "check_sizes",
     "decode_step",
     "delta",
+    "dq_bytes_per_slot",
     "kept_ds_bytes",
     "merge",
     "merge_dq",
@@ -73,26 +73,39 @@ def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
     return Partials(out, torch.empty(selected.shape, dtype=torch.float32, device=selected.device))
 
 
+def dq_bytes_per_slot(q: Tensor, v: Tensor, block_size: int) -> int:
+    """See `backend.Backend.dq_bytes_per_slot`. Sums also take up to a tile more per (kv head, block)."""
+    if _sums_dq(q, v, block_size):
+        return 4 * q.shape[2] + 4
+    return q.dtype.itemsize * q.shape[2]
+
+
+def _sums_dq(q: Tensor, v: Tensor, block_size: int) -> bool:
+    return sizes.sums_dq(block_size, q.shape[2]) and sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size)
+
+
 def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int) -> int:
-    """See `backend.Backend.kept_ds_bytes`: the Hopper kernels keep them, for blocks of several tiles, where it pays."""
+    """See `backend.Backend.kept_ds_bytes`: the Hopper kernels keep them, for blocks of a few tiles."""
     if not sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size):
-        return 0
-    if block_size > sizes.KEPT_BLOCK and not gpu_of(q.device).has_hbm3e:
         return 0
     entries = rows * slots * (q.shape[1] // kv_heads)
     return sizes.kept_ds_bytes(entries=entries, n_blocks=n_blocks, block_size=block_size, dim=q.shape[2])
 
 
 def new_dq_partials(
-    selected: Tensor, dim: int, dtype: torch.dtype, *, keeps_ds: RoutingLists | None = None
+    selected: Tensor, lists: RoutingLists, q: Tensor, v: Tensor, *, keeps_ds: bool = False
 ) -> DqPartials:
-    """See `backend.Backend.new_dq_partials`; in `dtype`."""
-    if keeps_ds is not None:
-        shape = keeps_ds.shape
-        items = (keeps_ds.item_bin.numel(), shape.block_size, shape.rows_per_item)
-        place = torch.empty(selected.shape, dtype=torch.int32, device=selected.device)
-        return DqPartials(torch.empty(items, dtype=dtype, device=selected.device), place)
-    return DqPartials(torch.empty(*selected.shape, dim, dtype=dtype, device=selected.device))
+    """See `backend.Backend.new_dq_partials`; sums in fp32, the others in the dtype of `q`."""
+    shape, device = lists.shape, selected.device
+    if keeps_ds:
+        items = (lists.item_bin.numel(), shape.block_size, shape.rows_per_item)
+        place = torch.empty(selected.shape, dtype=torch.int32, device=device)
+        return DqPartials(torch.empty(items, dtype=q.dtype, device=device), place)
+    if _sums_dq(q, v, shape.block_size) and lists.entry.dtype == torch.int32:  # else portable kernels run
+        tiles = (sizes.tiles_of_sums(selected.numel(), shape.n_bins), sizes.SUM_ROWS * q.shape[2])
+        place = torch.empty(selected.shape, dtype=torch.int32, device=device)
+        return DqPartials(torch.empty(tiles, dtype=torch.float32, device=device), place, sums=True)
+    return DqPartials(torch.empty(*selected.shape, q.shape[2], dtype=q.dtype, device=device))
 
 
 def new_lse(q: Tensor) -> Tensor:

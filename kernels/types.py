@@ -179,16 +179,20 @@ class Partials:
 
 @dataclass(frozen=True)
 class DqPartials:
-    """One partial dq per (q head, row, slot).
+    """One partial dq per (q head, row, slot), of one of three kinds.
 
     Attributes:
-        dq: `[Hq, T, topk, D]`; with `place`, `[items, block_size, rows_per_item]`. An item's dS, the gradients of its scores, are
-            kept there, transposed, and then its rows' partial dq, `[rows_per_item, D]`, in the same memory.
-        place: None, or int32 `[Hq, T, topk]`: where each partial dq is in `dq`, counted in D elements; of used slots only.
+        dq: in slots, `[Hq, T, topk, D]`. With `place`, `[items, block_size, rows_per_item]`: an item's dS, the gradients of its
+            scores, are kept there, transposed, and then its rows' partial dq, `[rows_per_item, D]`, in the same memory. With
+            `sums`, fp32 `[tiles, SUM_ROWS * D]`: sums over tiles of keys, in an order of `dkdv_dq_tiles_sm90.py`.
+        place: None, or int32 `[Hq, T, topk]`: where each partial dq is in `dq`, counted in D elements, or which row of the sums
+            it is; of used slots only.
+        sums: whether `dq` are sums; then there are places.
     """
 
     dq: Tensor
     place: Tensor | None = None
+    sums: bool = False
 
 
 def query_rows(

@@ -85,10 +85,13 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool =
     """
     most, heads = call.plan.plan.layout.most_local_tokens, (q.shape[1], k.shape[1])
     width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
-    head_bytes = call.topk * call.backend.bytes_per_slot(width, q.dtype)
+    slot_bytes = call.backend.bytes_per_slot(width, q.dtype)
+    if call.keep_lists or backward:
+        slot_bytes = max(slot_bytes, call.backend.dq_bytes_per_slot(q, v, call.config.block_size))
+    head_bytes = call.topk * slot_bytes
     if call.comm.size == 1 and (call.keep_lists or backward) and most:
         of_head = partial(_kept_ds_bytes, call, q, v, heads[1])
-        least = least_chunk_of_ds(most, q.shape[-1] + v.shape[-1], call.config.block_size)
+        least = least_chunk_of_ds(most, q.shape[-1] + v.shape[-1])
         at_once, rows = most_keeping_ds(
             of_head, most * heads[0] * head_bytes, least, heads[1], most, call.workspace_bytes
         )

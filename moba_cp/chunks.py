@@ -78,17 +78,17 @@ def ranges_of(
     return tuple(ranges)
 
 
-def least_chunk_of_ds(rows: int, width: int, block_size: int) -> int:
+def least_chunk_of_ds(rows: int, width: int) -> int:
     """Bytes of gradients of scores with which a chunk of rows saves more than it costs.
 
-    Each chunk reads and writes again the sums of dK and dV of the keys that its rows may see, on average half of all. Longer
-    blocks gain less from each byte. A chunk also costs launches. All of this was measured (docs/kernels.md).
+    Each chunk reads and writes again the sums of dK and dV of the keys that its rows may see, on average half of all. A chunk
+    also costs launches. All of this was measured (docs/kernels.md).
 
     Args:
         rows: rows of keys and values.
         width: D + Dv.
     """
-    return max(LEAST_CHUNK_BYTES, (2 if block_size <= 1024 else 4) * rows * width * SUM_BYTES)
+    return max(LEAST_CHUNK_BYTES, 2 * rows * width * SUM_BYTES)
 
 
 def most_keeping_ds(
@@ -162,7 +162,7 @@ def estimated_workspace(
         return kept_ds_bytes(entries=entries, n_blocks=blocks, block_size=block_size, dim=dim) if keeps_ds else 0
 
     together = rows * q_heads * slots * slot_bytes
-    least = least_chunk_of_ds(rows, 2 * dim, block_size)
+    least = least_chunk_of_ds(rows, 2 * dim)
     heads, chunk = most_keeping_ds(of_head, together, least, kv_heads, rows, workspace_bytes)
     kept = heads * of_head(chunk)
     if not heads:

@@ -257,7 +257,7 @@ def _backward_chunk(
 ) -> None:
     """dq of one chunk, and its share of dk and dv of every part."""
     here, selected = rows.slice(chunk.rows.start, chunk.rows.stop), chunk.of_heads(saved.selected)
-    partials = call.backend.new_dq_partials(selected, q.shape[-1], q.dtype, keeps_ds=lists if chunk.keeps_ds else None)
+    partials = call.backend.new_dq_partials(selected, lists, q, dout, keeps_ds=chunk.keeps_ds)
     for gradient in call.stage.taking(parts, "wait for keys and values, send gradients"):
         with call.stage(f"attend backward {gradient.part.name}"):
             call.backend.attend_backward(

@@ -91,8 +91,8 @@ def test_keeping_gradients_of_scores_changes_no_bit(case: tuple, monkeypatch: py
     kept: list[bool] = []
     make_partials = triton_backend.new_dq_partials
 
-    def noted(*arguments, keeps_ds=None):
-        kept.append(keeps_ds is not None)
+    def noted(*arguments, keeps_ds=False):
+        kept.append(keeps_ds)
         return make_partials(*arguments, keeps_ds=keeps_ds)
 
     monkeypatch.setattr(triton_backend, "new_dq_partials", noted)

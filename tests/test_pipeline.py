@@ -53,6 +53,7 @@ def plain_call(workspace_bytes: int, kept_bytes: int) -> Call:
     plan = rank_plan(home_plan(SequenceLayout.contiguous([0, TOKENS], 1), 256), 0)
     backend = SimpleNamespace(
         bytes_per_slot=torch_backend.bytes_per_slot,
+        dq_bytes_per_slot=torch_backend.dq_bytes_per_slot,
         kept_ds_bytes=lambda *_, rows, **__: kept_bytes * rows // TOKENS,
     )
     return Call(
@@ -132,8 +133,8 @@ def test_a_call_whose_backward_alone_has_chunks_of_rows(dtype: torch.dtype, monk
     expected = results()
     new_dq_partials = torch_backend.new_dq_partials
 
-    def noted(*arguments: Any, keeps_ds: Any = None) -> Any:
-        kept.append(None if keeps_ds is None else arguments[0].shape[1])
+    def noted(*arguments: Any, keeps_ds: bool = False) -> Any:
+        kept.append(arguments[0].shape[1] if keeps_ds else None)
         return new_dq_partials(*arguments)
 
     monkeypatch.setattr(torch_backend, "kept_ds_bytes", lambda *_, rows, **__: rows << 12)

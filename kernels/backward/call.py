@@ -18,7 +18,7 @@ class Call:
     Attributes:
         part, lists, rows, q, dout, lse, delta, scale, dk, dv, accumulate: see `attend_backward`.
         n_segments: segments, of which `segment_bin` (int32 `[n_segments]`) names the bins; see `segments.py`.
-        dq, place: of `DqPartials`.
+        dq, place, sums_dq: of `DqPartials`.
     """
 
     part: KVPart
@@ -36,6 +36,7 @@ class Call:
     n_segments: int
     segment_bin: Tensor
     place: Tensor | None = None
+    sums_dq: bool = False
 
     def dkdv_arguments(self, sums: Tensor) -> tuple:
         """Arguments of a kernel for dK and dV, up to its constants; `sums` is the buffer of `segment_sums`."""
@@ -45,6 +46,18 @@ class Call:
             part.start, part.length, self.segment_bin, self.dk, self.dv, self.dq, sums,
             *self._row_strides(), *key_strides(part.k, part.v, self.dk, self.dv), *self._score_strides(),
             *self._dq_strides(), part.start.stride(0), shape.n_bins, shape.n_blocks, shape.group_size, self.scale,
+        )  # fmt: skip
+
+    def dkdv_dq_tiles_arguments(self, sums: Tensor, progress: Tensor) -> tuple:
+        """Arguments of the kernel for dK, dV and sums of dq, up to its constants; `sums` is the buffer of `segment_sums`."""
+        part, lists, shape = self.part, self.lists, self.lists.shape
+        assert self.place is not None
+        return (
+            self.q, self.dout, part.k, part.v, self.lse, self.delta, self.rows.position, lists.pointer, lists.entry,
+            part.start, part.length, self.segment_bin, self.dk, self.dv, self.dq, sums,
+            *self._row_strides(), *key_strides(part.k, part.v, self.dk, self.dv), *self._score_strides(),
+            *self.place.stride()[:2], part.start.stride(0), shape.n_bins, shape.n_blocks, shape.group_size, self.scale,
+            self.place, progress,
         )  # fmt: skip
 
     def dq_arguments(self) -> tuple:

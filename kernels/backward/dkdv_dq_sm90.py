@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..gluon_rows import barrier, decode, gather_layout, line_layout, offset_of, product_layout, warp_layout
 from .portable_kernels import LOG2E, UNALIGNED, VARYING
-from .rows_sm90 import copy_rows, load_scalars, store_dkdv, unit_bounds, work_unit
+from .rows_sm90 import copy_rows, load_scalars, program_again, store_dkdv, unit_bounds, work_unit
 
 
 @gluon.jit
@@ -167,6 +167,6 @@ def dkdv_dq_kernel(
         )  # fmt: skip
     async_copy.wait_group(0)
     store_dkdv(
-        dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, dk_row, dk_head, dv_row, dv_head,
+        program_again(), dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, dk_row, dk_head, dv_row, dv_head,
         n_bins, n_blocks, start_head, D, KEYS, TILES, ACCUMULATE, WARPS, HEADS,
     )  # fmt: skip

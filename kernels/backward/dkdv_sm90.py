@@ -15,30 +15,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..gluon_rows import barrier, gather_layout, line_layout, product_layout, warp_layout
 from .portable_kernels import LOG2E, UNALIGNED, VARYING
-from .rows_sm90 import copy_rows, ds_layout, in_ds_order, load_scalars, next_kept, store_dkdv, unit_bounds, work_unit
-
-
-@gluon.jit
-def _unseen_rows(
-    entry, position, count, first_key, ROWS: gl.constexpr, WARPS: gl.constexpr, HEAD_BITS: gl.constexpr,
-    SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
-):  # fmt: skip
-    """Entries at the start of a bin's list, in whole tiles, that see no key from `first_key` on.
-
-    Entries ascend by (head, token), so the own rows of the group's first head come first. At most `first_key` of them see
-    no such key.
-    """
-    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])
-    index = gl.arange(0, 64 * WARPS, layout=SCAN)
-    seeing = gl.full([64 * WARPS], 2147483647, gl.int32, SCAN)
-    bound = gl.minimum(first_key, count)
-    for j in range(0, bound, 64 * WARPS):
-        here = j + index < bound
-        code = gl.load(entry + j + index, mask=here, other=0)
-        own = here & ((code & ((1 << SLOT_BITS) - 1)) == TOPK - 1)
-        row_position = gl.load(position + (code >> (HEAD_BITS + SLOT_BITS)), mask=own, other=2147483647)
-        seeing = gl.where(row_position < first_key, seeing, gl.minimum(seeing, j + index))
-    return gl.minimum(gl.min(seeing, 0), bound) // ROWS * ROWS
+from .rows_sm90 import (
+    copy_rows,
+    ds_layout,
+    in_ds_order,
+    load_scalars,
+    next_kept,
+    program_again,
+    store_dkdv,
+    unit_bounds,
+    unseen_rows,
+    work_unit,
+)
 
 
 @gluon.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
@@ -106,7 +94,7 @@ def dkdv_kernel(
     zero = gl.zeros([KEYS, ROWS], gl.float32, SCORE)
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, GATHER))
     line = gl.arange(0, ROWS, layout=LINE)
-    unseen = _unseen_rows(entry, position, count, tile * KEYS, ROWS, WARPS, HEAD_BITS, SLOT_BITS, TOPK)
+    unseen = unseen_rows(entry, position, count, tile * KEYS, ROWS, WARPS, HEAD_BITS, SLOT_BITS, TOPK)
     if KEEPS:
         KEPT: gl.constexpr = ds_layout(KEYS, ROWS, WARPS)
         kept_key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, KEPT))
@@ -197,6 +185,6 @@ def dkdv_kernel(
     dv_sum, p_left, dk_sum, ds_left = warpgroup_mma_wait(0, deps=(dv_sum, p_left, dk_sum, ds_left))
     async_copy.wait_group(0)
     store_dkdv(
-        dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, dk_row, dk_head, dv_row, dv_head,
+        program_again(), dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, dk_row, dk_head, dv_row, dv_head,
         n_bins, n_blocks, start_head, D, KEYS, TILES, ACCUMULATE, WARPS, HEADS,
     )  # fmt: skip

@@ -118,7 +118,30 @@ def unit_bounds(unit, pointer, segment_bin, start, length, n_bins, n_blocks, sta
 
 
 @gluon.jit
-def _program_again():
+def unseen_rows(
+    entry, position, count, first_key, ROWS: gl.constexpr, WARPS: gl.constexpr, HEAD_BITS: gl.constexpr,
+    SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
+):  # fmt: skip
+    """Entries at the start of a bin's list, in whole tiles, that see no key from `first_key` on.
+
+    Entries ascend by (head, token), so the own rows of the group's first head come first. At most `first_key` of them see
+    no such key.
+    """
+    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])
+    index = gl.arange(0, 64 * WARPS, layout=SCAN)
+    seeing = gl.full([64 * WARPS], 2147483647, gl.int32, SCAN)
+    bound = gl.minimum(first_key, count)
+    for j in range(0, bound, 64 * WARPS):
+        here = j + index < bound
+        code = gl.load(entry + j + index, mask=here, other=0)
+        own = here & ((code & ((1 << SLOT_BITS) - 1)) == TOPK - 1)
+        row_position = gl.load(position + (code >> (HEAD_BITS + SLOT_BITS)), mask=own, other=2147483647)
+        seeing = gl.where(row_position < first_key, seeing, gl.minimum(seeing, j + index))
+    return gl.minimum(gl.min(seeing, 0), bound) // ROWS * ROWS
+
+
+@gluon.jit
+def program_again():
     """The program's index; with _READ_AGAIN read by an instruction that the compiler does not merge with an earlier one."""
     if _READ_AGAIN:
         program = gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -161,13 +184,12 @@ def _store_sums(
 
 @gluon.jit
 def store_dkdv(
-    dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, dk_row, dk_head, dv_row, dv_head,
+    program, dk_sum, dv_sum, scale, dk, dv, sums, segment_bin, start, length, dk_row, dk_head, dv_row, dv_head,
     n_bins, n_blocks, start_head,
     D: gl.constexpr, KEYS: gl.constexpr, TILES: gl.constexpr, ACCUMULATE: gl.constexpr, WARPS: gl.constexpr,
     HEADS: gl.constexpr,
 ):  # fmt: skip
-    """Store a program's sums. The work unit is looked up again: values kept from the start would spill."""
-    program = _program_again()
+    """Store the sums of `program`. The work unit is looked up again: values kept from the start would spill."""
     tile = program % TILES
     unit, c, kv_head, first_key, held = _unit_again(
         program, segment_bin, start, length, n_bins, n_blocks, start_head, TILES, HEADS

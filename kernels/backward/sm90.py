@@ -8,6 +8,8 @@ shared memory; in registers they would spill.
 
 from __future__ import annotations
 
+import torch
+
 from .. import configs
 from ..configs import GluonConfig
 from ..descriptors import gluon_dtype
@@ -16,15 +18,22 @@ from ..launch import launch_kernel
 from ..sizes import MOST_ITEMS_PER_PROGRAM, cdiv, heads_at_once, programs_for
 from .call import Call
 from .dkdv_dq_sm90 import dkdv_dq_kernel
+from .dkdv_dq_tiles_sm90 import dkdv_dq_tiles_kernel
 from .dkdv_sm90 import dkdv_kernel
 from .dq_of_ds_sm90 import dq_of_ds_kernel
 from .dq_sm90 import dq_kernel
 from .segments import segment_rows, sum_segments
 
+UNITS_AT_ONCE = 4
+"""Work units whose tiles of keys take turns where dq is summed: then programs hardly wait for each other (docs/kernels.md)."""
+
 
 def launch(call: Call) -> None:
     """dK, dV and partial dq."""
     block_size = call.lists.shape.block_size
+    if call.sums_dq:
+        launch_dkdv_dq_tiles(call, configs.SM90_DKDV_DQ_TILES)
+        return
     config = configs.sm90_dkdv(call.q.shape[2], block_size)
     launch_dkdv(call, config)
     if call.place is not None:
@@ -45,6 +54,21 @@ def launch_dkdv(call: Call, config: GluonConfig) -> None:
     launch_kernel(kernel, ((shape.n_bins + call.n_segments) * tiles,),
         *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), AHEAD=config.ahead, TILES=tiles, **more,
         HEADS=_heads(call), SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate, num_warps=config.num_warps,
+    )  # fmt: skip
+    sum_segments(call, sums, config.keys, tiles)
+
+
+def launch_dkdv_dq_tiles(call: Call, config: GluonConfig) -> None:
+    """dK, dV and sums of dq, for blocks of several tiles of keys."""
+    shape = call.lists.shape
+    tiles = shape.block_size // config.keys
+    programs = (shape.n_bins + call.n_segments) * tiles
+    sums = call.segment_sums(shape.block_size)
+    progress = torch.zeros(1 + programs, dtype=torch.int32, device=call.q.device)
+    launch_kernel(dkdv_dq_tiles_kernel, (programs,),
+        *call.dkdv_dq_tiles_arguments(sums, progress), **call.bits(), **_constants(call, config), AHEAD=config.ahead, TILES=tiles,
+        HEADS=_heads(call), UNITS=UNITS_AT_ONCE, SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate,
+        num_warps=config.num_warps,
     )  # fmt: skip
     sum_segments(call, sums, config.keys, tiles)
 

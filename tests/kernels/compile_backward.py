@@ -13,7 +13,7 @@ from tests.kernels import compiling
 
 INT32 = {
     "position", "pointer", "entry", "start", "length", "segment_bin", "item_bin", "item_start", "item_end", "own_tiles",
-    "place",
+    "place", "progress",
 }  # fmt: skip
 FP32 = {"lse", "delta", "sums", "own_dk", "own_dv", "arrived"}
 HALF = {"q", "dout", "out", "k", "v", "dq", "ds", "packed", "source", "x"}
@@ -38,6 +38,7 @@ def signature_of(kernel, constants: dict, dtype: str, gradient: str, ones=()) ->
     """Types, constants and alignment attributes of a call with contiguous tensors, whose integers `ones` are 1."""
     constants = constants | dict.fromkeys(ones, 1)
     types, aligned = {}, []
+    names = {p.name for p in kernel.params}
     for p in kernel.params:
         if p.name in constants:
             types[p.name] = "constexpr"
@@ -47,7 +48,7 @@ def signature_of(kernel, constants: dict, dtype: str, gradient: str, ones=()) ->
             types[p.name] = "*i32"
         elif p.name == "wanted":
             types[p.name] = "*u8"
-        elif p.name in FP32 or (p.name == "delta" and "out" in types):
+        elif p.name in FP32 or (p.name == "delta" and "out" in types) or (p.name == "dq" and "place_head" in names):
             types[p.name] = "*fp32"
         elif p.name in GRADIENTS:
             types[p.name] = f"*{gradient}"
@@ -167,6 +168,8 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
 
     element = gluon_dtype(compiling.DTYPES[dtype])
     common = constants_of(dim, dim, block_size) | {"DTYPE": element, "ACCUMULATE": accumulate}
+    if sizes.sums_dq(block_size, dim):
+        return build_summing(common, dtype, capability)
     dkdv, dq = configs.sm90_dkdv(dim, block_size), configs.SM90_DQ
     constants = common | tile_constants(dkdv) | {"TILES": block_size // dkdv.keys, "KEEPS": False}
     name, kernel = ("dkdv_dq", sm90.dkdv_dq_kernel) if dkdv.keys == block_size else ("dkdv", sm90.dkdv_kernel)
@@ -198,6 +201,21 @@ def build_keeping(constants: dict, group: int, dtype: str, capability: tuple[int
             sm90.dq_of_ds_kernel, reading, dtype, capability, config.num_warps, ones=ones
         ),
     }
+
+
+def build_summing(common: dict, dtype: str, capability: tuple[int, int]) -> dict[str, dict]:
+    """The kernel for dK, dV and sums of dq."""
+    from moba_cp.kernels.backward import sm90
+
+    config = configs.SM90_DKDV_DQ_TILES
+    constants = common | tile_constants(config) | {"TILES": 32, "UNITS": sm90.UNITS_AT_ONCE}
+    return {
+        f"dkdv_dq_tiles, group {group}, {heads} at once": build(
+            sm90.dkdv_dq_tiles_kernel, constants | {"HEAD_BITS": (group - 1).bit_length(), "HEADS": heads}, dtype,
+            capability, config.num_warps, ones=ones,
+        )
+        for group, heads, ones in LAUNCHES
+    }  # fmt: skip
 
 
 BUILDERS = {"portable": build_portable, "small": build_small, "moving": build_moving, "hopper": build_hopper}

@@ -84,7 +84,7 @@ def run_keeping(case: Case, *, accumulate: bool = False) -> tuple[torch.Tensor, 
     dk, dv = (
         torch.full(x.shape, 1.0 if accumulate else float("nan"), device="cuda") for x in (case.part.k, case.part.v)
     )
-    partials = triton_backend.new_dq_partials(case.selected, case.q.shape[2], case.q.dtype, keeps_ds=case.lists)
+    partials = triton_backend.new_dq_partials(case.selected, case.lists, case.q, case.dout, keeps_ds=True)
     partials.dq.fill_(float("nan"))
     partials.place.fill_(-1)
     backward.attend_backward(
@@ -123,7 +123,7 @@ def test_kept_gradients_take_the_bytes_that_were_promised():
     case = make_case([5000, 557], 512, 3, q_heads=4, kv_heads=4, dim=128, dtype=torch.bfloat16, device="cuda")
     shape = case.lists.shape
     made = lists.route(case.selected, n_blocks=shape.n_blocks, kv_heads=shape.kv_heads, block_size=shape.block_size)
-    partials = triton_backend.new_dq_partials(case.selected, 128, torch.bfloat16, keeps_ds=made)
+    partials = triton_backend.new_dq_partials(case.selected, made, case.q, case.dout, keeps_ds=True)
     of_head = triton_backend.kept_ds_bytes(
         case.q, case.dout, rows=len(case.rows), kv_heads=4, slots=3, n_blocks=shape.n_blocks, block_size=512
     )
@@ -133,7 +133,7 @@ def test_kept_gradients_take_the_bytes_that_were_promised():
 @pytest.mark.parametrize(("block_size", "variant"), [(128, "sm90"), (192, "sm90"), (512, "portable")])
 def test_gradients_of_scores_that_cannot_be_kept(block_size, variant):
     case = make_case([1000], block_size, 2, dim=128, dtype=torch.bfloat16, device="cuda")
-    partials = triton_backend.new_dq_partials(case.selected, 128, torch.bfloat16, keeps_ds=case.lists)
+    partials = triton_backend.new_dq_partials(case.selected, case.lists, case.q, case.dout, keeps_ds=True)
     empty = torch.empty(case.part.k.shape, device="cuda")
     with pytest.raises(ValueError, match=f"not kept by variant '{variant}' for blocks of {block_size} keys"):
         backward.attend_backward(
@@ -144,7 +144,7 @@ def test_gradients_of_scores_that_cannot_be_kept(block_size, variant):
 
 def test_gradients_of_scores_of_other_lists_are_refused():
     case = make_case(**CASES["block 512"], dtype=torch.bfloat16, device="cuda")
-    partials = triton_backend.new_dq_partials(case.selected, 128, torch.bfloat16, keeps_ds=case.lists)
+    partials = triton_backend.new_dq_partials(case.selected, case.lists, case.q, case.dout, keeps_ds=True)
     other = DqPartials(partials.dq[1:], partials.place)
     empty = torch.empty(case.part.k.shape, device="cuda")
     with pytest.raises(ValueError, match="gradients of scores need .* those of the lists, got"):

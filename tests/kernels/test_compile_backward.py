@@ -13,7 +13,7 @@ CASES = [
     ["small", 128, "bf16", HOPPER],
     ["moving", 128, 128, "bf16", HOPPER],
     ["moving", 128, 128, "bf16", AMPERE],
-    *[["hopper", 128, block, "bf16", HOPPER] for block in (128, 512)],
+    *[["hopper", 128, block, "bf16", HOPPER] for block in (128, 512, 4096)],
     ["portable", 128, 128, 512, "bf16", HOPPER],
     ["portable", 96, 96, 48, "bf16", HOPPER],
     ["portable", 128, 128, 64, "bf16", AMPERE],
@@ -23,7 +23,7 @@ CASES = [
 HEAVY = [
     *[["moving", dim, dim_v, "bf16", HOPPER] for dim, dim_v in ((64, 64), (192, 128), (256, 256))],
     *[["hopper", dim, block, "bf16", HOPPER] for dim, block in ((64, 128), (64, 64), (128, 192))],
-    ["hopper", 128, 4096, "fp16", HOPPER],
+    *[["hopper", *case, HOPPER] for case in ((128, 4096, "fp16"), (64, 4096, "fp16"))],
     *[["portable", 128, 128, block, "bf16", HOPPER] for block in (64, 128)],
     ["portable", 64, 64, 512, "fp16", HOPPER],
     ["portable", 192, 128, 512, "bf16", HOPPER],

@@ -151,6 +151,23 @@ def test_backward_launches_where_gradients_of_scores_are_kept(launches: dict[str
 
 
 @pytest.mark.usefixtures("hopper")
+def test_backward_launches_where_dq_is_summed(launches: dict[str, dict]) -> None:
+    case = case_of(1024)
+    tiles = sizes.tiles_of_sums(case.selected.numel(), case.lists.shape.n_bins)
+    place = torch.empty(case.selected.shape, dtype=torch.int32)
+    partials = DqPartials(torch.empty(tiles, 64 * 128), place, sums=True)
+    results = attend_backward(case, partials)
+    assert list(launches) == ["dkdv_dq_tiles_kernel"]
+    launched = launches["dkdv_dq_tiles_kernel"]
+    check(launched, case, **results | {"dq": partials.dq}, place=place)
+    assert (launched["place_head"], launched["place_token"]) == place.stride()[:2]
+    programs = case.lists.shape.n_bins * launched["TILES"]
+    assert launched["progress"].tolist() == [0] * (1 + programs)
+    with pytest.raises(ValueError, match="dq is not summed by variant 'portable' for blocks of 1024 keys and D 128"):
+        attend_backward(case, partials, variant="portable")
+
+
+@pytest.mark.usefixtures("hopper")
 def test_misaligned_tensors_are_portable() -> None:
     case = case_of(128)
     odd = torch.nn.functional.pad(case.dout, (0, 8))[..., :128]

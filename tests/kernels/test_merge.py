@@ -83,6 +83,23 @@ def test_partial_dq_at_places():
     assert torch.equal(dq, expected)
 
 
+@interpreter.interpreted
+def test_sums_of_dq():
+    """fp32 sums in any tiles, in their order of rows and columns, give the bits of fp32 partials in slots. Others hold NaN."""
+    partials, selected = make_partials(40, 2, 3, 128, torch.float32)
+    rows = torch.full((6 * 64, 128), NAN, device=DEVICE)
+    place = torch.randperm(len(rows), device=DEVICE)[: selected.numel()].view(selected.shape)
+    rows[place] = partials.out
+    # Of a tile's rows and columns: warp, half of its rows, row; half of the columns, sixteen of them, and 8 + 2 * q + c in these.
+    sums = rows.view(6, 4, 2, 8, 2, 4, 2, 4, 2).permute(0, 4, 1, 2, 5, 3, 7, 6, 8).reshape(6, 8192)
+    place = place.masked_fill(selected < 0, 1 << 30).int()  # never read
+    expected, dq = (torch.full((40, 2, 128), NAN, device=DEVICE) for _ in range(2))
+    merge.merge_dq(DqPartials(partials.out), selected=selected, dq=expected)
+    merge.merge_dq(DqPartials(sums, place, sums=True), selected=selected, dq=dq)
+    assert not dq.isnan().any()
+    assert torch.equal(dq, expected)
+
+
 SHAPES = {"one row": (1, 1, 1, 16), "several tiles": (150, 2, 5, 24), "wide": (9, 3, 2, 256)}
 
 

@@ -14,16 +14,23 @@ triton_backend = pytest.importorskip("moba_cp.kernels.triton_backend")
 import moba_cp  # noqa: E402
 from moba_cp import prepare  # noqa: E402
 from moba_cp.kernels import torch_backend  # noqa: E402
-from moba_cp.kernels.gpu import gpu_of_capability  # noqa: E402
+from moba_cp.kernels.types import RoutingLists, list_shape  # noqa: E402
 from tests.kernels.forward_cases import relative  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
+
+
+def lists_of(block_size, entries=0):
+    """Lists of two kv heads and seven blocks; only shapes count."""
+    shape = list_shape(torch.zeros(4, 1, 3), 7, 2, block_size, 128)
+    return RoutingLists(shape, *(torch.zeros(n, dtype=torch.int32) for n in (15, entries, 1, 1, 1)))
 
 
 def test_in_interpreter():
     interpreter.run_module(__file__)
 
 
+SIZES = ["bytes_per_slot", "dq_bytes_per_slot", "kept_ds_bytes"]
 PRIMITIVES = [
     "centroids",
     "select_blocks",
@@ -39,7 +46,7 @@ PRIMITIVES = [
 ]
 
 
-@pytest.mark.parametrize("name", [*PRIMITIVES, "bytes_per_slot", "kept_ds_bytes", "new_partials", "new_dq_partials"])
+@pytest.mark.parametrize("name", [*PRIMITIVES, *SIZES, "new_partials", "new_dq_partials"])
 def test_same_signatures(name):
     """Same parameters in the same order and of the same kind. A backend may append optional ones."""
     ours, theirs = (inspect.signature(getattr(b, name)).parameters for b in (triton_backend, torch_backend))
@@ -53,26 +60,48 @@ def test_workspace_bytes_are_what_partials_take():
     partials = triton_backend.new_partials(selected, 96, torch.bfloat16)
     used = sum(x.numel() * x.element_size() for x in (partials.out, partials.lse))
     assert used == selected.numel() * triton_backend.bytes_per_slot(96, torch.bfloat16)
-    dq = triton_backend.new_dq_partials(selected, 96, torch.bfloat16).dq
-    assert dq.numel() * dq.element_size() <= used
+    q = torch.zeros(5, 3, 96, dtype=torch.bfloat16)
+    dq = triton_backend.new_dq_partials(selected, lists_of(1024), q, q).dq
+    assert dq.nbytes == selected.numel() * triton_backend.dq_bytes_per_slot(q, q, 1024) <= used
 
 
 @pytest.mark.parametrize(
-    ("block_size", "dim", "hbm3e", "keeps"),
+    ("block_size", "dim", "hopper", "sums"),
     [
-        (256, 128, False, True),
-        (512, 128, False, True),
-        (1024, 128, False, False),  # memory is too slow
-        (4096, 128, True, True),
-        (512, 64, True, False),
-        (128, 128, True, False),
-        (4096, 128, None, False),  # no Hopper
+        (512, 128, True, False),
+        (1024, 128, True, True),
+        (1024, 64, True, False),
+        (4096, 128, False, False),
+        (576, 128, True, False),
     ],
 )
-def test_who_keeps_gradients_of_scores(block_size, dim, hbm3e, keeps, monkeypatch):
-    gpu = gpu_of_capability((9, 0))._replace(has_hbm3e=bool(hbm3e))
-    monkeypatch.setattr(triton_backend, "sm90_serves", lambda *_: hbm3e is not None)
-    monkeypatch.setattr(triton_backend, "gpu_of", lambda _: gpu)
+def test_who_sums_dq(block_size, dim, hopper, sums, monkeypatch):
+    """Sums take the bytes per slot that are promised, and at most a tile of 64 rows more per (kv head, block)."""
+    monkeypatch.setattr(triton_backend, "sm90_serves", lambda *_: hopper)
+    selected = torch.zeros(4, 50, 3, dtype=torch.int32)
+    q = torch.zeros(50, 4, dim, dtype=torch.bfloat16)
+    partials = triton_backend.new_dq_partials(selected, lists_of(block_size, selected.numel()), q, q)
+    assert partials.sums == sums
+    assert (partials.place is not None) == sums
+    promised = selected.numel() * triton_backend.dq_bytes_per_slot(q, q, block_size)
+    assert promised == selected.numel() * (516 if sums else 2 * dim)
+    taken = partials.dq.nbytes + (partials.place.nbytes if sums else 0)
+    assert taken <= promised + (2 * 7 * 64 * 512 if sums else 0)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "dim", "hopper", "keeps"),
+    [
+        (256, 128, True, True),
+        (512, 128, True, True),
+        (1024, 128, True, False),  # dq is summed
+        (512, 64, True, False),
+        (128, 128, True, False),
+        (512, 128, False, False),
+    ],
+)
+def test_who_keeps_gradients_of_scores(block_size, dim, hopper, keeps, monkeypatch):
+    monkeypatch.setattr(triton_backend, "sm90_serves", lambda *_: hopper)
     q, v = (torch.zeros(1, heads, dim, dtype=torch.bfloat16) for heads in (4, 2))
     found = triton_backend.kept_ds_bytes(q, v, rows=1000, kv_heads=2, slots=3, n_blocks=7, block_size=block_size)
     entries = 2 * 3 * 1000
