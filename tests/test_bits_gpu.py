@@ -1,4 +1,4 @@
-"""On Hopper GPUs: output and dq have the bits that commit 1c91dde gave, for any number of ranks, layout and exchange."""
+"""On Hopper GPUs: output and dq have the bits that were saved once, for any number of ranks, layout and exchange."""
 
 from __future__ import annotations
 
