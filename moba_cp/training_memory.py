@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from .chunks import estimated_workspace
 from .config import DEFAULT_WORKSPACE_BYTES
+from .kernels.sizes import sums_dq
 
 GIB = 1 << 30
 OUTSIDE_TORCH = int(1.5 * GIB)
@@ -228,8 +229,8 @@ def _attention(s: TrainingShape) -> int:
 
 
 def _slot_bytes(s: TrainingShape) -> int:
-    """Of a partial result in 16 bits with its log-sum-exp, and 4 bytes beside it."""
-    return 2 * s.head_dim + 8
+    """Of a partial result in 16 bits, or where dq is summed in 32, with its log-sum-exp, and 4 bytes beside it."""
+    return (4 if s.bf16 and sums_dq(s.block_size, s.head_dim) else 2) * s.head_dim + 8
 
 
 def _workspace(s: TrainingShape) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..chunks import most_at_once
 from ..config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
+from ..kernels.sizes import sums_dq
 from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, balanced_cuts, candidates_before, keys_before, pairs_before
 from ..parallel.cost import BETWEEN_BYTES_PER_MS, INSIDE_BYTES_PER_MS
 from ..parallel.exchanges.registry import EXCHANGES
@@ -264,8 +265,10 @@ class Divided(NamedTuple):
 
 
 def partial_bytes(layer: Layer) -> int:
-    """Bytes of the partial results of one row and q head: a vector and a sum for each selected block."""
-    return layer.slots * (layer.head_dim * layer.itemsize + 4)
+    """Bytes of the partial results of one row and q head: a vector and a number for each selected block, in backward of some
+    blocks in fp32."""
+    summed = layer.itemsize == 2 and sums_dq(layer.block_size, layer.head_dim)
+    return layer.slots * (layer.head_dim * (4 if summed else layer.itemsize) + 4)
 
 
 def ranges(layer: Layer, split: Split) -> Divided:
