@@ -47,8 +47,13 @@ class Backend(Protocol):
         """Workspace bytes per (q head, row, slot) of partials with last size `dim`; `dtype` is the inputs'."""
         ...
 
-    def dq_bytes_per_slot(self, q: Tensor, v: Tensor, block_size: int) -> int:
-        """Workspace bytes per (q head, row, slot) of partial dq; shapes, dtype and device of `q` and `v` count."""
+    def dq_bytes(self, q: Tensor, v: Tensor, block_size: int, n_blocks: int) -> tuple[int, int]:
+        """Most workspace bytes of partial dq per (q head, row, slot), and besides per (kv head, block): the same on every device.
+
+        Args:
+            q, v: of the call; head sizes and dtype count.
+            block_size, n_blocks: of the call.
+        """
         ...
 
     def kept_ds_bytes(
@@ -198,7 +203,7 @@ class Backend(Protocol):
             lse, delta: `[Hq, T]`, of `merge` and `delta`.
             dk, dv: of the shapes of `part.k`, `part.v`, in the accumulation dtype or the keys'. Every row of a pair in the
                 part is written (zeros where no row selected it), or added to with `accumulate`.
-            dq_partials: `new_dq_partials(selected, D, q.dtype)`; written at the slots of this part's blocks. Where it keeps
+            dq_partials: `new_dq_partials(selected, lists, q, dout)`; written at the slots of this part's blocks. Where it keeps
                 gradients of scores, of these `lists`.
             accumulate: add to `dk` and `dv` instead of writing them.
         """

@@ -78,8 +78,8 @@ def merge_dq_kernel(
     """One program: dq of ROWS rows of one q head, fp32 sums over slots.
 
     Reads TOPK * (2 * D + 2) bytes per row (2 per empty slot), writes 2 * D. With PLACED, `place` says where partials are, in D
-    elements, and takes 4 bytes per used slot. With SUMS, it says which row of the fp32 sums a partial is, and D is 128: see
-    `dkdv_dq_tiles_sm90._in_sum_order`, whose order of columns the accumulator has until the end.
+    elements, and takes 4 bytes per used slot. With SUMS, it says which row of the sums a partial is, which takes 4 * D bytes, and
+    D is 128: see `dkdv_dq_tiles_sm90._in_sum_order`, whose order of columns the accumulator has until the end.
     """
     head, token, valid, chosen, first = _slot_rows(selected, tokens, selected_head, selected_token, ROWS, TOPK)
     d = tl.arange(0, D_PADDED)

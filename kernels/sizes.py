@@ -70,6 +70,12 @@ KEPT_BLOCK = 512
 """Largest block whose gradients of scores are kept. With larger ones sums of dq take less memory."""
 SUM_ROWS = 64
 """Rows per tile of sums of dq."""
+SUM_TILE_BYTES = SUM_ROWS * KEPT_DIM * 4
+"""Of a tile of sums. Up to one more than its rows fill is taken for each (kv head, block)."""
+MOST_SUMMED_BLOCKS = 1 << 14
+"""Most blocks with which dq is summed: their tiles take 0.5 GiB per kv head at most. More are blocks of many short documents."""
+MOST_SUMMED_KEYS = 1 << 17
+"""Largest such block: the sums of one program's rows are counted in 32 bits."""
 
 
 def can_keep_ds(block_size: int) -> bool:
@@ -77,9 +83,18 @@ def can_keep_ds(block_size: int) -> bool:
     return 128 < block_size <= KEPT_BLOCK and block_size % 128 == 0
 
 
-def sums_dq(block_size: int, dim: int) -> bool:
-    """Whether the Hopper kernels compute dq with dK and dV, as fp32 sums over a block's tiles of 128 keys."""
-    return block_size > KEPT_BLOCK and block_size % 128 == 0 and dim == KEPT_DIM
+def sums_dq(block_size: int, dim: int, n_blocks: int) -> bool:
+    """Whether the Hopper kernels compute dq with dK and dV, as fp32 sums over a block's tiles of 128 keys.
+
+    Args:
+        n_blocks: of all documents, so that every rank decides the same.
+    """
+    return (
+        KEPT_BLOCK < block_size <= MOST_SUMMED_KEYS
+        and block_size % 128 == 0
+        and dim == KEPT_DIM
+        and n_blocks <= MOST_SUMMED_BLOCKS
+    )
 
 
 def tiles_of_sums(entries: int, n_bins: int) -> int:

@@ -42,9 +42,9 @@ def bytes_per_slot(dim: int, dtype: torch.dtype) -> int:
     return accumulate_dtype(dtype).itemsize * (dim + 1)
 
 
-def dq_bytes_per_slot(q: Tensor, v: Tensor, block_size: int) -> int:
-    """See `backend.Backend.dq_bytes_per_slot`."""
-    return accumulate_dtype(q.dtype).itemsize * q.shape[2]
+def dq_bytes(q: Tensor, v: Tensor, block_size: int, n_blocks: int) -> tuple[int, int]:
+    """See `backend.Backend.dq_bytes`."""
+    return accumulate_dtype(q.dtype).itemsize * q.shape[2], 0
 
 
 def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int) -> int:

@@ -35,7 +35,7 @@ __all__ = [
     "check_sizes",
     "decode_step",
     "delta",
-    "dq_bytes_per_slot",
+    "dq_bytes",
     "kept_ds_bytes",
     "merge",
     "merge_dq",
@@ -73,15 +73,11 @@ def new_partials(selected: Tensor, dim_v: int, dtype: torch.dtype) -> Partials:
     return Partials(out, torch.empty(selected.shape, dtype=torch.float32, device=selected.device))
 
 
-def dq_bytes_per_slot(q: Tensor, v: Tensor, block_size: int) -> int:
-    """See `backend.Backend.dq_bytes_per_slot`. Sums also take up to a tile more per (kv head, block)."""
-    if _sums_dq(q, v, block_size):
-        return 4 * q.shape[2] + 4
-    return q.dtype.itemsize * q.shape[2]
-
-
-def _sums_dq(q: Tensor, v: Tensor, block_size: int) -> bool:
-    return sizes.sums_dq(block_size, q.shape[2]) and sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], block_size)
+def dq_bytes(q: Tensor, v: Tensor, block_size: int, n_blocks: int) -> tuple[int, int]:
+    """See `backend.Backend.dq_bytes`: of fp32 sums and their places, or of partial dq in the dtype of `q`."""
+    if q.shape[2] == v.shape[2] and sizes.sums_dq(block_size, q.shape[2], n_blocks):
+        return 4 * q.shape[2] + 4, sizes.SUM_TILE_BYTES
+    return q.dtype.itemsize * q.shape[2], 0
 
 
 def kept_ds_bytes(q: Tensor, v: Tensor, *, rows: int, kv_heads: int, slots: int, n_blocks: int, block_size: int) -> int:
@@ -101,7 +97,8 @@ def new_dq_partials(
         items = (lists.item_bin.numel(), shape.block_size, shape.rows_per_item)
         place = torch.empty(selected.shape, dtype=torch.int32, device=device)
         return DqPartials(torch.empty(items, dtype=q.dtype, device=device), place)
-    if _sums_dq(q, v, shape.block_size) and lists.entry.dtype == torch.int32:  # else portable kernels run
+    summed = sizes.sums_dq(shape.block_size, q.shape[2], shape.n_blocks) and lists.entry.dtype == torch.int32
+    if summed and sm90_serves(q.device, q.dtype, q.shape[2], v.shape[2], shape.block_size):
         tiles = (sizes.tiles_of_sums(selected.numel(), shape.n_bins), sizes.SUM_ROWS * q.shape[2])
         place = torch.empty(selected.shape, dtype=torch.int32, device=device)
         return DqPartials(torch.empty(tiles, dtype=torch.float32, device=device), place, sums=True)

@@ -159,7 +159,7 @@ def moba_attention(
         return_report: also return a `MoBAReport` of routing and traffic; costs a few small collectives.
         workspace_bytes: most bytes of partial results in memory at once; kv heads, then query rows, are processed in
             groups to stay under it. At least one kv head and 128 rows are processed together. Long calls of one rank on
-            Hopper, with blocks of 256, 384, ... tokens, keep gradients of scores for a faster backward pass where they fit too.
+            Hopper, with blocks of 256, 384 or 512 tokens, keep gradients of scores for a faster backward pass where they fit too.
         exchange_bytes: where query rows are processed in several groups, "ring" and "pull" keep the remote keys and values
             (in backward also their gradients) of a range of kv heads for all of them, up to this many bytes. Beyond, these
             travel once per group of rows; `MoBAReport.walks` tells.

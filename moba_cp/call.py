@@ -84,11 +84,12 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool =
         backward: for a backward pass.
     """
     most, heads = call.plan.plan.layout.most_local_tokens, (q.shape[1], k.shape[1])
-    width = max(q.shape[-1], v.shape[-1])  # of partial dq and partial outputs, so that backward has forward's chunks
-    slot_bytes = call.backend.bytes_per_slot(width, q.dtype)
+    # Of partial dq too in a forward pass that keeps lists, so that backward has its ranges and takes them.
+    slot_bytes, block_bytes = call.backend.bytes_per_slot(max(q.shape[-1], v.shape[-1]), q.dtype), 0
     if call.keep_lists or backward:
-        slot_bytes = max(slot_bytes, call.backend.dq_bytes_per_slot(q, v, call.config.block_size))
-    head_bytes = call.topk * slot_bytes
+        of_dq, block_bytes = call.backend.dq_bytes(q, v, call.config.block_size, call.n_blocks)
+        slot_bytes = max(slot_bytes, of_dq)
+    head_bytes, kv_head_bytes = call.topk * slot_bytes, block_bytes * call.n_blocks
     if call.comm.size == 1 and (call.keep_lists or backward) and most:
         of_head = partial(_kept_ds_bytes, call, q, v, heads[1])
         least = least_chunk_of_ds(most, q.shape[-1] + v.shape[-1])
@@ -97,7 +98,8 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool =
         )
         if at_once and (backward or rows == most):
             return ranges_of(len(q), most, *heads, at_once, rows, keeps_ds=True)
-    return ranges_of(len(q), most, *heads, *most_at_once(most, *heads, head_bytes, call.workspace_bytes))
+    fitting = most_at_once(most, *heads, head_bytes, call.workspace_bytes, kv_head_bytes)
+    return ranges_of(len(q), most, *heads, *fitting)
 
 
 def _kept_ds_bytes(call: Call, q: Tensor, v: Tensor, kv_heads: int, rows: int) -> int:

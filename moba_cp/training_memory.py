@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from .chunks import estimated_workspace
 from .config import DEFAULT_WORKSPACE_BYTES
-from .kernels.sizes import sums_dq
+from .kernels.sizes import SUM_TILE_BYTES, cdiv, sums_dq
 
 GIB = 1 << 30
 OUTSIDE_TORCH = int(1.5 * GIB)
@@ -41,7 +41,8 @@ class TrainingShape:
         head_parallel: ranks that split heads; above 1 attention keeps its head-sharded inputs.
         in_flight: micro-batches whose forward pass is done and whose backward is not (at most ``pipeline`` under 1F1B).
         workspace_bytes: see `moba_attention`.
-        block_size: of MoBA, for the gradients of scores that backward keeps where they fit the workspace; 0: none.
+        block_size: of MoBA, for what backward keeps: gradients of scores where they fit the workspace, or sums of dq in fp32; 0:
+            neither.
     """
 
     layers: int
@@ -230,7 +231,11 @@ def _attention(s: TrainingShape) -> int:
 
 def _slot_bytes(s: TrainingShape) -> int:
     """Of a partial result in 16 bits, or where dq is summed in 32, with its log-sum-exp, and 4 bytes beside it."""
-    return (4 if s.bf16 and sums_dq(s.block_size, s.head_dim) else 2) * s.head_dim + 8
+    return (4 if _sums_dq(s) else 2) * s.head_dim + 8
+
+
+def _sums_dq(s: TrainingShape) -> bool:
+    return s.bf16 and s.block_size > 0 and sums_dq(s.block_size, s.head_dim, cdiv(s.tokens * s.context, s.block_size))
 
 
 def _workspace(s: TrainingShape) -> int:
@@ -240,8 +245,8 @@ def _workspace(s: TrainingShape) -> int:
     """
     return estimated_workspace(
         rows=s.tokens, slots=s.topk, q_heads=max(1, s.heads // s.tensor), kv_heads=max(1, s.kv_heads // s.tensor),
-        dim=s.head_dim, block_size=s.block_size, slot_bytes=_slot_bytes(s), workspace_bytes=s.workspace_bytes,
-        keeps_ds=s.bf16,
+        dim=s.head_dim, block_size=s.block_size, slot_bytes=_slot_bytes(s),
+        block_bytes=SUM_TILE_BYTES if _sums_dq(s) else 0, workspace_bytes=s.workspace_bytes, keeps_ds=s.bf16,
     )  # fmt: skip
 
 

@@ -184,6 +184,10 @@ def draw(*shape: int) -> Tensor:
 CASES: dict[str, Callable[[], list[Tensor]]] = {
     "blocks of 128, fused backward": lambda: attention([0, 1000], 128, 3, 2, 1, 128, 128),
     "blocks of 512": lambda: attention([0, 1700], 512, 3, 2, 2, 128, 128),
+    "blocks of 1024, dq summed": lambda: attention([0, 1500, 4100], 1024, 3, 4, 2, 128, 128),
+    "blocks of 1024, dq summed, in chunks": lambda: attention(
+        [0, 3000], 1024, 3, 4, 1, 128, 128, workspace_bytes=3 << 20
+    ),
     "blocks of 64, D 64, packed, in chunks": lambda: attention(
         [0, 300, 301, 700], 64, 4, 4, 2, 64, 64, workspace_bytes=1 << 18
     ),

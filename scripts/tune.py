@@ -251,7 +251,8 @@ def list_contents(lists: RoutingLists) -> dict[str, Tensor]:
 
 COMPILERS = 3
 """Processes that compile for one block size."""
-WRITTEN = {"dkdv": ("dk", "dv"), "dq": ("dq",), "dkdv_dq": ("dk", "dv", "dq")}
+WRITTEN = {"dkdv": ("dk", "dv"), "dq": ("dq",), "dkdv_dq": ("dk", "dv", "dq"), "dkdv_dq_tiles": ("dk", "dv")}
+"""By kernel, what is compared; sums of dq are in an order of their own."""
 
 
 def backward_changes(block_size: int) -> list[tuple[str, dict[str, Any]]]:
@@ -273,7 +274,7 @@ def backward(chunk: Chunk) -> Subject:
     return Subject(
         backward_variants(call),
         lambda kernel: {name: written[name] for name in WRITTEN[kernel]},
-        lambda kernel: {"dkdv": 8, "dq": 6, "dkdv_dq": 10}[kernel] * HEAD_DIM * pairs,
+        lambda kernel: {"dkdv": 8, "dq": 6, "dkdv_dq": 10, "dkdv_dq_tiles": 10}[kernel] * HEAD_DIM * pairs,
     )
 
 
@@ -298,6 +299,7 @@ def backward_call(chunk: Chunk) -> Call:
 
 
 def backward_variants(call: Call) -> Iterator[Variant]:
+    from moba_cp.kernels import triton_backend
     from moba_cp.kernels.backward import portable, sm90
 
     block_size = call.lists.shape.block_size
@@ -310,6 +312,11 @@ def backward_variants(call: Call) -> Iterator[Variant]:
         config = replace(shipped.SM90_DQ if kernel == "dq" else shipped.sm90_dkdv(HEAD_DIM, block_size), **change)
         launch = sm90.launch_dq if kernel == "dq" else sm90.launch_dkdv
         yield Variant(kernel, {"name": "sm90"} | change, partial(launch, call, config))
+    partials = triton_backend.new_dq_partials(call.dq[..., 0], call.lists, call.q, call.dout)
+    if partials.sums:
+        summing = replace(call, dq=partials.dq, place=partials.place, sums_dq=True)
+        launch_summing = partial(sm90.launch_dkdv_dq_tiles, summing, shipped.SM90_DKDV_DQ_TILES)
+        yield Variant("dkdv_dq_tiles", {"name": "sm90"}, launch_summing)
 
 
 def compile_backward(sizes: list[tuple[int, int]], heads: int, at_once: int, group: int) -> None:

@@ -99,7 +99,7 @@ def test_estimated_workspace(
     """128K tokens, D 128. Estimates take the bound where partial results are more."""
     found = estimated_workspace(
         rows=131072, slots=topk, q_heads=q_heads, kv_heads=kv_heads, dim=128, block_size=block_size, slot_bytes=260,
-        workspace_bytes=workspace, keeps_ds=keeps_ds,
+        block_bytes=0, workspace_bytes=workspace, keeps_ds=keeps_ds,
     )  # fmt: skip
     assert found == max(kept, min(workspace, q_heads * topk * 131072 * 260)) + sums
 
@@ -144,6 +144,18 @@ def test_all_rows_that_fit_are_worked_on_together(
     assert per_chunk >= most
     if most > 128:
         assert most_at_once(most, kv_heads * group, kv_heads, head_bytes, workspace - more - 1)[1] % 128 == 0
+
+
+@given(*[st.integers(1, 1000)] * 3, st.integers(1, 8), st.integers(0, 100_000), st.integers(0, 1 << 20))
+def test_bytes_of_a_kv_head_count_once(
+    most: int, head_bytes: int, group: int, kv_heads: int, fixed: int, workspace: int
+) -> None:
+    """Whatever rows a chunk has. One kv head and 128 rows are worked on together even where they do not fit."""
+    per_range, per_chunk = most_at_once(most, kv_heads * group, kv_heads, head_bytes, workspace, fixed)
+    taken = per_range * (fixed + min(most, per_chunk) * group * head_bytes)
+    assert taken <= workspace or (per_range == 1 and per_chunk == 128)
+    if not fixed:
+        assert (per_range, per_chunk) == most_at_once(most, kv_heads * group, kv_heads, head_bytes, workspace)
 
 
 def test_a_rank_without_rows_has_a_chunk() -> None:

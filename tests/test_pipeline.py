@@ -53,7 +53,7 @@ def plain_call(workspace_bytes: int, kept_bytes: int) -> Call:
     plan = rank_plan(home_plan(SequenceLayout.contiguous([0, TOKENS], 1), 256), 0)
     backend = SimpleNamespace(
         bytes_per_slot=torch_backend.bytes_per_slot,
-        dq_bytes_per_slot=torch_backend.dq_bytes_per_slot,
+        dq_bytes=torch_backend.dq_bytes,
         kept_ds_bytes=lambda *_, rows, **__: kept_bytes * rows // TOKENS,
     )
     return Call(
@@ -86,6 +86,27 @@ def test_gradients_of_scores_are_kept_within_the_workspace(
     assert heads_at_once(plain_call(workspace, 0)) == without
     call = plain_call(workspace, 6 * MIB)
     assert heads_at_once(call) == heads_at_once(call, backward=True) == keeping
+
+
+@pytest.mark.parametrize(
+    ("of_dq", "workspace", "forward", "backward"),
+    [
+        ((4 * 65, 0), HEADS * SLOTS, [6], [6]),  # as of partial outputs
+        ((8 * 65, 0), HEADS * SLOTS, [6], [3, 3]),
+        ((8 * 65, 1), HEADS * SLOTS, [6], [2, 2, 2]),  # one byte more for each block of a kv head
+        ((1, SLOTS // 8), HEADS * SLOTS, [6], [3, 3]),  # there are eight blocks
+    ],
+)
+def test_partial_dq_of_a_pass_that_trains(
+    of_dq: tuple[int, int], workspace: int, forward: list[int], backward: list[int]
+) -> None:
+    """It may take more than partial outputs, and then decides; forward has its ranges where backward takes the lists."""
+    call = plain_call(workspace, 0)
+    call = replace(call, backend=cast(Backend, SimpleNamespace(**vars(call.backend) | {"dq_bytes": lambda *_: of_dq})))
+    assert heads_at_once(call) == heads_at_once(call, backward=True) == backward
+    alone = replace(call, keep_lists=False)
+    assert heads_at_once(alone) == forward
+    assert heads_at_once(alone, backward=True) == backward
 
 
 def test_gradients_of_scores_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

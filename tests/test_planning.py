@@ -164,10 +164,11 @@ def test_memory_of_one_gpu_is_what_was_measured() -> None:
 
 
 def test_memory_of_two_gpus_is_what_was_measured() -> None:
-    """With every exchange. A balanced layout keeps a tenth more than is known of it."""
+    """With every exchange. A balanced layout keeps a tenth more than is known of it. Large blocks were measured by a commit that
+    did not sum dq, so their ranges were of more heads."""
     seen = set()
     for one in read([RESULTS / "scaling.json"])[1]:
-        if one.split.ranks > 1:
+        if one.split.ranks > 1 and not one.layer.sums_dq:
             assert memory(one.layer, one.split).peak == pytest.approx(one.peak_gib, rel=0.11), one
             seen.add((one.split.exchange, one.split.head_parallel))
     assert seen == {("pull", 1), ("ring", 1), ("fetch", 1), ("all_gather", 1), ("local", 2)}
@@ -196,6 +197,22 @@ def test_memory_for_heads_is_what_is_set_up(kv_heads: int) -> None:
     with mock.patch.object(wide, "SLAB_BYTES", 1):
         expected = memory(layer, Split(2, 2)).parts["memory for heads in and out"] * 2**30
     assert run_ranks(2, shared_bytes, layer) == [expected] * 2
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_sums_of_dq_take_four_bytes_a_number_and_a_tile_per_block(ranks: int) -> None:
+    """Of blocks above 512 keys with heads of 128 in 16 bits."""
+    rows, blocks = (1 << 18) // ranks, (1 << 18) // 1024
+    split = Split(ranks, 1, "pull" if ranks > 1 else "local", workspace_bytes=1 << 50)
+    for layer, slot, block in (
+        (Layer(1 << 18, 4, 2, 1024, 8), 4 * 128 + 4, 64 * 128 * 4),
+        (Layer(1 << 18, 4, 2, 1024, 8, itemsize=4), 4 * 128 + 4, 0),
+        (Layer(1 << 18, 4, 2, 1024, 8, head_dim=64), 2 * 64 + 4, 0),
+        (Layer(1 << 18, 4, 2, 512, 8), 2 * 128 + 4, 0),
+    ):
+        found = memory(layer, split).parts["workspace"] * 2**30
+        least = 4 * rows * 8 * slot + 2 * blocks * block
+        assert found == least if layer.block_size > 512 or ranks > 1 else found >= least
 
 
 def test_balanced_takes_less_time_where_zigzag_is_uneven() -> None:

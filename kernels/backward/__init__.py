@@ -70,7 +70,7 @@ def attend_backward(
 
 def _check_sums(partials: DqPartials, shape: ListShape, dim: int, variant: str) -> None:
     assert partials.place is not None
-    if variant != SM90 or not sums_dq(shape.block_size, dim):
+    if variant != SM90 or not sums_dq(shape.block_size, dim, shape.n_blocks):
         raise ValueError(f"dq is not summed by variant {variant!r} for blocks of {shape.block_size} keys and D {dim}")
     least = tiles_of_sums(partials.place.numel(), shape.n_bins)
     if partials.dq.shape[0] < least or partials.dq.shape[1:] != (SUM_ROWS * dim,):

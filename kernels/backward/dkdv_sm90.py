@@ -1,4 +1,4 @@
-"""Gluon kernel for dK and dV on Hopper, for blocks of more than one tile of keys.
+"""Gluon kernel for dK and dV on Hopper, for blocks of more than one tile of keys where dq is not summed.
 
 `gluon_rows.py` has the rules of ordering.
 """

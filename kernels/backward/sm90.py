@@ -25,7 +25,8 @@ from .dq_sm90 import dq_kernel
 from .segments import segment_rows, sum_segments
 
 UNITS_AT_ONCE = 4
-"""Work units whose tiles of keys take turns where dq is summed: then programs hardly wait for each other (docs/kernels.md)."""
+"""Work units whose tiles of keys take turns where dq is summed: then programs hardly wait for each other (docs/kernels.md,
+"dq summed over tiles of keys")."""
 
 
 def launch(call: Call) -> None:
@@ -74,7 +75,7 @@ def launch_dkdv_dq_tiles(call: Call, config: GluonConfig) -> None:
 
 
 def launch_dq(call: Call, config: GluonConfig) -> None:
-    """Partial dq by work items, for blocks of more than one tile of keys."""
+    """Partial dq by work items, for blocks of more than one tile of keys where dq is not summed."""
     shape, n_items = call.lists.shape, call.lists.item_bin.numel()
     if shape.rows_per_item > config.rows:
         raise ValueError(f"work items must have at most {config.rows} rows, got {shape.rows_per_item}")

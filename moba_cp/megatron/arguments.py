@@ -49,7 +49,8 @@ def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--moba-workspace-gib",
         type=float,
         default=None,
-        help="GiB of memory for partial results of a layer's attention; where gradients of scores fit too, backward is faster",
+        help="GiB of memory for partial results of a layer's attention; where gradients of scores fit too, backward is faster "
+        "with blocks of up to 512 tokens",
     )
     group.add_argument(
         "--moba-partition",

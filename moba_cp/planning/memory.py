@@ -12,7 +12,7 @@ from ..chunks import estimated_workspace
 from ..parallel.heads import head_split
 from ..wide import slabs_of
 from .prediction import keeps_parts
-from .sizes import Layer, Split, partial_bytes, ranges
+from .sizes import Layer, Split, block_bytes, partial_bytes, ranges
 
 GIB = 2.0**30
 UNITS = {"ring": 15.5, "pull": 14.0, "fetch": 10.0, "all_gather": 10.5}
@@ -84,11 +84,11 @@ def _workspace(layer: Layer, split: Split, q_heads: int, kv_heads: int) -> int:
     """Partial results of a rank's heads, with what backward keeps beside them where it has the whole sequence."""
     if split.sequence_ranks > 1:
         rows = layer.tokens // split.sequence_ranks * q_heads
-        return min(split.workspace_bytes, rows * partial_bytes(layer))
+        return min(split.workspace_bytes, rows * partial_bytes(layer) + kv_heads * layer.blocks * block_bytes(layer))
     return estimated_workspace(
         rows=layer.tokens, slots=layer.slots, q_heads=q_heads, kv_heads=kv_heads, dim=layer.head_dim,
-        block_size=layer.block_size, slot_bytes=partial_bytes(layer) // layer.slots, workspace_bytes=split.workspace_bytes,
-        keeps_ds=layer.itemsize == 2,
+        block_size=layer.block_size, slot_bytes=partial_bytes(layer) // layer.slots, block_bytes=block_bytes(layer),
+        workspace_bytes=split.workspace_bytes, keeps_ds=layer.itemsize == 2,
     )  # fmt: skip
 
 

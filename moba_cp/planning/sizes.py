@@ -11,7 +11,7 @@ import numpy as np
 
 from ..chunks import most_at_once
 from ..config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
-from ..kernels.sizes import sums_dq
+from ..kernels.sizes import SUM_TILE_BYTES, sums_dq
 from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, balanced_cuts, candidates_before, keys_before, pairs_before
 from ..parallel.cost import BETWEEN_BYTES_PER_MS, INSIDE_BYTES_PER_MS
 from ..parallel.exchanges.registry import EXCHANGES
@@ -73,6 +73,16 @@ class Layer:
         power of two."""
         blocks = -(-self.length // self.block_size)
         return min(self.topk, 1 << (blocks - 1).bit_length())
+
+    @property
+    def blocks(self) -> int:
+        """Of all documents."""
+        return self.tokens // self.length * -(-self.length // self.block_size)
+
+    @property
+    def sums_dq(self) -> bool:
+        """Whether a Hopper GPU sums dq in fp32. Blocks longer than the sequence count as long as it."""
+        return self.itemsize == 2 and sums_dq(min(self.block_size, self.tokens), self.head_dim, self.blocks)
 
     def q_heads_of(self, head_parallel: int) -> int:
         """q heads of a rank where q heads are split: at least one."""
@@ -265,15 +275,21 @@ class Divided(NamedTuple):
 
 
 def partial_bytes(layer: Layer) -> int:
-    """Bytes of the partial results of one row and q head: a vector and a number for each selected block, in backward of some
-    blocks in fp32."""
-    summed = layer.itemsize == 2 and sums_dq(layer.block_size, layer.head_dim)
-    return layer.slots * (layer.head_dim * (4 if summed else layer.itemsize) + 4)
+    """Bytes of the partial results of one row and q head: a vector and a number for each selected block, in fp32 where dq is
+    summed."""
+    return layer.slots * (layer.head_dim * (4 if layer.sums_dq else layer.itemsize) + 4)
+
+
+def block_bytes(layer: Layer) -> int:
+    """Bytes that partial results take for each block of a kv head, whatever its rows."""
+    return SUM_TILE_BYTES if layer.sums_dq else 0
 
 
 def ranges(layer: Layer, split: Split) -> Divided:
     """Ranges of kv heads and chunks of rows of a sequence rank."""
     tokens = layer.tokens // split.sequence_ranks
     heads, kv_heads = layer.q_heads_of(split.head_parallel), layer.kv_heads_of(split.head_parallel)
-    per_range, per_chunk = most_at_once(tokens, heads, kv_heads, partial_bytes(layer), split.workspace_bytes)
+    per_range, per_chunk = most_at_once(
+        tokens, heads, kv_heads, partial_bytes(layer), split.workspace_bytes, layer.blocks * block_bytes(layer)
+    )
     return Divided(-(-kv_heads // per_range), per_range, -(-max(tokens, 1) // per_chunk))

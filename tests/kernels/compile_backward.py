@@ -168,8 +168,6 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
 
     element = gluon_dtype(compiling.DTYPES[dtype])
     common = constants_of(dim, dim, block_size) | {"DTYPE": element, "ACCUMULATE": accumulate}
-    if sizes.sums_dq(block_size, dim):
-        return build_summing(common, dtype, capability)
     dkdv, dq = configs.sm90_dkdv(dim, block_size), configs.SM90_DQ
     constants = common | tile_constants(dkdv) | {"TILES": block_size // dkdv.keys, "KEEPS": False}
     name, kernel = ("dkdv_dq", sm90.dkdv_dq_kernel) if dkdv.keys == block_size else ("dkdv", sm90.dkdv_kernel)
@@ -185,6 +183,8 @@ def build_hopper(dim, block_size, dtype, capability, accumulate=False) -> dict[s
             built[f"dq, group {group}"] = build(sm90.dq_kernel, launched, dtype, capability, dq.num_warps, ones=ones)
         if name == "dkdv" and heads == 1 and sizes.can_keep_ds(block_size) and not accumulate:
             built |= build_keeping(constants | more, group, dtype, capability, ones)
+    if sizes.sums_dq(block_size, dim, 1):  # with very many blocks, the others
+        built |= build_summing(common, dtype, capability)
     return built
 
 

@@ -32,6 +32,7 @@ CASES = [
             ([0, 5000, 8192], (16, 4), 128, 512, 3),
             ([0, 20000], (4, 1), 64, 4096, 12),  # every block is selected
             ([0, 3000], (4, 2), 96, 64, 4),  # portable kernels
+            ([0, 6000], (4, 2), 128, 1024, 3),  # dq is summed
             ([0, 20000], (4, 4), 128, 128, 20),  # long bins are cut; a gate of the exact kernel alone
         ]
         if GPU

@@ -75,7 +75,7 @@ def summed(case: Case, *, accumulate: bool = False) -> tuple[Tensor, Tensor, Ten
 @pytest.mark.parametrize("name", CASES)
 def test_matches_torch_and_the_two_kernels(name, dtype):
     """dk and dv have the bits of `dkdv_kernel`, which adds the same products; dq is plain torch's to the rounding of P and dS
-    to `dtype`, and no further from it than that of `dq_kernel`, which rounds each slot's as well."""
+    to `dtype`, and but for 2 % no further from it than that of `dq_kernel`, which rounds each slot's as well."""
     case = make(name, dtype)
     if name == "hot block":
         assert segments.segment_count(len(case.rows), case.lists.shape)
@@ -90,16 +90,17 @@ def test_matches_torch_and_the_two_kernels(name, dtype):
         assert error < 1.02 * relative(merged(case, DqPartials(in_slots)), right)
 
 
-@pytest.mark.parametrize("name", ["block 1024, group", "block 4096", "hot block"])
+@pytest.mark.parametrize("name", ["block 640, 3 kv heads", "block 4096", "hot block"])
 def test_same_bits_every_time_and_however_bins_are_cut(name, monkeypatch):
-    """Programs of a block's tiles add in order of the tiles, whichever runs first, and whichever rows a program has."""
+    """Programs of a block's tiles add in order of the tiles, whichever runs first, and whichever rows a program has. Kv heads
+    take turns in short calls; rows of 0 bytes at once stand for a long one."""
     case = make(name)
     first = summed(case)
     for _ in range(20):
         for x, y in zip(first, summed(case), strict=True):
             assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
     monkeypatch.setattr(segments, "SEGMENT_BLOCKS", 1)
-    monkeypatch.setattr(sizes, "ROWS_AT_ONCE", 0)  # and another order of programs
+    monkeypatch.setattr(sizes, "ROWS_AT_ONCE", 0)
     assert torch.equal(first[2], summed(case)[2])
 
 

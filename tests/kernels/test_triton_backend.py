@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ from tests.kernels.forward_cases import relative  # noqa: E402
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
 
 
-def lists_of(block_size, entries=0):
-    """Lists of two kv heads and seven blocks; only shapes count."""
-    shape = list_shape(torch.zeros(4, 1, 3), 7, 2, block_size, 128)
+def lists_of(block_size, entries=0, n_blocks=7):
+    """Lists of two kv heads; only shapes count."""
+    shape = list_shape(torch.zeros(4, 1, 3), n_blocks, 2, block_size, 128)
     return RoutingLists(shape, *(torch.zeros(n, dtype=torch.int32) for n in (15, entries, 1, 1, 1)))
 
 
@@ -30,7 +31,7 @@ def test_in_interpreter():
     interpreter.run_module(__file__)
 
 
-SIZES = ["bytes_per_slot", "dq_bytes_per_slot", "kept_ds_bytes"]
+SIZES = ["bytes_per_slot", "dq_bytes", "kept_ds_bytes"]
 PRIMITIVES = [
     "centroids",
     "select_blocks",
@@ -62,31 +63,38 @@ def test_workspace_bytes_are_what_partials_take():
     assert used == selected.numel() * triton_backend.bytes_per_slot(96, torch.bfloat16)
     q = torch.zeros(5, 3, 96, dtype=torch.bfloat16)
     dq = triton_backend.new_dq_partials(selected, lists_of(1024), q, q).dq
-    assert dq.nbytes == selected.numel() * triton_backend.dq_bytes_per_slot(q, q, 1024) <= used
+    assert triton_backend.dq_bytes(q, q, 1024, 7) == (2 * 96, 0)
+    assert dq.nbytes == selected.numel() * 2 * 96 <= used
 
 
 @pytest.mark.parametrize(
-    ("block_size", "dim", "hopper", "sums"),
+    ("block_size", "dim", "dim_v", "n_blocks", "sums"),
     [
-        (512, 128, True, False),
-        (1024, 128, True, True),
-        (1024, 64, True, False),
-        (4096, 128, False, False),
-        (576, 128, True, False),
+        (512, 128, 128, 7, False),
+        (640, 128, 128, 7, True),
+        (4096, 128, 128, 1 << 14, True),
+        (4096, 128, 128, (1 << 14) + 1, False),  # of short documents
+        (4096, 64, 64, 7, False),
+        (4096, 128, 64, 7, False),
+        (576, 128, 128, 7, False),
+        (1 << 18, 128, 128, 7, False),
     ],
 )
-def test_who_sums_dq(block_size, dim, hopper, sums, monkeypatch):
-    """Sums take the bytes per slot that are promised, and at most a tile of 64 rows more per (kv head, block)."""
-    monkeypatch.setattr(triton_backend, "sm90_serves", lambda *_: hopper)
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("entry", [torch.int32, torch.int64], ids=str)
+def test_who_sums_dq(block_size, dim, dim_v, n_blocks, sums, hopper, entry, monkeypatch):
+    """Sums take the bytes per slot and block that are promised, which do not depend on the device."""
+    monkeypatch.setattr(triton_backend, "sm90_serves", lambda *_: hopper and dim == dim_v)
     selected = torch.zeros(4, 50, 3, dtype=torch.int32)
-    q = torch.zeros(50, 4, dim, dtype=torch.bfloat16)
-    partials = triton_backend.new_dq_partials(selected, lists_of(block_size, selected.numel()), q, q)
-    assert partials.sums == sums
-    assert (partials.place is not None) == sums
-    promised = selected.numel() * triton_backend.dq_bytes_per_slot(q, q, block_size)
-    assert promised == selected.numel() * (516 if sums else 2 * dim)
-    taken = partials.dq.nbytes + (partials.place.nbytes if sums else 0)
-    assert taken <= promised + (2 * 7 * 64 * 512 if sums else 0)
+    q, v = (torch.zeros(50, 4, size, dtype=torch.bfloat16) for size in (dim, dim_v))
+    lists = lists_of(block_size, selected.numel(), n_blocks)
+    partials = triton_backend.new_dq_partials(selected, replace(lists, entry=lists.entry.to(entry)), q, v)
+    assert partials.sums == (sums and hopper and entry == torch.int32)
+    assert (partials.place is not None) == partials.sums
+    per_slot, per_block = triton_backend.dq_bytes(q, v, block_size, n_blocks)
+    assert (per_slot, per_block) == ((516, 64 * 512) if sums else (2 * dim, 0))
+    taken = partials.dq.nbytes + (0 if partials.place is None else partials.place.nbytes)
+    assert taken <= selected.numel() * per_slot + 2 * n_blocks * per_block
 
 
 @pytest.mark.parametrize(
