@@ -5,7 +5,7 @@ from __future__ import annotations
 from moba_cp.kernels import configs, merge
 from moba_cp.kernels.forward import portable_kernels
 from moba_cp.kernels.gpu import gpu_of_capability
-from moba_cp.kernels.sizes import padded
+from moba_cp.kernels.sizes import KEPT_DIM, padded
 from tests.kernels import compile_backward, compiling
 
 INTEGERS = {"tokens", "n_tiles", "n_blocks", "q_heads", "offset", "start_head"}
@@ -19,6 +19,10 @@ def build(kernel, constants: dict, dtype: str, capability: tuple[int, int], num_
     """Build `kernel`. A parameter that is neither constant nor known by name is a tensor of `dtype` or a stride."""
 
     def type_of(p) -> str:
+        if p.name == "place":
+            return "*i32"
+        if p.name == "partial" and constants.get("SUMS"):
+            return "*fp32"
         if p.name in descriptors:
             tile = (1, constants["KEYS"], constants["D_PADDED" if p.name[0] == "k" else "DV_PADDED"])
             return f"tensordesc<{dtype}{list(tile)}>"
@@ -117,10 +121,18 @@ def build_hopper(dim, block_size, dtype, group=4, heads=1) -> dict[str, dict]:
 
 
 def build_merge(dim, topk, dtype, capability) -> dict[str, dict]:
+    sizes = {"D": dim, "D_PADDED": padded(dim), "PLACED": False, "SUMS": False}
     kernels = {
         "merge": (merge.merge_kernel, configs.merge(dim), {"DV": dim, "DV_PADDED": padded(dim)}),
-        "merge_dq": (merge.merge_dq_kernel, configs.merge_dq(dim), {"D": dim, "D_PADDED": padded(dim)}),
+        "merge_dq": (merge.merge_dq_kernel, configs.merge_dq(dim), sizes),
+        "merge_dq at places": (merge.merge_dq_kernel, configs.merge_dq(dim), sizes | {"PLACED": True}),
     }
+    if dim == KEPT_DIM:
+        kernels["merge_dq of sums"] = (
+            merge.merge_dq_kernel,
+            configs.merge_dq(dim),
+            sizes | {"PLACED": True, "SUMS": True},
+        )
     built = {}
     for name, (kernel, config, sizes) in kernels.items():
         sizes |= {"TOPK": topk, "ROWS": config.rows, "STAGES": config.num_stages}
