@@ -72,8 +72,9 @@ SUM_ROWS = 64
 """Rows per tile of sums of dq."""
 SUM_TILE_BYTES = SUM_ROWS * KEPT_DIM * 4
 """Of a tile of sums. Up to one more than its rows fill is taken for each (kv head, block)."""
-MOST_SUMMED_BLOCKS = 1 << 14
-"""Most blocks with which dq is summed: their tiles take 0.5 GiB per kv head at most. More are blocks of many short documents."""
+MOST_SUMMED_BLOCKS = 1 << 12
+"""Most blocks with which dq is summed: their tiles take 128 MiB per kv head at most. It may not depend on the ranks or on the
+workspace, since the bits of dq may not."""
 MOST_SUMMED_KEYS = 1 << 17
 """Largest such block: the sums of one program's rows are counted in 32 bits."""
 

@@ -138,28 +138,27 @@ def most_at_once(
     Args:
         most: rows of the rank with most.
         head_bytes: workspace per row and q head.
-        kv_head_bytes: and per kv head, whatever its rows.
+        kv_head_bytes: and per kv head, whatever its rows. Of half the workspace at most: where they take more, chunks of very few
+            rows would not make them less.
     """
     row_bytes = max(1, q_heads // kv_heads * head_bytes)  # of one kv head
     per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes + kv_head_bytes)))
-    rows = max(0, workspace_bytes - per_range * kv_head_bytes) // (per_range * row_bytes)
+    rows = max(workspace_bytes - per_range * kv_head_bytes, workspace_bytes // 2) // (per_range * row_bytes)
     return per_range, max(ROW_MULTIPLE, rows if rows >= most else rows // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
 def estimated_workspace(
-    *, rows: int, slots: int, q_heads: int, kv_heads: int, dim: int, block_size: int, slot_bytes: int, block_bytes: int,
-    workspace_bytes: int, keeps_ds: bool,
+    *, rows: int, slots: int, q_heads: int, kv_heads: int, dim: int, block_size: int, blocks: int, slot_bytes: int,
+    block_bytes: int, workspace_bytes: int, keeps_ds: bool,
 ) -> int:  # fmt: skip
     """Bytes of partial results, with gradients of scores where backward keeps them, and of sums of dK and dV where rows come in
-    chunks: of one rank, with one document, on a Hopper GPU.
+    chunks: of one rank on a Hopper GPU.
 
     Args:
-        rows, slots, q_heads, kv_heads, dim, block_size, workspace_bytes: of the call.
+        rows, slots, q_heads, kv_heads, dim, block_size, blocks, workspace_bytes: of the call.
         slot_bytes, block_bytes: of a partial result, and of each (kv head, block).
         keeps_ds: whether backward may keep gradients of scores, as `Backend.kept_ds_bytes` decides: for 16-bit inputs.
     """
-
-    blocks = cdiv(rows, max(block_size, 1))
 
     def of_head(rows_together: int) -> int:
         entries = rows_together * slots * (q_heads // kv_heads)
@@ -172,4 +171,4 @@ def estimated_workspace(
     if not heads:
         heads, chunk = most_at_once(rows, q_heads, kv_heads, slots * slot_bytes, workspace_bytes, blocks * block_bytes)
     sums = heads * rows * 2 * dim * SUM_BYTES if chunk < rows else 0
-    return max(kept, min(together, workspace_bytes)) + sums
+    return max(kept, min(together, workspace_bytes), blocks * block_bytes) + sums

@@ -79,9 +79,14 @@ class TrainingShape:
         if self.recompute == "all_but_attention" and not self.long_layers:
             raise ValueError("recompute='all_but_attention' needs long_layers=True")
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tokens", "tensor", "pipeline",
-                     "context", "data", "in_flight"):  # fmt: skip
+                     "context", "data", "in_flight", "head_parallel", "workspace_bytes"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("topk", "block_size", "chunk_tokens", "loss_chunk"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
 
     @property
     def itemsize(self) -> int:
@@ -222,20 +227,32 @@ def _attention(s: TrainingShape) -> int:
     values = again + (q + 2 * kv) + q + 2 * s.hidden + (2 * s.hidden if s.offload else 0)
     sums = 0 if s.context == 1 else 2 * 4 * kv  # fp32 sums of dk and dv
     remote = 0 if s.context == 1 or not s.topk else 2 * size * kv + 2 * 4 * kv  # parts of one range at least
-    slots = s.topk * _slot_bytes(s) * s.heads // s.tensor
-    partials = min(s.workspace_bytes, s.tokens * slots) if s.topk else 0
-    lists = 4 * s.topk * s.heads // s.tensor * s.tokens * min(1.0, partials / max(1, s.tokens * slots)) * 2
+    slots = _slots(s) * _slot_bytes(s) * s.heads // s.tensor
+    tiles = _blocks(s) * _block_bytes(s)
+    together = s.tokens * slots + max(1, s.kv_heads // s.tensor) * tiles
+    partials = max(tiles, min(s.workspace_bytes, together)) if s.topk else 0
+    lists = 4 * _slots(s) * s.heads // s.tensor * s.tokens * min(1.0, partials / max(1, together)) * 2
     workspace = _workspace(s) if s.topk and s.context == 1 else partials
     return s.tokens * (size * values + sums + remote) + workspace + int(lists)
 
 
 def _slot_bytes(s: TrainingShape) -> int:
-    """Of a partial result in 16 bits, or where dq is summed in 32, with its log-sum-exp, and 4 bytes beside it."""
-    return (4 if _sums_dq(s) else 2) * s.head_dim + 8
+    """Of a partial result, in fp32 where dq is summed, with its log-sum-exp, and 4 bytes beside it."""
+    return (4 if _block_bytes(s) else s.itemsize) * s.head_dim + 8
 
 
-def _sums_dq(s: TrainingShape) -> bool:
-    return s.bf16 and s.block_size > 0 and sums_dq(s.block_size, s.head_dim, cdiv(s.tokens * s.context, s.block_size))
+def _block_bytes(s: TrainingShape) -> int:
+    """Of each (kv head, block) where dq is summed."""
+    return SUM_TILE_BYTES if s.bf16 and sums_dq(s.block_size, s.head_dim, _blocks(s)) else 0
+
+
+def _blocks(s: TrainingShape) -> int:
+    return cdiv(s.tokens * s.context, s.block_size) if s.block_size else 0
+
+
+def _slots(s: TrainingShape) -> int:
+    """Per row, as the pipeline keeps them (`call.slots_of`)."""
+    return min(s.topk, 1 << (_blocks(s) - 1).bit_length()) if s.block_size else s.topk
 
 
 def _workspace(s: TrainingShape) -> int:
@@ -244,9 +261,9 @@ def _workspace(s: TrainingShape) -> int:
     With several, only those that split all heads keep anything: not counted.
     """
     return estimated_workspace(
-        rows=s.tokens, slots=s.topk, q_heads=max(1, s.heads // s.tensor), kv_heads=max(1, s.kv_heads // s.tensor),
-        dim=s.head_dim, block_size=s.block_size, slot_bytes=_slot_bytes(s),
-        block_bytes=SUM_TILE_BYTES if _sums_dq(s) else 0, workspace_bytes=s.workspace_bytes, keeps_ds=s.bf16,
+        rows=s.tokens, slots=_slots(s), q_heads=max(1, s.heads // s.tensor), kv_heads=max(1, s.kv_heads // s.tensor),
+        dim=s.head_dim, block_size=s.block_size, blocks=_blocks(s), slot_bytes=_slot_bytes(s), block_bytes=_block_bytes(s),
+        workspace_bytes=s.workspace_bytes, keeps_ds=s.bf16,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from moba_cp.planning.measured import Measured, calibrate, compare, judged, read
 from moba_cp.planning.memory import memory
 from moba_cp.planning.prediction import features, predict, received, walks
 from moba_cp.planning.sizes import Cluster, Layer, Split, busiest
+from moba_cp.training_memory import TrainingShape, training_peak
 from scripts.make_tables import kernel_files
 from tests.ranks import run_ranks
 
@@ -213,6 +214,23 @@ def test_sums_of_dq_take_four_bytes_a_number_and_a_tile_per_block(ranks: int) ->
         found = memory(layer, split).parts["workspace"] * 2**30
         least = 4 * rows * 8 * slot + 2 * blocks * block
         assert found == least if layer.block_size > 512 or ranks > 1 else found >= least
+
+
+def test_tiles_of_sums_of_one_kv_head_are_taken_whatever_the_workspace() -> None:
+    """Of the blocks of all documents; and a training step counts them as a plan does."""
+    for layer, split in (
+        (Layer(100_000, 1, 1, 640, 8, document=100), Split(1, workspace_bytes=1)),
+        (Layer(1 << 20, 32, 8, 1024, 8), Split(64, 1, "ring", workspace_bytes=1)),
+    ):
+        assert memory(layer, split).parts["workspace"] * 2**30 >= layer.blocks * 2**15
+    shape = TrainingShape(
+        1, 2048, 16, 16, 128, 8192, 32000, tokens=8192, context=64, block_size=1024, workspace_bytes=1 << 40
+    )
+    small = replace(shape, workspace_bytes=1)
+    planned = memory(Layer(8192 * 64, 16, 16, 1024, 8), Split(64, 1, "ring", workspace_bytes=1 << 40))
+    # Of the routing lists, which a training step counts with their chunk, at most the whole.
+    added = training_peak(shape).workings["attention"] - training_peak(small).workings["attention"]
+    assert added == pytest.approx(planned.parts["workspace"] * 2**30 - 512 * 2**15, rel=0.05)
 
 
 def test_balanced_takes_less_time_where_zigzag_is_uneven() -> None:

@@ -84,11 +84,12 @@ def _workspace(layer: Layer, split: Split, q_heads: int, kv_heads: int) -> int:
     """Partial results of a rank's heads, with what backward keeps beside them where it has the whole sequence."""
     if split.sequence_ranks > 1:
         rows = layer.tokens // split.sequence_ranks * q_heads
-        return min(split.workspace_bytes, rows * partial_bytes(layer) + kv_heads * layer.blocks * block_bytes(layer))
+        tiles = layer.blocks * block_bytes(layer)  # of a kv head, the least that is taken
+        return max(tiles, min(split.workspace_bytes, rows * partial_bytes(layer) + kv_heads * tiles))
     return estimated_workspace(
         rows=layer.tokens, slots=layer.slots, q_heads=q_heads, kv_heads=kv_heads, dim=layer.head_dim,
-        block_size=layer.block_size, slot_bytes=partial_bytes(layer) // layer.slots, block_bytes=block_bytes(layer),
-        workspace_bytes=split.workspace_bytes, keeps_ds=layer.itemsize == 2,
+        block_size=layer.block_size, blocks=layer.blocks, slot_bytes=partial_bytes(layer) // layer.slots,
+        block_bytes=block_bytes(layer), workspace_bytes=split.workspace_bytes, keeps_ds=layer.itemsize == 2,
     )  # fmt: skip
 
 

@@ -81,8 +81,9 @@ class Layer:
 
     @property
     def sums_dq(self) -> bool:
-        """Whether a Hopper GPU sums dq in fp32. Blocks longer than the sequence count as long as it."""
-        return self.itemsize == 2 and sums_dq(min(self.block_size, self.tokens), self.head_dim, self.blocks)
+        """Whether a Hopper GPU sums dq in fp32, or would with blocks as long as the sequence: longer ones mean the same."""
+        sizes = {self.block_size, min(self.block_size, self.tokens)}
+        return self.itemsize == 2 and any(sums_dq(size, self.head_dim, self.blocks) for size in sizes)
 
     def q_heads_of(self, head_parallel: int) -> int:
         """q heads of a rank where q heads are split: at least one."""

@@ -72,8 +72,8 @@ def test_workspace_bytes_are_what_partials_take():
     [
         (512, 128, 128, 7, False),
         (640, 128, 128, 7, True),
-        (4096, 128, 128, 1 << 14, True),
-        (4096, 128, 128, (1 << 14) + 1, False),  # of short documents
+        (4096, 128, 128, 1 << 12, True),
+        (4096, 128, 128, (1 << 12) + 1, False),
         (4096, 64, 64, 7, False),
         (4096, 128, 64, 7, False),
         (576, 128, 128, 7, False),
