@@ -40,24 +40,20 @@ class Call:
 
     def dkdv_arguments(self, sums: Tensor) -> tuple:
         """Arguments of a kernel for dK and dV, up to its constants; `sums` is the buffer of `segment_sums`."""
-        part, lists, shape = self.part, self.lists, self.lists.shape
-        return (
-            self.q, self.dout, part.k, part.v, self.lse, self.delta, self.rows.position, lists.pointer, lists.entry,
-            part.start, part.length, self.segment_bin, self.dk, self.dv, self.dq, sums,
-            *self._row_strides(), *key_strides(part.k, part.v, self.dk, self.dv), *self._score_strides(),
-            *self._dq_strides(), part.start.stride(0), shape.n_bins, shape.n_blocks, shape.group_size, self.scale,
-        )  # fmt: skip
+        return self._dkdv_arguments(sums, self._dq_strides())
 
     def dkdv_dq_tiles_arguments(self, sums: Tensor, progress: Tensor) -> tuple:
-        """Arguments of the kernel for dK, dV and sums of dq, up to its constants; `sums` is the buffer of `segment_sums`."""
-        part, lists, shape = self.part, self.lists, self.lists.shape
+        """Arguments of the kernel for dK, dV and sums of dq, up to its constants."""
         assert self.place is not None
+        return *self._dkdv_arguments(sums, self.place.stride()[:2]), self.place, progress
+
+    def _dkdv_arguments(self, sums: Tensor, dq_strides: tuple[int, ...]) -> tuple:
+        part, lists, shape = self.part, self.lists, self.lists.shape
         return (
             self.q, self.dout, part.k, part.v, self.lse, self.delta, self.rows.position, lists.pointer, lists.entry,
             part.start, part.length, self.segment_bin, self.dk, self.dv, self.dq, sums,
             *self._row_strides(), *key_strides(part.k, part.v, self.dk, self.dv), *self._score_strides(),
-            *self.place.stride()[:2], part.start.stride(0), shape.n_bins, shape.n_blocks, shape.group_size, self.scale,
-            self.place, progress,
+            *dq_strides, part.start.stride(0), shape.n_bins, shape.n_blocks, shape.group_size, self.scale,
         )  # fmt: skip
 
     def dq_arguments(self) -> tuple:

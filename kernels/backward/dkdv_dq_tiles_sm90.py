@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..gluon_rows import barrier, decode, gather_layout, line_layout, offset_of, product_layout, warp_layout
 from .portable_kernels import LOG2E, UNALIGNED, VARYING
-from .rows_sm90 import copy_rows, load_scalars, store_dkdv, unit_bounds, unseen_rows, work_unit
+from .rows_sm90 import copy_block, copy_rows, load_scalars, start_rows, store_dkdv, unit_bounds, unseen_rows, work_unit
 
 
 @gluon.constexpr_function
@@ -152,8 +152,6 @@ def dkdv_dq_tiles_kernel(
     GATHER: gl.constexpr = gather_layout(D, WARPS)
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, GATHER))
     key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, GATHER))
-    row = (first_key + key).to(gl.int64)
-    inside = (key < held)[:, None] & (cols >= 0)[None, :]
     KEYS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], DTYPE)
     ROWS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], DTYPE)
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], DTYPE)
@@ -161,13 +159,7 @@ def dkdv_dq_tiles_kernel(
     k_s = gl.allocate_shared_memory(DTYPE, [KEYS, D], KEYS_LAYOUT)
     v_s = gl.allocate_shared_memory(DTYPE, [KEYS, D], KEYS_LAYOUT)
     # The wait for the first tile of rows covers these copies.
-    async_copy.async_copy_global_to_shared(
-        k_s, k + (row * k_row + kv_head * k_head)[:, None] + cols[None, :], mask=inside
-    )
-    async_copy.async_copy_global_to_shared(
-        v_s, v + (row * v_row + kv_head * v_head)[:, None] + cols[None, :], mask=inside
-    )
-    async_copy.commit_group()
+    copy_block(k, v, k_s, v_s, kv_head, first_key, key, held, cols, k_row, k_head, v_row, v_head)
     q_s = gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D], ROWS_LAYOUT)
     do_s = gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D], ROWS_LAYOUT)
     # Two stages suffice: each is overwritten two tiles, and so two barriers, later.
@@ -187,7 +179,6 @@ def dkdv_dq_tiles_kernel(
     score_key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, SCORE))
     zero = gl.zeros([KEYS, ROWS], gl.float32, SCORE)
     zero_dq = gl.zeros([ROWS, D], gl.float32, DQ)
-    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, GATHER))
     line = gl.arange(0, ROWS, layout=LINE)
     unseen = unseen_rows(entry, position, count, tile * KEYS, ROWS, WARPS, HEAD_BITS, SLOT_BITS, TOPK)
     entry += unseen
@@ -198,25 +189,14 @@ def dkdv_dq_tiles_kernel(
     dout += first_head * dout_head
     lse += first_head * lse_head
     delta += first_head * delta_head
-    last = gl.maximum(count - 1, 0)  # rows past the end repeat the last one with weight 0
     last_key = tile * KEYS + KEYS - 1
     factor = scale * LOG2E
     n = (count + ROWS - 1) // ROWS
-    if n > 0:
-        for j in gl.static_range(AHEAD):
-            at = gl.minimum(j * ROWS + r, last)
-            copy_rows(
-                q, dout, gl.load(entry + at), q_s.index(j), do_s.index(j), cols, q_token, q_head, dout_token, dout_head,
-                HEAD_BITS, SLOT_BITS,
-            )  # fmt: skip
-    line_code = gl.load(entry + gl.minimum(line, last), mask=line < n * ROWS, other=0)
-    row_lse, row_delta, limit = load_scalars(
-        lse, delta, position, line_code, line < count, held, lse_head, lse_token, delta_head, delta_token,
-        HEAD_BITS, SLOT_BITS, TOPK,
+    row_lse, row_delta, limit, line_code = start_rows(
+        q, dout, lse, delta, position, entry, count, n, held, q_s, do_s, code_s, cols,
+        q_token, q_head, dout_token, dout_head, lse_head, lse_token, delta_head, delta_token,
+        ROWS, D, AHEAD, WARPS, HEAD_BITS, SLOT_BITS, TOPK,
     )  # fmt: skip
-    for j in gl.static_range(1, AHEAD):
-        code_s.index(j).store(gl.load(entry + gl.minimum(j * ROWS + line, last), mask=line < n * ROWS, other=0))
-    line_code = gl.load(entry + gl.minimum(AHEAD * ROWS + line, last), mask=line < n * ROWS, other=0)
     dk_sum = warpgroup_mma_init(gl.zeros([KEYS, D], gl.float32, SUM))
     dv_sum = warpgroup_mma_init(gl.zeros([KEYS, D], gl.float32, SUM))
     p_left = gl.zeros([KEYS, ROWS], DTYPE, LEFT)

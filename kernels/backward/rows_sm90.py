@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-from ..gluon_rows import decode, gather, in_turns, offset_of
+from ..gluon_rows import decode, gather, gather_layout, in_turns, line_layout, offset_of
 from .segments import CUT_ROWS
 
 _READ_AGAIN = gl.constexpr(not triton.__version__.startswith(("3.6.", "3.7.")))
@@ -54,6 +54,20 @@ def copy_rows(
 
 
 @gluon.jit
+def copy_block(k, v, k_s, v_s, kv_head, first_key, key, held, cols, k_row, k_head, v_row, v_head):
+    """Start the copies of the keys and values `key` of a block; zeros past its end."""
+    row = (first_key + key).to(gl.int64)
+    inside = (key < held)[:, None] & (cols >= 0)[None, :]
+    async_copy.async_copy_global_to_shared(
+        k_s, k + (row * k_row + kv_head * k_head)[:, None] + cols[None, :], mask=inside
+    )
+    async_copy.async_copy_global_to_shared(
+        v_s, v + (row * v_row + kv_head * v_head)[:, None] + cols[None, :], mask=inside
+    )
+    async_copy.commit_group()
+
+
+@gluon.jit
 def load_scalars(
     lse, delta, position, code, valid, held, lse_head, lse_token, delta_head, delta_token,
     HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
@@ -68,6 +82,40 @@ def load_scalars(
     row_lse = gl.load(lse + offset_of(token, head, lse_token, lse_head, HEAD_BITS), mask=valid, other=float("inf"))
     row_delta = gl.load(delta + offset_of(token, head, delta_token, delta_head, HEAD_BITS), mask=valid, other=0.0)
     return row_lse, row_delta, gl.load(position + token, mask=own, other=held - 1)
+
+
+@gluon.jit
+def start_rows(
+    q, dout, lse, delta, position, entry, count, n, held, q_s, do_s, code_s, cols,
+    q_token, q_head, dout_token, dout_head, lse_head, lse_token, delta_head, delta_token,
+    ROWS: gl.constexpr, D: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
+    HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of the first AHEAD of `n` tiles of rows, of `count` entries, and store the codes of all but the first.
+
+    Returns the first tile's scalars, as `load_scalars`, and each line's code of the tile behind the copied ones. Rows past the
+    end repeat the last one with weight 0.
+    """
+    LINE: gl.constexpr = line_layout(WARPS)
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gather_layout(D, WARPS)))
+    line = gl.arange(0, ROWS, layout=LINE)
+    last = gl.maximum(count - 1, 0)
+    if n > 0:
+        for j in gl.static_range(AHEAD):
+            at = gl.minimum(j * ROWS + r, last)
+            copy_rows(
+                q, dout, gl.load(entry + at), q_s.index(j), do_s.index(j), cols, q_token, q_head, dout_token, dout_head,
+                HEAD_BITS, SLOT_BITS,
+            )  # fmt: skip
+    line_code = gl.load(entry + gl.minimum(line, last), mask=line < n * ROWS, other=0)
+    row_lse, row_delta, limit = load_scalars(
+        lse, delta, position, line_code, line < count, held, lse_head, lse_token, delta_head, delta_token,
+        HEAD_BITS, SLOT_BITS, TOPK,
+    )  # fmt: skip
+    for j in gl.static_range(1, AHEAD):
+        code_s.index(j).store(gl.load(entry + gl.minimum(j * ROWS + line, last), mask=line < n * ROWS, other=0))
+    line_code = gl.load(entry + gl.minimum(AHEAD * ROWS + line, last), mask=line < n * ROWS, other=0)
+    return row_lse, row_delta, limit, line_code
 
 
 @gluon.jit

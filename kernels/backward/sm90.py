@@ -48,9 +48,8 @@ def launch_dkdv(call: Call, config: GluonConfig) -> None:
     shape = call.lists.shape
     tiles = shape.block_size // config.keys
     sums = call.segment_sums(shape.block_size)
-    keeps = call.place is not None
     kernel, more = (
-        (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LAST": config.last and not keeps, "KEEPS": keeps})
+        (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LAST": config.last, "KEEPS": call.place is not None})
     )
     launch_kernel(kernel, ((shape.n_bins + call.n_segments) * tiles,),
         *call.dkdv_arguments(sums), **call.bits(), **_constants(call, config), AHEAD=config.ahead, TILES=tiles, **more,
