@@ -7,7 +7,7 @@ from functools import cached_property, partial
 
 from torch import Tensor
 
-from .chunks import Ranges, least_chunk_of_ds, most_at_once, most_keeping_ds, ranges_of
+from .chunks import Ranges, least_chunk_of_ds, most_at_once, most_keeping_ds, ranges_of, slots_per_row
 from .config import MoBAConfig
 from .kernels import Backend
 from .kernels.torch_backend import accumulate_dtype
@@ -59,9 +59,8 @@ class Call:
 
 
 def slots_of(config: MoBAConfig, plan: RankPlan) -> int:
-    """Slots per row: `config.topk`, but no more than the blocks of the longest document, rounded up to a power of two so that
-    packing that differs from step to step compiles few kernels."""
-    return min(config.topk, 1 << (plan.plan.blocks.most_of_a_document - 1).bit_length())
+    """Slots per row, of every rank."""
+    return slots_per_row(config.topk, plan.plan.blocks.most_of_a_document)
 
 
 def work_of(call: Call, ranges: Ranges, q: Tensor, k: Tensor) -> Work:

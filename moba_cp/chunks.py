@@ -130,6 +130,12 @@ def _chunk_rows(rows: int, count: int) -> int:
     return cdiv(cdiv(rows, count), ROW_MULTIPLE) * ROW_MULTIPLE
 
 
+def slots_per_row(topk: int, blocks: int) -> int:
+    """Partial results per row: `topk`, but no more than the blocks of the longest document, rounded up to a power of two so that
+    packing that differs from step to step compiles few kernels."""
+    return min(topk, 1 << (blocks - 1).bit_length())
+
+
 def most_at_once(
     most: int, q_heads: int, kv_heads: int, head_bytes: int, workspace_bytes: int, kv_head_bytes: int = 0
 ) -> tuple[int, int]:

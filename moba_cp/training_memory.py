@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .chunks import estimated_workspace
+from .chunks import estimated_workspace, slots_per_row
 from .config import DEFAULT_WORKSPACE_BYTES
 from .kernels.sizes import SUM_TILE_BYTES, cdiv, sums_dq
 
@@ -251,8 +251,8 @@ def _blocks(s: TrainingShape) -> int:
 
 
 def _slots(s: TrainingShape) -> int:
-    """Per row, as the pipeline keeps them (`call.slots_of`)."""
-    return min(s.topk, 1 << (_blocks(s) - 1).bit_length()) if s.block_size else s.topk
+    """Partial results per row, as the pipeline keeps them; `topk` where blocks are not known."""
+    return slots_per_row(s.topk, _blocks(s)) if s.block_size else s.topk
 
 
 def _workspace(s: TrainingShape) -> int:

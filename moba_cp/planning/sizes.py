@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..chunks import most_at_once
+from ..chunks import most_at_once, slots_per_row
 from ..config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES
 from ..kernels.sizes import SUM_TILE_BYTES, sums_dq
 from ..parallel.balance import CANDIDATE_WORK, KEY_WORK, balanced_cuts, candidates_before, keys_before, pairs_before
@@ -69,10 +69,8 @@ class Layer:
 
     @property
     def slots(self) -> int:
-        """Partial results per row, as the pipeline keeps them: `topk`, but no more than the blocks of a document, rounded up to a
-        power of two."""
-        blocks = -(-self.length // self.block_size)
-        return min(self.topk, 1 << (blocks - 1).bit_length())
+        """Partial results per row, as the pipeline keeps them."""
+        return slots_per_row(self.topk, -(-self.length // self.block_size))
 
     @property
     def blocks(self) -> int:
