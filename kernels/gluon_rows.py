@@ -70,17 +70,28 @@ def in_turns(index, units, per_head, HEADS: gl.constexpr):
 
 @gluon.jit
 def decode(code, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
-    """Token and head in the group of entries, 32 bits each, so that a product with a stride is one wide multiplication."""
+    """Token and head in the group of entries, 32 bits each."""
     return code >> (HEAD_BITS + SLOT_BITS), (code >> SLOT_BITS) & ((1 << HEAD_BITS) - 1)
 
 
 @gluon.jit
 def offset_of(token, head, token_stride, head_stride, HEAD_BITS: gl.constexpr):
-    """64-bit offset of a row from the first head of its group."""
-    offset = token.to(gl.int64) * token_stride
+    """Offset of a row from the first head of its group, in 32 bits without a sign.
+
+    Of tensors with fewer than 2^32 of the units in which strides are counted: all that fit in memory, if these are numbers of 4
+    bytes or rows. A loop's 64-bit strides would take seven instructions for an address in place of three: the compiler extends
+    them before the loop, and then no longer sees that 32 bits would do.
+    """
+    offset = token.to(gl.uint32) * token_stride
     if HEAD_BITS > 0:
-        offset += head.to(gl.int64) * head_stride
+        offset += head.to(gl.uint32) * head_stride
     return offset
+
+
+@gluon.jit
+def aligned_offset_of(token, head, token_stride, head_stride, HEAD_BITS: gl.constexpr):
+    """The same in 64 bits, for strides that are multiples of 16 and tensors with fewer than 2^36 elements."""
+    return offset_of(token, head, token_stride >> 4, head_stride >> 4, HEAD_BITS).to(gl.int64) * 16
 
 
 @gluon.jit
@@ -88,5 +99,5 @@ def gather(x, code, x_s, cols, x_token, x_head, HEAD_BITS: gl.constexpr, SLOT_BI
     """Start the copy of the rows of the entries `code`; the caller commits it."""
     token, head = decode(code, HEAD_BITS, SLOT_BITS)
     async_copy.async_copy_global_to_shared(
-        x_s, x + offset_of(token, head, x_token, x_head, HEAD_BITS)[:, None] + cols[None, :]
+        x_s, x + aligned_offset_of(token, head, x_token, x_head, HEAD_BITS)[:, None] + cols[None, :]
     )

@@ -22,11 +22,11 @@ def _store_dq(
     dq_done, dq, code_s, valid, cols, dq_head, dq_token, dq_slot, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Store a tile's partial dq in the slots of its rows."""
+    """Store a tile's partial dq in the slots of its rows: multiples of 16 elements apart, with fewer than 2^36 in all."""
     code = code_s.load(gl.SliceLayout(1, LAYOUT))
     token, head = decode(code, HEAD_BITS, SLOT_BITS)
     row = offset_of(token, head, dq_token, dq_head, HEAD_BITS) + (code & ((1 << SLOT_BITS) - 1))
-    at = dq + (row * dq_slot)[:, None] + cols[None, :]
+    at = dq + ((row * (dq_slot >> 4)).to(gl.int64) * 16)[:, None] + cols[None, :]
     gl.store(at, gl.convert_layout(dq_done, LAYOUT), mask=valid[:, None] & (cols >= 0)[None, :])
 
 
@@ -135,8 +135,9 @@ def dkdv_dq_kernel(
         s_run = warpgroup_mma(k_s, q_i.permute((1, 0)), zero, use_acc=False, is_async=True)
         dp_run = warpgroup_mma(v_s, do_i.permute((1, 0)), zero, use_acc=False, is_async=True)
         masked = gl.min(limit_s.index(i % 2).load(WARP), 0) < KEYS - 1
+        lse_by_row = lse_s.index(i % 2).load(BY_ROW)
         s = warpgroup_mma_wait(1, deps=(s_run,))
-        p = gl.exp2(s * factor - lse_s.index(i % 2).load(BY_ROW)[None, :])
+        p = gl.exp2(s * factor - lse_by_row[None, :])
         if masked:
             p = gl.where(score_key[:, None] <= limit_s.index(i % 2).load(BY_ROW)[None, :], p, 0.0)
         p_left = gl.convert_layout(p.to(DTYPE), LEFT)

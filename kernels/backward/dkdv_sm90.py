@@ -126,6 +126,7 @@ def dkdv_kernel(
         code_s.index(nxt).store(line_code)
         fence_async_shared()
         barrier()
+        copied = code_s.index(nxt).load(gl.SliceLayout(1, GATHER))  # read early: products delay shared memory
         q_i = q_s.index(stage)
         do_i = do_s.index(stage)
         s_run = warpgroup_mma(k_s, q_i.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -136,7 +137,7 @@ def dkdv_kernel(
         # since. The compiler puts a barrier between these copies and the next product that reads rows.
         if not LAST:
             copy_rows(
-                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols,
+                q, dout, copied, q_s.index(nxt), do_s.index(nxt), cols,
                 q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
             )  # fmt: skip
         row_lse, row_delta, limit = load_scalars(
@@ -161,7 +162,7 @@ def dkdv_kernel(
             kept, half = next_kept(kept, half, ROWS, TILES * KEYS)
         if LAST:
             copy_rows(
-                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols,
+                q, dout, copied, q_s.index(nxt), do_s.index(nxt), cols,
                 q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
             )  # fmt: skip
     dv_sum, p_left, dk_sum, ds_left = warpgroup_mma_wait(0, deps=(dv_sum, p_left, dk_sum, ds_left))

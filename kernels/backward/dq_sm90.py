@@ -230,7 +230,7 @@ def dq_kernel(
             t += 1
         row_code = code_s.index(j % 4).load(BY_ROW)
         token, head = decode(row_code, HEAD_BITS, SLOT_BITS)
-        at = offset_of(token, head, dq_token, dq_head, HEAD_BITS) + (row_code & ((1 << SLOT_BITS) - 1))
+        at = (offset_of(token, head, dq_token, dq_head, HEAD_BITS) + (row_code & ((1 << SLOT_BITS) - 1))).to(gl.int64)
         at += kv_head * group * dq_head
         stored = (first + row < end) & (held > 0)
         at = gl.convert_layout(at, gl.SliceLayout(1, STORE))

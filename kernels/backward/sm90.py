@@ -48,6 +48,8 @@ def launch_dkdv(call: Call, config: GluonConfig) -> None:
     shape = call.lists.shape
     tiles = shape.block_size // config.keys
     sums = call.segment_sums(shape.block_size)
+    if tiles == 1 and call.dq.stride(2) % 16:
+        raise ValueError(f"slots of partial dq must be multiples of 16 elements apart, got strides {call.dq.stride()}")
     kernel, more = (
         (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LAST": config.last, "KEEPS": call.place is not None})
     )

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon_rows import (
+    aligned_offset_of,
     barrier,
     decode,
     gather_layout,
@@ -99,7 +100,11 @@ def _store_rows(
     STORE: gl.constexpr = store_layout(ROWS, D, 4)
     o = total * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, SUM))[:, None]
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
-    gl.store(out + (at * D)[:, None] + cols[None, :], gl.convert_layout(o.to(DTYPE), STORE), mask=stored[:, None])
+    gl.store(
+        out + (at.to(gl.int64) * D)[:, None] + cols[None, :],
+        gl.convert_layout(o.to(DTYPE), STORE),
+        mask=stored[:, None],
+    )
 
 
 @gluon.jit(
@@ -153,7 +158,7 @@ def hold_rows_kernel(
     token, head = decode(code, HEAD_BITS, SLOT_BITS)
     q += kv_head.to(gl.int64) * group * q_head
     async_copy.async_copy_global_to_shared(
-        q_s, q + offset_of(token, head, q_token, q_head, HEAD_BITS)[:, None] + cols[None, :]
+        q_s, q + aligned_offset_of(token, head, q_token, q_head, HEAD_BITS)[:, None] + cols[None, :]
     )
     async_copy.commit_group()
 
@@ -183,7 +188,7 @@ def hold_rows_kernel(
     )  # loaded again: the loop needs every register
     token, head = decode(code, HEAD_BITS, SLOT_BITS)
     slot = code & ((1 << SLOT_BITS) - 1)
-    at = ((kv_head * group).to(gl.int64) * tokens + offset_of(token, head, 1, tokens, HEAD_BITS)) * TOPK + slot
+    at = (offset_of(token, head, 1, tokens, HEAD_BITS) + kv_head * group * tokens) * TOPK + slot
     stored = (row < end) & (slot != TOPK - 1)
     gl.store(lse + at, m + gl.log2(norm), mask=stored)
     total, p_left = warpgroup_mma_wait(0, deps=(acc, p_left))

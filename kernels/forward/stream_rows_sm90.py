@@ -114,7 +114,7 @@ def stream_rows_kernel(
     async_copy.async_copy_global_to_shared(v_s, v + (row * v_row + kv_head * v_head)[:, None] + cols[None, :])
     entry += begin
     q += kv_head * group * q_head
-    first_row = kv_head * group * tokens
+    first_row = (kv_head * group * tokens).to(gl.uint32)
     last = count - 1  # rows past the end repeat the last one and are not stored
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, GATHER))
     line = gl.arange(0, ROWS, layout=LINE)
@@ -160,13 +160,13 @@ def stream_rows_kernel(
         limit = _limits(position, code_s.index((i + 1) % CODES).load(BY_ROW), HEAD_BITS, SLOT_BITS, TOPK, KEYS)
         row_code = code_s.index(i % CODES).load(BY_ROW)
         token, head = decode(row_code, HEAD_BITS, SLOT_BITS)
-        at = (first_row + offset_of(token, head, 1, tokens, HEAD_BITS)) * TOPK + (row_code & ((1 << SLOT_BITS) - 1))
+        at = (offset_of(token, head, 1, tokens, HEAD_BITS) + first_row) * TOPK + (row_code & ((1 << SLOT_BITS) - 1))
         gl.store(lse + at, m + gl.log2(norm), mask=i * ROWS + by_row < count)
         o, p_left = warpgroup_mma_wait(1, deps=(o_run, p_left))
         o = o * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, SUM))[:, None]
         at = gl.convert_layout(at, gl.SliceLayout(1, STORE))
         gl.store(
-            out + (at * D)[:, None] + out_cols[None, :], gl.convert_layout(o.to(DTYPE), STORE),
+            out + (at.to(gl.int64) * D)[:, None] + out_cols[None, :], gl.convert_layout(o.to(DTYPE), STORE),
             mask=(i * ROWS + stored < count)[:, None], cache_modifier=".cs",
         )  # fmt: skip
     warpgroup_mma_wait(0, deps=(s_run,))
