@@ -29,6 +29,7 @@ from ..gluon_rows import (
     store_layout,
     warp_layout,
 )
+from .portable_kernels import MOST_RISE
 
 
 @gluon.jit
@@ -81,14 +82,46 @@ def _begin(
     return m, norm, zero, acc, p_left
 
 
+@gluon.constexpr_function
+def _rescale_asm(count: int) -> str:
+    """Multiplies `count` numbers of each thread, unless all factors of the warp are 1. A thread has four rows."""
+    multiply = "".join(f"mul.f32 ${i}, ${i}, ${2 * count + i}; " for i in range(count))
+    rows = (0, 2, count // 2, count // 2 + 2)
+    compare = "".join(f"setp.neu.f32 one, ${2 * count + i}, 0f3F800000; or.pred any, any, one; " for i in rows)
+    return (
+        "{ .reg .pred one, any; setp.ne.s32 any, 0, 0; "
+        + compare
+        + "vote.sync.any.pred any, any, 0xffffffff; @!any bra.uni done; "
+        + multiply
+        + "done: }"
+    )
+
+
+@gluon.constexpr_function
+def _rescale_constraints(count: int) -> str:
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
+@gluon.jit
+def _rescale(total, factors):
+    """`total * factors`. A warp whose factors are all 1, as nearly always, skips the multiplications."""
+    D: gl.constexpr = total.shape[1]
+    return gl.inline_asm_elementwise(
+        _rescale_asm(D), _rescale_constraints(D), [total, factors], dtype=gl.float32, is_pure=True, pack=D
+    )
+
+
 @gluon.jit
 def _softmax_step(s, m, norm, total, scale, DTYPE: gl.constexpr, SUM: gl.constexpr, LEFT: gl.constexpr):
-    """One tile of scores into the running maximum, sum and output. The weights are the left operand of the next product."""
-    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    """One tile of scores into the running sum and output, relative to `m`, as `portable_kernels._softmax_step`. The weights are
+    the left operand of the next product.
+    """
+    highest = gl.max(s, 1) * scale
+    m_new = gl.where(highest - m > MOST_RISE, highest, m)
     p = gl.exp2(s * scale - m_new[:, None])
     rescale = gl.exp2(m - m_new)
     norm = norm * rescale + gl.sum(p, 1)
-    total = total * gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None]
+    total = _rescale(total, gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None])
     return gl.convert_layout(p.to(DTYPE), LEFT), m_new, norm, total
 
 

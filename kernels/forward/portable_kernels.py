@@ -16,6 +16,9 @@ import triton.language as tl
 # Counts and strides that change from chunk to chunk, and int32 views that start at any address: one compiled kernel serves all.
 _VARYING = ["tokens", "n_tiles", "n_blocks", "q_heads", "offset", "start_head"]
 _UNALIGNED = ["start", "length", "position", "entry", "item_bin", "item_start", "item_end", "own_tiles"]
+MOST_RISE = tl.constexpr(8.0)
+"""A row's weights are relative to the largest score of its first tile of keys, until a score is more than this many powers of two
+above it: then to that score. So its output is seldom rescaled, and no weight is above 2^8."""
 
 
 @triton.jit
@@ -59,8 +62,9 @@ def _load_to_end(base, first, held, stride, KEYS: tl.constexpr, SIZE: tl.constex
 
 @triton.jit
 def _softmax_step(s, m, norm, acc, scale):
-    """One tile of scores into the running maximum, sum and output; also returns the tile's weights."""
-    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    """One tile of scores into the running sum and output, relative to `m`; also returns the tile's weights."""
+    highest = tl.max(s, 1) * scale
+    m_new = tl.where(highest - m > MOST_RISE, highest, m)
     p = tl.exp2(s * scale - m_new[:, None])
     rescale = tl.exp2(m - m_new)
     return p, m_new, norm * rescale + tl.sum(p, 1), acc * rescale[:, None]

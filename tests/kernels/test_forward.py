@@ -54,6 +54,8 @@ SMALL = {
     "negative scale": dict(lengths=[40], block_size=16, topk=2, scale=-0.3),
     "scale 0": dict(lengths=[40], block_size=16, topk=2, scale=0.0),
     "large blocks, negative scale": dict(lengths=[400], block_size=192, topk=2, scale=-0.3, q_heads=1),
+    "large blocks, some rows rescaled": dict(lengths=[400], block_size=192, topk=2, scale=2.0, q_heads=1),
+    "large blocks, most rows rescaled": dict(lengths=[400], block_size=192, topk=2, scale=9.0, q_heads=1),
 }  # fmt: skip
 
 
@@ -149,6 +151,9 @@ HOPPER = {
     "negative scale, blocks of 512": dict(lengths=[2000], block_size=512, topk=3, scale=-0.1),
     "scale 0, blocks of 512": dict(lengths=[2000], block_size=512, topk=3, scale=0.0),
     "one token, block of 512": dict(lengths=[1], block_size=512, topk=8),
+    "few rows rescaled": dict(lengths=[3000], block_size=512, topk=4, scale=0.35),
+    "most rows rescaled": dict(lengths=[3000], block_size=512, topk=4, scale=1.5),
+    "some rows rescaled, D 64": dict(lengths=[3000], block_size=256, topk=4, scale=0.8, dim=64),
 }  # fmt: skip
 SIZES = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 128), (72, 40)]
 
