@@ -1,6 +1,7 @@
 """Bits of output and dq that every later commit must reproduce: hashes saved in `tests/data/`.
 
-Commit 1c91dde made them, and 58ca743 those of dq with blocks of more than 512 keys and D = 128.
+Commit 1c91dde made them, 58ca743 those of dq with blocks of more than 512 keys and D = 128, and f0d9ff6 those of blocks that
+forward computes in several tiles of keys.
 
     python -m tests.saved_bits tests/data/bits_sm90.json    # on the commit that decides; uses the GPUs that are there
 
