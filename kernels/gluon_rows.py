@@ -95,9 +95,15 @@ def aligned_offset_of(token, head, token_stride, head_stride, HEAD_BITS: gl.cons
 
 
 @gluon.jit
-def gather(x, code, x_s, cols, x_token, x_head, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
-    """Start the copy of the rows of the entries `code`; the caller commits it."""
+def gather(
+    x, code, x_s, cols, x_token, x_head, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, NARROW: gl.constexpr = True
+):
+    """Start the copy of the rows of the entries `code`; the caller commits it. Without NARROW, strides have 64 bits."""
     token, head = decode(code, HEAD_BITS, SLOT_BITS)
-    async_copy.async_copy_global_to_shared(
-        x_s, x + aligned_offset_of(token, head, x_token, x_head, HEAD_BITS)[:, None] + cols[None, :]
-    )
+    if NARROW:
+        at = aligned_offset_of(token, head, x_token, x_head, HEAD_BITS)
+    else:
+        at = token.to(gl.int64) * x_token
+        if HEAD_BITS > 0:
+            at += head.to(gl.int64) * x_head
+    async_copy.async_copy_global_to_shared(x_s, x + at[:, None] + cols[None, :])

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..gluon_rows import barrier, gather_layout, line_layout, product_layout, warp_layout
 from .portable_kernels import LOG2E, UNALIGNED, VARYING
 from .rows_sm90 import (
+    NARROW_DKDV,
     copy_block,
     copy_rows,
     ds_layout,
@@ -126,7 +127,8 @@ def dkdv_kernel(
         code_s.index(nxt).store(line_code)
         fence_async_shared()
         barrier()
-        copied = code_s.index(nxt).load(gl.SliceLayout(1, GATHER))  # read early: products delay shared memory
+        if not LAST:  # read early: products delay shared memory
+            copied = code_s.index(nxt).load(gl.SliceLayout(1, GATHER))
         q_i = q_s.index(stage)
         do_i = do_s.index(stage)
         s_run = warpgroup_mma(k_s, q_i.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -138,7 +140,7 @@ def dkdv_kernel(
         if not LAST:
             copy_rows(
                 q, dout, copied, q_s.index(nxt), do_s.index(nxt), cols,
-                q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
+                q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS, NARROW_DKDV,
             )  # fmt: skip
         row_lse, row_delta, limit = load_scalars(
             lse, delta, position, code_s.index((i + 1) % STAGES).load(LINE), (i + 1) * ROWS + line < count, held,
@@ -162,8 +164,8 @@ def dkdv_kernel(
             kept, half = next_kept(kept, half, ROWS, TILES * KEYS)
         if LAST:
             copy_rows(
-                q, dout, copied, q_s.index(nxt), do_s.index(nxt), cols,
-                q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS,
+                q, dout, code_s.index(nxt).load(gl.SliceLayout(1, GATHER)), q_s.index(nxt), do_s.index(nxt), cols,
+                q_token, q_head, dout_token, dout_head, HEAD_BITS, SLOT_BITS, NARROW_DKDV,
             )  # fmt: skip
     dv_sum, p_left, dk_sum, ds_left = warpgroup_mma_wait(0, deps=(dv_sum, p_left, dk_sum, ds_left))
     async_copy.wait_group(0)

@@ -10,6 +10,8 @@ from .segments import CUT_ROWS
 
 _READ_AGAIN = gl.constexpr(not triton.__version__.startswith(("3.6.", "3.7.")))
 """Triton 3.8 keeps more registers across a kernel's loop, and `dkdv_kernel` would spill what follows from the program's index."""
+NARROW_DKDV = gl.constexpr(triton.__version__.startswith(("3.6.", "3.7.")))
+"""Whether `dkdv_kernel` counts offsets of the rows that it copies in 32 bits. With Triton 3.8 it would spill."""
 
 
 @gluon.constexpr_function
@@ -45,11 +47,11 @@ def next_kept(kept, half, ROWS: gl.constexpr, BLOCK: gl.constexpr):
 @gluon.jit
 def copy_rows(
     q, dout, code, q_s, do_s, cols, q_token, q_head, dout_token, dout_head,
-    HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr,
+    HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, NARROW: gl.constexpr = True,
 ):  # fmt: skip
     """Start the copies of one tile of gathered rows of q and dout: those of the entries `code`."""
-    gather(q, code, q_s, cols, q_token, q_head, HEAD_BITS, SLOT_BITS)
-    gather(dout, code, do_s, cols, dout_token, dout_head, HEAD_BITS, SLOT_BITS)
+    gather(q, code, q_s, cols, q_token, q_head, HEAD_BITS, SLOT_BITS, NARROW)
+    gather(dout, code, do_s, cols, dout_token, dout_head, HEAD_BITS, SLOT_BITS, NARROW)
     async_copy.commit_group()
 
 

@@ -103,9 +103,8 @@ def _rescale_constraints(count: int) -> str:
 
 
 @gluon.jit
-def _rescale(total, factors):
-    """`total * factors`. A warp whose factors are all 1, as nearly always, skips the multiplications."""
-    D: gl.constexpr = total.shape[1]
+def _rescale(total, factors, D: gl.constexpr):
+    """`total * factors`, of D columns. A warp whose factors are all 1, as nearly always, skips the multiplications."""
     return gl.inline_asm_elementwise(
         _rescale_asm(D), _rescale_constraints(D), [total, factors], dtype=gl.float32, is_pure=True, pack=D
     )
@@ -121,7 +120,7 @@ def _softmax_step(s, m, norm, total, scale, DTYPE: gl.constexpr, SUM: gl.constex
     p = gl.exp2(s * scale - m_new[:, None])
     rescale = gl.exp2(m - m_new)
     norm = norm * rescale + gl.sum(p, 1)
-    total = _rescale(total, gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None])
+    total = _rescale(total, gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None], total.shape[1])
     return gl.convert_layout(p.to(DTYPE), LEFT), m_new, norm, total
 
 
