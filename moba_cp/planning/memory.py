@@ -12,7 +12,7 @@ from ..chunks import estimated_workspace
 from ..parallel.heads import head_split
 from ..wide import slabs_of
 from .prediction import keeps_parts
-from .sizes import Layer, Split, block_bytes, partial_bytes, ranges
+from .sizes import Layer, Split, block_bytes, cuts_blocks, partial_bytes, ranges
 
 GIB = 2.0**30
 UNITS = {"ring": 15.5, "pull": 14.0, "fetch": 10.0, "all_gather": 10.5}
@@ -76,6 +76,8 @@ def memory(layer: Layer, split: Split) -> Memory:
             parts["parts kept for chunks of rows"] = KEPT_UNITS * unit * (split.sequence_ranks - 2)
         if split.exchange == "pull":
             parts["memory that other ranks read"] = wide_tokens * kv_heads * 2 * row
+        if cuts_blocks(layer, split):  # keys and values, and their gradients
+            parts["home blocks"] = 2 * wide_tokens * kv_heads * 2 * row
     saved = kept + q + selected + lists + sums  # the output where its tokens are
     return Memory({name: bytes_ / GIB for name, bytes_ in parts.items()}, saved / GIB)
 

@@ -231,18 +231,31 @@ def busiest(layer: Layer, split: Split) -> Work:
     )
 
 
+def cuts_blocks(layer: Layer, split: Split) -> bool:
+    """Whether a block lies on two sequence ranks: then each brings the keys of its home blocks together."""
+    length, block_size = layer.length, min(layer.block_size, layer.length)
+    start, end, rank = _runs(length, split.sequence_ranks, block_size, min(layer.topk, length), split.layout)
+    order = np.argsort(start)
+    order = order[start[order] < end[order]]
+    return bool(np.any((start[order][1:] % block_size != 0) & (np.diff(rank[order]) != 0)))
+
+
+def _runs(length: int, size: int, block_size: int, topk: int, layout: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start, end and rank of the runs of one document."""
+    if layout == "balanced":
+        low, high = (x[:, 0] for x in balanced_cuts(np.array([length]), size, block_size, topk))
+        start, end = np.concatenate([low[:-1], high[1:]]), np.concatenate([low[1:], high[:-1]])
+        return start, end, np.tile(np.arange(size), 2)
+    cuts = (SequenceLayout.zigzag if layout == "zigzag" else SequenceLayout.contiguous)([0, length], size)
+    held = cuts.partition.fragments(np.array([0]), np.array([length]))
+    return held.start, held.start + held.length, held.rank
+
+
 @lru_cache(maxsize=4096)
 def _busiest(length: int, size: int, block_size: int, topk: int, layout: str) -> tuple[int, int, int]:
     """Keys, pairs and candidates of one document and q head on the busiest rank."""
     block_size, topk = min(block_size, length), min(topk, length)  # larger values mean the same, and do not fit 64 bits
-    if layout == "balanced":
-        low, high = (x[:, 0] for x in balanced_cuts(np.array([length]), size, block_size, topk))
-        start, end = np.concatenate([low[:-1], high[1:]]), np.concatenate([low[1:], high[:-1]])
-        rank = np.tile(np.arange(size), 2)
-    else:
-        cuts = (SequenceLayout.zigzag if layout == "zigzag" else SequenceLayout.contiguous)([0, length], size)
-        held = cuts.partition.fragments(np.array([0]), np.array([length]))
-        start, end, rank = held.start, held.start + held.length, held.rank
+    start, end, rank = _runs(length, size, block_size, topk, layout)
     work = np.zeros((3, size), dtype=np.int64)
     for rank_work, run_work in zip(
         work,
