@@ -15,6 +15,7 @@ import torch
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, wide
 from moba_cp.commands.plan import report
 from moba_cp.config import DEFAULT_EXCHANGE_BYTES
+from moba_cp.parallel.blocks import home_plan
 from moba_cp.parallel.heads import PeerHeadTransfer
 from moba_cp.parallel.peer_memory import kept_bytes, release
 from moba_cp.planning import advice, sizes
@@ -22,7 +23,7 @@ from moba_cp.planning.calibration import Calibration, known
 from moba_cp.planning.measured import Measured, calibrate, compare, judged, read
 from moba_cp.planning.memory import memory
 from moba_cp.planning.prediction import features, predict, received, walks
-from moba_cp.planning.sizes import Cluster, Layer, Split, busiest
+from moba_cp.planning.sizes import Cluster, Layer, Split, busiest, cuts_blocks
 from moba_cp.training_memory import TrainingShape, training_peak
 from scripts.make_tables import kernel_files
 from tests.ranks import run_ranks
@@ -165,14 +166,28 @@ def test_memory_of_one_gpu_is_what_was_measured() -> None:
 
 
 def test_memory_of_two_gpus_is_what_was_measured() -> None:
-    """With every exchange. A balanced layout keeps a tenth more than is known of it. Large blocks were measured by a commit that
-    did not sum dq, so their ranges were of more heads."""
+    """With every exchange, and with a balanced layout, whose ranks copy keys to have whole blocks."""
     seen = set()
     for one in read([RESULTS / "scaling.json"])[1]:
-        if one.split.ranks > 1 and not one.layer.sums_dq:
+        if one.split.ranks > 1:
             assert memory(one.layer, one.split).peak == pytest.approx(one.peak_gib, rel=0.11), one
             seen.add((one.split.exchange, one.split.head_parallel))
     assert seen == {("pull", 1), ("ring", 1), ("fetch", 1), ("all_gather", 1), ("local", 2)}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
+@pytest.mark.parametrize("tokens", [4096, 4000, 96])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_blocks_on_two_ranks_are_known(layout: str, tokens: int, ranks: int) -> None:
+    cuts = {"contiguous": SequenceLayout.contiguous, "zigzag": SequenceLayout.zigzag}
+    if layout == "balanced":
+        made = SequenceLayout.balanced([0, tokens], ranks, 64, 3)
+    else:
+        made = cuts[layout]([0, tokens], ranks)
+    layer, split = Layer(tokens, 2, 2, 64, 3), Split(ranks, 1, "ring", layout)
+    apart = not home_plan(made, 64).whole.all()
+    assert cuts_blocks(layer, split) == apart
+    assert ("home blocks" in memory(layer, split).parts) == apart
 
 
 def shared_bytes(rank: int, size: int, layer: Layer) -> int:

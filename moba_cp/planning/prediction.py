@@ -22,7 +22,7 @@ BACKWARD = ("delta", "attend backward", "merge dq")
 BESIDE = ("lists",)
 """Stages that run beside others."""
 CALIBRATED_DIM = 128
-FIXED = {"gate": 0.6, "attend": 0.35, "attend backward": 0.45}
+FIXED = {"gate": 0.5, "attend": 0.35, "attend backward": 0.45}
 """Shares of these stages' time with `CALIBRATED_DIM` that heads of a smaller size take too: minima and maxima of scores,
 exponentials. From models with heads of 64, one H200 (docs/results/training_scaling.json, training_speed.json)."""
 REVISITED = 2
