@@ -9,8 +9,8 @@ portable  Triton kernels, for everything else on sm_80 and newer
 ========  =============================================================================================================
 
 In forward both variants give the same bits. In backward they agree to the rounding of the inputs' dtype: the same products,
-summed in another order. Nothing here depends on the number of rows, so one model always takes one variant, with one
-exception: lists with int64 entries (more than 2^31 values of (token, head, slot)) are portable.
+summed in another order. Nothing here depends on the number of rows, so one model always takes one variant, with two
+exceptions, which are portable: lists with int64 entries (more than 2^31 values of (token, head, slot)), and rows of 128 GiB.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from .configs import SMALL_BLOCK
 from .descriptors import tma_can_read
 from .gpu import gpu_of
+from .sizes import MOST_REACH, reach
 from .types import KVPart, RoutingLists
 
 PORTABLE, SM90 = "portable", "sm90"
@@ -86,11 +87,8 @@ def sm90_serves(device: torch.device, dtype: torch.dtype, dim: int, dim_v: int, 
 
 
 def aligned(x: Tensor) -> bool:
-    """Whether `x` starts at a multiple of 16 bytes and its strides are multiples of 16 elements, with fewer than 2^36 in all.
+    """Whether `x` starts at a multiple of 16 bytes, and its rows are multiples of 16 elements and less than `MOST_REACH` apart.
 
-    Asynchronous copies move 16 bytes, and the compiler proves their alignment from multiples of 16 elements only. Kernels count
-    these sixteens in 32 bits (`gluon_rows.aligned_offset_of`).
+    Asynchronous copies move 16 bytes, and the compiler proves their alignment from multiples of 16 elements only.
     """
-    token, head, _ = x.stride()
-    within = x.shape[0] * token + x.shape[1] * head < 1 << 36
-    return x.data_ptr() % 16 == 0 and token % 16 == 0 and head % 16 == 0 and within
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 and reach(x) < MOST_REACH

@@ -78,9 +78,9 @@ def decode(code, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr):
 def offset_of(token, head, token_stride, head_stride, HEAD_BITS: gl.constexpr):
     """Offset of a row from the first head of its group, in 32 bits without a sign.
 
-    Of tensors with fewer than 2^32 of the units in which strides are counted: all that fit in memory, if these are numbers of 4
-    bytes or rows. A loop's 64-bit strides would take seven instructions for an address in place of three: the compiler extends
-    them before the loop, and then no longer sees that 32 bits would do.
+    Entries are int32, so all (token, head, slot) of a group are below 2^31. Of units that are not one of these, callers know that
+    there are fewer than 2^32. With 64-bit strides an address would take seven instructions, not three: the compiler extends
+    strides before a loop, and then no longer sees that 32 bits would do.
     """
     offset = token.to(gl.uint32) * token_stride
     if HEAD_BITS > 0:
@@ -90,7 +90,7 @@ def offset_of(token, head, token_stride, head_stride, HEAD_BITS: gl.constexpr):
 
 @gluon.jit
 def aligned_offset_of(token, head, token_stride, head_stride, HEAD_BITS: gl.constexpr):
-    """The same in 64 bits, for strides that are multiples of 16 and tensors with fewer than 2^36 elements."""
+    """The same in 64 bits, for strides that are multiples of 16 and rows less than `sizes.MOST_REACH` elements apart."""
     return offset_of(token, head, token_stride >> 4, head_stride >> 4, HEAD_BITS).to(gl.int64) * 16
 
 

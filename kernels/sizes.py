@@ -119,6 +119,15 @@ def padded(size: int) -> int:
     return max(16, next_power_of_2(size))
 
 
+MOST_REACH = 1 << 36
+"""The Hopper kernels count rows of q, dout and partial dq in 32 bits, in units of 16 elements."""
+
+
+def reach(x: Tensor) -> int:
+    """Elements from the first row of `[T, H, ...]` to the last."""
+    return max(x.shape[0] - 1, 0) * x.stride(0) + max(x.shape[1] - 1, 0) * x.stride(1)
+
+
 def head_stride(x: Tensor) -> int:
     """Elements between two heads of `[N, H, D]`; 0 where all kv heads read one head (H = 1, see `KVPart`)."""
     return x.stride(1) if x.shape[1] > 1 else 0

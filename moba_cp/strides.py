@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels.sizes import MOST_REACH, reach
+
 
 def readable(x: Tensor) -> Tensor:
     """`x`, copied only where its last dimension is not dense, or where its rows are not aligned as those of a new tensor.
@@ -17,7 +19,7 @@ def readable(x: Tensor) -> Tensor:
     if width % 16:
         return x
     row, head, _ = x.stride()
-    if x.data_ptr() % 16 == 0 and row % 16 == 0 and head % 16 == 0:
+    if x.data_ptr() % 16 == 0 and row % 16 == 0 and head % 16 == 0 and reach(x) < MOST_REACH:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

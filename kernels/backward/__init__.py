@@ -37,8 +37,9 @@ def attend_backward(
         variant: "portable", or "sm90" where it serves; by default the fastest.
 
     Raises:
-        ValueError: see `dispatch.choose_variant`; partial dq whose slots are not evenly spaced; or partial dq for kept gradients
-            of scores, or sums, which only the Hopper kernels for some blocks of several tiles make.
+        ValueError: see `dispatch.choose_variant`; partial dq whose slots are not evenly spaced, or, for Hopper kernels, not
+            multiples of 16 elements apart; or partial dq for kept gradients of scores, or sums, which only the Hopper kernels for
+            some blocks of several tiles make.
     """
     shape = lists.shape
     if shape.n_bins == 0 or part.k.shape[0] == 0:

@@ -22,7 +22,7 @@ def _store_dq(
     dq_done, dq, code_s, valid, cols, dq_head, dq_token, dq_slot, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Store a tile's partial dq in the slots of its rows: multiples of 16 elements apart, with fewer than 2^36 in all."""
+    """Store a tile's partial dq in the slots of its rows, which are multiples of 16 elements apart."""
     code = code_s.load(gl.SliceLayout(1, LAYOUT))
     token, head = decode(code, HEAD_BITS, SLOT_BITS)
     row = offset_of(token, head, dq_token, dq_head, HEAD_BITS) + (code & ((1 << SLOT_BITS) - 1))

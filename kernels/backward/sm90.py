@@ -15,7 +15,7 @@ from ..configs import GluonConfig
 from ..descriptors import gluon_dtype
 from ..gpu import gpu_of
 from ..launch import launch_kernel
-from ..sizes import MOST_ITEMS_PER_PROGRAM, cdiv, heads_at_once, programs_for
+from ..sizes import MOST_ITEMS_PER_PROGRAM, MOST_REACH, cdiv, heads_at_once, programs_for, reach
 from .call import Call
 from .dkdv_dq_sm90 import dkdv_dq_kernel
 from .dkdv_dq_tiles_sm90 import dkdv_dq_tiles_kernel
@@ -48,8 +48,11 @@ def launch_dkdv(call: Call, config: GluonConfig) -> None:
     shape = call.lists.shape
     tiles = shape.block_size // config.keys
     sums = call.segment_sums(shape.block_size)
-    if tiles == 1 and call.dq.stride(2) % 16:
-        raise ValueError(f"slots of partial dq must be multiples of 16 elements apart, got strides {call.dq.stride()}")
+    if tiles == 1 and (call.dq.stride(2) % 16 or reach(call.dq) >= MOST_REACH):
+        raise ValueError(
+            f"slots of partial dq must be multiples of 16 elements apart and rows less than {MOST_REACH} elements, "
+            f"got strides {call.dq.stride()} and shape {tuple(call.dq.shape)}"
+        )
     kernel, more = (
         (dkdv_dq_kernel, {}) if tiles == 1 else (dkdv_kernel, {"LAST": config.last, "KEEPS": call.place is not None})
     )

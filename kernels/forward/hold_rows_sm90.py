@@ -69,7 +69,7 @@ def _begin(
     ROWS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, DTYPE: gl.constexpr, SCORE: gl.constexpr, SUM: gl.constexpr,
     LEFT: gl.constexpr,
 ):  # fmt: skip
-    """Running maximum, sum, zero scores, output and weights before the first tile; waits for the copies of the rows."""
+    """Before the first tile: what weights are relative to, their sum, zero scores, output, weights. Waits for copies of rows."""
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
     m = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
     norm = gl.zeros([ROWS], gl.float32, BY_ROW)
@@ -105,8 +105,9 @@ def _rescale_constraints(count: int) -> str:
 @gluon.jit
 def _rescale(total, factors, D: gl.constexpr):
     """`total * factors`, of D columns. A warp whose factors are all 1, as nearly always, skips the multiplications."""
+    gl.static_assert((total.shape[0] == 128) & (gl.num_warps() == 4))
     return gl.inline_asm_elementwise(
-        _rescale_asm(D), _rescale_constraints(D), [total, factors], dtype=gl.float32, is_pure=True, pack=D
+        _rescale_asm(D), _rescale_constraints(D), [total, factors], dtype=gl.float32, is_pure=False, pack=D
     )
 
 

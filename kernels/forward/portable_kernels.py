@@ -238,7 +238,7 @@ def _see_keys(
     NEGATIVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     DIAGONAL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of keys `[begin, end)` of a block into the running maximum, sum and output of consecutive rows."""
+    """Tiles of keys `[begin, end)` of a block into the running sum and output of consecutive rows, relative to `m`."""
     for i in tl.range(begin, end, KEYS, num_stages=STAGES):
         if TMA:
             k_tile = k.load([k_at, first_key + i, 0]).reshape(KEYS, D_PADDED)

@@ -176,6 +176,26 @@ def test_misaligned_tensors_are_portable() -> None:
     assert dispatch.choose_variant(case.q, case.part, case.lists, odd) == "portable"
 
 
+@pytest.mark.usefixtures("hopper")
+def test_rows_far_apart_are_portable() -> None:
+    """Hopper kernels count offsets in 32 bits, in units of 16 elements."""
+    last = torch.empty(1 << 24, 32, 128, dtype=torch.bfloat16, device="meta")
+    beyond = torch.empty((1 << 24) + 1, 32, 128, dtype=torch.bfloat16, device="meta")
+    assert dispatch.aligned(last)
+    assert not dispatch.aligned(beyond)
+    assert dispatch.aligned(beyond[:, :1][:2])
+    assert dispatch.aligned(last[:0])
+
+
+@pytest.mark.usefixtures("hopper", "launches")
+def test_slots_that_the_hopper_kernel_cannot_count_are_refused() -> None:
+    case = case_of(128)
+    odd = torch.empty(*case.selected.shape, 136, dtype=case.q.dtype)[..., :128]
+    with pytest.raises(ValueError, match="multiples of 16 elements apart.*136, 1"):
+        attend_backward(case, DqPartials(odd), variant="sm90")
+    attend_backward(case, DqPartials(odd), variant="portable")
+
+
 def test_a_variant_that_does_not_serve_is_refused() -> None:
     case = case_of(128)
     for call in (attend, attend_backward):
