@@ -15,15 +15,15 @@ import torch
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention, wide
 from moba_cp.commands.plan import report
 from moba_cp.config import DEFAULT_EXCHANGE_BYTES
-from moba_cp.parallel.blocks import home_plan
-from moba_cp.parallel.heads import PeerHeadTransfer
+from moba_cp.parallel.blocks import home_plan, rank_plan
+from moba_cp.parallel.heads import PeerHeadTransfer, wide_layout
 from moba_cp.parallel.peer_memory import kept_bytes, release
 from moba_cp.planning import advice, sizes
 from moba_cp.planning.calibration import Calibration, known
 from moba_cp.planning.measured import Measured, calibrate, compare, judged, read
 from moba_cp.planning.memory import memory
 from moba_cp.planning.prediction import features, predict, received, walks
-from moba_cp.planning.sizes import Cluster, Layer, Split, busiest, cuts_blocks
+from moba_cp.planning.sizes import Cluster, Layer, Split, busiest, moves_keys
 from moba_cp.training_memory import TrainingShape, training_peak
 from scripts.make_tables import kernel_files
 from tests.ranks import run_ranks
@@ -176,18 +176,25 @@ def test_memory_of_two_gpus_is_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
-@pytest.mark.parametrize("tokens", [4096, 4000, 96])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_blocks_on_two_ranks_are_known(layout: str, tokens: int, ranks: int) -> None:
-    cuts = {"contiguous": SequenceLayout.contiguous, "zigzag": SequenceLayout.zigzag}
-    if layout == "balanced":
-        made = SequenceLayout.balanced([0, tokens], ranks, 64, 3)
-    else:
-        made = cuts[layout]([0, tokens], ranks)
-    layer, split = Layer(tokens, 2, 2, 64, 3), Split(ranks, 1, "ring", layout)
-    apart = not home_plan(made, 64).whole.all()
-    assert cuts_blocks(layer, split) == apart
-    assert ("home blocks" in memory(layer, split).parts) == apart
+@pytest.mark.parametrize("documents", [1, 3])
+@pytest.mark.parametrize(("ranks", "head_parallel"), [(2, 1), (4, 1), (4, 2), (8, 2), (8, 4)])
+def test_copied_keys_are_known(layout: str, documents: int, ranks: int, head_parallel: int) -> None:
+    """As the plans of the ranks say: rows that are no home keys, or blocks that are cut."""
+    seen = set()
+    for length in (4096, 4000, 2048 * 3, 96, 16, 7):
+        cu_seqlens = [length * i for i in range(documents + 1)]
+        if layout == "balanced":
+            made = SequenceLayout.balanced(cu_seqlens, ranks, 64, 3)
+        else:
+            made = (SequenceLayout.zigzag if layout == "zigzag" else SequenceLayout.contiguous)(cu_seqlens, ranks)
+        plan = home_plan(wide_layout(made, head_parallel), 64)
+        moved = [rank_plan(plan, rank).home_from is not None for rank in range(ranks // head_parallel)]
+        layer = Layer(length * documents, 8, 8, 64, 3, document=length)
+        split = Split(ranks, head_parallel, "ring", layout)
+        assert moves_keys(layer, split) == (any(moved) or plan.has_fragments), length
+        assert ("home blocks" in memory(layer, split).parts) == moves_keys(layer, split)
+        seen.add(moves_keys(layer, split))
+    assert True in seen
 
 
 def shared_bytes(rank: int, size: int, layer: Layer) -> int:

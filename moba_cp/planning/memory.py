@@ -12,7 +12,7 @@ from ..chunks import estimated_workspace
 from ..parallel.heads import head_split
 from ..wide import slabs_of
 from .prediction import keeps_parts
-from .sizes import Layer, Split, block_bytes, cuts_blocks, partial_bytes, ranges
+from .sizes import Layer, Split, block_bytes, moves_keys, partial_bytes, ranges
 
 GIB = 2.0**30
 UNITS = {"ring": 15.5, "pull": 14.0, "fetch": 10.0, "all_gather": 10.5}
@@ -76,8 +76,8 @@ def memory(layer: Layer, split: Split) -> Memory:
             parts["parts kept for chunks of rows"] = KEPT_UNITS * unit * (split.sequence_ranks - 2)
         if split.exchange == "pull":
             parts["memory that other ranks read"] = wide_tokens * kv_heads * 2 * row
-        if cuts_blocks(layer, split):  # keys and values, and their gradients
-            parts["home blocks"] = 2 * wide_tokens * kv_heads * 2 * row
+        if moves_keys(layer, split):  # keys and values, and their gradients
+            parts["home blocks"] = wide_tokens * kv_heads * 2 * row * (1 + _gradients_per_number(layer, split))
     saved = kept + q + selected + lists + sums  # the output where its tokens are
     return Memory({name: bytes_ / GIB for name, bytes_ in parts.items()}, saved / GIB)
 
@@ -102,5 +102,10 @@ def _shared_for_heads(layer: Layer, split: Split, wide_tokens: int) -> float:
     row = layer.head_dim * layer.itemsize
     slab = max(slabs_of(of, wide_tokens * row), key=lambda slab: slab.kv.stop - slab.kv.start)
     q, kv = (wide_tokens * (x.stop - x.start) * row for x in (slab.q, slab.kv))
-    of_gradients = 1 if of.copies == 1 else 4 / layer.itemsize
-    return 2 * (q + 2 * kv) + 2 * (q + 2 * kv * of_gradients)
+    return 2 * (q + 2 * kv) + 2 * (q + 2 * kv * _gradients_per_number(layer, split))
+
+
+def _gradients_per_number(layer: Layer, split: Split) -> float:
+    """Bytes of a gradient of a key or value over those of the number: in fp32 where several ranks have the same kv head."""
+    of = head_split(layer.q_heads, layer.kv_heads, split.head_parallel)
+    return 1 if of.copies == 1 else 4 / layer.itemsize

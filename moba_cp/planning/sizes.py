@@ -231,17 +231,31 @@ def busiest(layer: Layer, split: Split) -> Work:
     )
 
 
-def cuts_blocks(layer: Layer, split: Split) -> bool:
-    """Whether a block lies on two sequence ranks: then each brings the keys of its home blocks together."""
+def moves_keys(layer: Layer, split: Split) -> bool:
+    """Whether sequence ranks copy keys, to have those of their home blocks together and in order.
+
+    They do where a block lies on two of them, or where what the ranks of a head group hold, one after another, is not in order.
+    """
     length, block_size = layer.length, min(layer.block_size, layer.length)
-    start, end, rank = _runs(length, split.sequence_ranks, block_size, min(layer.topk, length), split.layout)
-    order = np.argsort(start)
-    order = order[start[order] < end[order]]
-    return bool(np.any((start[order][1:] % block_size != 0) & (np.diff(rank[order]) != 0)))
+    apart = split.layout == "contiguous"  # it cuts the packed documents as one
+    start, end, rank = _runs(
+        layer.tokens if apart else length, split.ranks, block_size, min(layer.topk, length), split.layout
+    )
+    start, rank = start[start < end], rank[start < end]
+    group = rank // split.head_parallel
+    ascending = np.argsort(start)
+    cut = (start[ascending][1:] % length % block_size != 0) & (np.diff(group[ascending]) != 0)
+    together = np.lexsort((start, rank))
+    disordered = (np.diff(start[together]) < 0) & (np.diff(group[together]) == 0)
+    several = (
+        not apart and length < layer.tokens and np.unique(rank).size > np.unique(group).size
+    )  # each rank's in turn
+    return bool(cut.any() or disordered.any() or several)
 
 
+@lru_cache(maxsize=64)
 def _runs(length: int, size: int, block_size: int, topk: int, layout: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, end and rank of the runs of one document."""
+    """Start, end and rank of the runs of one document. Not to be changed: kept for the next call."""
     if layout == "balanced":
         low, high = (x[:, 0] for x in balanced_cuts(np.array([length]), size, block_size, topk))
         start, end = np.concatenate([low[:-1], high[1:]]), np.concatenate([low[1:], high[:-1]])
