@@ -10,7 +10,8 @@ portable  Triton kernels, for everything else on sm_80 and newer
 
 In forward both variants give the same bits. In backward they agree to the rounding of the inputs' dtype: the same products,
 summed in another order. Nothing here depends on the number of rows, so one model always takes one variant, with two
-exceptions, which are portable: lists with int64 entries (more than 2^31 values of (token, head, slot)), and rows of 128 GiB.
+exceptions, which are portable: lists with int64 entries (more than 2^31 values of (token, head, slot)), and rows that lie
+128 GiB apart.
 """
 
 from __future__ import annotations

@@ -237,20 +237,18 @@ def moves_keys(layer: Layer, split: Split) -> bool:
     They do where a block lies on two of them, or where what the ranks of a head group hold, one after another, is not in order.
     """
     length, block_size = layer.length, min(layer.block_size, layer.length)
-    apart = split.layout == "contiguous"  # it cuts the packed documents as one
-    start, end, rank = _runs(
-        layer.tokens if apart else length, split.ranks, block_size, min(layer.topk, length), split.layout
-    )
+    cut_as_one = split.layout == "contiguous"  # the packed documents; other layouts cut each alike
+    cut_length = layer.tokens if cut_as_one else length
+    start, end, rank = _runs(cut_length, split.ranks, block_size, min(layer.topk, length), split.layout)
     start, rank = start[start < end], rank[start < end]
     group = rank // split.head_parallel
     ascending = np.argsort(start)
     cut = (start[ascending][1:] % length % block_size != 0) & (np.diff(group[ascending]) != 0)
     together = np.lexsort((start, rank))
     disordered = (np.diff(start[together]) < 0) & (np.diff(group[together]) == 0)
-    several = (
-        not apart and length < layer.tokens and np.unique(rank).size > np.unique(group).size
-    )  # each rank's in turn
-    return bool(cut.any() or disordered.any() or several)
+    # All documents of a rank precede those of the next rank of its group.
+    interleaved = cut_length < layer.tokens and np.unique(rank).size > np.unique(group).size
+    return bool(cut.any() or disordered.any() or interleaved)
 
 
 @lru_cache(maxsize=64)
