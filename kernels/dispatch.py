@@ -25,7 +25,7 @@ from torch import Tensor
 from .configs import SMALL_BLOCK
 from .descriptors import tma_can_read
 from .gpu import gpu_of
-from .sizes import MOST_REACH, reach
+from .sizes import aligned
 from .types import KVPart, RoutingLists
 
 PORTABLE, SM90 = "portable", "sm90"
@@ -85,11 +85,3 @@ def sm90_serves(device: torch.device, dtype: torch.dtype, dim: int, dim_v: int, 
         and block_size % 64 == 0
         and block_size >= dim  # one warpgroup has too few registers for blocks of 64 keys at D = 128
     )
-
-
-def aligned(x: Tensor) -> bool:
-    """Whether `x` starts at a multiple of 16 bytes, and its rows are multiples of 16 elements and less than `MOST_REACH` apart.
-
-    Asynchronous copies move 16 bytes, and the compiler proves their alignment from multiples of 16 elements only.
-    """
-    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 and reach(x) < MOST_REACH

@@ -128,6 +128,14 @@ def reach(x: Tensor) -> int:
     return max(x.shape[0] - 1, 0) * x.stride(0) + max(x.shape[1] - 1, 0) * x.stride(1)
 
 
+def aligned(x: Tensor) -> bool:
+    """Whether `x` starts at a multiple of 16 bytes, and its rows are multiples of 16 elements and less than `MOST_REACH` apart.
+
+    Asynchronous copies move 16 bytes, and the compiler proves their alignment from multiples of 16 elements only.
+    """
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 and reach(x) < MOST_REACH
+
+
 def head_stride(x: Tensor) -> int:
     """Elements between two heads of `[N, H, D]`; 0 where all kv heads read one head (H = 1, see `KVPart`)."""
     return x.stride(1) if x.shape[1] > 1 else 0

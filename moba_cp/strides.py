@@ -5,21 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.sizes import MOST_REACH, reach
+from .kernels.sizes import aligned
 
 
 def readable(x: Tensor) -> Tensor:
     """`x`, copied only where its last dimension is not dense, or where its rows are not aligned as those of a new tensor.
 
-    Which variant of a kernel runs depends on alignment (`kernels.dispatch`), and variants of the backward agree to rounding
+    Which variant of a kernel runs depends on alignment (`kernels.sizes.aligned`), and variants of the backward agree to rounding
     only. Parts that come from other ranks are aligned, so the local part has to be: dq must not depend on the layout.
     """
     x = unit_stride(x)
-    width = x.shape[-1]
-    if width % 16:
-        return x
-    row, head, _ = x.stride()
-    if x.data_ptr() % 16 == 0 and row % 16 == 0 and head % 16 == 0 and reach(x) < MOST_REACH:
+    if x.shape[-1] % 16 or aligned(x):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

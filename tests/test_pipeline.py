@@ -12,7 +12,7 @@ import torch
 from moba_cp import MoBAConfig, SequenceLayout, chunks, moba_attention
 from moba_cp.call import Call, head_ranges, is_one_chunk
 from moba_cp.kernels import Backend, torch_backend
-from moba_cp.kernels.dispatch import aligned
+from moba_cp.kernels.sizes import aligned
 from moba_cp.parallel.blocks import home_plan, rank_plan
 from moba_cp.parallel.comm import CommGroup
 from moba_cp.stages import Stages

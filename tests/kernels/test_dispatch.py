@@ -181,10 +181,10 @@ def test_rows_far_apart_are_portable() -> None:
     """Hopper kernels count offsets in 32 bits, in units of 16 elements."""
     last = torch.empty(1 << 24, 32, 128, dtype=torch.bfloat16, device="meta")
     beyond = torch.empty((1 << 24) + 1, 32, 128, dtype=torch.bfloat16, device="meta")
-    assert dispatch.aligned(last)
-    assert not dispatch.aligned(beyond)
-    assert dispatch.aligned(beyond[:, :1][:2])
-    assert dispatch.aligned(last[:0])
+    assert sizes.aligned(last)
+    assert not sizes.aligned(beyond)
+    assert sizes.aligned(beyond[:, :1][:2])
+    assert sizes.aligned(last[:0])
 
 
 @pytest.mark.usefixtures("hopper", "launches")
