@@ -262,7 +262,7 @@ def _at_the_end(x: Tensor, slots: int, fill: int, dtype: torch.dtype) -> Tensor:
     """`x` `[H, T, n]` as contiguous `[H, T, slots]` of `dtype`, filled up at the front; `x` itself where it is that already."""
     missing = slots - x.shape[2]
     if not missing:
-        return x.to(dtype, memory_format=torch.contiguous_format)
+        return x.to(dtype).contiguous()  # `to` returns an expanded tensor of that dtype as it is
     padded = x.new_full((*x.shape[:2], slots), fill, dtype=dtype)
     padded[:, :, missing:] = x
     return padded

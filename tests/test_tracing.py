@@ -246,6 +246,18 @@ def test_the_operators_keep_the_rules_of_torch(gradients: bool) -> None:
         torch.library.opcheck(torch.ops.moba_cp.attention_backward, backward)
 
 
+def test_saved_blocks_are_contiguous_where_heads_share_a_selection() -> None:
+    """As the fake operator says. With so many blocks they are int32 already, and one head's are those of all heads."""
+    tokens = 32_800
+    qkv, description = inputs(tokens), torch.from_numpy(SequenceLayout.contiguous([0, tokens], 1).description)
+    selection = torch.full((1, tokens, 2), -1, dtype=torch.int32)
+    selection[0, :, 1] = torch.arange(tokens)
+    rest = (selection, None, None, 1, 2, None, "", "auto", True, True, True, 1 << 30, 1 << 30, None)
+    _, _, selected, blocks, weights, _ = torch.ops.moba_cp.attention(*qkv, description, *rest)
+    assert selected.is_contiguous() and blocks.is_contiguous() and weights.is_contiguous()
+    assert torch.equal(selected, selection.expand_as(selected))
+
+
 def test_the_operators_have_no_second_derivatives() -> None:
     """Also where the penalty depends on q in other ways. A batch of gradients is refused too."""
     qkv, description = inputs(30), torch.from_numpy(SequenceLayout.contiguous([0, 30], 1).description)
