@@ -34,7 +34,7 @@ if not __package__:  # started by its path, as torchrun scripts/scaling.py
 
 from .harness import dense_case, layer_case, limits, options
 from .harness.records import Results, about
-from .harness.sweep import Case, Plan, key_of, load_plan
+from .harness.sweep import PROBLEM, Case, Plan, key_of, load_plan
 from .harness.teams import first_rank_says, join, make_teams
 from .harness.timing import over_all
 
@@ -211,9 +211,8 @@ def run(
 
 def compared(entry: dict[str, Any], earlier: list[dict[str, Any]]) -> dict[str, Any]:
     """Whether output and dq have the bits of the first exchange, and of one rank alone where that was measured."""
-    same = ("tokens", "q_heads", "kv_heads", "block_size", "topk", "routing")
     found: dict[str, Any] = {}
-    of_inputs = [r for r in earlier if "fingerprint" in r and all(r[key] == entry[key] for key in same)]
+    of_inputs = [r for r in earlier if "fingerprint" in r and all(r.get(x) == entry.get(x) for x in PROBLEM)]
     with_gradient = "forward_backward_ms" in entry
     of_inputs = [r for r in of_inputs if ("forward_backward_ms" in r) == with_gradient]
     first = next((r for r in of_inputs if r["ranks"] == entry["ranks"]), entry)

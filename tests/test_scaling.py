@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -274,6 +275,30 @@ def test_equal_work_is_the_share_of_a_rank_also_where_kv_heads_are_copied(tmp_pa
     assert [(case.q_heads, case.kv_heads) for case in plan.cases if case.baseline] == [(5, 5), (4, 2)]
 
 
+def test_other_selections_documents_or_passes_are_other_cases(tmp_path: Path) -> None:
+    """A later run measures them, and their bits are not compared."""
+
+    def case(name: str, document: int = 64, layer: str = "layer_0", **change: object) -> sweep.Case:
+        recorded = np.zeros((2, document, 3), np.int16)
+        np.savez(tmp_path / f"{name}.npz", block_size=32, **{layer: recorded})
+        selections = {"file": str(tmp_path / f"{name}.npz"), "layer": layer}
+        path = written(tmp_path, ranks=[1], routing=["trained"], selections=selections, **change)
+        return load_plan(path, 1).cases[0]
+
+    first = case("a")
+    others = [case("b"), case("a", layer="layer_1"), case("a", document=128), case("a", passes=["forward"])]
+    assert case("a").key == first.key
+    assert len({x.key for x in (first, *others)}) == 5
+    measured = {"fingerprint": "1", "forward_ms": 1.0, "bitwise_equal_to_first": True}
+    done = [x.entry() | measured | ({"forward_backward_ms": 2.0} if x.backward else {}) for x in (first, *others)]
+    assert [sweep.key_of(entry) for entry in done] == [x.key for x in (first, *others)]
+    for entry in done:
+        before = [x for x in done if x is not entry]
+        assert scaling.compared(entry | {"fingerprint": "2"}, before) == {"bitwise_equal_to_first": True}
+    del done[-1]["passes"]  # as files of old commits have it
+    assert sweep.key_of(done[-1]) == others[-1].key
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "scaling").glob("*.yaml")), ids=lambda p: p.stem)
 def test_committed_configurations_are_right(path: Path) -> None:
     plan = load_plan(path, 4)
@@ -335,7 +360,6 @@ def test_rows_of_equal_scores_are_left_out() -> None:
 @pytest.mark.heavy
 def test_recorded_selections_are_replayed(tmp_path: Path) -> None:
     """Over ranks of any exchange, and checked against the definition with the recorded blocks, not with scores."""
-    import numpy as np
     import yaml
 
     own = np.arange(64) // 16

@@ -49,3 +49,12 @@ def test_the_same_problem_on_more_gpus_is_compared() -> None:
 def test_results_of_two_commits_name_both() -> None:
     text = scaling_tables([content(result(2, "pull", 2.5, 6.0), result(2, "a2a", 2.0, 5.0, commit="d" * 40))])
     assert "commit cccccccccc and dddddddddd" in text
+
+
+def test_other_documents_and_selections_have_rows_of_their_own() -> None:
+    of = [{"document": 1024}, {"document": 2048}, {"document": 2048, "selections": "b.npz: layer_0"}]
+    entries = [result(2, "pull", 2.0 + i, 6.0 + i, routing="trained", **more) for i, more in enumerate(of)]
+    text = scaling_tables([content(*entries)])
+    assert text.count("documents of 2,048 | ") == 2
+    for i in range(3):
+        assert f"{2.0 + i} / {6.0 + i}" in text

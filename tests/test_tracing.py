@@ -254,7 +254,7 @@ def test_saved_blocks_are_contiguous_where_heads_share_a_selection() -> None:
     selection[0, :, 1] = torch.arange(tokens)
     rest = (selection, None, None, 1, 2, None, "", "auto", True, True, True, 1 << 30, 1 << 30, None)
     _, _, selected, blocks, weights, _ = torch.ops.moba_cp.attention(*qkv, description, *rest)
-    assert selected.is_contiguous() and blocks.is_contiguous() and weights.is_contiguous()
+    assert all(x.is_contiguous() for x in (selected, blocks, weights))
     assert torch.equal(selected, selection.expand_as(selected))
 
 

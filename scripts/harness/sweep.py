@@ -39,10 +39,9 @@ PASSES = ("forward", "forward_backward")
 NUMBERS = ("ranks", "tokens", "tokens_per_rank", "head_parallel")
 LISTS = (*NUMBERS, "heads", "blocks", "comm", "routing", "baselines", "passes")
 """Keys of a sweep that hold lists; those of `NUMBERS` hold positive integers. `ranks` may also be "all"."""
-KEY = (
-    *("ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "layout", "comm", "head_parallel"),
-    *("exchange_bytes", "baseline"),
-)
+PROBLEM = ("tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "document", "selections")
+"""Fields of an entry that say which tensors are computed. Equal entries have equal bits, however they are computed."""
+KEY = ("ranks", *PROBLEM, "layout", "comm", "head_parallel", "exchange_bytes", "baseline", "passes")
 """Fields that tell entries apart."""
 
 
@@ -103,6 +102,10 @@ class Case:
             entry |= {"block_size": self.config.block_size, "topk": self.config.topk, "routing": self.routing}
         if self.document:
             entry["document"] = self.document
+        if self.selections and not self.dense:
+            entry["selections"] = f"{Path(self.selections[0]).name}: {self.selections[1]}"
+        if not self.backward:
+            entry["passes"] = "forward"
         if self.baseline:
             return entry | {"baseline": self.baseline}
         entry |= {"layout": self.layout_name, "comm": self.comm, "exchange_bytes": self.exchange_bytes}
@@ -124,7 +127,10 @@ class Case:
 
 def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
     """What tells an entry of a results file apart; equal for the case that it was made from."""
-    return tuple(entry.get(name, DEFAULT_EXCHANGE_BYTES if name == "exchange_bytes" else None) for name in KEY)
+    entry = {"exchange_bytes": DEFAULT_EXCHANGE_BYTES} | entry
+    if "forward_ms" in entry and "forward_backward_ms" not in entry:
+        entry["passes"] = "forward"  # files of old commits do not say so
+    return tuple(map(entry.get, KEY))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from moba_cp.config import DEFAULT_EXCHANGE_BYTES
 
+from ..harness.sweep import PROBLEM
 from .text import pyplot
 
 LONGEST_TOKENS = 4 << 20
@@ -78,7 +79,7 @@ def strong_scaling(results: Sequence[dict[str, Any]]) -> list[str]:
     for key, of_comm in _cases(results):
         timed = [r for r in of_comm.values() if "forward_backward_ms" in r]
         for r in timed:
-            of_count = found.setdefault((*key[1:7], r.get("document")), {})
+            of_count = found.setdefault(key[1 : 1 + len(PROBLEM)], {})
             before = of_count.get(r["ranks"])
             if before is None or r["forward_backward_ms"] < before["forward_backward_ms"]:
                 of_count[r["ranks"]] = r
@@ -225,24 +226,33 @@ def _measured(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _of_same_inputs(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Results of equal tensors on as many GPUs."""
-    names = ("ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "document")
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in results:
-        found.setdefault((*map(r.get, names), "forward_backward_ms" in r), []).append(r)
+        found.setdefault((r["ranks"], *map(r.get, PROBLEM), "forward_backward_ms" in r), []).append(r)
     return list(found.values())
 
 
 def _cases(results: Sequence[dict[str, Any]]) -> list[tuple[tuple[Any, ...], dict[str, dict[str, Any]]]]:
-    """By case in the order of measurement: results by exchange; of equal ones with other head groups, the fastest."""
-    names = ("ranks", "tokens", "q_heads", "kv_heads", "block_size", "topk", "routing", "layout")
+    """By case: results by exchange; of equal ones with other head groups, the fastest. A case is a number of GPUs, the values of
+    `PROBLEM`, a layout and `exchange_bytes`.
+    """
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for r in results:
-        key = *(r[name] for name in names), r.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES)
+        key = r["ranks"], *map(r.get, PROBLEM), r["layout"], r.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES)
         of_comm = found.setdefault(key, {})
         before = of_comm.get(r["comm"])
         if before is None or r.get("forward_backward_ms", 0) < before.get("forward_backward_ms", 0):
             of_comm[r["comm"]] = r
-    return sorted(found.items(), key=lambda item: (item[0][2:6], item[0][6:8], item[0][1], item[0][0], item[0][8]))
+    return sorted(found.items(), key=lambda item: _order(*item[0]))
+
+
+def _order(
+    ranks: int, tokens: int, q_heads: int, kv_heads: int, block_size: int, topk: int, routing: str, document: int | None,
+    selections: str | None, layout: str, exchange_bytes: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """By heads and blocks, then by routing and layout; the shortest sequences, on the fewest GPUs, first."""
+    of_routing = routing, layout, document or 0, selections or ""
+    return q_heads, kv_heads, block_size, topk, *of_routing, tokens, ranks, exchange_bytes
 
 
 def _same(baseline: dict[str, Any], result: dict[str, Any]) -> bool:
@@ -252,9 +262,13 @@ def _same(baseline: dict[str, Any], result: dict[str, Any]) -> bool:
 def _baseline(baselines: Sequence[dict[str, Any]], result: dict[str, Any], name: str) -> dict[str, Any] | None:
     """One GPU with the same tokens and its share of the heads."""
     for b in baselines:
-        wanted = ("ranks", "tokens", "block_size", "topk", "routing")
+        wanted = ("ranks", *(x for x in PROBLEM if x not in ("q_heads", "kv_heads")))
         timed = b["baseline"] == name and "forward_backward_ms" in b
-        if timed and all(b[x] == result[x] for x in wanted) and b["q_heads"] * result["ranks"] == result["q_heads"]:
+        if (
+            timed
+            and all(b.get(x) == result.get(x) for x in wanted)
+            and b["q_heads"] * result["ranks"] == result["q_heads"]
+        ):
             return b
     return None
 
