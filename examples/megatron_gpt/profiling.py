@@ -10,27 +10,28 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-
-import moba_cp
 
 CATEGORIES = ("attention", "matrices", "elementwise", "communication")
 """Busy categories, in the order in which they claim overlapping time."""
 
 _ATTENTION = re.compile(r"flash|fmha|sdpa|attention")
 _MATRICES = re.compile(r"gemm|nvjet|xmma|cublas|splitk|cutlass")
-_COMMUNICATION = re.compile(r"nccl|memcpy ptop|symm_mem|multimem", re.IGNORECASE)
-_STAGES = (
-    ("gate", re.compile(r"gate|scores|centroids")),
-    ("lists", re.compile(r"count_kernel|scatter|item_kernel|wanted|segment")),
-    ("merge", re.compile(r"merge|delta|gradients|add_rows")),
-    ("backward", re.compile(r"dkdv|dq_kernel|dq_of_ds|bwd|backward")),
-)
+_COMMUNICATION = re.compile(r"nccl|memcpy ptop|symm(etric)?_mem|multimem")
+_BACKWARD = re.compile(r"bwd|backward|bprop")
+KERNELS = {
+    "gate": ("centroids", "arrange", "gate", "gate_exact", "scores", "update_centroids", "select"),
+    "lists": ("place", "count", "item", "scatter", "scatter_few", "wanted"),
+    "forward": ("stream_rows", "hold_rows", "own_blocks", "attend_selected"),
+    "merge": ("merge", "delta", "merge_dq"),
+    "backward": ("dkdv_dq", "dkdv_dq_tiles", "dkdv", "dq", "dq_of_ds", "find_segments", "sum_segments"),
+    "exchange": ("_pack", "_heads", "_wanted", "add_gradients"),
+}
+"""Names of the package's kernels, without `_kernel`, by stage. Those of the exchange move rows, or add gradients that came."""
+_STAGE = {f"{name}_kernel": label for label, names in KERNELS.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -68,26 +69,18 @@ class Shares:
 
 def category(name: str) -> str:
     """Category of a kernel (or copy) by its name."""
-    lowered = name.lower()
-    if _COMMUNICATION.search(lowered):
+    lowered, own = name.lower(), _STAGE.get(_plain_name(name))
+    if own == "exchange" or _COMMUNICATION.search(lowered):
         return "communication"
-    if _plain_name(name) in own_kernels() or _ATTENTION.search(lowered):
+    if own or _ATTENTION.search(lowered):
         return "attention"
     return "matrices" if _MATRICES.search(lowered) else "elementwise"
 
 
 def stage(name: str) -> str:
     """Stage of attention that a kernel of category ``attention`` belongs to."""
-    return next((label for label, pattern in _STAGES if pattern.search(name.lower())), "forward")
-
-
-@cache
-def own_kernels() -> frozenset[str]:
-    """Names of the package's Triton and Gluon kernels."""
-    root = Path(moba_cp.__file__).parent
-    kernel = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)
-    sources = (p for folder in ("kernels", "parallel") for p in (root / folder).resolve().rglob("*.py"))
-    return frozenset(name for path in sources for name in kernel.findall(path.read_text()))
+    other = "backward" if _BACKWARD.search(name.lower()) else "forward"
+    return _STAGE.get(_plain_name(name), other)
 
 
 def spans_of(profiler: torch.profiler.profile) -> list[Span]:

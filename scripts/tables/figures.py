@@ -16,7 +16,7 @@ from moba_cp.planning.calibration import Calibration
 from moba_cp.planning.measured import calibrate, compare, read
 
 from .learning import learning_figures
-from .speed import kernel_ms
+from .speed import dq_ms
 from .text import Entry
 from .trials import trial_figures
 
@@ -183,17 +183,21 @@ def _micro_batches(content: dict[str, Any]) -> Figures:
 def _two_gpus(content: dict[str, Any]) -> Figures:
     run = {"label": "long layers", "attention": "moba:512:8"}
     two, single = (one(content["runs"], **run, gpus=gpus)["profile"] for gpus in (2, 1))
-    dq_alone = kernel_ms(single, "dq_kernel")
     long = one(content["runs"], label="pull, inputs in host memory")
     full = one(content["runs"], label="inputs in host memory")
     names = {"gate": "gate", "forward": "forward", "backward": "backward", "merge": "merges"}
     stages = [f"{name} {_whole(two['by_stage'][x])} for {_whole(single['by_stage'][x])}" for x, name in names.items()]
-    before, after = (x["by_category"]["attention"] for x in (single, two))
+    before, after = (x["by_category"] for x in (single, two))
+    attention, matrices, elementwise = (
+        f"{_whole(after[x])} ms in place of {_whole(before[x])} ms" for x in ("attention", "matrices", "elementwise")
+    )
     return {
-        "attention": f"{_whole(after)} ms in place of {_whole(before)} ms",
+        "attention": attention,
+        "matrices": matrices,
+        "elementwise": elementwise,
         "stages": ", ".join(stages),
-        "communication": f"{two['by_category']['communication']:.0f} ms",
-        "dq_alone": _whole(dq_alone),
+        "communication": f"{after['communication']:.0f} ms",
+        "dq_alone": _dq(single),
         "host": f"{long['peak_memory_by_part']['host']:.0f} GiB",
         "kept": f"{long['peak_memory_by_part']['kept']:.0f} GiB",
         "first_step": f"{long['seconds'][0]:.0f} s",
@@ -204,12 +208,20 @@ def _two_gpus(content: dict[str, Any]) -> Figures:
 def _dq_of_held(content: dict[str, Any]) -> Figures:
     """`dq_kernel` with `pull`, before 09481d2 and there: then it computed items of blocks that the other rank holds."""
     of_commit = {
-        run["about"]["commit"][:7]: kernel_ms(run["profile"], "dq_kernel")
+        run["about"]["commit"][:7]: _dq(run["profile"])
         for run in content["runs"]
         if "profile" in run and run["attention"] == "moba:512:8" and "moba.comm=pull" in run["overrides"]
     }
     before, after = of_commit["9f768be"], of_commit["09481d2"]
-    return {"dq_held": f"{_whole(after)} ms in place of {_whole(before)}"}
+    return {"dq_held": f"{after} ms in place of {before}"}
+
+
+def _dq(profile: dict[str, Any]) -> str:
+    """GPU time of dq alone in a profiled step."""
+    found = dq_ms(profile)
+    if found is None:
+        raise ValueError(f"no kernel of dq alone is among the longest: {[name for name, *_ in profile['top']]}")
+    return _whole(found)
 
 
 def _decode(content: dict[str, Any]) -> Figures:

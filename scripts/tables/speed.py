@@ -125,7 +125,7 @@ def gpus_table(content: dict[str, Any], others: dict[str, Any] | None = None) ->
 
 def exchanges_table(content: dict[str, Any]) -> str:
     """Markdown of `training_speed` with one exchange after another, which `moba.comm=` names: time of a step, of it attention and
-    `dq_kernel` where a step was profiled."""
+    kernels of dq alone where a step was profiled."""
     lines = [
         _measured_on(content) + " Attention and dq: GPU time of one rank in a profiled step.",
         "",
@@ -135,7 +135,7 @@ def exchanges_table(content: dict[str, Any]) -> str:
     for run in content["runs"]:
         asked = [x.removeprefix("moba.comm=") for x in run["overrides"] if x.startswith("moba.comm=")]
         profile = run.get("profile")
-        dq = kernel_ms(profile, "dq_kernel") if profile else 0
+        dq = dq_ms(profile) if profile else None
         cells = [
             thousands(run["tokens_per_step"] // run["gpus"]),
             attention_name(run["attention"]),
@@ -143,17 +143,17 @@ def exchanges_table(content: dict[str, Any]) -> str:
             run["about"]["commit"][:7],
             f"{run['step_seconds']:.3f} s",
             f"{profile['by_category']['attention']:.0f}" if profile else "",
-            f"{dq:.0f}" if dq else "",
+            "" if dq is None else f"{dq:.0f}",
             f"{run['peak_memory_gib']:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def kernel_ms(profile: dict[str, Any], kernel: str) -> float:
-    """GPU time of a kernel in a profiled step; 0 where it is not among those that took most."""
-    found: float = sum(ms for name, _, ms, _ in profile["top"] if name == kernel)
-    return found
+def dq_ms(profile: dict[str, Any]) -> float | None:
+    """GPU time of the kernels that compute dq alone in a profiled step; None where none is among those that took most."""
+    found = [ms for name, _, ms, _ in profile["top"] if name in ("dq_kernel", "dq_of_ds_kernel")]
+    return sum(found) if found else None
 
 
 def _measured_on(content: dict[str, Any]) -> str:

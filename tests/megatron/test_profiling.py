@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ pytest.importorskip("typer")
 
 import typer
 
-from examples.megatron_gpt.profiling import Span, category, shares
+from examples.megatron_gpt.profiling import KERNELS, Span, category, shares, stage
 from scripts import training_speed
 from scripts.tables import headline, speed
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -30,10 +33,24 @@ from scripts.tables import headline, speed
         ("rms_norm_kernel", "elementwise"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::AddOps>", "elementwise"),
         ("Memcpy HtoD (Pinned -> Device)", "elementwise"),
+        ("Memcpy PtoP (Device -> Device)", "communication"),
+        ("c10d::symmetric_memory::barrier_kernel(unsigned int**, int, int, int, unsigned long)", "communication"),
+        ("_heads_kernel", "communication"),
     ],
 )
 def test_categories(name: str, expected: str) -> None:
     assert category(name) == expected
+
+
+def test_every_kernel_of_the_package_has_one_stage() -> None:
+    kernel = re.compile(r"^@(?:triton|gluon)\.jit.*?^def (\w+)\(", re.DOTALL | re.MULTILINE)
+    sources = (path for folder in ("kernels", "parallel") for path in (ROOT / folder).rglob("*.py"))
+    names = {name for path in sources for name in kernel.findall(path.read_text()) if name.endswith("_kernel")}
+    listed = [f"{name}_kernel" for of_stage in KERNELS.values() for name in of_stage]
+    assert set(listed) == names
+    assert len(listed) == len(names)
+    assert stage("sum_segments_kernel") == stage("cudnn_sdpa_sm90_flash_bprop") == "backward"
+    assert stage("arrange_kernel") == "gate"
 
 
 def test_shares_add_up_where_kernels_overlap() -> None:
@@ -60,7 +77,7 @@ def test_shares_add_up_where_kernels_overlap() -> None:
 
 
 def test_tables_and_plot_of_the_results(tmp_path: Path) -> None:
-    path = Path(__file__).parents[2] / "docs" / "results" / "training_speed.json"
+    path = ROOT / "docs" / "results" / "training_speed.json"
     content = json.loads(path.read_text())
     table = speed.speed_table(content).splitlines()
     assert sum(line.startswith("| ") for line in table) == 1 + len(content["runs"])
@@ -138,7 +155,7 @@ def test_what_an_attention_asks_for() -> None:
     full = training_speed._asked_for("full:1:0 model.num_layers=2 label=last_two")
     assert full.own == ("model.num_layers=2",)
     assert (full.steps, full.warmup, full.label) == (1, 0, "last two")
-    config = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    config = ROOT / "configs" / "quickstart.yaml"
     for plain_too in ([], ["moba.layer_pattern=[1,0]"]):
         settings = training_speed._settings(config, plain_too, full)
         assert (settings.moba.full_last_layers, settings.moba.layer_pattern) == (2, [])
