@@ -12,8 +12,8 @@ DENSE = "dense cuDNN"
 
 
 def load(files: list[Path]) -> tuple[dict[str, Any], list[Entry], dict[tuple[Any, ...], Entry]]:
-    """What the first file says about the machine, with the commits of all; finished MoBA results, and dense ones by (tokens,
-    heads, name). Of equal cases the last one counts.
+    """What the first file says about the machine; finished MoBA results, and dense ones by (tokens, heads, name), each with its
+    commit. Of equal cases the last one counts.
 
     Raises:
         ValueError: no files, or files of different devices: their times are not comparable.
@@ -24,10 +24,12 @@ def load(files: list[Path]) -> tuple[dict[str, Any], list[Entry], dict[tuple[Any
     devices = {c["about"]["device"] for c in contents}
     if len(devices) > 1:
         raise ValueError(f"results of different devices do not go into one table: {sorted(devices)}")
-    done = {(*case(r), *sizes(r)): r for c in contents for r in c["results"] if "forward_ms" in r}
-    dense = {(*case(r), r["name"]): r for c in contents for r in c["dense"] if "forward_ms" in r}
-    commits = list(dict.fromkeys(c["about"]["commit"] for c in contents))
-    return contents[0]["about"] | {"commits": commits}, [done[key] for key in sorted(done)], dense
+    done, dense = (
+        [{"commit": c["about"]["commit"]} | r for c in contents for r in c[name] if "forward_ms" in r]
+        for name in ("results", "dense")
+    )
+    by_case = {(*case(r), *sizes(r)): r for r in done}
+    return contents[0]["about"], [by_case[key] for key in sorted(by_case)], {(*case(r), r["name"]): r for r in dense}
 
 
 def case(result: Entry) -> tuple[int, int, int]:
@@ -41,9 +43,15 @@ def sizes(result: Entry) -> tuple[int, int, float]:
 
 def kernels_table(about: dict[str, Any], results: list[Entry], dense: dict[tuple[Any, ...], Entry]) -> str:
     """Markdown: one row per (heads, tokens, block size, top-k), forward / forward+backward milliseconds."""
+    beside = [r for r in dense.values() if any(case(r) == case(x) for x in results)]
+    of_rows, of_dense = (sorted({r["commit"][:10] for r in x}) for x in (results, beside))
+    several = len({*of_rows, *of_dense}) > 1
+    measured = "at the commits in the last column" if several else f"at {of_rows[0]}"
+    if several and of_dense:
+        measured += f", dense attention at {' and '.join(of_dense)}"
     lines = [
         f"{about['device']}, bf16, D = {about['head_dim']}, N(0, 1) inputs, one document; torch {about['torch']}, "
-        f"Triton {about['triton']}; measured at {' and '.join(c[:10] for c in about['commits'])}. Medians of "
+        f"Triton {about['triton']}; measured {measured}. Medians of "
         "milliseconds, forward / forward+backward. "
         "*Of the floor*: the floor over the time. The floor is the time of scoring, plus the larger of attention's FLOPs at "
         "800 TFLOP/s and the bytes of a block-major design at 3.0 TB/s."
@@ -51,8 +59,8 @@ def kernels_table(about: dict[str, Any], results: list[Entry], dense: dict[tuple
         * any(sizes(r)[2] > 0 for r in results),
         "",
         "| heads | tokens | (B, k) | moba_cp | of the floor | against dense cuDNN | dense cuDNN | dense flash | peak GiB "
-        "| output / dq error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| output / dq error |" + " commit |" * several,
+        "|---|---|---|---|---|---|---|---|---|---|" + "---|" * several,
     ]
     for r in results:
         reference, flash = (dense.get((*case(r), name)) for name in (DENSE, "dense flash"))
@@ -68,6 +76,7 @@ def kernels_table(about: dict[str, Any], results: list[Entry], dense: dict[tuple
             both(flash),
             f"{r['forward_peak_gib']:.1f} / {r['forward_backward_peak_gib']:.1f}",
             f"{checks['out_error']:.1e} / {checks['dq_error']:.1e}" if checks else "-",
+            *[r["commit"][:7]] * several,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     checked = [r["checks"] for r in results if "checks" in r]
