@@ -18,6 +18,7 @@ import typer
 
 from moba_cp.planning.calibration import Calibration
 
+from . import sanitize
 from .harness.records import REPOSITORY
 from .tables.equality import equality_table, pretrain_table
 from .tables.figures import figures
@@ -28,6 +29,7 @@ from .tables.kernels import kernels_plot, kernels_table, load
 from .tables.layer import layer_tables
 from .tables.learning import learning_headline
 from .tables.planning import balance_table, clusters_table, predictions_table
+from .tables.sanitizer import sanitizer_table
 from .tables.scaling import longest_table, scaling_plot, scaling_table, scaling_tables
 from .tables.soak import soak_table
 from .tables.speed import exchanges_table, gpus_table, profile_plot, speed_table
@@ -84,6 +86,7 @@ def blocks() -> dict[str, str]:
         "results:pretrain": pretrain_table(content("pretrain_gpt")),
         "results:huggingface": huggingface_table(content("huggingface")),
         "results:soak": soak_table(contents("soak")),
+        "results:sanitizer": sanitizer_table(content("sanitizer"), sanitize.CASES),
         "results:versions": versions_tables(contents("versions")),
         "results:decode": decode_table(content("decode")),
         "results:fsdp": if_measured("fsdp", fsdp_table),

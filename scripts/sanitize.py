@@ -1,10 +1,10 @@
-"""NVIDIA's compute-sanitizer over every kernel: reads and writes outside (memcheck), races in shared memory (racecheck).
+"""NVIDIA's compute-sanitizer over the kernels: reads and writes outside (memcheck), races in shared memory (racecheck).
 
     python -m scripts.sanitize --out docs/results/sanitizer.json
 
-Runs itself under each tool: small calls that take every kernel: attention forward and backward, selections that are given,
-decoding, heads that are packed for an exchange, and the layer parts of `moba_cp.megatron.fused` where megatron-core is
-installed. The caching allocator is off, so that an access past the end of a tensor does not fall into another one.
+Runs itself under each tool: small calls of attention forward and backward, of selections that are given, of decoding, of the
+kernels that exchanges use on their own GPU, and of the layer parts of `moba_cp.megatron.fused` where megatron-core is installed.
+The caching allocator is off, so that an access past the end of a tensor does not fall into another one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from moba_cp import CachedTokens, CentroidCache, MoBAConfig, SequenceLayout, moba_attention, moba_attention_cached
 from moba_cp.kernels import configs, triton_backend
 from moba_cp.parallel.head_rows import put_heads, take_heads
+from moba_cp.parallel.rows import add_wanted, copy_wanted, pack
 
 from .harness import options
 from .harness.records import REPOSITORY, about, write_json
@@ -45,7 +46,7 @@ def main(
         bool, typer.Option("--only-cases", help="make the calls without a tool, write nothing")
     ] = False,
 ) -> None:
-    """Run small calls that take every kernel under compute-sanitizer. Exits with an error if a tool finds something."""
+    """Run small calls under compute-sanitizer. Exits with an error if a tool finds something."""
     options.device("cuda")
     if only_cases:
         run_cases()
@@ -80,8 +81,10 @@ def main(
 
 
 def run_cases() -> None:
-    """Every case, on the GPU."""
+    """Every case, on the GPU; layer parts where megatron-core is installed."""
     for name, case in CASES.items():
+        if case is layer_parts and (find_spec("megatron") is None or find_spec("megatron.core") is None):
+            continue
         torch.manual_seed(0)
         results = case()
         torch.cuda.synchronize()
@@ -160,8 +163,27 @@ def heads() -> list[Tensor]:
     return [packed, back]
 
 
+def rows() -> list[Tensor]:
+    """Rows as exchanges pack, copy and add them: of 800 tokens in blocks of 128, the last one short, half of them wanted."""
+    k, v = draw(800, 2, 128).detach(), draw(800, 2, 96).detach()
+    packed = pack(k, v)
+    blocks = torch.arange(7, dtype=torch.int32, device=k.device)
+    start, length = blocks * 128, torch.full_like(blocks, 128, dtype=torch.int64)
+    length[-1] = 32
+    selected = torch.stack([blocks[::2], blocks[::2] + 1], 1)[None, :3].repeat(4, 1, 1)
+    wanted = triton_backend.wanted_pairs(selected, n_blocks=7, kv_heads=2).view(torch.uint8)
+    of_blocks = wanted, start, length, 128
+    copied, sums = torch.zeros_like(packed), torch.empty_like(packed, dtype=torch.float32)
+    copy_wanted(packed, copied, *of_blocks)
+    add_wanted(packed.float(), sums, *of_blocks, first=True)
+    add_wanted(packed.float(), sums, *of_blocks, first=False)
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    triton_backend.add_gradients(own_dk=k.float(), own_dv=v.float(), arrived=[sums, packed.float()], dk=dk, dv=dv)
+    return [packed, copied, sums, dk, dv]
+
+
 def layer_parts() -> list[Tensor]:
-    """Norms, SwiGLU and rotary embedding with their gradients."""
+    """Norms, SwiGLU, rotary embedding and cross entropy with their gradients."""
     from moba_cp.megatron import fused
 
     x, y, weight = draw(300, 1, 1000), draw(300, 1, 1000), draw(1000)
@@ -172,6 +194,7 @@ def layer_parts() -> list[Tensor]:
         *fused.add_rms_norm(x, y, weight, 1e-5),
         fused.swiglu(wide),
         *fused.split_rotate(mixed, 2, 64, table),
+        fused.cross_entropy(x, torch.randint(1000, (300, 1), device="cuda")),
     ]
     total = torch.stack([o.float().square().sum() for o in outputs]).sum()
     return [*outputs, *torch.autograd.grad(total, (x, y, weight, mixed, wide))]
@@ -199,9 +222,9 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     "a selection that is given": lambda: attention([0, 1000], 128, 3, 2, 1, 128, 128, given=True),
     "decoding": decoding,
     "heads in and out": heads,
+    "rows for other ranks": rows,
+    "layer parts": layer_parts,
 }
-if find_spec("megatron") is not None and find_spec("megatron.core") is not None:
-    CASES["layer parts"] = layer_parts
 
 if __name__ == "__main__":
     typer.run(main)
