@@ -48,11 +48,11 @@ HEADS_EXPOSED = 0.85
 calls took longer than one GPU with the same work: forward+backward, ms (over time on the wire):
 
     GPUs     tokens per GPU  heads  (B, k)    heads split           pull
-    2 H200   128K            16/16  128, 8    7.1 (0.99)            7.4 (0.52)    docs/results/scaling.json
-    2 H200   128K            16/16  512, 8    5.6 (0.78)            8.8 (0.62)
-    2 H200   128K            16/16  4096, 12  8.6                   59.7; 49.6 in a balanced layout
-    2 H200   512K            32/8   128, 8    28.1 (0.78)           25.4 (0.89)
-    2 H200   512K            32/8   512, 8    22.5 (0.63)           24.1 (0.84)
+    2 H200   128K            16/16  128, 8    7.3 (1.02)            7.4 (0.51)    docs/results/scaling.json
+    2 H200   128K            16/16  512, 8    6.2 (0.86)            8.8 (0.61)
+    2 H200   128K            16/16  4096, 12  12.8                  46.7; 20.8 in a balanced layout
+    2 H200   512K            32/8   128, 8    27.9 (0.78)           25.2 (0.88)
+    2 H200   512K            32/8   512, 8    25.4 (0.71)           25.1 (0.88)
     4 H100   128K            16/16  128, 8    21.3 (2.0)            37.4 (0.9)    a prototype by NCCL that overlapped nothing
     4 H100   128K            16/16  512, 8    20.6 (1.9)            24.6 (0.6)
     4 H100   256K            32/8   128, 8    41 (1.5)              70 (1.6)
