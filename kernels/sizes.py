@@ -120,7 +120,8 @@ def padded(size: int) -> int:
 
 
 MOST_REACH = 1 << 36
-"""The Hopper kernels count rows of q, dout and partial dq in 32 bits, in units of 16 elements."""
+"""The Hopper kernels count rows of q, dout and partial dq in 32 bits, in units of 16 elements. Inputs with rows so many elements
+apart, k and v among them, take the portable kernels."""
 
 
 def reach(x: Tensor) -> int:

@@ -15,7 +15,8 @@ def readable(x: Tensor) -> Tensor:
     only. Parts that come from other ranks are aligned, so the local part has to be: dq must not depend on the layout.
     """
     x = unit_stride(x)
-    if x.shape[-1] % 16 or aligned(x):
+    as_if_new = x.is_contiguous() and x.data_ptr() % 16 == 0  # a copy would be no better
+    if x.shape[-1] % 16 or aligned(x) or as_if_new:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -182,21 +182,21 @@ def _train(
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     path, end = output / "run" / "metrics.jsonl", time.monotonic() + seconds
     with (output / f"start{number}.log").open("wb") as log:
-        processes = [
-            subprocess.Popen(
-                line, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log
-            )
-            for rank in range(len(gpus))
-        ]
+        processes: list[subprocess.Popen[bytes]] = []
         found: list[dict[str, Any]] = []
-        while time.monotonic() < end and not (found and found[-1]["step"] >= steps):
-            if any(process.poll() is not None for process in processes):
-                break
-            time.sleep(0.1)
-            found = logged(path, number)
-        for process in processes:
-            process.kill()
-            process.wait()
+        try:
+            for rank in map(str, range(len(gpus))):
+                of_rank = environment | {"RANK": rank, "LOCAL_RANK": rank}
+                processes.append(subprocess.Popen(line, env=of_rank, stdout=log, stderr=log))
+            while time.monotonic() < end and not (found and found[-1]["step"] >= steps):
+                if any(process.poll() is not None for process in processes):
+                    break
+                time.sleep(0.1)
+                found = logged(path, number)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
     return logged(path, number)
 
 

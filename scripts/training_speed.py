@@ -275,7 +275,7 @@ def _measure(
     lengths = sequence_lengths(text, 0, run.global_batch_size, data.separate_documents)
     flops = step_flops(trainer.transformer_config, settings.moba, lengths, PADDED_VOCAB_SIZE, moba_layers).total
     tokens = data.seq_length * run.global_batch_size
-    peak = peak_flops(ranks.device, torch.bfloat16)
+    peak = peak_flops(ranks.device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
     result: dict[str, Any] = {
         "parameters": parameters,
         "tokens_per_step": tokens,

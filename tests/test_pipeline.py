@@ -42,6 +42,15 @@ def test_variants_of_kernels_do_not_depend_on_strides(x: torch.Tensor, copied: b
     assert aligned(y) or x.shape[2] % 16
 
 
+def test_a_tensor_is_not_copied_for_rows_that_lie_as_far_apart_in_a_copy() -> None:
+    far = torch.empty(1 << 26, 16, 128, device="meta")  # 2^37 elements: the portable kernels read it
+    assert not aligned(far)
+    assert readable(far) is far
+    assert readable(far[:1000]) is not far
+    spread = torch.empty(1 << 26, 16, 128, device="meta")[:: 1 << 25]
+    assert readable(spread).is_contiguous()
+
+
 TOKENS, HEADS, TOPK = 2048, 6, 4
 MIB = 1 << 20
 SLOTS = TOKENS * 2 * TOPK * 4 * 65

@@ -238,6 +238,16 @@ def test_sums_of_dq_take_four_bytes_a_number_and_a_tile_per_block(ranks: int) ->
         assert found == least if layer.block_size > 512 or ranks > 1 else found >= least
 
 
+def test_a_workspace_holds_no_more_than_the_heads_that_are_computed_together() -> None:
+    """Split heads come in slabs: a quarter, a half and a quarter of a rank's."""
+    layer, unbounded = Layer(1 << 20, 32, 8, 512, 8), 1 << 50
+    alone, split = (Split(4, u, "pull", workspace_bytes=unbounded) for u in (1, 2))
+    slot = 2 * 128 + 4
+    assert memory(layer, alone).parts["workspace"] * 2**30 == (1 << 18) * 32 * 8 * slot
+    assert memory(layer, split).parts["workspace"] * 2**30 == (1 << 19) * 8 * 8 * slot
+    assert memory(layer, split).parts["exchange"] < memory(layer, alone).parts["exchange"]
+
+
 def test_tiles_of_sums_of_one_kv_head_are_taken_whatever_the_workspace() -> None:
     """Of the blocks of all documents; and a training step counts them as a plan does."""
     for layer, split in (

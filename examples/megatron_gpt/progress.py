@@ -82,7 +82,7 @@ class Reporter:
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
         if self.active:
-            self.console.print(message, highlight=False)
+            self.console.print(message, highlight=False, markup=False)
 
     def model(self, parameters: int) -> None:
         """Record the size of the model, once for each start of the run (kind ``model``)."""
@@ -126,7 +126,7 @@ class Reporter:
         self._write("train", step, metrics)
         self.bar.update(self.task, completed=step, status=status)
         if not self.console.is_terminal:
-            self.console.print(f"step {step}  {status}", highlight=False)
+            self.console.print(f"step {step}  {status}", highlight=False, markup=False)
 
     def evaluation(self, step: int, loss: float) -> None:
         """Record the evaluation loss after a step."""

@@ -38,8 +38,8 @@ def attend_backward(
 
     Raises:
         ValueError: see `dispatch.choose_variant`; partial dq whose slots are not evenly spaced, or, for Hopper kernels, not
-            multiples of 16 elements apart; or partial dq for kept gradients of scores, or sums, which only the Hopper kernels for
-            some blocks of several tiles make.
+            multiples of 16 elements apart or with rows `sizes.MOST_REACH` elements apart; or partial dq for kept gradients of
+            scores, or sums, which only the Hopper kernels for some blocks of several tiles make.
     """
     shape = lists.shape
     if shape.n_bins == 0 or part.k.shape[0] == 0:

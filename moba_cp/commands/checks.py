@@ -61,7 +61,12 @@ def version_findings() -> list[Finding]:
         found.append(
             Finding("note", "nccl", "no GPU, so none; ranks on the CPU use gloo")
             if gloo
-            else Finding("problem", "gloo", "this torch has neither GPUs nor gloo", "install torch from pypi.org")
+            else Finding(
+                "problem",
+                "gloo",
+                "this torch has neither GPUs nor gloo",
+                "install torch as https://pytorch.org/get-started says",
+            )
         )
     for name, module, user, extra in (
         (MEGATRON, "megatron.core", "moba_cp.megatron", "pip install 'moba_cp[megatron]'"),

@@ -60,7 +60,7 @@ def memory(layer: Layer, split: Split) -> Memory:
         "gradients": 2 * q + 2 * kv,
         "selection and routing lists": selected + lists + 2 * sums,
         "centroids": blocks * kv_heads * row,
-        "workspace": _workspace(layer, split, heads, kv_heads),
+        "workspace": _workspace(layer, split, *_heads_together(layer, split, wide_tokens)),
     }
     kept = q + 2 * kv
     if split.head_parallel > 1:
@@ -69,7 +69,8 @@ def memory(layer: Layer, split: Split) -> Memory:
         parts["tensors split by heads"] = kept + 2 * q + 2 * wide_kv
         parts["memory for heads in and out"] = _shared_for_heads(layer, split, wide_tokens)
     if split.sequence_ranks > 1:
-        unit = wide_tokens * ranges(layer, split).most_heads * 2 * row
+        most_heads = min(ranges(layer, split).most_heads, _heads_together(layer, split, wide_tokens)[1])
+        unit = wide_tokens * most_heads * 2 * row
         at_once = {"fetch": split.sequence_ranks - 1, "all_gather": split.sequence_ranks}.get(split.exchange, 1)
         parts["exchange"] = UNITS[split.exchange] * unit * at_once
         if keeps_parts(layer, split):
@@ -83,7 +84,8 @@ def memory(layer: Layer, split: Split) -> Memory:
 
 
 def _workspace(layer: Layer, split: Split, q_heads: int, kv_heads: int) -> int:
-    """Partial results of a rank's heads, with what backward keeps beside them where it has the whole sequence."""
+    """Partial results of heads that are computed together, with what backward keeps beside them where a rank has the whole
+    sequence."""
     if split.sequence_ranks > 1:
         rows = layer.tokens // split.sequence_ranks * q_heads
         tiles = layer.blocks * block_bytes(layer)  # of a kv head, the least that is taken
@@ -98,11 +100,19 @@ def _workspace(layer: Layer, split: Split, q_heads: int, kv_heads: int) -> int:
 def _shared_for_heads(layer: Layer, split: Split, wide_tokens: int) -> float:
     """Bytes of the buffers through which heads move inside a node: for two of the largest slabs each, q, k, v and dq, dk,
     dv."""
-    of = head_split(layer.q_heads, layer.kv_heads, split.head_parallel)
-    row = layer.head_dim * layer.itemsize
-    slab = max(slabs_of(of, wide_tokens * row), key=lambda slab: slab.kv.stop - slab.kv.start)
-    q, kv = (wide_tokens * (x.stop - x.start) * row for x in (slab.q, slab.kv))
+    q, kv = (
+        wide_tokens * heads * layer.head_dim * layer.itemsize for heads in _heads_together(layer, split, wide_tokens)
+    )
     return 2 * (q + 2 * kv) + 2 * (q + 2 * kv * _gradients_per_number(layer, split))
+
+
+def _heads_together(layer: Layer, split: Split, wide_tokens: int) -> tuple[int, int]:
+    """q heads and kv heads of a rank that are computed together: all, or where heads are split, those of the largest slab."""
+    if split.head_parallel == 1:
+        return layer.q_heads, layer.kv_heads
+    of = head_split(layer.q_heads, layer.kv_heads, split.head_parallel)
+    slabs = slabs_of(of, wide_tokens * layer.head_dim * layer.itemsize)
+    return max((x.q.stop - x.q.start, x.kv.stop - x.kv.start) for x in slabs)
 
 
 def _gradients_per_number(layer: Layer, split: Split) -> float:

@@ -158,8 +158,12 @@ def _of_device(contents: Sequence[dict[str, Any]], device: str) -> list[dict[str
 
 
 def _rate_text(contents: Sequence[dict[str, Any]]) -> str:
-    rates = [r for content in contents for r in map(dense_rate, content["baselines"]) if r]
-    return f", {max(rates) / 1e12:.0f} TFLOP/s per GPU" if rates else ""
+    rates: dict[str, float] = {}
+    for content in contents:
+        for rate in filter(None, map(dense_rate, content["baselines"])):
+            rates[content["device"]] = max(rate, rates.get(content["device"], 0.0))
+    shown = [f"{rate / 1e12:.0f} TFLOP/s per {device if len(rates) > 1 else 'GPU'}" for device, rate in rates.items()]
+    return "".join(f", {text}" for text in shown)
 
 
 def dense_rate(baseline: dict[str, Any]) -> float:

@@ -167,13 +167,9 @@ def _measured_on(content: dict[str, Any]) -> str:
 
 
 def _per_gpu(run: dict[str, Any]) -> tuple[object, ...]:
-    """What runs on one GPU and on several have in common. Lengths, ranks and exchanges are what differs."""
-    differ = (
-        "parallel.context=",
-        "data.seq_length=",
-        "moba.comm=",
-        "run.recompute=all_but_attention",
-    )  # the last is the default
+    """What runs on one GPU and on several have in common. Lengths, ranks and exchanges are what differs; all configurations with
+    long layers recompute all but attention, whether a run says so again or not."""
+    differ = ("parallel.context=", "data.seq_length=", "moba.comm=", "run.recompute=all_but_attention")
     settings = tuple(change for change in run.get("overrides", ()) if not change.startswith(differ))
     return run["parameters"], attention_name(run["attention"]), settings, run["tokens_per_step"] / run["gpus"]
 
