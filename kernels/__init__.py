@@ -18,8 +18,8 @@ x_head         stride of tensor `x` from one head to the next, in elements; like
 first_key      first row of a block's keys in the part, from `start`; `held`, from `length`: keys in the block
 =============  ========================================================================================================
 
-Files are named after the operation; launch configurations are in `configs.py`, the choice between kernels in `dispatch.py`, and
-what is known about GPUs in `gpu.py`. `*_sm90.py` are Gluon kernels for Hopper.
+Files are named after the operation; launch configurations are in `configs.py` and, of lists, in `list_configs.py`, the choice
+between kernels in `dispatch.py`, and what is known about GPUs in `gpu.py`. `*_sm90.py` are Gluon kernels for Hopper.
 """
 
 import torch

@@ -7,8 +7,8 @@ Three passes, all on the device:
 3. `scatter_kernel`: each program puts its entries there, in order.
 
 Inside a bin, entries have the order of the selection, (head, token), whatever the sizes of the shares. On Hopper, with not too
-many blocks and slots (`configs.shared_lists`), a program sorts its share in shared memory (`lists_sm90.py`); elsewhere it sorts
-batches in registers (`lists_kernels.py`).
+many blocks and slots (`list_configs.shared_lists`), a program sorts its share in shared memory (`lists_sm90.py`); elsewhere it
+sorts batches in registers (`lists_kernels.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import configs
-from .configs import ListConfig, SharedListConfig
+from . import configs, list_configs
 from .dispatch import gluon_serves
 from .gpu import Gpu, gpu_of
 from .launch import launch_kernel
+from .list_configs import ListConfig, SharedListConfig
 from .lists_kernels import count_kernel, item_kernel, scatter_few_kernel, scatter_kernel
 from .sizes import cdiv, next_power_of_2
 from .types import ListShape, RoutingLists, list_shape
@@ -56,7 +56,7 @@ def _counting_sort(
     """Fill `entry`; return `pointer`, `item_bin`, `item_start`, `item_end`."""
     shared = None
     if config.shared_memory and gluon_serves(selected.device):
-        shared = configs.shared_lists(shape.n_blocks, selected.shape[2], gpu_of(selected.device))
+        shared = list_configs.shared_lists(shape.n_blocks, selected.shape[2], gpu_of(selected.device))
     if shared is not None:
         return _sort_in_shared_memory(selected, shape, entry, config, shared)
     return _sort_in_registers(selected, shape, entry, config)
@@ -67,7 +67,7 @@ def share_entries(entries: int, config: SharedListConfig, gpu: Gpu) -> int:
 
     Both count `config.width` entries per row. A share has no fewer than counts (one per block), nor than are sorted at once.
     """
-    wanted = next_power_of_2(cdiv(entries, configs.SHARES_PER_MULTIPROCESSOR * gpu.multiprocessors))
+    wanted = next_power_of_2(cdiv(entries, list_configs.SHARES_PER_MULTIPROCESSOR * gpu.multiprocessors))
     least = max(config.bins, 1 << 10, 32 * config.tiles * config.width)
     return min(max(wanted, least), config.entries)
 
@@ -160,7 +160,7 @@ def route(
     Raises:
         ValueError: more entries than `MOST_ENTRIES`.
     """
-    config = config or configs.LISTS
+    config = config or list_configs.LISTS
     capacity, device = selected.numel(), selected.device
     if capacity > MOST_ENTRIES:
         raise ValueError(

@@ -28,7 +28,7 @@ import typer
 from torch import Tensor
 
 from moba_cp import CachedTokens, CentroidCache, MoBAConfig, SequenceLayout, moba_attention, moba_attention_cached
-from moba_cp.kernels import configs, triton_backend
+from moba_cp.kernels import list_configs, triton_backend
 from moba_cp.parallel.head_rows import put_heads, take_heads
 from moba_cp.parallel.rows import add_wanted, copy_wanted, pack
 
@@ -133,7 +133,7 @@ def keeping_ds() -> list[Tensor]:
 
 def lists_in_registers() -> list[Tensor]:
     """Routing lists as GPUs other than Hopper make them, of few blocks and of more."""
-    with mock.patch.object(configs, "LISTS", replace(configs.LISTS, shared_memory=False)):
+    with mock.patch.object(list_configs, "LISTS", replace(list_configs.LISTS, shared_memory=False)):
         return attention([0, 1000], 128, 3, 2, 1, 128, 128) + attention([0, 1200], 16, 3, 2, 1, 64, 64)
 
 

@@ -31,6 +31,7 @@ from moba_cp.kernels import configs as shipped
 from moba_cp.kernels.backward.call import Call
 from moba_cp.kernels.configs import RowConfig, TileConfig
 from moba_cp.kernels.gpu import Gpu, gpu_of
+from moba_cp.kernels.list_configs import LISTS
 
 from .harness import options
 from .harness.chunk import SCALE, Chunk, make_chunk
@@ -232,7 +233,7 @@ def lists(chunk: Chunk) -> Subject:
     made: list[RoutingLists] = []
 
     def launch(change: dict[str, Any]) -> None:
-        made[:] = [route(config=replace(shipped.LISTS, **change))]
+        made[:] = [route(config=replace(LISTS, **change))]
 
     variants = (Variant("lists", change, partial(launch, change)) for change in list_changes(shape.n_blocks))
     return Subject(variants, lambda _: list_contents(made[0]) if made else {})

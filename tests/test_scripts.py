@@ -18,7 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from moba_cp import MoBAConfig, SequenceLayout, moba_attention
-from moba_cp.kernels import configs
+from moba_cp.kernels import configs, list_configs
 from moba_cp.kernels.gpu import gpu_of_capability
 from scripts import (
     bench_compile,
@@ -404,7 +404,7 @@ def test_tuning_changes_fields_that_exist(block_size: int) -> None:
     assert tune.attend_configs(block_size, gpu)[0] in (
         configs.stream_rows(128, 128, block_size, gpu), configs.hold_rows(128, 128, block_size, gpu)
     )  # fmt: skip
-    known = {field.name for field in fields(configs.ListConfig)}
+    known = {field.name for field in fields(list_configs.ListConfig)}
     assert all(change.keys() <= known for change in tune.list_changes(131072 // block_size))
     known = {field.name for field in fields(configs.GluonConfig)}
     assert all(change.keys() <= known for _, change in tune.backward_changes(block_size))

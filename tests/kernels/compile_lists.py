@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from moba_cp.kernels import configs, lists_sm90
+from moba_cp.kernels import list_configs, lists_sm90
 from moba_cp.kernels.gpu import gpu_of_capability
 from tests.kernels import compiling
 
 
 def build_shared(n_blocks: int, slots: int, selection: str, entry: str, capability: tuple[int, int]) -> dict[str, dict]:
     """Both kernels for these sizes, with the largest share; besides what `compiling.build` says, the bytes of their words."""
-    config = configs.shared_lists(n_blocks, slots, gpu_of_capability(capability))
+    config = list_configs.shared_lists(n_blocks, slots, gpu_of_capability(capability))
     constants = {"SLOTS": slots, "WIDTH": config.width, "BINS": config.bins}
     count = constants | {"TOKENS": config.count_tokens, "WARPS": config.count_warps}
     scatter = constants | {

@@ -13,7 +13,7 @@ from tests.kernels import interpreter
 
 def kernels(capability: int):
     """(name, kernel, element type of its floating-point or entry tensors, constants) of every configuration."""
-    from moba_cp.kernels import centroids, configs, gate, gate_exact, lists, lists_kernels, selection
+    from moba_cp.kernels import centroids, configs, gate, gate_exact, list_configs, lists, lists_kernels, selection
     from moba_cp.kernels.gpu import gpu_of_capability
 
     gpu = gpu_of_capability(divmod(capability, 10))
@@ -63,7 +63,7 @@ def kernels(capability: int):
         (4096, 8, False),
         (8192, 8, True),
     ):
-        config = configs.LISTS
+        config = list_configs.LISTS
         batch = lists.batch_constants(slots, config.entries)
         name = f"n_blocks={n_blocks} slots={slots}"
         bins = lists.register_bins(n_blocks, config)
@@ -81,7 +81,7 @@ def kernels(capability: int):
         constants["ROWS"] = configs.PLACED_ENTRIES // constants["WIDTH"]
         for element in ("i32", "i64"):
             yield f"place {listed} of {slots} {element}", selection.place_kernel, element, constants
-    items = {"BINS": configs.LISTS.item_bins, "ITEMS": configs.LISTS.items_at_once}
+    items = {"BINS": list_configs.LISTS.item_bins, "ITEMS": list_configs.LISTS.items_at_once}
     yield "item", lists_kernels.item_kernel, "i32", items
 
 

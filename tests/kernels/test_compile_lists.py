@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from moba_cp.kernels import configs
+from moba_cp.kernels import list_configs
 from moba_cp.kernels.gpu import gpu_of_capability
 from tests.kernels.interpreter import run_without_interpreter
 
@@ -45,13 +45,13 @@ def test_every_configuration_fits(slots):
     """Whatever the number of blocks, up to those that are left to sorting in registers."""
     gpu = gpu_of_capability(HOPPER)
     for n_blocks in (1, 33, 511, 1025, 3000, 5000, 8192):
-        config = configs.shared_lists(n_blocks, slots, gpu)
+        config = list_configs.shared_lists(n_blocks, slots, gpu)
         assert config is not None
         assert config.bins >= n_blocks
         assert config.width >= slots
         assert 4 * ((2 * config.tiles + 1) * config.bins + config.entries) <= gpu.shared_memory
         assert config.entries >= max(config.bins, 32 * config.tiles * config.width)
         assert (config.bins - 1).bit_length() + (config.entries - 1).bit_length() < 32, "a sorted entry is one word"
-    assert configs.shared_lists(8193, slots, gpu) is None
-    assert configs.shared_lists(8, 65, gpu) is None
-    assert configs.shared_lists(8, slots, gpu_of_capability((8, 0))) is None
+    assert list_configs.shared_lists(8193, slots, gpu) is None
+    assert list_configs.shared_lists(8, 65, gpu) is None
+    assert list_configs.shared_lists(8, slots, gpu_of_capability((8, 0))) is None

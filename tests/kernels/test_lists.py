@@ -10,7 +10,7 @@ import torch
 from tests.kernels import interpreter
 
 lists = pytest.importorskip("moba_cp.kernels.lists")
-from moba_cp.kernels import configs, torch_backend  # noqa: E402
+from moba_cp.kernels import list_configs, torch_backend  # noqa: E402
 from moba_cp.kernels.types import RoutingLists, selection_dtype  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
@@ -30,7 +30,7 @@ def few_entries(monkeypatch, request):
 
 def configure(monkeypatch, **changes):
     """Change the configuration that `route` takes by default."""
-    monkeypatch.setattr(configs, "LISTS", replace(configs.LISTS, **changes))
+    monkeypatch.setattr(list_configs, "LISTS", replace(list_configs.LISTS, **changes))
 
 
 def random_selection(q_heads, tokens, topk, n_blocks, seed=0, hot=False):
@@ -243,7 +243,7 @@ class TestGPU:
 
 def test_number_of_programs():
     """More programs where each has work for several batches and the table of counts stays small; never fewer than 1024."""
-    config = configs.LISTS
+    config = list_configs.LISTS
     assert lists.programs_of(2048, 64, config) == 1024  # 8K tokens, 16 heads
     assert lists.programs_of(16384, 64, config) == 4096
     assert lists.programs_of(32768, 1024, config) == 4096

@@ -13,7 +13,7 @@ from tests.kernels import gluon_on_host
 from tests.kernels.test_lists import random_selection
 
 pytest.importorskip("triton.experimental.gluon")
-from moba_cp.kernels import configs, lists, lists_sm90, torch_backend
+from moba_cp.kernels import list_configs, lists, lists_sm90, torch_backend
 from moba_cp.kernels.gpu import gpu_of_capability
 
 
@@ -30,7 +30,7 @@ def on_host(monkeypatch):
     monkeypatch.setattr(lists, "launch_kernel", launch)
     monkeypatch.setattr(lists, "gluon_serves", lambda device: True)
     monkeypatch.setattr(lists, "_items", pointer_alone)  # `item_kernel` is the same as without
-    monkeypatch.setattr(configs, "SHARES_PER_MULTIPROCESSOR", 1 << 20)
+    monkeypatch.setattr(list_configs, "SHARES_PER_MULTIPROCESSOR", 1 << 20)
 
 
 def check(selected, n_blocks, kv_heads):
@@ -59,7 +59,7 @@ def test_many_blocks_and_slots(on_host, n_blocks, topk):
 
 
 def test_strided_view_and_wide_entries(on_host, monkeypatch):
-    monkeypatch.setattr(configs, "LISTS", replace(configs.LISTS, entry_bits=10))
+    monkeypatch.setattr(list_configs, "LISTS", replace(list_configs.LISTS, entry_bits=10))
     selected = random_selection(6, 700, 5, 90).cpu()
     check(selected[2:, 100:699], 90, 2)
     check(selected.transpose(1, 2).contiguous().transpose(1, 2), 90, 3)
@@ -80,5 +80,5 @@ def test_shares():
         (8192, 10_000, 1, 1 << 13),
         (2, 1000, 1, 1 << 10),
     ):
-        config = configs.shared_lists(n_blocks, 8, gpu)
+        config = list_configs.shared_lists(n_blocks, 8, gpu)
         assert lists.share_entries(tokens * heads * 8, config, gpu) == entries
