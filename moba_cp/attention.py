@@ -282,12 +282,12 @@ class _MoBAFunction(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
         group: CommGroup = ctx.group
         if group.size > 1:
             backward_order.check(group.group, wide.number_of(ctx.call), dout.device)
         with as_given(dout):
-            gradients = wide.run_backward(ctx.call, ctx.kept, ctx.saved_tensors[:-1], dout)
+            gradients = wide.run_backward(ctx.call, ctx.kept, saved[:-1], dout)
         return *gradients, None, None, None, None
 
     jvp = staticmethod(no_forward_mode)

@@ -173,7 +173,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, saved: tuple[()], gradient: Tensor) -> tuple[Tensor, None, None]:
         backward_order.check(ctx.group, ctx.number, gradient.device)
         return _summed(gradient, ctx.group), None, None
 

@@ -185,9 +185,9 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        saved, dout = ctx.saved_tensors, dout.contiguous()
+        dout = dout.contiguous()
         if call.whole.size > 1:
             backward_order.check(call.whole.group, call.number, dout.device)
         if call.wide is not None:

@@ -47,7 +47,11 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """`backward` of a `torch.autograd.Function`, with gradients that refuse to be differentiated again.
 
     Forward calls `can_refuse`. Where it saved other tensors than its inputs, `create_graph=True` is refused at once. Other
-    ranks are told of what is refused here by `ctx.together`, if forward has set it.
+    ranks are told by `ctx.together`, if forward has set it, of what is refused here, and of what torch refuses as it gives saved
+    tensors back: one was changed in place, the graph is freed, or a checkpoint computes something else.
+
+    Args:
+        backward: takes `ctx`, its saved tensors, which are read here once, and the incoming gradients.
     """
 
     @functools.wraps(backward)
@@ -60,12 +64,14 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
                 raise RuntimeError("attention of moba_cp takes one gradient at a time, got is_grads_batched=True")
             if again and not ctx.linked:
                 raise RuntimeError(f"{_TWICE}; here create_graph=True is refused already")
+            with torch.no_grad():
+                saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = backward(ctx, *incoming)
+            gradients = backward(ctx, saved, *incoming)
         if not again:
             return gradients
         count = sum(isinstance(x, Tensor) for x in gradients)
-        held = [x for x in (*given, *ctx.saved_tensors) if x.requires_grad]
+        held = [x for x in (*given, *saved) if x.requires_grad]
         linked = iter(_Twice.apply(count, *(x for x in gradients if isinstance(x, Tensor)), *held))
         return tuple(next(linked) if isinstance(x, Tensor) else x for x in gradients)
 

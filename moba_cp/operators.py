@@ -238,10 +238,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 @first_derivative_only
-def _backward(ctx: Any, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, saved: tuple[Tensor, ...], dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
     if not ctx.gradients:
         raise RuntimeError("moba_cp::attention was called with gradients=False, so it has no backward")
-    gradients = torch.ops.moba_cp.attention_backward(dout, *ctx.saved_tensors, *ctx.rest)
+    gradients = torch.ops.moba_cp.attention_backward(dout, *saved, *ctx.rest)
     return *gradients, *(None,) * 15
 
 
