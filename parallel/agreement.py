@@ -117,6 +117,11 @@ _lives: Counter[tuple[str, tuple[int, ...]]] = Counter()
 def _state(group: dist.ProcessGroup) -> _GroupState:
     state = _states.get(group)
     if state is None:
+        served = backends_of(group)
+        if "fake" in served.values():  # its collectives never end
+            raise ValueError(
+                f"ranks cannot agree over torch's fake backend, which moves nothing, got a group of {served}"
+            )
         name = group.group_name, tuple(dist.get_process_group_ranks(group))
         _lives[name] += 1
         state = _states.setdefault(group, _GroupState(name, _lives[name], rendezvous_of(group)))

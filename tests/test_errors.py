@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
 from statistics import median
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moba_cp
@@ -388,3 +390,16 @@ def test_the_reference_refuses_what_the_layer_refuses() -> None:
         moba_cp.reference.moba_attention(zeros(4, 3, 8), zeros(4, 2, 8), zeros(4, 2, 8), [0, 4], MoBAConfig(2, 2))
     with pytest.raises(TypeError, match="config must be a MoBAConfig, got tuple"):
         moba_cp.reference.moba_attention(x, x, x, [0, 4], (2, 2))  # type: ignore[arg-type]
+
+
+def over_a_fake_group(rank: int, size: int) -> None:
+    """torch's fake backend, of dry runs and estimates: its collectives never end."""
+    import_module("torch.testing._internal.distributed.fake_pg")  # registers it
+    group, layout = dist.new_group(backend="fake"), SequenceLayout.contiguous([0, 16], size)
+    q, k, v = (zeros(8, 2, 8) for _ in range(3))
+    with pytest.raises(ValueError, match="fake backend, which moves nothing, got a group of .*cpu.*fake"):
+        moba_cp.moba_attention(q, k, v, MoBAConfig(4, 2), layout=layout, group=group)
+
+
+def test_a_fake_group_is_refused() -> None:
+    run_ranks(2, over_a_fake_group)
