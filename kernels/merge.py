@@ -13,6 +13,7 @@ from . import configs
 from .configs import RowConfig
 from .launch import launch_kernel
 from .sizes import cdiv, padded
+from .softmax import LOWEST
 from .types import DqPartials, Partials
 
 _VARYING = [
@@ -50,7 +51,7 @@ def merge_kernel(
     d = tl.arange(0, DV_PADDED)
     column = (d < DV)[None, :]
     # Finite, so that an empty slot before the first used one has weight exp2(-inf) = 0 and not exp2(-inf + inf).
-    m = tl.full([ROWS], -1e38, tl.float32)
+    m = tl.full([ROWS], LOWEST, tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DV_PADDED], tl.float32)
     for slot in tl.range(0, TOPK, num_stages=STAGES):

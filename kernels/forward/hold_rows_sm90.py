@@ -29,7 +29,7 @@ from ..gluon_rows import (
     store_layout,
     warp_layout,
 )
-from .portable_kernels import MOST_RISE
+from ..softmax import LOWEST, MOST_INVERSE, MOST_RISE
 
 
 @gluon.jit
@@ -71,7 +71,7 @@ def _begin(
 ):  # fmt: skip
     """Before the first tile: what weights are relative to, their sum, zero scores, output, weights. Waits for copies of rows."""
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
-    m = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
+    m = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
     norm = gl.zeros([ROWS], gl.float32, BY_ROW)
     zero = gl.zeros([ROWS, KEYS], gl.float32, SCORE)
     acc = warpgroup_mma_init(gl.zeros([ROWS, D], gl.float32, SUM))
@@ -131,7 +131,7 @@ def _store_rows(
 ):
     """Store normalised rows at rows `at` of `out` where `stored`; both in the rows' slice of `store_layout`."""
     STORE: gl.constexpr = store_layout(ROWS, D, 4)
-    o = total * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, SUM))[:, None]
+    o = total * gl.convert_layout(gl.minimum(1.0 / norm, MOST_INVERSE), gl.SliceLayout(1, SUM))[:, None]
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
     gl.store(
         out + (at.to(gl.int64) * D)[:, None] + cols[None, :],

@@ -13,12 +13,11 @@ rows that share its tile.
 import triton
 import triton.language as tl
 
+from ..softmax import LOWEST, MOST_RISE, inverse
+
 # Counts and strides that change from chunk to chunk, and int32 views that start at any address: one compiled kernel serves all.
 _VARYING = ["tokens", "n_tiles", "n_blocks", "q_heads", "offset", "start_head"]
 _UNALIGNED = ["start", "length", "position", "entry", "item_bin", "item_start", "item_end", "own_tiles"]
-MOST_RISE = tl.constexpr(8.0)
-"""A row's weights are relative to the largest score of its first tile of keys, until a score is more than this many powers of two
-above it: then to that score. So its output is seldom rescaled, and no weight is above 2^8."""
 
 
 @triton.jit
@@ -134,12 +133,12 @@ def stream_rows_kernel(
         own = valid & (slot == TOPK - 1)
         last = tl.load(position + token, mask=own, other=BLOCK - 1)
         s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
-        m = tl.max(s, 1) * scale
+        m = tl.maximum(tl.max(s, 1) * scale, LOWEST)
         p = tl.exp2(s * scale - m[:, None])
         norm = tl.sum(p, 1)
         o = tl.dot(p.to(v_tile.dtype), v_tile)
         row = (head.to(tl.int64) * tokens + token) * TOPK + slot
-        _store_partial(out, lse, row, valid, o * (1.0 / norm)[:, None], m + tl.log2(norm), DV, DV_PADDED, STORE)
+        _store_partial(out, lse, row, valid, o * inverse(norm)[:, None], m + tl.log2(norm), DV, DV_PADDED, STORE)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
@@ -200,7 +199,7 @@ def hold_rows_kernel(
         k_base = k + first_key.to(tl.int64) * k_row + kv_head.to(tl.int64) * k_head
         v_base = v + first_key.to(tl.int64) * v_row + kv_head.to(tl.int64) * v_head
 
-    m = tl.full([ROWS], float("-inf"), tl.float32)
+    m = tl.full([ROWS], LOWEST, tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DV_PADDED], tl.float32)
     for i in tl.range(0, BLOCK, KEYS, num_stages=STAGES):
@@ -228,7 +227,7 @@ def hold_rows_kernel(
     if not WITH_OWN:
         valid &= slot != TOPK - 1
     row = ((kv_head * GROUP + head).to(tl.int64) * tokens + token) * TOPK + slot
-    _store_partial(out, lse, row, valid, acc * (1.0 / norm)[:, None], m + tl.log2(norm), DV, DV_PADDED, STORE)
+    _store_partial(out, lse, row, valid, acc * inverse(norm)[:, None], m + tl.log2(norm), DV, DV_PADDED, STORE)
 
 
 @triton.jit
@@ -314,7 +313,7 @@ def own_blocks_kernel(
     k_at = tl.minimum(k_head, 1) * kv_head
     v_at = tl.minimum(v_head, 1) * kv_head
 
-    m = tl.full([ROWS], float("-inf"), tl.float32)
+    m = tl.full([ROWS], LOWEST, tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DV_PADDED], tl.float32)
     whole = (position_first + 1) // KEYS * KEYS
@@ -333,4 +332,4 @@ def own_blocks_kernel(
     token = tl.load(fields, eviction_policy="evict_first") + skip - offset + r
     valid = (r < count) & (token >= 0) & (token < tokens)
     row = (head.to(tl.int64) * tokens + token) * TOPK + TOPK - 1
-    _store_partial(out, lse, row, valid, acc * (1.0 / norm)[:, None], m + tl.log2(norm), DV, DV_PADDED, STORE)
+    _store_partial(out, lse, row, valid, acc * inverse(norm)[:, None], m + tl.log2(norm), DV, DV_PADDED, STORE)

@@ -24,6 +24,7 @@ from ..gluon_rows import (
     store_layout,
     warp_layout,
 )
+from ..softmax import LOWEST, MOST_INVERSE
 
 
 @gluon.jit
@@ -148,7 +149,7 @@ def stream_rows_kernel(
         slots = code_s.index(i % CODES).load(WARP) & ((1 << SLOT_BITS) - 1)
         if gl.max(slots, 0) == TOPK - 1:  # few tiles contain own rows
             s = gl.where(score_key[None, :] <= limit[:, None], s, float("-inf"))
-        m = gl.max(s, 1) * scale
+        m = gl.maximum(gl.max(s, 1) * scale, LOWEST)
         p = gl.exp2(s * scale - m[:, None])
         norm = gl.sum(p, 1)
         p_left = gl.convert_layout(p.to(DTYPE), LEFT)
@@ -163,7 +164,7 @@ def stream_rows_kernel(
         at = (offset_of(token, head, 1, tokens, HEAD_BITS) + first_row) * TOPK + (row_code & ((1 << SLOT_BITS) - 1))
         gl.store(lse + at, m + gl.log2(norm), mask=i * ROWS + by_row < count)
         o, p_left = warpgroup_mma_wait(1, deps=(o_run, p_left))
-        o = o * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, SUM))[:, None]
+        o = o * gl.convert_layout(gl.minimum(1.0 / norm, MOST_INVERSE), gl.SliceLayout(1, SUM))[:, None]
         at = gl.convert_layout(at, gl.SliceLayout(1, STORE))
         gl.store(
             out + (at.to(gl.int64) * D)[:, None] + out_cols[None, :], gl.convert_layout(o.to(DTYPE), STORE),

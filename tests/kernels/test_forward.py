@@ -101,6 +101,37 @@ def test_nan_key_shows_only_in_rows_that_see_it(block_size):
     assert not wrong.any(), wrong.nonzero()[:5]
 
 
+def weightless(case: Case, lowest: float) -> Case:
+    """All scores of block 0, and of the first 64 keys of block 1 (16 of a smaller one), are -inf: their weights are 0."""
+    case.q.abs_().add_(0.5)
+    case.part.k[: case.block_size] = lowest
+    first = int(case.part.start[0, 1])
+    case.part.k[first : first + min(64, case.block_size // 2)] = lowest
+    return case
+
+
+def assert_weightless(case: Case) -> None:
+    """A partial without weight is 0, and its log-sum-exp -inf; others are those of the keys that have weight."""
+    partials, expected = attend(case), case.expected()
+    none = (case.selected >= 0) & expected.lse.isneginf()
+    seen = (case.selected >= 0) & ~none
+    assert (case.selected == 0).logical_and(none).any()
+    assert (case.selected == 1).logical_and(none).any()
+    assert (case.selected == 1).logical_and(seen).any()
+    assert partials.lse[none].isneginf().all()
+    assert not partials.out[none].any()
+    tolerance = 2e-5 if case.q.dtype == torch.float32 else 5e-3
+    assert relative(partials.out[seen], expected.out[seen]) < tolerance
+    assert relative(partials.lse[seen], expected.lse[seen]) < tolerance
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize("lowest", [float("-inf"), -3e38])
+@pytest.mark.parametrize("block_size", [16, 192])
+def test_keys_without_weight(block_size, lowest):
+    assert_weightless(weightless(make_case([3 * block_size + 9], block_size, 3, q_heads=1), lowest))
+
+
 # ---- on a GPU
 
 REAL = {
@@ -183,6 +214,15 @@ class TestOnGpu:
         by_parts = attend(case, without(parts, slice(1, None, 2)), variant="sm90")
         attend(case, without(parts, slice(0, None, 2)), by_parts, variant="sm90")
         assert_same_bits(by_parts, whole)
+
+    @pytest.mark.parametrize("lowest", [float("-inf"), -3e38])
+    @pytest.mark.parametrize(
+        ("block_size", "dim"), [(128, 128), (512, 128), (64, 64), (512, 64), (100, 128), (512, 96)]
+    )
+    def test_keys_without_weight(self, block_size, dim, lowest):
+        case = weightless(gpu_case(lengths=[3 * block_size + 9], block_size=block_size, topk=3, dim=dim), lowest)
+        assert_weightless(case)
+        assert_same_bits(attend(case), attend(case, variant="portable"))
 
     @pytest.mark.parametrize("heads", [(8, 8), (12, 3), (10, 5)], ids=str)
     def test_order_of_programs_changes_no_bit(self, heads, monkeypatch):
