@@ -193,17 +193,18 @@ def plot_block_selection(
     drawing.matplotlib()
     error: Exception | None = None
     chosen: list[int] = []
+    writes = layout is None or layout.cp_size == 1 or dist.get_rank(group) == 0
     try:
-        path, chosen = _file(path), _chosen_heads(heads, report.selected.shape[0])
+        path, chosen = _file(path, writes), _chosen_heads(heads, report.selected.shape[0])
     except (TypeError, ValueError) as raised:
         error = raised
     if layout is not None:
         _begin(report, layout, group, f"plot_block_selection of heads {heads}", error)
     elif error is not None:
         raise error
-    path = _file(path)
     grid = count_selections(report, layout, group, chosen)
-    if layout is not None and layout.cp_size > 1 and dist.get_rank(group) > 0:
+    path = Path(path)
+    if not writes:
         return path
     documents = layout.cu_seqlens_array if layout is not None else np.zeros(1, dtype=np.int64)
     n_documents = np.count_nonzero(np.diff(documents))
@@ -249,11 +250,12 @@ def plot_distance_histogram(
     group = process_group_of(group)
     if group is None:
         _check_report(report)
-        path = _file(path)
+        drawing.matplotlib()
+        path = _file(path, True)
     else:
         _check_together(report, layout, group)
-        path = _file_together(path, layout, group)
-    drawing.matplotlib()
+        drawing.matplotlib()
+        path = _file_together(path, layout, group, dist.get_rank(group) == 0)
     if group is not None:
         _begin(report, layout, group, "plot_distance_histogram")
         if dist.get_rank(group) > 0:
@@ -298,7 +300,8 @@ def plot_traffic(
     """
     drawing.matplotlib()
     group = process_group_of(group)
-    path = _file_together(path, None, group)
+    _check_together(report, None, group)
+    path = _file_together(path, None, group, report.attended_keys.size == 1 or dist.get_rank(group) == 0)
     traffic = gather_traffic(report, group)
     if len(traffic) > 1 and dist.get_rank(group) > 0:
         return path
@@ -374,18 +377,37 @@ def _check_ranks(report: MoBAReport, group: dist.ProcessGroup | None) -> None:
         raise ValueError(f"group has {size} ranks, but the report is of {ranks}")
 
 
-def _file(path: str | os.PathLike[str]) -> Path:
-    """Where a picture goes: matplotlib adds `.png` to a name without a suffix."""
-    path = Path(path)
-    return path if path.suffix else path.with_name(f"{path.name}.png")
+def _file(path: str | os.PathLike[str], writes: bool) -> Path:
+    """Where a picture goes: `.png` is added to a name without a suffix. If this rank `writes` it, its folder is made.
+
+    Raises:
+        TypeError, ValueError: `path` is no path, or of no kind that can be drawn, or this rank cannot write there.
+    """
+    try:
+        file = Path(path)
+    except TypeError:
+        raise TypeError(f"path must be a str or a path, got {path!r}") from None
+    if not file.name:
+        raise ValueError(f"path must name a file, got {path!r}")
+    file = file if file.suffix else file.with_name(f"{file.name}.png")
+    if file.suffix[1:].lower() not in drawing.formats():
+        raise ValueError(f"path must end with one of {', '.join(drawing.formats())}, got {str(path)!r}")
+    if writes:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"path {str(file)!r} cannot be written: {error}") from error
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ValueError(f"path {str(file)!r} cannot be written")
+    return file
 
 
 def _file_together(
-    path: str | os.PathLike[str], layout: SequenceLayout | None, group: dist.ProcessGroup | None
+    path: str | os.PathLike[str], layout: SequenceLayout | None, group: dist.ProcessGroup | None, writes: bool
 ) -> Path:
     """`_file` of a call that all ranks of the group make: what one of them refuses, all raise."""
     with RefusedTogether(layout, group):
-        return _file(path)
+        return _file(path, writes)
 
 
 def _check_layout(report: MoBAReport, layout: SequenceLayout) -> None:

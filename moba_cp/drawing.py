@@ -224,6 +224,11 @@ def _legend(axes: Any, **options: Any) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK, **options)
 
 
+def formats() -> list[str]:
+    """Suffixes of the files that can be written, without the dot."""
+    return sorted(matplotlib().figure.Figure().canvas.get_supported_filetypes())
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

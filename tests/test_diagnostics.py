@@ -266,6 +266,29 @@ def test_no_report_on_one_rank_is_refused_on_all() -> None:
     assert first == [f"ValueError: rank 1 refused its input: {told}" for told in second]
 
 
+def where_rank_0_cannot_write(rank: int, world_size: int, folder: str) -> list[str]:
+    """What the three pictures say of a folder that is a file; only rank 0 writes."""
+    layout = layouts(world_size)[0]
+    report, path = call(layout, rank), Path(folder) / "file" / "picture.png"
+    told = []
+    for draw in (
+        lambda: diagnostics.plot_block_selection(report, path, layout=layout),
+        lambda: diagnostics.plot_distance_histogram(report, path, group=dist.group.WORLD),
+        lambda: diagnostics.plot_traffic(report, path),
+    ):
+        with pytest.raises(ValueError, match="picture.png' cannot be written") as error:
+            draw()
+        told.append(str(error.value))
+    return told
+
+
+def test_a_place_where_rank_0_cannot_write_is_refused_on_all(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    first, second = run_ranks(2, where_rank_0_cannot_write, str(tmp_path))
+    for own, told in zip(first, second, strict=True):
+        assert told.startswith(f"rank 0 refused its input: ValueError: {own}"[: len(told)])
+
+
 def test_a_group_is_a_process_group() -> None:
     report, layout = one_rank()
     for group in ("cp", 3):

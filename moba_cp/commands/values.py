@@ -93,7 +93,10 @@ def read_model(text: str) -> Model:
     content = content if isinstance(content, dict) else {}
     _check_sections(path, content)
     sections = [content.get(name) or {} for name in SECTIONS]
-    if not all(isinstance(section, dict) for section in sections) or not sections[0]:
+    for name, section in zip(SECTIONS, sections, strict=True):
+        if not isinstance(section, dict):
+            raise ValueError(f"{path}: section `{name}` must be a mapping, got {section!r}")
+    if not sections[0]:
         raise ValueError(f"{path} must have a section `model`, as configs/gpt_1b_1m.yaml has")
     model, moba = sections
     _check_keys(path, model, moba)

@@ -20,7 +20,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from moba_cp import SequenceLayout
-from moba_cp.parallel.layout_input import integer
+from moba_cp.parallel.layout_input import integer, positive
 
 from .layout import host_integers, packed_layout
 
@@ -43,8 +43,9 @@ class Packing:
                 equal parts; a last sequence of padding alone makes the total fit, where it does not.
 
         Raises:
-            TypeError, ValueError: a length is no integer, or negative.
+            TypeError, ValueError: a length is no integer, or negative; another argument is no positive integer.
         """
+        cp_size, sequence_shards = positive("cp_size", cp_size), positive("sequence_shards", sequence_shards)
         lengths = [integer("a length", length) for length in lengths]
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths must not be negative, got {lengths}")

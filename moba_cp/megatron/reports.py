@@ -27,7 +27,7 @@ class LayerReport:
 
 @contextmanager
 def collect_reports(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[list[LayerReport]]:
-    """Collect a report of every MoBA layer and micro-batch that runs inside the ``with`` block.
+    """Collect a report of every MoBA layer and micro-batch that runs inside the ``with`` block; of nested blocks, each collects.
 
     Making a report involves the whole context-parallel group, so all of its ranks must enter the block together.
 
@@ -46,12 +46,14 @@ def collect_reports(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Itera
         core: MoBACoreAttention, report: MoBAReport, layout: SequenceLayout, group: dist.ProcessGroup | None
     ) -> None:
         reports.append(LayerReport(core.layer_number, report, layout, group))
+        if (outer := before[core]) is not None:
+            outer(core, report, layout, group)
 
-    layers = moba_layers(model)
-    for layer in layers:
+    before = {layer: layer.report_to for layer in moba_layers(model)}
+    for layer in before:
         layer.report_to = receive
     try:
         yield reports
     finally:
-        for layer in layers:
-            layer.report_to = None
+        for layer, outer in before.items():
+            layer.report_to = outer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moba_cp.parallel.layout_input import integer
+from moba_cp.parallel.layout_input import integer, positive
 
 from .core_attention import MoBACoreAttention
 
@@ -23,7 +23,12 @@ def use_full_attention(model: torch.nn.Module | Iterable[torch.nn.Module], full:
 
     Returns:
         Number of layers on this rank that compute full attention from now on.
+
+    Raises:
+        TypeError: ``full`` is no bool.
     """
+    if not isinstance(full, bool):
+        raise TypeError(f"full must be a bool, got {full!r}")
     layers = moba_layers(model)
     for layer in layers:
         layer.full_attention = full
@@ -58,15 +63,25 @@ class MoBASchedule:
         """MoBA for this fraction of ``total_steps``: 0 is never MoBA, 1 is always.
 
         Raises:
-            ValueError: a fraction outside 0 to 1.
+            TypeError, ValueError: a fraction that is no number from 0 to 1, or ``total_steps`` that are no positive integer.
         """
+        if isinstance(moba_fraction, bool) or not isinstance(moba_fraction, (int, float)):
+            raise TypeError(f"moba_fraction must be a number, got {moba_fraction!r}")
         if not 0 <= moba_fraction <= 1:
             raise ValueError(f"moba_fraction must be between 0 and 1, got {moba_fraction}")
+        total_steps = positive("total_steps", total_steps)
         first = round(moba_fraction * total_steps) + 1
         return cls(first if first <= total_steps else None)
 
     def is_full(self, step: int) -> bool:
-        """Whether step number ``step`` (from 1) computes full attention."""
+        """Whether step number ``step`` (from 1) computes full attention.
+
+        Raises:
+            TypeError, ValueError: ``step`` is no integer, or negative.
+        """
+        step = integer("step", step)
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
         return self.full_from is not None and step >= self.full_from
 
     def apply(self, model: torch.nn.Module | Iterable[torch.nn.Module], step: int) -> None:

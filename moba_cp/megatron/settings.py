@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moba_cp import MoBAConfig
@@ -68,6 +69,8 @@ class MoBASettings:
         if integer("full_attention_last_n_layers", self.full_attention_last_n_layers) < 0:
             raise ValueError(f"full_attention_last_n_layers must not be negative: {self.full_attention_last_n_layers}")
         if self.layer_pattern is not None:
+            if not isinstance(self.layer_pattern, Iterable):
+                raise TypeError(f"layer_pattern must be a sequence of 1 and 0, got {self.layer_pattern!r}")
             object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
             if self.full_attention_last_n_layers:
                 raise ValueError("give full_attention_last_n_layers or layer_pattern, not both")

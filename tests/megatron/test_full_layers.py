@@ -17,7 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
 from moba_cp import MoBAConfig
-from moba_cp.megatron import MoBACoreAttention, MoBASchedule, MoBASettings, use_full_attention
+from moba_cp.megatron import MoBACoreAttention, MoBASchedule, MoBASettings, collect_reports, use_full_attention
 from moba_cp.megatron.layout import packed_layout
 from tests.megatron.test_core_attention import HEADS, MOBA, PADDED, TRUE, build, random_qkv
 from tests.megatron_models import packed_params
@@ -55,6 +55,8 @@ def test_settings_of_other_types_are_refused() -> None:
                 MoBASettings(MOBA, **{name: value})
     with pytest.raises(TypeError, match=r"full_from must be an int, got 2.5"):
         MoBASchedule(2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="layer_pattern must be a sequence of 1 and 0, got 1"):
+        MoBASettings(MOBA, layer_pattern=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="config must be a MoBAConfig, got dict"):
         MoBASettings({"block_size": 4})  # type: ignore[arg-type]
 
@@ -90,6 +92,31 @@ def test_schedules() -> None:
         MoBASchedule.by_fraction(1.5, 10)
     with pytest.raises(ValueError, match="got 0"):
         MoBASchedule(0)
+    for fraction, steps, message in (
+        (0.5, -10, "total_steps must be at least 1, got -10"),
+        (0.5, 10.5, "total_steps must be an int, got 10.5"),
+        (0.5, "10", "total_steps must be an int, got '10'"),
+        ("x", 10, "moba_fraction must be a number, got 'x'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            MoBASchedule.by_fraction(fraction, steps)  # type: ignore[arg-type]
+    for step in (-1, -1.5):
+        with pytest.raises((TypeError, ValueError), match=f"step must .* got {step}"):
+            MoBASchedule(3).apply(torch.nn.ModuleList(), step)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="full must be a bool, got 'no'"):
+        use_full_attention(torch.nn.ModuleList(), "no")  # type: ignore[arg-type]
+
+
+def test_reports_of_nested_blocks_go_to_each() -> None:
+    layer, qkv = build(), random_qkv(30, 1)
+    model = torch.nn.ModuleList([layer])
+    with collect_reports(model) as outer:
+        with collect_reports(model) as inner:
+            layer(*qkv)
+        layer(*qkv)
+    layer(*qkv)
+    assert (len(outer), len(inner)) == (2, 1)
+    assert outer[0].report is inner[0].report
 
 
 def full(comm: str = "auto", **arguments: Any) -> MoBACoreAttention:

@@ -61,3 +61,12 @@ def test_tensors_and_lengths_that_do_not_fit_are_refused() -> None:
         Packing.of([3, -1], 2)
     with pytest.raises(ValueError, match=r"has 8 tokens, got a tensor of \(7,\)"):
         Packing.of([5, 3], 2).pad(torch.zeros(7))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0,), "cp_size must be at least 1, got 0"), ((-2,), "cp_size .* got -2"), ((2, 0), "sequence_shards .* got 0")],
+)
+def test_sizes_that_divide_nothing_are_refused(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Packing.of([5, 4], *arguments)
