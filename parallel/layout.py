@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ class SequenceLayout:
         cu_seqlens: `(0, end of document 0, end of document 1, ...)`; documents may be empty.
         cp_size: number of ranks.
         partition: which rank holds which tokens, as a rule or as lists of runs.
-        description: all of it as one int64 array, see `from_description`; `described` is the same memory as a tensor, for graphs.
+        description: all of it as one read-only int64 array, see `from_description`.
+        described: a copy of it as a tensor, for graphs.
 
     Example:
         >>> layout = SequenceLayout.zigzag([0, 5, 12], cp_size=2)   # each document is cut into 4 chunks
@@ -49,13 +51,19 @@ class SequenceLayout:
         [1, 2, 6, 7, 8, 9]
     """
 
+    partition: Partition
+    description: np.ndarray
+    described: Tensor
+    _ends: int
+    _local_tokens: dict[int, int]
+
     def __init__(self, cu_seqlens: np.ndarray, partition: Partition) -> None:
-        self.partition = partition
-        self.description = describe(cu_seqlens, partition)
-        self.described = as_tensor(self.description)
-        self.description.flags.writeable = False
-        self._ends = cu_seqlens.size
-        self._local_tokens: dict[int, int] = {}
+        description = describe(cu_seqlens, partition)
+        self._hold(partition=partition, description=description, _ends=cu_seqlens.size, _local_tokens={})
+
+    def _hold(self, **fields: Any) -> None:
+        fields["description"].flags.writeable = False
+        vars(self).update(fields, described=as_tensor(fields["description"].copy()))
 
     @classmethod
     def contiguous(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int) -> SequenceLayout:
@@ -205,7 +213,7 @@ class SequenceLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory, without `runs` of a layout kept as a rule."""
-        return self.description.nbytes + self.partition.nbytes
+        return 2 * self.description.nbytes + self.partition.nbytes
 
     def local_tokens(self, rank: int) -> int:
         """Number of tokens that `rank` holds.
@@ -311,10 +319,13 @@ class SequenceLayout:
         return {name: value for name, value in self.__dict__.items() if name not in ("described", "mark")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self.description = self.description.copy()  # may be read-only, as `copy.copy` and pickle's protocol 5 share it
-        self.described = as_tensor(self.description)
-        self.description.flags.writeable = False
+        self._hold(**state)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a SequenceLayout is immutable, got {name} = {value!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a SequenceLayout is immutable, got del {name}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SequenceLayout) and self.digest == other.digest

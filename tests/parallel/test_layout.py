@@ -106,6 +106,17 @@ def test_layouts_cannot_be_changed() -> None:
         layout.runs[0][0, 0] = 1
     with pytest.raises(ValueError, match="read-only"):
         layout.cu_seqlens_array[0] = 1
+    layout = SequenceLayout.contiguous([0, 5, 10], 1)
+    for change in (
+        lambda: setattr(layout, "partition", SequenceLayout.contiguous([0, 10], 2).partition),
+        lambda: setattr(layout, "cu_seqlens", (0, 10)),
+        lambda: delattr(layout, "partition"),
+    ):
+        with pytest.raises(AttributeError, match="a SequenceLayout is immutable, got"):
+            change()
+    layout.described[2] = 7  # a copy, for graphs
+    assert (layout.cu_seqlens, layout.cp_size) == ((0, 5, 10), 1)
+    assert layout == SequenceLayout.contiguous([0, 5, 10], 1)
 
 
 @pytest.mark.parametrize(
