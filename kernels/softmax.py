@@ -1,4 +1,4 @@
-"""What the weights of a softmax, computed in parts, are relative to. Scores are in base 2."""
+"""A softmax in parts: what weights are relative to, and what outputs are multiplied by at the end. Scores are in base 2."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,8 @@ above it: then to that score. So its output is seldom rescaled, and no weight is
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """Weights are relative to no less, so that they are 0, and not NaN, where all scores so far are -inf."""
 MOST_INVERSE = tl.constexpr(8.507059173023462e37)
-"""Of a sum of weights, 2^126, so that an output without weight is 0, and not NaN. Its log-sum-exp is -inf."""
+"""Largest factor of an output, 2^126: without weight the output is 0 * 2^126 = 0, where 0 * inf would be NaN. Its log-sum-exp is
+-inf."""
 
 
 @triton.jit

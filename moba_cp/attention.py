@@ -14,7 +14,7 @@ from . import pipeline, wide
 from .call import Call
 from .compiled import can_be_traced, compiled_attention, compiled_varlen, fits_a_graph, fits_the_schema
 from .config import DEFAULT_EXCHANGE_BYTES, DEFAULT_WORKSPACE_BYTES, MoBAConfig
-from .derivatives import can_refuse, first_derivative_only, no_forward_mode
+from .derivatives import SavedTensors, can_refuse, first_derivative_only, no_forward_mode
 from .parallel import backward_order
 from .parallel.comm import CommGroup, process_group_of
 from .parallel.exchanges import Route
@@ -282,12 +282,12 @@ class _MoBAFunction(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, saved: tuple[Tensor, ...], dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: SavedTensors, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
         group: CommGroup = ctx.group
         if group.size > 1:
             backward_order.check(group.group, wide.number_of(ctx.call), dout.device)
         with as_given(dout):
-            gradients = wide.run_backward(ctx.call, ctx.kept, saved[:-1], dout)
+            gradients = wide.run_backward(ctx.call, ctx.kept, saved()[:-1], dout)
         return *gradients, None, None, None, None
 
     jvp = staticmethod(no_forward_mode)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import MoBAConfig
-from .derivatives import first_derivative_only, refuse_transforms
+from .derivatives import SavedTensors, first_derivative_only, refuse_transforms
 from .kernels.torch_backend import accumulate_dtype
 from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
@@ -173,7 +173,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, saved: tuple[()], gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, saved: SavedTensors, gradient: Tensor) -> tuple[Tensor, None, None]:
         backward_order.check(ctx.group, ctx.number, gradient.device)
         return _summed(gradient, ctx.group), None, None
 

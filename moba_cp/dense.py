@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import checked_scale
-from .derivatives import can_refuse, first_derivative_only, no_forward_mode, refuse_transforms
+from .derivatives import SavedTensors, can_refuse, first_derivative_only, no_forward_mode, refuse_transforms
 from .kernels import dense
 from .kernels.torch_backend import accumulate_dtype
 from .parallel import agreement, backward_order
@@ -185,14 +185,14 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, saved: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: SavedTensors, dout: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         dout = dout.contiguous()
         if call.whole.size > 1:
             backward_order.check(call.whole.group, call.number, dout.device)
         if call.wide is not None:
-            return *wide_dense_backward(call.wide, partial(_attend_backward, call), saved, dout), None
-        q, k, v, out, lse = saved
+            return *wide_dense_backward(call.wide, partial(_attend_backward, call), saved(), dout), None
+        q, k, v, out, lse = saved()
         gradients = _attend_backward(call, q, k, v, out, lse, dout)
         return *(x.to(dout.dtype) for x in gradients), None
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+SavedTensors: TypeAlias = Callable[[], tuple[Tensor, ...]]
+"""Gives what forward saved."""
 _TWICE = (
     "attention of moba_cp has no second derivatives: trying to differentiate twice a function that was marked with "
     "@once_differentiable"
@@ -38,7 +40,10 @@ def refuse_transforms(**named: Tensor) -> None:
 
 
 def can_refuse(ctx: Any, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-    """Note in forward whether `saved` holds the inputs themselves, so that their gradients can carry a refusal to them."""
+    """Note in forward whether `saved` holds the inputs themselves, so that their gradients can carry a refusal to them, and
+    whether a hook (checkpointing, offloading) has what forward saved, so that giving it back is work.
+    """
+    ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     needed = [x for x, wanted in zip(inputs, ctx.needs_input_grad, strict=False) if wanted]
     ctx.linked = all(any(x is y for y in saved) for x in needed)
 
@@ -47,31 +52,33 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """`backward` of a `torch.autograd.Function`, with gradients that refuse to be differentiated again.
 
     Forward calls `can_refuse`. Where it saved other tensors than its inputs, `create_graph=True` is refused at once. Other
-    ranks are told by `ctx.together`, if forward has set it, of what is refused here, and of what torch refuses as it gives saved
-    tensors back: one was changed in place, the graph is freed, or a checkpoint computes something else.
+    ranks are told of what is refused here by `ctx.together`, if forward has set it: also of what torch refuses as it gives saved
+    tensors back (one was changed in place, the graph is freed), where no hook has them.
 
     Args:
-        backward: takes `ctx`, its saved tensors, which are read here once, and the incoming gradients.
+        backward: takes `ctx`, a function that gives its saved tensors, and the incoming gradients. A hook may compute them again,
+            over all ranks, so ranks must have compared the order of their backward passes by then. It runs once.
     """
 
     @functools.wraps(backward)
     def refusing(ctx: Any, *incoming: Any) -> Any:
         given = [x for x in incoming if isinstance(x, Tensor)]
         again = torch.is_grad_enabled()
+        saved = functools.cache(lambda: ctx.saved_tensors)
         with getattr(ctx, "together", contextlib.nullcontext()):
             # As is_grads_batched=True makes them.
             if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in given):
                 raise RuntimeError("attention of moba_cp takes one gradient at a time, got is_grads_batched=True")
             if again and not ctx.linked:
                 raise RuntimeError(f"{_TWICE}; here create_graph=True is refused already")
-            with torch.no_grad():
-                saved = ctx.saved_tensors
+            if not getattr(ctx, "hooked", True):
+                saved()
         with torch.no_grad():
             gradients = backward(ctx, saved, *incoming)
         if not again:
             return gradients
         count = sum(isinstance(x, Tensor) for x in gradients)
-        held = [x for x in (*given, *saved) if x.requires_grad]
+        held = [x for x in (*given, *saved()) if x.requires_grad]
         linked = iter(_Twice.apply(count, *(x for x in gradients if isinstance(x, Tensor)), *held))
         return tuple(next(linked) if isinstance(x, Tensor) else x for x in gradients)
 

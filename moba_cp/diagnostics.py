@@ -193,7 +193,7 @@ def plot_block_selection(
     drawing.matplotlib()
     error: Exception | None = None
     chosen: list[int] = []
-    writes = layout is None or layout.cp_size == 1 or dist.get_rank(group) == 0
+    writes = layout is None or _writes(report, group)
     try:
         path, chosen = _file(path, writes), _chosen_heads(heads, report.selected.shape[0])
     except (TypeError, ValueError) as raised:
@@ -255,7 +255,7 @@ def plot_distance_histogram(
     else:
         _check_together(report, layout, group)
         drawing.matplotlib()
-        path = _file_together(path, layout, group, dist.get_rank(group) == 0)
+        path = _file_together(path, layout, group, _writes(report, group))
     if group is not None:
         _begin(report, layout, group, "plot_distance_histogram")
         if dist.get_rank(group) > 0:
@@ -301,7 +301,7 @@ def plot_traffic(
     drawing.matplotlib()
     group = process_group_of(group)
     _check_together(report, None, group)
-    path = _file_together(path, None, group, report.attended_keys.size == 1 or dist.get_rank(group) == 0)
+    path = _file_together(path, None, group, _writes(report, group))
     traffic = gather_traffic(report, group)
     if len(traffic) > 1 and dist.get_rank(group) > 0:
         return path
@@ -375,6 +375,11 @@ def _check_ranks(report: MoBAReport, group: dist.ProcessGroup | None) -> None:
     size, ranks = dist.get_world_size(group), report.attended_keys.size
     if size != ranks:
         raise ValueError(f"group has {size} ranks, but the report is of {ranks}")
+
+
+def _writes(report: MoBAReport, group: dist.ProcessGroup | None) -> bool:
+    """Whether this rank writes a picture that all ranks of the report make together."""
+    return report.attended_keys.size == 1 or (dist.is_initialized() and dist.get_rank(group) == 0)
 
 
 def _file(path: str | os.PathLike[str], writes: bool) -> Path:

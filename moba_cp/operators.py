@@ -32,7 +32,7 @@ from . import pipeline
 from .attached import attach, attached
 from .call import Call
 from .config import MoBAConfig
-from .derivatives import can_refuse, first_derivative_only
+from .derivatives import SavedTensors, can_refuse, first_derivative_only
 from .kernels import backend_for
 from .kernels.torch_backend import accumulate_dtype
 from .parallel import backward_order
@@ -238,10 +238,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 @first_derivative_only
-def _backward(ctx: Any, saved: tuple[Tensor, ...], dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, saved: SavedTensors, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
     if not ctx.gradients:
         raise RuntimeError("moba_cp::attention was called with gradients=False, so it has no backward")
-    gradients = torch.ops.moba_cp.attention_backward(dout, *saved, *ctx.rest)
+    gradients = torch.ops.moba_cp.attention_backward(dout, *saved(), *ctx.rest)
     return *gradients, *(None,) * 15
 
 

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import agreement
-from .comm import HostCopy, NoAnswerError, SideStream, named_error, process_group, start_all_gather
+from .comm import HostCopy, SideStream, named_error, process_group, start_all_gather
 
 AT_ONCE = ("cpu",)
 """Types of devices where numbers are always compared at the beginning of each call's backward."""
@@ -158,8 +158,7 @@ def _compares_at_once(order: _Order, device: torch.device) -> bool:
 
 class BackwardRefusedTogether:
     """Context in which what one rank refuses before `check` (RuntimeError), all ranks of the group raise there, if they compare
-    numbers at once; else they wait for it. What communicates inside (a checkpoint that is computed again) does so on all ranks;
-    where others do not take part in that, nobody is told.
+    numbers at once; else they wait for it. Nothing that communicates may run inside.
 
     Args:
         group, device: as for `check`.
@@ -172,7 +171,7 @@ class BackwardRefusedTogether:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, RuntimeError) or isinstance(error, NoAnswerError):
+        if not isinstance(error, RuntimeError):
             return
         group = process_group(self._group)
         order = _order(group)

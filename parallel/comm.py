@@ -214,17 +214,13 @@ def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
     return dict(entry.split(":") for entry in served.split(","))
 
 
-class NoAnswerError(RuntimeError):
-    """Another rank did not take part in a collective."""
-
-
 @contextlib.contextmanager
 def named_error(describe: str) -> Iterator[None]:
     """A RuntimeError of a collective says what was waited for, also where a peer is found gone when it starts."""
     try:
         yield
     except RuntimeError as error:
-        raise NoAnswerError(f"{describe}: it did not come ({error})") from error
+        raise RuntimeError(f"{describe}: it did not come ({error})") from error
 
 
 class SideStream:

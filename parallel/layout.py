@@ -41,7 +41,7 @@ class SequenceLayout:
         cp_size: number of ranks.
         partition: which rank holds which tokens, as a rule or as lists of runs.
         description: all of it as one read-only int64 array, see `from_description`.
-        described: a copy of it as a tensor, for graphs.
+        described: the same memory as a tensor, for graphs. torch has no read-only tensors: do not write to it.
 
     Example:
         >>> layout = SequenceLayout.zigzag([0, 5, 12], cp_size=2)   # each document is cut into 4 chunks
@@ -62,8 +62,8 @@ class SequenceLayout:
         self._hold(partition=partition, description=description, _ends=cu_seqlens.size, _local_tokens={})
 
     def _hold(self, **fields: Any) -> None:
-        fields["description"].flags.writeable = False
-        vars(self).update(fields, described=as_tensor(fields["description"].copy()))
+        vars(self).update(fields, described=as_tensor(fields["description"]))
+        self.description.flags.writeable = False
 
     @classmethod
     def contiguous(cls, cu_seqlens: Iterable[int] | Tensor, cp_size: int) -> SequenceLayout:
@@ -213,7 +213,7 @@ class SequenceLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory, without `runs` of a layout kept as a rule."""
-        return 2 * self.description.nbytes + self.partition.nbytes
+        return self.description.nbytes + self.partition.nbytes
 
     def local_tokens(self, rank: int) -> int:
         """Number of tokens that `rank` holds.
@@ -318,8 +318,9 @@ class SequenceLayout:
         """Without tensors: pickled, they would be second copies, and between processes file descriptors."""
         return {name: value for name, value in self.__dict__.items() if name not in ("described", "mark")}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self._hold(**state)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copied, as it may be read-only: `copy.copy` and pickle's protocol 5 share it.
+        self._hold(**state | {"description": state["description"].copy()})
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a SequenceLayout is immutable, got {name} = {value!r}")

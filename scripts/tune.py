@@ -100,7 +100,7 @@ def main(
 
 
 def measure(results: Results, case: dict[str, int], subject: Subject, factor: float, budget: float) -> None:
-    """Time variants, and compare what each writes with what the first one of its kernel wrote."""
+    """Time variants, and compare what each writes with what the first one of its kernel, or of its reference, wrote."""
     end, device = time.perf_counter() + budget, torch.device("cuda")
     expected: dict[str, dict[str, Tensor]] = {}
 

@@ -135,6 +135,7 @@ ALONE: dict[str, tuple[Callable[..., object], dict[str, Any], str]] = {
     "report of one rank": (traffic, {"report": of_one_rank()}, "group has 2 ranks, but the report is of 1"),
     "picture of one rank": (histogram, {"report": of_one_rank()}, "group has 2 ranks, but the report is of 1"),
     "a name that is empty": (histogram, {"path": ""}, "path must name a file, got ''"),
+    "layout of a picture": (picture, {"layout": 3}, "layout must be a SequenceLayout, got int"),
     "a kind of picture": (picture, {"path": "a.xyz"}, "path must end with one of .*png.* got 'a.xyz'"),
     "a kind of histogram": (histogram, {"path": "a.xyz"}, "path must end with one of .*png.* got 'a.xyz'"),
     "scale of a compiled module": (titan, {"scale": "x"}, "softmax_scale"),

@@ -55,6 +55,7 @@ def test_other_documents_and_selections_have_rows_of_their_own() -> None:
     of = [{"document": 1024}, {"document": 2048}, {"document": 2048, "selections": "b.npz: layer_0"}]
     entries = [result(2, "pull", 2.0 + i, 6.0 + i, routing="trained", **more) for i, more in enumerate(of)]
     text = scaling_tables([content(*entries)])
-    assert text.count("documents of 2,048 | ") == 2
+    assert "| trained, documents of 2,048, zigzag | 3.0 / 7.0 |" in text
+    assert "| trained (b.npz: layer_0), documents of 2,048, zigzag | 4.0 / 8.0 |" in text
     for i in range(3):
         assert f"{2.0 + i} / {6.0 + i}" in text

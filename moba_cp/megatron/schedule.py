@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -65,7 +66,7 @@ class MoBASchedule:
         Raises:
             TypeError, ValueError: a fraction that is no number from 0 to 1, or ``total_steps`` that are no positive integer.
         """
-        if isinstance(moba_fraction, bool) or not isinstance(moba_fraction, (int, float)):
+        if isinstance(moba_fraction, bool) or not isinstance(moba_fraction, Real):
             raise TypeError(f"moba_fraction must be a number, got {moba_fraction!r}")
         if not 0 <= moba_fraction <= 1:
             raise ValueError(f"moba_fraction must be between 0 and 1, got {moba_fraction}")

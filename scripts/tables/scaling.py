@@ -49,11 +49,10 @@ def scaling_table(content: dict[str, Any]) -> str:
         share = _baseline(baselines, best, "equal_work")
         dense = [b for b in baselines if b["baseline"].startswith("dense") and _same(b, best)]
         fastest = min(dense, key=lambda b: b["forward_backward_ms"], default=None)
-        documents = f", documents of {best['document']:,}" if "document" in best else ""
         cells = [
             str(ranks), tokens_text(best["tokens"]), f"{best['q_heads']}/{best['kv_heads']}",
             f"({best['block_size']}, {best['topk']})",
-            f"{best['routing']}, {best['layout']}{documents}{budget(best)}",
+            f"{routing_text(best)}, {best['layout']}{budget(best)}",
             *([times(of_comm.get(comm)) for comm in comms] if ranks > 1 or comms == [] else _alone(best, comms)),
             times(share), efficiency(share, best), f"{best['exposed_ms']:.1f}" if ranks > 1 else "-",
             f"{best['received_bytes'] / 2**30:.2f}" if ranks > 1 else "-", peak(best),
@@ -88,7 +87,7 @@ def strong_scaling(results: Sequence[dict[str, Any]]) -> list[str]:
         few, *others = (of_count[count] for count in sorted(of_count))
         for many in others:
             ratios = " / ".join(f"{few[x] / many[x]:.2f}x" for x in ("forward_ms", "forward_backward_ms"))
-            what = f"{few['q_heads']}/{few['kv_heads']}, ({few['block_size']}, {few['topk']}), {few['routing']}"
+            what = f"{few['q_heads']}/{few['kv_heads']}, ({few['block_size']}, {few['topk']}), {routing_text(few)}"
             gpus = f"{few['ranks']} to {many['ranks']} GPUs"
             lines.append(f"- {tokens_text(few['tokens'])} tokens, {what}: {gpus} {ratios} ({many['comm']})")
     return lines
@@ -97,6 +96,13 @@ def strong_scaling(results: Sequence[dict[str, Any]]) -> list[str]:
 def commits(results: Sequence[dict[str, Any]]) -> str:
     """Of all results, the earliest first."""
     return " and ".join(dict.fromkeys(r["commit"][:10] for r in results))
+
+
+def routing_text(result: dict[str, Any]) -> str:
+    """What selects blocks, and of how long documents where there are several."""
+    selections = f" ({result['selections']})" if "selections" in result else ""
+    documents = f", documents of {result['document']:,}" if "document" in result else ""
+    return f"{result['routing']}{selections}{documents}"
 
 
 def budget(result: dict[str, Any]) -> str:
@@ -260,7 +266,9 @@ def _order(
 
 
 def _same(baseline: dict[str, Any], result: dict[str, Any]) -> bool:
-    return all(baseline[name] == result[name] for name in ("ranks", "tokens", "q_heads", "kv_heads"))
+    return all(
+        baseline.get(name) == result.get(name) for name in ("ranks", "tokens", "q_heads", "kv_heads", "document")
+    )
 
 
 def _baseline(baselines: Sequence[dict[str, Any]], result: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -102,7 +102,7 @@ def test_nan_key_shows_only_in_rows_that_see_it(block_size):
 
 
 def weightless(case: Case, lowest: float) -> Case:
-    """All scores of block 0, and of the first 64 keys of block 1 (16 of a smaller one), are -inf: their weights are 0."""
+    """All scores of block 0, and of the first 64 keys of block 1 (half of a smaller one), are -inf: their weights are 0."""
     case.q.abs_().add_(0.5)
     case.part.k[: case.block_size] = lowest
     first = int(case.part.start[0, 1])

@@ -114,9 +114,7 @@ def test_layouts_cannot_be_changed() -> None:
     ):
         with pytest.raises(AttributeError, match="a SequenceLayout is immutable, got"):
             change()
-    layout.described[2] = 7  # a copy, for graphs
     assert (layout.cu_seqlens, layout.cp_size) == ((0, 5, 10), 1)
-    assert layout == SequenceLayout.contiguous([0, 5, 10], 1)
 
 
 @pytest.mark.parametrize(
