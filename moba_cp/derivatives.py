@@ -23,11 +23,14 @@ _TWICE = (
 
 
 def refuse_transforms(**named: Tensor) -> None:
-    """No argument is inside a transform of `torch.func`, which autograd functions of fixed shapes do not follow.
+    """No argument is inside a transform of `torch.func`, which autograd functions of fixed shapes do not follow, and no call is
+    recorded by `torch.jit.trace`, in which sizes are tensors.
 
     Raises:
-        TypeError: an argument is batched, or tracks gradients, by such a transform.
+        TypeError: an argument is batched, or tracks gradients, by such a transform; or the call is recorded.
     """
+    if torch.jit.is_tracing():
+        raise TypeError(f"torch.jit.trace cannot record attention of moba_cp, got {', '.join(named)}: use torch.export")
     if not torch._C._are_functorch_transforms_active():
         return
     of = torch._C._functorch

@@ -186,6 +186,11 @@ def test_transforms_of_torch_func(attention: Callable[..., Tensor]) -> None:
             ask()
 
 
+def test_torchscript_does_not_record(attention: Callable[..., Tensor]) -> None:
+    with pytest.raises(TypeError, match=r"torch.jit.trace cannot record attention .* got q, k, v.*: use torch.export"):
+        torch.jit.trace(attention, tuple(tensors()))
+
+
 def test_forward_mode_and_batched_gradients(attention: Callable[..., Tensor]) -> None:
     q, k, v = tensors()
     with torch.autograd.forward_ad.dual_level():
