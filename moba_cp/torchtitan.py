@@ -109,6 +109,12 @@ class TitanAttention(MoBAAttention):
             raise ValueError(
                 f"packed documents over {self.cp_size} ranks need a layout (moba_cp.set_layout), not attention_masks"
             )
+        of_keys = getattr(masks, "cu_seq_k", None)
+        if of_keys is not None and of_keys is not masks.cu_seq_q and not torch.equal(of_keys, masks.cu_seq_q):
+            raise ValueError(
+                "queries and keys must be the same documents, got cu_seq_q "
+                f"{masks.cu_seq_q.tolist()}, cu_seq_k {of_keys.tolist()}"
+            )
         host = getattr(masks, "cu_seq_q_host", None)
         return SequenceLayout.contiguous(masks.cu_seq_q.cpu() if host is None else host, 1)
 
@@ -141,13 +147,16 @@ def swap_attention(
         Names of the layers that were swapped.
 
     Raises:
+        TypeError: `layers` are no names or numbers.
         ValueError: there is no such layer, or a layer has no `attention.inner_attention`.
     """
     blocks = getattr(model, "layers", None)
     if not isinstance(blocks, (nn.ModuleDict, nn.ModuleList)):
         raise ValueError(f"{type(model).__name__} has no layers as torchtitan's models have")
     named = dict(blocks.named_children())
-    wanted = list(named) if layers is None else [str(layer) for layer in layers]
+    if isinstance(layers, str) or not (layers is None or isinstance(layers, Iterable)):
+        raise TypeError(f"layers must be names or numbers of layers, got {layers!r}")
+    wanted = list(named) if layers is None else list(dict.fromkeys(str(layer) for layer in layers))
     if missing := [layer for layer in wanted if layer not in named]:
         raise ValueError(f"layers must be among {', '.join(named)}; got {', '.join(missing)}")
     for layer in wanted:

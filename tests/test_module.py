@@ -246,6 +246,10 @@ def test_layers_are_swapped_by_name() -> None:
     assert all(torch.equal(a, before[name]) for name, a in swapped.state_dict().items())
     with pytest.raises(ValueError, match="layers must be among 0, 1; got 7"):
         swap_attention(swapped, CONFIG, layers=[7])
+    assert swap_attention(swapped, CONFIG, layers=[1, "1"]) == ["1"]
+    for layers in (1, "1"):
+        with pytest.raises(TypeError, match=f"layers must be names or numbers of layers, got {layers!r}"):
+            swap_attention(swapped, CONFIG, layers=layers)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Linear has no layers"):
         swap_attention(nn.Linear(2, 2), CONFIG)
 
@@ -258,12 +262,16 @@ def test_torchtitan_arguments() -> None:
     documents = SimpleNamespace(cu_seq_q=torch.tensor([0, 5, 24], dtype=torch.int32))
     packed = MoBAAttention(CONFIG)(q, q, q, layout=SequenceLayout.contiguous([0, 5, 24], 1))
     assert torch.equal(module(q, q, q, attention_masks=documents), packed)
+    documents.cu_seq_k = documents.cu_seq_q.clone()
+    assert torch.equal(module(q, q, q, attention_masks=documents), packed)
+    of_keys = SimpleNamespace(cu_seq_q=documents.cu_seq_q, cu_seq_k=torch.tensor([0, 6, 24], dtype=torch.int32))
     module.layout = SequenceLayout.contiguous([0, 5, 24], 1)
     assert torch.equal(module(q, q, q, attention_masks=object()), packed)  # the layout says the documents
     module.layout = None
     for options, text in (
         ({"is_causal": False}, "is causal, got is_causal=False"),
         ({"attention_masks": object()}, "must be None or VarlenMetadata, got object"),
+        ({"attention_masks": of_keys}, r"cu_seq_q \[0, 5, 24\], cu_seq_k \[0, 6, 24\]"),
         ({"score_mod": abs}, "has no score_mod"),
         ({"out_transform": abs}, "has no out_transform"),
     ):

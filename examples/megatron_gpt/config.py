@@ -176,9 +176,9 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
                 raise ValueError(f"{section!s}.{key!s} is text, and YAML reads it as {value!r}: put it in quotes")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(structure, *given))
-    except OmegaConfBaseException as error:
-        what = str(error).splitlines()[0]
-        raise ValueError(f"{what} ({error.full_key})" if error.full_key else what) from None
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping in place of a list
+        what, where = str(error).splitlines()[0], getattr(error, "full_key", None)
+        raise ValueError(f"{what} ({where})" if where else what) from None
     assert isinstance(config, TrainConfig)
     _check(config)
     return config

@@ -16,7 +16,8 @@ from .core_attention import MoBACoreAttention
 def use_full_attention(model: torch.nn.Module | Iterable[torch.nn.Module], full: bool) -> int:
     """Make every MoBA layer compute full causal attention (``full=True``), or what it was built for (False).
 
-    Parameters, their names, optimizer state and checkpoints stay as they are. All ranks must switch at the same step.
+    Parameters, their names, optimizer state and checkpoints stay as they are. All ranks must switch at the same step, and not
+    between a forward pass and its backward: what Megatron computes again there would be the other attention.
 
     Args:
         model: a model, or the list of model chunks that Megatron's virtual pipeline makes.

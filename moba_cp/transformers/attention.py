@@ -40,6 +40,7 @@ def moba_attention_forward(
     moba_layout: SequenceLayout | None = None,
     moba_group: dist.ProcessGroup | None = None,
     moba_centroids: CentroidCache | None = None,
+    moba_cached_tokens: CachedTokens | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """MoBA attention for an attention module of transformers.
@@ -56,7 +57,7 @@ def moba_attention_forward(
         cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, where documents begin; instead of positions, for one sample.
         moba_layout, moba_group: the sample is this rank's part of a sequence under context parallelism. They reach this
             function as arguments of the model's forward pass.
-        moba_centroids: of the keys in the cache; from a hook on the module.
+        moba_centroids, moba_cached_tokens: of the keys in the cache, and the tokens that they are of; from a hook on the module.
         **kwargs: others are for other attention functions. Those that would change the result are refused.
 
     Returns:
@@ -112,11 +113,12 @@ def moba_attention_forward(
         return _prefill(moba, q, k, v, config, tokens, ends), None
     if not moba or (decoding and settings.decode == "full"):
         return _full_from_cache(query, key, value, tokens, scaling), None
-    centroids = moba_centroids if moba_centroids is not None else CentroidCache()
+    changed = kept.moved(tokens, moba_cached_tokens)
+    centroids = moba_centroids if moba_centroids is not None and not changed else CentroidCache()
     if centroids.values is not None and centroids.values.dtype != k.dtype:  # autocast was switched in between
         centroids = CentroidCache()
     out = moba_attention_cached(q, k, v, config, tokens=tokens, centroids=centroids)
-    kept.keep(cached_key, centroids)
+    kept.keep(cached_key, centroids, tokens)
     return out, None
 
 

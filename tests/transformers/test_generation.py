@@ -56,6 +56,35 @@ def test_token_by_token(kind: str, cache: str) -> None:
 
 
 @caches
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        pytest.param(slice(0, 0), slice(12, 15), id="masked later"),
+        pytest.param(slice(0, 0), slice(0, 6), id="the oldest masked later"),
+        pytest.param(slice(0, 9), slice(0, 0), id="left padding unmasked"),
+        pytest.param(slice(12, 15), slice(0, 0), id="a gap unmasked"),
+    ],
+)
+def test_a_mask_that_changes_over_cached_tokens(cache: str, first: slice, then: slice) -> None:
+    """Centroids are those of the new mask, as of a cache that was copied and has none. The other sample's mask stays."""
+    model, ids = tiny(full_last=1), text(2, TOKENS)
+    masks = [torch.ones(2, TOKENS, dtype=torch.long) for _ in range(2)]
+    masks[0][1, first], masks[1][1, then] = 0, 0
+
+    def logits(fresh: bool) -> torch.Tensor:
+        past, found = new_cache(model, cache), []
+        for begin, end, mask in ((0, 17, 0), (17, 18, 0), (18, 22, 1), (22, 23, 1), (23, TOKENS, 1)):
+            past = copy.deepcopy(past) if fresh else past
+            at = torch.arange(begin, end).expand(2, -1)
+            given = {"attention_mask": masks[mask][:, :end], "position_ids": at, CACHE: past, "use_cache": True}
+            with torch.no_grad():
+                found.append(model(ids[:, begin:end], **given).logits)
+        return torch.cat(found[2:], 1)
+
+    assert torch.equal(logits(fresh=False), logits(fresh=True))
+
+
+@caches
 def test_every_split_of_the_prefill(cache: str) -> None:
     """In two chunks, then token by token."""
     model, ids = tiny(full_last=1), text(2, TOKENS)
