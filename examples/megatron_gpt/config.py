@@ -231,6 +231,10 @@ def _check(config: TrainConfig) -> None:
     folder = Path(run.name)
     if not folder.parts or folder.is_absolute() or ".." in folder.parts:
         raise ValueError(f"run.name must be a folder in run.directory, got {run.name!r}")
+    try:
+        Path(run.directory).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"run.directory={run.directory!r}: {error}") from None
     if data.seq_length < 1:
         raise ValueError(f"data.seq_length must be at least 1, got {data.seq_length}")
     for name in ("steps", "micro_batch_size", "global_batch_size", "log_interval", "eval_batches", "token_parts"):

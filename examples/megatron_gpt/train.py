@@ -143,6 +143,8 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
             reporter.say(note)
         if restored:
             reporter.say(f"resumed after step {progress.step}")
+            if schedule.full_from is not None:
+                reporter.say(f"MoBA before step {schedule.full_from}, full attention from there on")
             if progress.step >= run.steps:
                 reporter.say(f"run.steps={run.steps} are done: a larger run.steps trains on")
         for step in range(progress.step + 1, run.steps + 1):
