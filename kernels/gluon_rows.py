@@ -13,6 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
+from .softmax import MOST_INVERSE
+
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
 
@@ -92,6 +94,12 @@ def offset_of(token, head, token_stride, head_stride, HEAD_BITS: gl.constexpr):
 def aligned_offset_of(token, head, token_stride, head_stride, HEAD_BITS: gl.constexpr):
     """The same in 64 bits, for strides that are multiples of 16 and rows less than `sizes.MOST_REACH` elements apart."""
     return offset_of(token, head, token_stride >> 4, head_stride >> 4, HEAD_BITS).to(gl.int64) * 16
+
+
+@gluon.jit
+def normalised(total, norm, SUM: gl.constexpr):
+    """Outputs `total`, in the layout SUM, divided by their rows' sums of weights, as `softmax.inverse` divides."""
+    return total * gl.convert_layout(gl.minimum(1.0 / norm, MOST_INVERSE), gl.SliceLayout(1, SUM))[:, None]
 
 
 @gluon.jit

@@ -18,13 +18,12 @@ class ListConfig:
         item_rows_small: most entries per work item for blocks of at most `configs.SMALL_BLOCK` keys: rows stream past the keys.
         item_rows_large: most entries per work item for larger blocks: keys stream past the rows.
         register_bins: at most this many blocks, a program counts in registers; more are counted by atomic adds.
-        entries, warps: entries sorted at once by a program. Within one warp nothing waits for a barrier.
-        count_entries: entries that a program counts at a time.
-        count_warps: warps of a program that counts.
+        entries, warps: entries that a program sorts at once, and its warps. Within one warp nothing waits for a barrier.
+        count_entries, count_warps: entries that a program counts at once, and its warps.
         few_blocks, few_slots: at most this many blocks and slots, a program keeps a cursor per block in registers and
             sorts nothing.
-        few_tokens, few_warps: tokens processed at once by such a program.
-        item_bins, items_at_once: bins whose items one program makes, and items of each bin written at once.
+        few_tokens, few_warps: tokens that such a program processes at once, and its warps.
+        item_bins, items_at_once: bins for which one program makes the work items, and items per bin that it writes at once.
         entry_bits: entries with more bits are int64.
         programs, most_programs: approximate number of programs per pass, at least and at most.
         program_batches, table_entries: beyond `programs`, each program has at least this many batches, and the table of

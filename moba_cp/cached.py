@@ -100,7 +100,7 @@ class CachedTokens:
         before = lengths - (query_position >= 0).sum(1, dtype=torch.int32)
         return cls(lengths, before, query_position, table[:, :-1], position)
 
-    def follow(self, earlier: CachedTokens) -> bool:
+    def extends(self, earlier: CachedTokens) -> bool:
         """Whether content of the cache that was there with `earlier` is where it was. Waits for the device."""
         width = min(self.slots.shape[1], earlier.slots.shape[1])
         known = torch.arange(width, device=self.slots.device) < torch.minimum(self.before, earlier.lengths)[:, None]

@@ -255,10 +255,10 @@ def plot_distance_histogram(
     else:
         _check_together(report, layout, group)
         drawing.matplotlib()
-        path = _file_together(path, layout, group, _writes(report, group))
-    if group is not None:
+        writes = _writes(report, group)
+        path = _file_together(path, layout, group, writes)
         _begin(report, layout, group, "plot_distance_histogram")
-        if dist.get_rank(group) > 0:
+        if not writes:
             return path
     labels, counts = distances(report)
     uniform = None
@@ -301,9 +301,10 @@ def plot_traffic(
     drawing.matplotlib()
     group = process_group_of(group)
     _check_together(report, None, group)
-    path = _file_together(path, None, group, _writes(report, group))
+    writes = _writes(report, group)
+    path = _file_together(path, None, group, writes)
     traffic = gather_traffic(report, group)
-    if len(traffic) > 1 and dist.get_rank(group) > 0:
+    if not writes:
         return path
     names = dict.fromkeys(name for t in traffic for name in t.stages)
     received = {n: np.array([t.stages[n].received_bytes if n in t.stages else 0 for t in traffic]) for n in names}

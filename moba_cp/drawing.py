@@ -230,7 +230,6 @@ def formats() -> list[str]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 

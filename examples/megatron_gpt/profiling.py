@@ -30,7 +30,7 @@ KERNELS = {
     "backward": ("dkdv_dq", "dkdv_dq_tiles", "dkdv", "dq", "dq_of_ds", "find_segments", "sum_segments"),
     "exchange": ("_pack", "_heads", "_wanted", "add_gradients"),
 }
-"""Names of the package's kernels, without `_kernel`, by stage. Those of the exchange move rows, or add gradients that came."""
+"""Names of the package's kernels, without `_kernel`, by stage. Exchange kernels move rows, or add gradients that arrived."""
 _STAGE = {f"{name}_kernel": label for label, names in KERNELS.items() for name in names}
 
 

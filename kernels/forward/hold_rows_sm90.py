@@ -24,12 +24,13 @@ from ..gluon_rows import (
     decode,
     gather_layout,
     line_layout,
+    normalised,
     offset_of,
     product_layout,
     store_layout,
     warp_layout,
 )
-from ..softmax import LOWEST, MOST_INVERSE, MOST_RISE
+from ..softmax import LOWEST, MOST_RISE
 
 
 @gluon.jit
@@ -103,12 +104,13 @@ def _rescale_constraints(count: int) -> str:
 
 
 @gluon.jit
-def _rescale(total, factors, D: gl.constexpr):
-    """`total * factors`, of D columns. A warp whose factors are all 1, as nearly always, skips the multiplications."""
+def _rescale(total, factors):
+    """`total * factors`. A warp whose factors are all 1, as nearly always, skips the multiplications."""
     gl.static_assert((total.shape[0] == 128) & (gl.num_warps() == 4))
     return gl.inline_asm_elementwise(
-        _rescale_asm(D), _rescale_constraints(D), [total, factors], dtype=gl.float32, is_pure=False, pack=D
-    )
+        _rescale_asm(total.shape[1]), _rescale_constraints(total.shape[1]), [total, factors], dtype=gl.float32,
+        is_pure=False, pack=total.shape[1],
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -121,7 +123,7 @@ def _softmax_step(s, m, norm, total, scale, DTYPE: gl.constexpr, SUM: gl.constex
     p = gl.exp2(s * scale - m_new[:, None])
     rescale = gl.exp2(m - m_new)
     norm = norm * rescale + gl.sum(p, 1)
-    total = _rescale(total, gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None], total.shape[1])
+    total = _rescale(total, gl.convert_layout(rescale, gl.SliceLayout(1, SUM))[:, None])
     return gl.convert_layout(p.to(DTYPE), LEFT), m_new, norm, total
 
 
@@ -131,7 +133,7 @@ def _store_rows(
 ):
     """Store normalised rows at rows `at` of `out` where `stored`; both in the rows' slice of `store_layout`."""
     STORE: gl.constexpr = store_layout(ROWS, D, 4)
-    o = total * gl.convert_layout(gl.minimum(1.0 / norm, MOST_INVERSE), gl.SliceLayout(1, SUM))[:, None]
+    o = normalised(total, norm, SUM)
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
     gl.store(
         out + (at.to(gl.int64) * D)[:, None] + cols[None, :],

@@ -19,12 +19,13 @@ from ..gluon_rows import (
     gather_layout,
     in_turns,
     line_layout,
+    normalised,
     offset_of,
     product_layout,
     store_layout,
     warp_layout,
 )
-from ..softmax import LOWEST, MOST_INVERSE
+from ..softmax import LOWEST
 
 
 @gluon.jit
@@ -164,7 +165,7 @@ def stream_rows_kernel(
         at = (offset_of(token, head, 1, tokens, HEAD_BITS) + first_row) * TOPK + (row_code & ((1 << SLOT_BITS) - 1))
         gl.store(lse + at, m + gl.log2(norm), mask=i * ROWS + by_row < count)
         o, p_left = warpgroup_mma_wait(1, deps=(o_run, p_left))
-        o = o * gl.convert_layout(gl.minimum(1.0 / norm, MOST_INVERSE), gl.SliceLayout(1, SUM))[:, None]
+        o = normalised(o, norm, SUM)
         at = gl.convert_layout(at, gl.SliceLayout(1, STORE))
         gl.store(
             out + (at.to(gl.int64) * D)[:, None] + out_cols[None, :], gl.convert_layout(o.to(DTYPE), STORE),

@@ -55,22 +55,22 @@ def memory(layer: Layer, split: Split) -> Memory:
     selected = rows * layer.slots * (2 if blocks < 1 << 15 else 4)
     lists = rows * layer.slots * 4
     sums = rows * 4
+    together = _heads_together(layer, split, wide_tokens)
     parts = {
         "q, k, v and the output": 2 * q + 2 * kv,
         "gradients": 2 * q + 2 * kv,
         "selection and routing lists": selected + lists + 2 * sums,
         "centroids": blocks * kv_heads * row,
-        "workspace": _workspace(layer, split, *_heads_together(layer, split, wide_tokens)),
+        "workspace": _workspace(layer, split, *together),
     }
     kept = q + 2 * kv
     if split.head_parallel > 1:
         wide_kv = wide_tokens * kv_heads * row
         kept = q + 2 * wide_kv  # in place of q, k, v
         parts["tensors split by heads"] = kept + 2 * q + 2 * wide_kv
-        parts["memory for heads in and out"] = _shared_for_heads(layer, split, wide_tokens)
+        parts["memory for heads in and out"] = _shared_for_heads(layer, split, wide_tokens, *together)
     if split.sequence_ranks > 1:
-        most_heads = min(ranges(layer, split).most_heads, _heads_together(layer, split, wide_tokens)[1])
-        unit = wide_tokens * most_heads * 2 * row
+        unit = wide_tokens * min(ranges(layer, split).most_heads, together[1]) * 2 * row
         at_once = {"fetch": split.sequence_ranks - 1, "all_gather": split.sequence_ranks}.get(split.exchange, 1)
         parts["exchange"] = UNITS[split.exchange] * unit * at_once
         if keeps_parts(layer, split):
@@ -97,12 +97,10 @@ def _workspace(layer: Layer, split: Split, q_heads: int, kv_heads: int) -> int:
     )  # fmt: skip
 
 
-def _shared_for_heads(layer: Layer, split: Split, wide_tokens: int) -> float:
+def _shared_for_heads(layer: Layer, split: Split, wide_tokens: int, q_heads: int, kv_heads: int) -> float:
     """Bytes of the buffers through which heads move inside a node: for two of the largest slabs each, q, k, v and dq, dk,
     dv."""
-    q, kv = (
-        wide_tokens * heads * layer.head_dim * layer.itemsize for heads in _heads_together(layer, split, wide_tokens)
-    )
+    q, kv = (wide_tokens * heads * layer.head_dim * layer.itemsize for heads in (q_heads, kv_heads))
     return 2 * (q + 2 * kv) + 2 * (q + 2 * kv * _gradients_per_number(layer, split))
 
 

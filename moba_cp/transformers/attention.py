@@ -113,8 +113,9 @@ def moba_attention_forward(
         return _prefill(moba, q, k, v, config, tokens, ends), None
     if not moba or (decoding and settings.decode == "full"):
         return _full_from_cache(query, key, value, tokens, scaling), None
-    changed = kept.moved(tokens, moba_cached_tokens)
-    centroids = moba_centroids if moba_centroids is not None and not changed else CentroidCache()
+    centroids = moba_centroids
+    if centroids is None or kept.moved(tokens, moba_cached_tokens):
+        centroids = CentroidCache()
     if centroids.values is not None and centroids.values.dtype != k.dtype:  # autocast was switched in between
         centroids = CentroidCache()
     out = moba_attention_cached(q, k, v, config, tokens=tokens, centroids=centroids)

@@ -50,7 +50,7 @@ def moved(tokens: CachedTokens, earlier: CachedTokens | None) -> bool:
         return False
     compared = tokens.__dict__.get("_compared")
     if compared is None or compared[0]() is not earlier:
-        compared = tokens.__dict__["_compared"] = (weakref.ref(earlier), not tokens.follow(earlier))
+        compared = tokens.__dict__["_compared"] = (weakref.ref(earlier), not tokens.extends(earlier))
     return bool(compared[1])
 
 

@@ -75,10 +75,10 @@ def scaling_table(content: dict[str, Any]) -> str:
 def strong_scaling(results: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each problem that several numbers of GPUs solved: how much faster the best exchange is than with the fewest."""
     found: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
-    for key, of_comm in _cases(results):
+    for _, of_comm in _cases(results):
         timed = [r for r in of_comm.values() if "forward_backward_ms" in r]
         for r in timed:
-            of_count = found.setdefault(key[1 : 1 + len(PROBLEM)], {})
+            of_count = found.setdefault(tuple(map(r.get, PROBLEM)), {})
             before = of_count.get(r["ranks"])
             if before is None or r["forward_backward_ms"] < before["forward_backward_ms"]:
                 of_count[r["ranks"]] = r
@@ -253,16 +253,14 @@ def _cases(results: Sequence[dict[str, Any]]) -> list[tuple[tuple[Any, ...], dic
         before = of_comm.get(r["comm"])
         if before is None or r.get("forward_backward_ms", 0) < before.get("forward_backward_ms", 0):
             of_comm[r["comm"]] = r
-    return sorted(found.items(), key=lambda item: _order(*item[0]))
+    return sorted(found.items(), key=lambda item: _order(next(iter(item[1].values()))))
 
 
-def _order(
-    ranks: int, tokens: int, q_heads: int, kv_heads: int, block_size: int, topk: int, routing: str, document: int | None,
-    selections: str | None, layout: str, exchange_bytes: int,
-) -> tuple[Any, ...]:  # fmt: skip
+def _order(r: dict[str, Any]) -> tuple[Any, ...]:
     """By heads and blocks, then by routing and layout; the shortest sequences, on the fewest GPUs, first."""
-    of_routing = routing, layout, document or 0, selections or ""
-    return q_heads, kv_heads, block_size, topk, *of_routing, tokens, ranks, exchange_bytes
+    of_blocks = (r[x] for x in ("q_heads", "kv_heads", "block_size", "topk", "routing", "layout"))
+    of_routing = r.get("document", 0), r.get("selections", "")
+    return *of_blocks, *of_routing, r["tokens"], r["ranks"], r.get("exchange_bytes", DEFAULT_EXCHANGE_BYTES)
 
 
 def _same(baseline: dict[str, Any], result: dict[str, Any]) -> bool:
@@ -273,14 +271,10 @@ def _same(baseline: dict[str, Any], result: dict[str, Any]) -> bool:
 
 def _baseline(baselines: Sequence[dict[str, Any]], result: dict[str, Any], name: str) -> dict[str, Any] | None:
     """One GPU with the same tokens and its share of the heads."""
+    wanted = {x: result.get(x) for x in ("ranks", *PROBLEM) if x not in ("q_heads", "kv_heads")} | {"baseline": name}
     for b in baselines:
-        wanted = ("ranks", *(x for x in PROBLEM if x not in ("q_heads", "kv_heads")))
-        timed = b["baseline"] == name and "forward_backward_ms" in b
-        if (
-            timed
-            and all(b.get(x) == result.get(x) for x in wanted)
-            and b["q_heads"] * result["ranks"] == result["q_heads"]
-        ):
+        share = b["q_heads"] * result["ranks"] == result["q_heads"]
+        if share and "forward_backward_ms" in b and all(b.get(x) == value for x, value in wanted.items()):
             return b
     return None
 
