@@ -42,6 +42,7 @@ def figures(results: Path) -> Figures:
         "kernels": lambda: _kernels(content("kernels")),
         "kernels_h200": lambda: _host_times(content("kernels_h200")),
         "kernels_h200_short": lambda: _host_times(content("kernels_h200_short")),
+        "kernels_h200_whole": lambda: _quartiles(content("kernels_h200_whole")),
         "kernels_h200_long": lambda: _kept_peak(content("kernels_h200"), content("kernels_h200_long")),
         "versions_kept_ds": lambda: _ratios(content("versions_kept_ds"), 512),
         "versions_rows": lambda: _ratios(content("versions_rows"), 512, 4096),
@@ -78,6 +79,11 @@ def _host_times(content: dict[str, Any]) -> Figures:
         for name, key in (("host_8k", "host_ms"), ("time_8k", "median"))
     }
     return {name: f"{forward:.2f} / {both:.2f} ms" for name, (forward, both) in found.items()}
+
+
+def _quartiles(content: dict[str, Any]) -> Figures:
+    times = one(content["results"], tokens=1 << 17, q_heads=16, block_size=512)["forward_ms"]
+    return {"quartiles_512": f"{times['quartile_1']:.1f} and {times['quartile_3']:.1f} ms"}
 
 
 def _kept_peak(before: dict[str, Any], after: dict[str, Any]) -> Figures:
