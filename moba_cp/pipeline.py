@@ -33,7 +33,7 @@ from .parallel.exchanges import (
     open_forward,
 )
 from .parallel.home import HomeBlocks, bring_home, centroid_start, gather_centroids, send_back
-from .parallel.rows import add_rows
+from .parallel.rows import add_pairs
 from .saving import put_tensors, taken
 from .selection import Routing, over_heads
 from .strides import readable, unit_stride
@@ -236,9 +236,9 @@ def _finish_range(
     with side.use():
         arrived = arrive()
         for part in arrived:
-            if part.rows is not None:
-                add_rows(part.values, part.rows, sum_dk, sum_dv)
-        whole = [part.values for part in arrived if part.rows is None]
+            if part.pairs is not None:
+                add_pairs(part.values, part.pairs, sum_dk, sum_dv)
+        whole = [part.values for part in arrived if part.pairs is None]
         call.backend.add_gradients(own_dk=sum_dk, own_dv=sum_dv, arrived=whole, dk=dk, dv=dv)
     side.uses(sum_dk, sum_dv, *(part.values for part in arrived))
 

@@ -5,6 +5,9 @@ On CUDA by kernels; which blocks are wanted is read on the device, so the host n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -74,14 +77,68 @@ def _taken(source: Tensor, wanted: Tensor, start: Tensor, length: Tensor) -> Ten
     return wanted[:, block].T != 0
 
 
-def add_rows(values: Tensor, rows: Tensor, k: Tensor, v: Tensor) -> None:
-    """Add rows of packed gradients to sums.
+@dataclass(frozen=True)
+class Pairs:
+    """Where (kv head, block) pairs at home on this rank lie in a message to, or from, every rank of the group.
+
+    Attributes:
+        at: int64 `[P, H, n]`, unit stride in the last dimension: for each rank, row of the message at which a pair begins; -1
+            where it is not in the message.
+        begin, length: int64 `[n]`, home row of each block's first key, and its rows.
+        block_size: most rows per block.
+    """
+
+    at: Tensor
+    begin: Tensor
+    length: Tensor
+    block_size: int
+
+
+def pack_pairs(k: Tensor, v: Tensor, pairs: Pairs, rows: int) -> Tensor:
+    """A message of `rows` rows with keys and values side by side: `[rows, D + Dv]`.
 
     Args:
-        values: `[n, D + Dv]`.
-        rows: int64 `[n]`, `token * H + head`, each at most once, so that the order of additions changes no bit.
-        k, v: contiguous `[N, H, D]`, `[N, H, Dv]`, added to in place.
+        k, v: `[N, H, D]`, `[N, H, Dv]`, unit stride in the last dimension.
+        pairs: of these heads; together they fill the message.
     """
-    width = k.shape[-1]
-    k.view(-1, width).index_add_(0, rows, values[:, :width])
-    v.view(-1, v.shape[-1]).index_add_(0, rows, values[:, width:])
+    packed = k.new_empty(rows, k.shape[2] + v.shape[2])
+    if not rows:
+        return packed
+    if k.is_cuda:
+        from . import rows_kernel
+
+        rows_kernel.pack_pairs(k, v, pairs, packed)
+        return packed
+    for row, token, head in _rows_of(pairs):
+        packed[row] = torch.cat([k[token, head], v[token, head]], dim=-1)
+    return packed
+
+
+def add_pairs(values: Tensor, pairs: Pairs, k: Tensor, v: Tensor) -> None:
+    """Add a message of packed gradients to sums, those of lower ranks first.
+
+    Args:
+        values: `[rows, D + Dv]`, contiguous.
+        pairs: as for `pack_pairs`.
+        k, v: contiguous `[N, H, D]`, `[N, H, Dv]` in the dtype of `values`, added to in place.
+    """
+    if not len(values):
+        return
+    if values.is_cuda:
+        from . import rows_kernel
+
+        rows_kernel.add_pairs(values, pairs, k, v)
+        return
+    for row, token, head in _rows_of(pairs):
+        k[token, head] += values[row, : k.shape[2]]
+        v[token, head] += values[row, k.shape[2] :]
+
+
+def _rows_of(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Per rank, int64: every row that the message has for it or from it, home row and kv head of each. No two are alike."""
+    for at in pairs.at:
+        head, block = (at >= 0).nonzero(as_tuple=True)
+        length = pairs.length[block]
+        pair = torch.repeat_interleave(length)
+        inside = torch.arange(len(pair)) - (torch.cumsum(length, 0) - length)[pair]
+        yield at[head, block][pair] + inside, pairs.begin[block][pair] + inside, head[pair]

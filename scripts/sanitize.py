@@ -30,7 +30,7 @@ from torch import Tensor
 from moba_cp import CachedTokens, CentroidCache, MoBAConfig, SequenceLayout, moba_attention, moba_attention_cached
 from moba_cp.kernels import list_configs, triton_backend
 from moba_cp.parallel.head_rows import put_heads, take_heads
-from moba_cp.parallel.rows import add_wanted, copy_wanted, pack
+from moba_cp.parallel.rows import Pairs, add_pairs, add_wanted, copy_wanted, pack, pack_pairs
 
 from .harness import options
 from .harness.records import REPOSITORY, about, write_json
@@ -182,6 +182,24 @@ def rows() -> list[Tensor]:
     return [packed, copied, sums, dk, dv]
 
 
+def pairs() -> list[Tensor]:
+    """Messages of `fetch` packed and added: blocks of 128 for three ranks, of which the last one wants none; the last block is
+    short."""
+    k, v = draw(800, 2, 128).detach(), draw(800, 2, 96).detach()
+    begin = torch.arange(0, 800, 128, device=k.device)
+    length = torch.full_like(begin, 128)
+    length[-1] = 32
+    keys = length.repeat(3, 2, 1)
+    keys[2] = 0
+    keys[0, :, ::2] = 0
+    ends = keys.flatten().cumsum(0).view_as(keys)
+    message = Pairs(torch.where(keys > 0, ends - keys, -1), begin, length, 128)
+    packed = pack_pairs(k, v, message, int(keys.sum()))
+    dk, dv = k.float(), v.float()
+    add_pairs(packed.float(), message, dk, dv)
+    return [packed, dk, dv]
+
+
 def layer_parts() -> list[Tensor]:
     """Norms, SwiGLU, rotary embedding and cross entropy with their gradients."""
     from moba_cp.megatron import fused
@@ -223,6 +241,7 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     "decoding": decoding,
     "heads in and out": heads,
     "rows for other ranks": rows,
+    "messages to other ranks": pairs,
     "layer parts": layer_parts,
 }
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..comm import CommGroup
 from ..home import HomeBlocks, home_start
+from ..rows import Pairs
 from ..wanted import Wanted
 
 
@@ -91,12 +92,12 @@ class Arrived:
     """Gradients of this rank's home blocks that came from another rank, still to be added.
 
     Attributes:
-        values: `[home tokens, H, D + Dv]`, or `[rows, D + Dv]` where `rows` says which.
-        rows: int64 `[n]`, `home token * H + head` of each row of `values`, each at most once; None: all of them in order.
+        values: `[home tokens, H, D + Dv]`; or `[rows, D + Dv]`, a message from all ranks.
+        pairs: where pairs lie in the message; None where `values` has all home tokens in order.
     """
 
     values: Tensor
-    rows: Tensor | None = None
+    pairs: Pairs | None = None
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ INT32 = {
     "position", "pointer", "entry", "start", "length", "segment_bin", "item_bin", "item_start", "item_end", "own_tiles",
     "place", "progress",
 }  # fmt: skip
+INT64 = {"at", "begin"}
 FP32 = {"lse", "delta", "sums", "own_dk", "own_dv", "arrived"}
-HALF = {"q", "dout", "out", "k", "v", "dq", "ds", "packed", "source", "x"}
+HALF = {"q", "dout", "out", "k", "v", "dq", "ds", "packed", "source", "values", "x"}
 GRADIENTS = {"dk", "dv", "target"}
 
 
@@ -45,7 +46,9 @@ def signature_of(kernel, constants: dict, dtype: str, gradient: str, ones=()) ->
         elif p.name in ("k_tiles", "v_tiles"):
             types[p.name] = descriptor(constants, dtype)
         elif p.name in INT32:
-            types[p.name] = "*i32"
+            types[p.name] = "*i64" if "at" in names else "*i32"
+        elif p.name in INT64:
+            types[p.name] = "*i64"
         elif p.name == "wanted":
             types[p.name] = "*u8"
         elif p.name in FP32 or (p.name == "delta" and "out" in types) or (p.name == "dq" and "place_head" in names):
@@ -138,10 +141,13 @@ def build_moving(dim, value_dim, dtype, capability) -> dict[str, dict]:
     keys = rows_kernel.wanted_constants(width, 2, 128) | {"ADDS": False, "FIRST": False}
     sums = rows_kernel.wanted_constants(width, 4, 128) | {"ADDS": True}
     packing = rows_kernel.pack_constants(dim, value_dim)
+    copied, added = (rows_kernel.pair_constants(dim, value_dim, 128, adds=adds) for adds in (False, True))
     config = configs.sum_gradients(dim, value_dim)
     last = gradients.constants(dim, value_dim, config)
     return {
         "pack": build(rows_kernel._pack_kernel, packing, dtype, capability, rows_kernel.PACK_WARPS),
+        "pack pairs": build(rows_kernel._pack_pairs_kernel, copied, dtype, capability, rows_kernel.PACK_WARPS),
+        "add pairs": build(rows_kernel._add_pairs_kernel, added, "fp32", capability, rows_kernel.PACK_WARPS),
         "take heads": build_heads(heads | {"COPIES": 3, "PUTS": False}, dtype, capability),
         "take deltas": build_heads(
             head_rows_kernel.constants(1) | {"COUNT": 2, "COPIES": 1, "PUTS": False}, "fp32", capability

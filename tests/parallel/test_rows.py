@@ -1,4 +1,5 @@
-"""Copying and adding rows of wanted blocks: torch and the Triton kernel against a loop over blocks, targets poisoned."""
+"""Copying and adding rows of wanted blocks, and of pairs in messages: torch and the Triton kernels against loops, targets
+poisoned."""
 
 from __future__ import annotations
 
@@ -95,6 +96,78 @@ def check_pack(tokens: int, heads: int, dim: int, dim_v: int, device: str, kerne
     assert packed[tokens:].isnan().all()
 
 
+PAIRS = [
+    # lengths of home blocks, ranks, kv heads, D, Dv, block size, share of pairs in the message
+    ([5, 5, 3], 3, 2, 8, 12, 5, 0.6),
+    ([70, 70, 1], 2, 3, 24, 40, 70, 0.5),  # several tiles per block where they are summed
+    ([4], 4, 1, 8, 8, 4, 1.0),
+    ([6, 6], 3, 2, 8, 8, 6, 0.0),
+    ([130, 90], 2, 1, 128, 64, 130, 1.0),
+]
+
+
+def make_pairs(lengths: list[int], ranks: int, heads: int, block_size: int, share: float, device: str) -> tuple:
+    """Pairs that lie in the message in any order, with poisoned rows between them, and its rows."""
+    generator = torch.Generator().manual_seed(ranks + heads)
+    at = torch.full((ranks, heads + 1, len(lengths)), -1)[:, 1:]
+    chosen = (torch.rand(at.shape, generator=generator) < share).nonzero()
+    size = 0
+    for rank, head, block in chosen[torch.randperm(len(chosen), generator=generator)].tolist():
+        at[rank, head, block] = size
+        size += lengths[block]
+    length = torch.tensor(lengths)
+    pairs = rows.Pairs(at.to(device), (length.cumsum(0) - length).to(device), length.to(device), block_size)
+    return pairs, size
+
+
+def check_pairs(case: tuple, dtype: torch.dtype, device: str, kernel: bool) -> None:
+    lengths, ranks, heads, dim, dim_v, block_size, share = case
+    pairs, size = make_pairs(lengths, ranks, heads, block_size, share, device)
+    generator = torch.Generator().manual_seed(size)
+    tokens = sum(lengths)
+    k, v = (
+        torch.randn(tokens, heads + 2, n, generator=generator).to(dtype).to(device)[:, 1 : heads + 1]
+        for n in (dim, dim_v)
+    )
+    message = torch.full((size, dim + dim_v), float("nan"), dtype=dtype, device=device)
+    sums = [x.clone(memory_format=torch.contiguous_format) for x in (k, v)]
+    values = torch.randn(size, dim + dim_v, generator=generator).to(dtype).to(device)
+    if kernel:
+        from moba_cp.parallel import rows_kernel
+
+        rows_kernel.pack_pairs(k, v, pairs, message)
+        rows_kernel.add_pairs(values, pairs, *sums)
+    else:
+        message = rows.pack_pairs(k, v, pairs, size)
+        rows.add_pairs(values, pairs, *sums)
+    expected, total = torch.full_like(message, float("nan")), [x.clone() for x in (k, v)]
+    for rank in range(ranks):
+        for head in range(heads):
+            for block, n in enumerate(lengths):
+                row, token = int(pairs.at[rank, head, block]), int(pairs.begin[block])
+                if row < 0:
+                    continue
+                here = slice(token, token + n)
+                expected[row : row + n] = torch.cat([k[here, head], v[here, head]], dim=1)
+                total[0][here, head] += values[row : row + n, :dim]
+                total[1][here, head] += values[row : row + n, dim:]
+    assert torch.equal(message, expected)
+    assert torch.equal(sums[0], total[0])
+    assert torch.equal(sums[1], total[1])
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_pairs(case: tuple) -> None:
+    check_pairs(case, torch.float64, "cpu", kernel=False)
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_pairs_interpreted(case: tuple, dtype: torch.dtype) -> None:
+    check_pairs(case, dtype, "cpu", kernel=True)
+
+
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_pack(case: tuple[int, ...]) -> None:
     check_pack(*case, "cpu", kernel=False)
@@ -129,6 +202,11 @@ class TestOnGPU:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_kernel(self, case: tuple, dtype: torch.dtype) -> None:
         check(case, dtype, "cuda", kernel=True)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("case", [*PAIRS, ([512] * 700 + [9], 5, 2, 128, 128, 512, 0.4)], ids=lambda x: str(x)[:40])
+    def test_pairs(self, case: tuple, dtype: torch.dtype) -> None:
+        check_pairs(case, dtype, "cuda", kernel=True)
 
     @pytest.mark.parametrize("case", [*PACKED, (4000, 8, 128, 64)], ids=str)
     def test_pack(self, case: tuple[int, ...]) -> None:
