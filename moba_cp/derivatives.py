@@ -88,6 +88,19 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     return refusing
 
 
+def refuses_create_graph(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` of a `torch.autograd.Function` of one rank, which refuses `create_graph=True` at once. A compiled graph has no
+    second derivatives anyway."""
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, *incoming: Any) -> Any:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            raise RuntimeError("layers of moba_cp have no second derivatives, got create_graph=True")
+        return backward(ctx, *incoming)
+
+    return refusing
+
+
 class _Twice(torch.autograd.Function):
     """The first `count` tensors as they are; they depend on all of `tensors`, and refuse a derivative."""
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moba_cp.derivatives import refuses_create_graph
 
 from . import fused
 from .recompute import Before, Source, chunks_of, recomputed_behind
@@ -115,7 +116,7 @@ class _Project(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @refuses_create_graph
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         x, normed, *_ = ctx.saved_tensors
         return None, *ctx.segment.backward(x, normed, dq, dk, dv)
@@ -131,7 +132,7 @@ class _Feed(torch.autograd.Function):
         return torch.addmm(residual, hidden, segment.down.t()).view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @refuses_create_graph
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         of_x, of_out = ctx.shapes
         dx, dout, found = ctx.segment.backward(*ctx.saved_tensors[:5], dy.flatten(0, 1))

@@ -2,7 +2,7 @@
 compiler.
 
 On GPUs these are the Triton kernels of :mod:`.fused_kernels`; elsewhere the same formulas in torch, in the inputs' dtype.
-Everything is differentiable once. Tensors are made contiguous where a kernel needs it.
+The kernels are differentiable once, and refuse `create_graph=True`. Tensors are made contiguous where a kernel needs it.
 
 `rms_norm`, `add_rms_norm`, `swiglu` and `split_rotate` are for autograd. Functions named ``..._pass`` and ``..._backward`` are
 the two directions by themselves, for :mod:`.direct`, which writes the gradients of whole segments out.
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moba_cp.derivatives import refuses_create_graph
 from moba_cp.kernels.launch import launch_kernel
 from moba_cp.kernels.sizes import next_power_of_2
 
@@ -287,6 +288,7 @@ class _RmsNorm(torch.autograd.Function):
         return normed
 
     @staticmethod
+    @refuses_create_graph
     def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         return *norm_backward(x, weight, dnormed, None, ctx.eps), None
@@ -301,6 +303,7 @@ class _AddRmsNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
+    @refuses_create_graph
     def backward(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         total, weight = ctx.saved_tensors
         dx, dweight = norm_backward(total, weight, dnormed, dtotal, ctx.eps)
@@ -315,6 +318,7 @@ class _SwiGLU(torch.autograd.Function):
         return swiglu_pass(x)
 
     @staticmethod
+    @refuses_create_graph
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return swiglu_backward(x, dy)
@@ -335,6 +339,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @refuses_create_graph
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
         logits, labels, sums = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
@@ -353,6 +358,7 @@ class _SplitRotate(torch.autograd.Function):
         return split_rotate_pass(mixed.contiguous(), groups, dim, (cos, sin))
 
     @staticmethod
+    @refuses_create_graph
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None]:
         return split_rotate_backward(dq, dk, dv, ctx.saved_tensors), None, None, None, None
 

@@ -10,7 +10,8 @@ besides its inputs: log-sum-exps and selected blocks. ``q``, ``k`` and ``v`` are
 saved in their place; when backward asks for them, `Before` is computed again. `Behind` works on chunks of tokens in both
 directions, so no intermediate of the MLP exists for all tokens.
 
-A recomputed value has the bits of the first one: the same functions of the same values, in the same chunks.
+A recomputed value has the bits of the first one: the same functions of the same values, in the same chunks. There are no second
+derivatives: backward refuses `create_graph=True`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from moba_cp.derivatives import refuses_create_graph
 
 
 class Source(Protocol):
@@ -121,6 +124,7 @@ class _BeforeFunction(torch.autograd.Function):
         return segment.compute(x)
 
     @staticmethod
+    @refuses_create_graph
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         return None, *ctx.segment.backward(ctx.parameters, gradients)
@@ -209,6 +213,7 @@ class _BehindFunction(torch.autograd.Function):
         return segment.output(x, out)
 
     @staticmethod
+    @refuses_create_graph
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         segment, (out, *_), x = ctx.segment, ctx.saved_tensors, ctx.source.get()
         parameters, chunks = ctx.parameters[: ctx.count], chunks_of(len(dy), segment.chunk)
@@ -256,6 +261,7 @@ class _InChunksFunction(torch.autograd.Function):
         return whole.output(tensors[:count])
 
     @staticmethod
+    @refuses_create_graph
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         inputs, whole = ctx.saved_tensors[: ctx.count], ctx.whole
         moving = [x for x in inputs if x.is_floating_point()]
