@@ -13,11 +13,12 @@ ITEMS_PER_PROGRAM = 16
 """Work items per program, about, of kernels that request an item's rows while they compute another."""
 
 MOST_ITEMS_PER_PROGRAM = 2 * ITEMS_PER_PROGRAM
-"""No program has more: `dq_kernel` looks at so many at once, 32 to a warp."""
+"""Most per program: one read of `dq_kernel` covers all of its items, a lane each."""
 
 ROWS_AT_ONCE, GROUPS_AT_ONCE = 32 << 20, 64 << 20
-"""Most bytes of gathered rows of the kv heads that take turns, with one q head of each counted, and with all. L2 has 50 MB on
-Hopper. Beyond the first number, heads without groups were slower; up to the second, groups of four were faster."""
+"""Most bytes of q and dout rows that the kv heads taking turns gather: counted with one q head for each kv head, and with all of
+them. L2 has 50 MB on Hopper. Beyond the first number, heads without groups were slower; up to the second, groups of four were
+faster."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -77,6 +78,18 @@ MOST_SUMMED_BLOCKS = 1 << 12
 workspace, since the bits of dq may not."""
 MOST_SUMMED_KEYS = 1 << 17
 """Largest such block: the sums of one program's rows are counted in 32 bits."""
+
+
+LARGEST_CHOICE = 2 * MOST_SUMMED_KEYS
+"""From this block size on, no choice of a kernel or of its tiles depends on it, but for what divides it."""
+
+
+def block_size_of_kernels(block_size: int, longest: int) -> int:
+    """A block size for which kernels compute the same in the same way, where no block has more than `longest` keys: few programs
+    then find no keys of their own. `block_size` itself up to `LARGEST_CHOICE`, and where blocks are that long.
+    """
+    least = max(longest, LARGEST_CHOICE)
+    return min(block_size, least + (block_size - least) % 128)
 
 
 def can_keep_ds(block_size: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .chunks import Ranges, least_chunk_of_ds, most_at_once, most_keeping_ds, ranges_of, slots_per_row
 from .config import MoBAConfig
 from .kernels import Backend
+from .kernels.sizes import block_size_of_kernels
 from .kernels.torch_backend import accumulate_dtype
 from .parallel.blocks import RankPlan
 from .parallel.comm import CommGroup
@@ -53,6 +54,11 @@ class Call:
         return slots_of(self.config, self.plan)
 
     @cached_property
+    def block_size(self) -> int:
+        """As kernels take it; see `block_size_of_kernels`."""
+        return block_size_of_kernels(self.config.block_size, self.plan.plan.blocks.longest)
+
+    @cached_property
     def n_blocks(self) -> int:
         """Blocks over all documents."""
         return len(self.plan.plan.blocks)
@@ -86,7 +92,7 @@ def head_ranges(call: Call, q: Tensor, k: Tensor, v: Tensor, *, backward: bool =
     # Of partial dq too in a forward pass that keeps lists, so that backward has its ranges and takes them.
     slot_bytes, block_bytes = call.backend.bytes_per_slot(max(q.shape[-1], v.shape[-1]), q.dtype), 0
     if call.keep_lists or backward:
-        of_dq, block_bytes = call.backend.dq_bytes(q, v, call.config.block_size, call.n_blocks)
+        of_dq, block_bytes = call.backend.dq_bytes(q, v, call.block_size, call.n_blocks)
         slot_bytes = max(slot_bytes, of_dq)
     head_bytes, kv_head_bytes = call.topk * slot_bytes, block_bytes * call.n_blocks
     if call.comm.size == 1 and (call.keep_lists or backward) and most:
@@ -109,7 +115,7 @@ def _kept_ds_bytes(call: Call, q: Tensor, v: Tensor, kv_heads: int, rows: int) -
         kv_heads=kv_heads,
         slots=call.topk,
         n_blocks=call.n_blocks,
-        block_size=call.config.block_size,
+        block_size=call.block_size,
     )
 
 

@@ -311,7 +311,7 @@ def _route(call: Call, chunk: Chunk, selected: Tensor) -> RoutingLists:
     kv_heads = chunk.heads.stop - chunk.heads.start
     with call.stage("lists"):
         return call.backend.route(
-            chunk.of_heads(selected), n_blocks=call.n_blocks, kv_heads=kv_heads, block_size=call.config.block_size
+            chunk.of_heads(selected), n_blocks=call.n_blocks, kv_heads=kv_heads, block_size=call.block_size
         )
 
 
@@ -339,7 +339,7 @@ def _gate(call: Call, backend: Backend, q: Tensor, home_k: Tensor, rows: QueryRo
     if call.topk > 1:
         start = centroid_start(call.plan, q.device)
         with call.stage("centroids"):
-            local = backend.centroids(home_k, start=start, block_size=call.config.block_size)
+            local = backend.centroids(home_k, start=start, block_size=call.block_size)
             centroids = gather_centroids(call.plan, local, call.comm)
     else:
         centroids = q.new_zeros(call.n_blocks, home_k.shape[1], q.shape[-1])

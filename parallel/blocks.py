@@ -45,6 +45,11 @@ class BlockTable:
         """Blocks of the longest document, at least 1."""
         return int((np.arange(len(self)) - self.first_of_document).max(initial=0)) + 1
 
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest block."""
+        return int(self.length.max(initial=0))
+
 
 @dataclass(frozen=True, eq=False)
 class HomePlan:
@@ -75,6 +80,11 @@ class HomePlan:
     def has_fragments(self) -> bool:
         """Whether any token lives on another rank than its block's home; the same on every rank."""
         return not bool(self.whole.all())
+
+    @cached_property
+    def most_rows(self) -> int:
+        """At least the rows of every block: few different numbers, since kernels are compiled for each."""
+        return min(self.block_size, 1 << (max(self.blocks.longest, 1) - 1).bit_length())
 
     def pieces(self, rank: int) -> Pieces:
         """What `rank` holds, cut at the boundaries of blocks."""

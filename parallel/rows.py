@@ -30,7 +30,7 @@ def pack(k: Tensor, v: Tensor, packed: Tensor | None = None) -> Tensor:
     return packed
 
 
-def copy_wanted(source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, length: Tensor, block_size: int) -> None:
+def copy_wanted(source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, length: Tensor, most_rows: int) -> None:
     """Copy the rows of wanted blocks; other rows of `target` stay as they are.
 
     Args:
@@ -38,30 +38,30 @@ def copy_wanted(source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, l
         wanted: uint8 `[H, n_blocks]`, unit stride in the last dimension: 1 for the pairs to copy.
         start: int32 `[n_blocks]`, row of each block's first key in both; -1 for blocks that are not there.
         length: int64 `[n_blocks]`, rows of each block.
-        block_size: most rows per block.
+        most_rows: at least the rows of every block.
     """
     if source.is_cuda:
         from .rows_kernel import launch
 
-        launch(source, target, wanted, start, length, block_size, adds=False, first=False)
+        launch(source, target, wanted, start, length, most_rows, adds=False, first=False)
         return
     taken = _taken(source, wanted, start, length)
     target[taken] = source[taken]
 
 
 def add_wanted(
-    source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, length: Tensor, block_size: int, first: bool
+    source: Tensor, target: Tensor, wanted: Tensor, start: Tensor, length: Tensor, most_rows: int, first: bool
 ) -> None:
     """Add the rows of wanted blocks to `target`. With `first`, `target` is uninitialized and its other rows become 0.
 
     Args:
-        source, target, wanted, start, length, block_size: as for `copy_wanted`; every row of `target` is in a block.
+        source, target, wanted, start, length, most_rows: as for `copy_wanted`; every row of `target` is in a block.
         first: see above.
     """
     if source.is_cuda:
         from .rows_kernel import launch
 
-        launch(source, target, wanted, start, length, block_size, adds=True, first=first)
+        launch(source, target, wanted, start, length, most_rows, adds=True, first=first)
         return
     taken = _taken(source, wanted, start, length)
     if first:
@@ -85,13 +85,13 @@ class Pairs:
         at: int64 `[P, H, n]`, unit stride in the last dimension: for each rank, row of the message at which a pair begins; -1
             where it is not in the message.
         begin, length: int64 `[n]`, home row of each block's first key, and its rows.
-        block_size: most rows per block.
+        most_rows: at least the rows of every block.
     """
 
     at: Tensor
     begin: Tensor
     length: Tensor
-    block_size: int
+    most_rows: int
 
 
 def pack_pairs(k: Tensor, v: Tensor, pairs: Pairs, rows: int) -> Tensor:
@@ -140,5 +140,5 @@ def _rows_of(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         head, block = (at >= 0).nonzero(as_tuple=True)
         length = pairs.length[block]
         pair = torch.repeat_interleave(length)
-        inside = torch.arange(len(pair)) - (torch.cumsum(length, 0) - length)[pair]
+        inside = torch.arange(len(pair), device=at.device) - (torch.cumsum(length, 0) - length)[pair]
         yield at[head, block][pair] + inside, pairs.begin[block][pair] + inside, head[pair]

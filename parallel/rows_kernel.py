@@ -143,17 +143,17 @@ def pack_constants(dim: int, dim_v: int, elements: int = _PACK_TILE) -> dict[str
     return {"D": dim, "DV": dim_v, "D_PADDED": padded, "DV_PADDED": padded_v, "ROWS": tile}
 
 
-def pair_constants(dim: int, dim_v: int, block_size: int, *, adds: bool) -> dict[str, int]:
+def pair_constants(dim: int, dim_v: int, most_rows: int, *, adds: bool) -> dict[str, int]:
     """Sizes of the tiles of `_add_pairs_kernel` or `_pack_pairs_kernel`."""
     tile = pack_constants(dim, dim_v, _SUM_TILE if adds else _PACK_TILE)
-    return tile | {"TILES": triton.cdiv(block_size, tile["ROWS"])}
+    return tile | {"TILES": triton.cdiv(most_rows, tile["ROWS"])}
 
 
-def wanted_constants(width: int, itemsize: int, block_size: int) -> dict[str, int]:
+def wanted_constants(width: int, itemsize: int, most_rows: int) -> dict[str, int]:
     """Sizes of `_wanted_kernel`'s tiles."""
     padded = triton.next_power_of_2(width)
     rows = max(_TILE_BYTES // (padded * itemsize), 1)
-    return {"W": width, "W_PADDED": padded, "ROWS": rows, "TILES": triton.cdiv(block_size, rows)}
+    return {"W": width, "W_PADDED": padded, "ROWS": rows, "TILES": triton.cdiv(most_rows, rows)}
 
 
 def pack(k: Tensor, v: Tensor, packed: Tensor) -> None:
@@ -172,7 +172,7 @@ def pack(k: Tensor, v: Tensor, packed: Tensor) -> None:
 def pack_pairs(k: Tensor, v: Tensor, pairs: Pairs, packed: Tensor) -> None:
     """As `rows.pack_pairs`, into `packed`."""
     ranks, heads, n_blocks = pairs.at.shape
-    constants = pair_constants(k.shape[2], v.shape[2], pairs.block_size, adds=False)
+    constants = pair_constants(k.shape[2], v.shape[2], pairs.most_rows, adds=False)
     units = ranks * heads * n_blocks * constants["TILES"]
     _pack_pairs_kernel[(min(PAIR_PROGRAMS, units),)](
         k, v, packed, pairs.at, pairs.begin, pairs.length, units, heads, n_blocks, *pairs.at.stride()[:2],
@@ -183,7 +183,7 @@ def pack_pairs(k: Tensor, v: Tensor, pairs: Pairs, packed: Tensor) -> None:
 def add_pairs(values: Tensor, pairs: Pairs, k: Tensor, v: Tensor) -> None:
     """As `rows.add_pairs`."""
     ranks, heads, n_blocks = pairs.at.shape
-    constants = pair_constants(k.shape[2], v.shape[2], pairs.block_size, adds=True)
+    constants = pair_constants(k.shape[2], v.shape[2], pairs.most_rows, adds=True)
     units = heads * n_blocks * constants["TILES"]
     _add_pairs_kernel[(min(PAIR_PROGRAMS, units),)](
         values, k, v, pairs.at, pairs.begin, pairs.length, units, ranks, n_blocks, *pairs.at.stride()[:2],
@@ -197,13 +197,13 @@ def launch(
     wanted: Tensor,
     start: Tensor,
     length: Tensor,
-    block_size: int,
+    most_rows: int,
     adds: bool,
     first: bool,
 ) -> None:
     """As `rows.copy_wanted`, or with `adds` `rows.add_wanted`."""
     heads, n_blocks = wanted.shape
-    constants = wanted_constants(source.shape[2], source.itemsize, block_size)
+    constants = wanted_constants(source.shape[2], source.itemsize, most_rows)
     units = heads * n_blocks * constants["TILES"]
     if not units or not target.numel():
         return

@@ -71,7 +71,7 @@ class Fetch(AtOnce):
         visit.sent, received = self._tokens(heads)
         with side.use():
             _, begin, length = home_blocks(self.home.plan, self.home.k.device)
-            visit.pairs = Pairs(self._messages.sent[:, heads], begin, length, self.home.plan.plan.block_size)
+            visit.pairs = Pairs(self._messages.sent[:, heads], begin, length, self.home.plan.plan.most_rows)
             message = pack_pairs(
                 of_heads(self.home.k, heads), of_heads(self.home.v, heads), visit.pairs, sum(visit.sent)
             )

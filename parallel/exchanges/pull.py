@@ -190,7 +190,7 @@ class Pull(Streaming):
                 self._count_whole("pull keys and values", packed)
             else:
                 length = home_and_length(self._plan, wanted.device)[1]
-                copy_wanted(shared, packed, wanted, start, length, self._plan.block_size)
+                copy_wanted(shared, packed, wanted, start, length, self._plan.most_rows)
                 self._count("pull keys and values", wanted, start, length, packed)
             done = self._side.done()
         visit.reading = (self.part_of(packed, source, heads), packed, done)
@@ -249,7 +249,7 @@ class Pull(Streaming):
         wanted, start = self._peers_want[peer][visit.heads], home_start(self._plan, self.comm.rank, there.device)
         length, first = home_and_length(self._plan, there.device)[1], visit.arrived is None
         arrived = torch.empty_like(there) if visit.arrived is None else visit.arrived
-        add_wanted(there, arrived, wanted, start, length, self._plan.block_size, first)
+        add_wanted(there, arrived, wanted, start, length, self._plan.most_rows, first)
         self._count("pull gradients", wanted, start, length, arrived)
         visit.arrived = arrived
 

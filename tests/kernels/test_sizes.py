@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moba_cp.kernels import sizes
+from moba_cp.kernels import configs, gpu, sizes
 
 triton = pytest.importorskip("triton")
 
@@ -46,3 +48,22 @@ def test_heads_at_once():
     row = 2 * 128  # bytes of one row of q, bf16
     assert [sizes.heads_at_once(16, 1, tokens * row) for tokens in (8192, 16384, 32768, 65536)] == [8, 4, 2, 1]
     assert [sizes.heads_at_once(8, 4, tokens * row) for tokens in (8192, 16384, 32768)] == [4, 2, 1]
+
+
+@given(st.integers(16, 2**62), st.integers(1, 2**21), st.sampled_from([64, 96, 128, 256]))
+def test_a_block_larger_than_all_documents_takes_few_programs_of_the_same_kind(
+    block_size: int, longest: int, dim: int
+) -> None:
+    taken = sizes.block_size_of_kernels(block_size, longest)
+    assert min(longest, block_size) <= taken <= block_size
+    assert taken < max(longest, sizes.LARGEST_CHOICE) + 128
+    if block_size <= max(longest, sizes.LARGEST_CHOICE):
+        assert taken == block_size
+    for capability in ((8, 0), (8, 6), (9, 0)):
+        of = gpu.gpu_of_capability(capability)
+        for choose in (configs.backward, configs.hold_rows, configs.stream_rows):
+            assert choose(dim, dim, taken, of) == choose(dim, dim, block_size, of)
+    assert configs.sm90_dkdv(dim, taken) == configs.sm90_dkdv(dim, block_size)
+    assert taken % 128 == block_size % 128
+    assert sizes.sums_dq(taken, dim, 7) == sizes.sums_dq(block_size, dim, 7)
+    assert sizes.can_keep_ds(taken) == sizes.can_keep_ds(block_size)

@@ -221,3 +221,10 @@ def test_plans_of_a_rule_are_those_of_its_runs(lengths: list[int], size: int, bl
                 {n: v for n, v in vars(p).items() if n not in ("layout", "blocks", "plan", "memo")} for p in plans_of
             )
             assert all(np.array_equal(x[name], y[name]) for name in x)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 100, 2**62])
+def test_most_rows_are_at_least_those_of_every_block(block_size: int) -> None:
+    plan = home_plan(SequenceLayout.contiguous([0, 70, 70, 203], 2), block_size)
+    assert plan.blocks.longest == min(block_size, 133)
+    assert plan.blocks.longest <= plan.most_rows <= min(block_size, 256)
