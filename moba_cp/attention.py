@@ -139,11 +139,11 @@ def moba_attention(
         group: the context-parallel group, or a `DeviceMesh` of one dimension; None for the default group, or for none at all
             when `layout.cp_size == 1`.
         comm: how keys and values travel: "all_gather", "ring", "fetch" (selected blocks only, by all-to-all), "pull"
-            (selected blocks, read out of the other ranks' memory; for ranks of one host), or "auto", which takes one of
-            these by the rules in `moba_cp.parallel.cost`: of long sequences pull, where GPUs can access each other's memory.
-            "a2a" splits heads over all ranks instead: an all-to-all gives each rank all tokens of its share of the q heads,
-            which the number of ranks must divide. "a2a+ring", "a2a+fetch", "a2a+all_gather" and "a2a+pull" split heads
-            over neighbouring ranks of a node, and move keys and values between ranks of equal heads.
+            (selected blocks, read out of the other ranks' memory; for ranks of one host). "a2a" splits heads over all ranks
+            instead: an all-to-all gives each rank all tokens of its share of the q heads, which the number of ranks must
+            divide. "a2a+ring", "a2a+fetch", "a2a+all_gather" and "a2a+pull" split heads over neighbouring ranks of a node,
+            and move keys and values between ranks of equal heads. "auto" takes one of all these by the rules in
+            `moba_cp.parallel.cost`.
         head_parallel: how many neighbouring ranks split heads; divides `Hq` and the ranks of the layout. None: with "a2a" all
             ranks, with "a2a+..." as many ranks of a node as `Hq` allows, with "auto" what the model there says.
         selection: what each row attends to, instead of what the gate would choose: int16, int32 or int64
@@ -192,8 +192,9 @@ def moba_attention(
             workspace_bytes, exchange_bytes,
         )  # fmt: skip
     prepared = prepare(
-        q, k, v, config, layout, ranks, comm, head_parallel, selection, check_selection, routing, return_selection,
-        return_report, workspace_bytes, exchange_bytes, needs_gradients(q, k, v),
+        q, k, v, config, layout, ranks, comm=comm, head_parallel=head_parallel, selection=selection,
+        check_selection=check_selection, routing=routing, return_selection=return_selection, return_report=return_report,
+        workspace_bytes=workspace_bytes, exchange_bytes=exchange_bytes, gradients=needs_gradients(q, k, v),
     )  # fmt: skip
     if prepared is None:
         return infer_output(q, k, v)

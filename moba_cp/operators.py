@@ -121,8 +121,9 @@ def attention(
     if q_gate is not None or k_gate is not None:
         routing = cast(tuple[Tensor, Tensor], (q_gate, k_gate))  # one alone is refused like any other bad routing
     prepared = prepare(
-        q, k, v, config, made, _group_of(group), comm, 1, selection, check_selection, routing, return_selection, False,
-        workspace_bytes, exchange_bytes, gradients,
+        q, k, v, config, made, _group_of(group), comm=comm, head_parallel=1, selection=selection,
+        check_selection=check_selection, routing=routing, return_selection=return_selection, return_report=False,
+        workspace_bytes=workspace_bytes, exchange_bytes=exchange_bytes, gradients=gradients,
     )  # fmt: skip
     assert prepared is not None, "operators run on tensors that hold numbers"
     call, source = prepared.inner, prepared.routing

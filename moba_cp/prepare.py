@@ -15,7 +15,7 @@ from .config import MoBAConfig
 from .derivatives import refuse_transforms
 from .kernels import backend_for
 from .parallel import agreement, backward_order
-from .parallel.blocks import HomePlan, home_plan, rank_plan
+from .parallel.blocks import home_plan, rank_plan
 from .parallel.comm import CommGroup
 from .parallel.cost import CallSizes
 from .parallel.exchanges import EXCHANGES
@@ -28,9 +28,6 @@ from .selection import BY_Q_AND_K, Routing, check_routing, make_routing, place, 
 from .stages import Stages, is_timed
 from .tracing import is_captured, without_numbers
 from .validation import RefusedTogether, call_facts, check_call, check_can_be_saved, check_capture, check_flags
-
-_captured: dict[int, HomePlan] = {}
-"""Plans of calls that CUDA graphs captured, by identity, for the life of the process: replays read their tensors."""
 
 
 def needs_gradients(*tensors: Tensor) -> bool:
@@ -72,6 +69,7 @@ def prepare(
     config: MoBAConfig,
     layout: SequenceLayout,
     group: dist.ProcessGroup | None,
+    *,
     comm: str,
     head_parallel: int | None,
     selection: Tensor | None,
@@ -119,8 +117,11 @@ def prepare(
             return found
     inferred = without_numbers(q, k, v)
     with RefusedTogether(layout, group, q, k, v):
-        check_call(q, k, v, config, layout, group, comm, return_report, workspace_bytes, exchange_bytes, head_parallel)
-        check_flags(check_selection=check_selection, return_selection=return_selection)
+        check_flags(check_selection=check_selection, return_selection=return_selection, return_report=return_report)
+        check_call(
+            q, k, v, config, layout, group, comm=comm, head_parallel=head_parallel, workspace_bytes=workspace_bytes,
+            exchange_bytes=exchange_bytes,
+        )  # fmt: skip
         check_can_be_saved(gradients, q=q, k=k, v=v)
         if selection is not None or routing is not None:
             check_routing(selection, routing, q, k, config)
@@ -169,8 +170,8 @@ def prepare(
     )
     if known and call.backend.NAME == "triton" and is_one_chunk(call, q, k, v):
         call = replace(call, replays=Replays())
-    if capturing:
-        _captured[id(call.plan.plan)] = call.plan.plan
+    if capturing:  # replays read the plan's tensors
+        PLANS.keep(call.plan.plan)
     source = BY_Q_AND_K
     if placed is not None or routing is not None or return_selection:
         source = make_routing(q, call.topk, placed, routing, return_selection)

@@ -105,17 +105,16 @@ def check_call(
     config: MoBAConfig,
     layout: SequenceLayout,
     group: dist.ProcessGroup | None,
+    *,
     comm: str,
-    return_report: bool,
+    head_parallel: int | None,
     workspace_bytes: int,
     exchange_bytes: int,
-    head_parallel: int | None,
 ) -> None:
     """All checks that a rank can make alone. Raises TypeError or ValueError."""
     check_config(config)
     check_layout(layout)
     check_comm(comm, COMMS)
-    check_flags(return_report=return_report)
     check_integer("workspace_bytes", workspace_bytes, least=1)
     check_integer("exchange_bytes", exchange_bytes, least=0)
     check_tensors(q, k, v)

@@ -92,6 +92,7 @@ class PlanCache:
         self._lock = threading.RLock()
         self._plans: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._sizes: dict[Hashable, tuple[int, KeptBytes]] = {}  # with `_Kept.made` at that time
+        self._for_good: dict[int, Any] = {}  # by identity, which stays as long as they do
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The plan of `key`: kept, or made now."""
@@ -123,8 +124,16 @@ class PlanCache:
         kept = self._plans.get(key)
         return kept.beside.find(name) if kept is not None and kept.plan is plan else None
 
+    def keep(self, plan: object) -> None:
+        """Keep a plan that is in use for the life of the process, also once it has been evicted."""
+        self._for_good[id(plan)] = plan
+
+    def bytes_for_good(self) -> KeptBytes:
+        """Bytes of what was given to `keep`."""
+        return bytes_of(tuple(self._for_good.values()))
+
     def kept_bytes(self) -> KeptBytes:
-        """Bytes of all plans."""
+        """Bytes of all plans that may be evicted."""
         with self._lock:
             for key, kept in self._plans.items():
                 if key not in self._sizes or self._sizes[key][0] != kept.made:

@@ -48,7 +48,9 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]
     """Shapes of q of the calls that were checked and planned, in turn; none is known at the start."""
     shapes: list[tuple[int, ...]] = []
     check = prepare.check_call
-    monkeypatch.setattr(prepare, "check_call", lambda q, *rest: (shapes.append(tuple(q.shape)), check(q, *rest))[1])
+    monkeypatch.setattr(
+        prepare, "check_call", lambda q, *rest, **named: (shapes.append(tuple(q.shape)), check(q, *rest, **named))[1]
+    )
     PLANS.clear()
     yield shapes
     PLANS.clear()
@@ -137,7 +139,7 @@ def test_tensors_without_numbers_resemble_a_known_call() -> None:
 def group_of_one(rank: int, size: int) -> tuple[int, str]:
     """How often three calls with a group by name are planned, and what is said of one that does not fit the layout."""
     planned, check = [], prepare.check_call
-    prepare.check_call = lambda *args: (planned.append(1), check(*args))[1]
+    prepare.check_call = lambda *args, **named: (planned.append(1), check(*args, **named))[1]
     alone = dist.new_subgroups(group_size=1)[0].group_name
     q, k, v = tensors()
     for _ in range(3):

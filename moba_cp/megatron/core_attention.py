@@ -228,8 +228,8 @@ class MoBACoreAttention(MegatronModule):
             "comm": self.comm,
             "head_parallel": self._heads_over if same_size else None,
         }
-        if self._settings.workspace_bytes is not None:
-            options["workspace_bytes"] = self._settings.workspace_bytes
+        budgets = {name: getattr(self._settings, name) for name in ("workspace_bytes", "exchange_bytes")}
+        options |= {name: value for name, value in budgets.items() if value is not None}
         if self.report_to is None:
             return moba_attention(q_thd, k_thd, v_thd, self.moba, **options)
         out_thd, report = moba_attention(q_thd, k_thd, v_thd, self.moba, return_report=True, **options)
@@ -254,7 +254,8 @@ class MoBACoreAttention(MegatronModule):
             return self._packed_layout(packed, query.size(0), cp_size)
         if query.dim() != 4:
             raise ValueError(f"query must be [s / cp, b, heads, d] without packing, got {tuple(query.shape)}")
-        return sbhd_layout(*query.shape[:2], cp_size, self.partition)
+        length, batch = query.shape[:2]
+        return sbhd_layout(length, batch, cp_size, self.partition)
 
     def _packed_layout(self, packed: PackedSeqParams, local_tokens: int, cp_size: int) -> SequenceLayout:
         lengths = pack_lengths(packed, self.layer_number, self.training)

@@ -24,14 +24,14 @@ All of them become packed documents. Row ``i`` of the local tensor is token ``la
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from moba_cp import SequenceLayout
-
-Run = tuple[int, int]
+from moba_cp.parallel.partition import Chunked
+from moba_cp.parallel.plan_cache import PLANS, Memo
 
 PARTITIONS = ("zigzag", "contiguous")
 """How one sequence is cut."""
@@ -40,7 +40,6 @@ PACKED_PARTITIONS = (*PARTITIONS, *(name + WHOLE_PACK for name in PARTITIONS))
 """How a pack is cut: sequence by sequence, or as if it were one sequence."""
 
 
-@lru_cache(maxsize=64)
 def sbhd_layout(local_length: int, batch: int, cp_size: int, partition: str = "zigzag") -> SequenceLayout:
     """Layout of a micro-batch of ``batch`` equally long sequences, read batch-major (sequence 0 first).
 
@@ -62,7 +61,6 @@ def sbhd_layout(local_length: int, batch: int, cp_size: int, partition: str = "z
     return packed_layout(tuple(length * i for i in range(batch + 1)), None, cp_size, partition)
 
 
-@lru_cache(maxsize=64)
 def packed_layout(
     cu_seqlens: tuple[int, ...], cu_seqlens_padded: tuple[int, ...] | None, cp_size: int, partition: str = "zigzag"
 ) -> SequenceLayout:
@@ -77,22 +75,24 @@ def packed_layout(
     Raises:
         ValueError: numbers that do not describe packed sequences, or lengths that cannot be cut into equal parts.
     """
+    asked = (cu_seqlens, cu_seqlens_padded, cp_size, partition)
+    return PLANS.get(("layout of a pack", *asked), Memo).get("layout", lambda: _packed_layout(*asked))
+
+
+def _packed_layout(
+    cu_seqlens: tuple[int, ...], cu_seqlens_padded: tuple[int, ...] | None, cp_size: int, partition: str
+) -> SequenceLayout:
     padded = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
     _check_cumulative(cu_seqlens, padded)
     rule = partition.removesuffix(WHOLE_PACK)
     cut = padded if rule == partition else (0, padded[-1])
     if cp_size > 1:
         _check_equal_parts(cut, cp_size, partition)
-    runs: list[list[Run]] = [
-        [run for start, end in pairwise(cut) for run in _share(start, end, rank, cp_size, rule)]
-        for rank in range(cp_size)
-    ]
-    documents = [0]
-    for (start, end), (true_start, true_end) in zip(pairwise(padded), pairwise(cu_seqlens), strict=True):
-        for boundary in (start + true_end - true_start, end):
-            if boundary > documents[-1]:
-                documents.append(boundary)
-    return SequenceLayout.from_runs(runs, documents)
+    ends = np.array(padded)
+    true_ends = ends[:-1] + np.diff(np.array(cu_seqlens))
+    documents = np.unique(np.concatenate([[0], true_ends, ends[1:]])).tolist()
+    chunks = Chunked(np.unique(np.array(cut)), cp_size, mirrored=rule == "zigzag")
+    return SequenceLayout.from_runs([chunks.runs(rank) for rank in range(cp_size)], documents)
 
 
 def host_integers(values: torch.Tensor) -> tuple[int, ...]:
@@ -109,20 +109,6 @@ def host_integers(values: torch.Tensor) -> tuple[int, ...]:
     if not values.numel():
         raise ValueError("cumulative lengths must start at 0, got an empty tensor")
     return tuple(values.tolist())
-
-
-def _share(start: int, end: int, rank: int, cp_size: int, partition: str) -> list[Run]:
-    """Token ranges of the sequence ``[start, end)`` that ``rank`` holds, in its order."""
-    chunks: tuple[int, ...]
-    if partition == "contiguous":
-        cuts, chunks = cp_size, (rank,)
-    else:
-        cuts, chunks = 2 * cp_size, (rank, 2 * cp_size - 1 - rank)
-    length = end - start
-    ranges = [(start + c * length // cuts, start + (c + 1) * length // cuts) for c in chunks]
-    if len(ranges) == 2 and ranges[0][1] == ranges[1][0]:  # neighbours are one run
-        ranges = [(ranges[0][0], ranges[1][1])]
-    return [run for run in ranges if run[0] < run[1]]
 
 
 def _check_cumulative(true: tuple[int, ...], padded: tuple[int, ...]) -> None:
