@@ -35,7 +35,7 @@ class MoBAAttention(nn.Module):
     Args:
         config: block size, top-k and scale.
         group: the context-parallel group, or a `DeviceMesh` of one dimension such as `mesh["cp"]`; None: one rank holds all.
-        comm, workspace_bytes, exchange_bytes: as for `moba_attention`.
+        comm, head_parallel, workspace_bytes, exchange_bytes: as for `moba_attention`.
         layout: which rank holds which tokens, for as many ranks as `group` has; may be set later, or for each call. See
             `set_layout`.
 
@@ -49,6 +49,7 @@ class MoBAAttention(nn.Module):
         *,
         group: dist.ProcessGroup | DeviceMesh | None = None,
         comm: str = "auto",
+        head_parallel: int | None = None,
         layout: SequenceLayout | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         exchange_bytes: int = DEFAULT_EXCHANGE_BYTES,
@@ -58,12 +59,14 @@ class MoBAAttention(nn.Module):
         check_comm(comm, COMMS)
         check_integer("workspace_bytes", workspace_bytes, least=1)
         check_integer("exchange_bytes", exchange_bytes, least=0)
+        if head_parallel is not None:
+            check_integer("head_parallel", head_parallel, least=1)
         self.config, self.comm = config, comm
         self.group = process_group_of(group)
         check_group(self.group)
         self.cp_size = 1 if self.group is None else dist.get_world_size(self.group)
         self.cp_rank = 0 if self.group is None else dist.get_rank(self.group)
-        self.workspace_bytes, self.exchange_bytes = workspace_bytes, exchange_bytes
+        self.head_parallel, self.workspace_bytes, self.exchange_bytes = head_parallel, workspace_bytes, exchange_bytes
         _check_fits(layout, self)
         self.layout = layout
 
@@ -142,8 +145,8 @@ class MoBAAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, layout: SequenceLayout) -> Tensor:
         return moba_attention(
-            q, k, v, config, layout=layout, group=self.group, comm=self.comm, workspace_bytes=self.workspace_bytes,
-            exchange_bytes=self.exchange_bytes,
+            q, k, v, config, layout=layout, group=self.group, comm=self.comm, head_parallel=self.head_parallel,
+            workspace_bytes=self.workspace_bytes, exchange_bytes=self.exchange_bytes,
         )  # fmt: skip
 
     def _batch_layout(self, batch: int, length: int) -> SequenceLayout:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import moba_cp
-from moba_cp import MoBAAttention, MoBAConfig, SequenceLayout
+from moba_cp import MoBAAttention, MoBAConfig, SequenceLayout, module
 from moba_cp.parallel.plan_cache import PLANS
 from moba_cp.torchtitan import TitanAttention, swap_attention
 from tests.ranks import run_ranks
@@ -187,6 +187,7 @@ def test_the_module_says_what_it_cannot_do() -> None:
         ({"comm": "post"}, "comm must be one of .*got 'post'"),
         ({"workspace_bytes": 0}, "workspace_bytes must be at least 1, got 0"),
         ({"exchange_bytes": -1}, "exchange_bytes must be at least 0, got -1"),
+        ({"head_parallel": 0}, "head_parallel must be at least 1, got 0"),
         ({"layout": SequenceLayout.contiguous([0, 8], 2)}, "for 2 ranks, but a module's group has 1"),
     ],
     ids=str,
@@ -194,6 +195,16 @@ def test_the_module_says_what_it_cannot_do() -> None:
 def test_the_module_checks_its_arguments_when_it_is_made(options: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         MoBAAttention(CONFIG, **options)
+
+
+def test_budgets_and_split_reach_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict] = []
+    attention = module.moba_attention
+    noted = lambda *tensors, **options: seen.append(options) or attention(*tensors, **options)  # noqa: E731
+    monkeypatch.setattr(module, "moba_attention", noted)
+    given = {"comm": "ring", "head_parallel": 1, "workspace_bytes": 4096, "exchange_bytes": 0}
+    MoBAAttention(CONFIG, **given)(*(torch.zeros(1, 8, 2, 4) for _ in range(3)))
+    assert [{name: options[name] for name in given} for options in seen] == [given]
 
 
 def refused_on_rank(rank: int, size: int) -> Tensor:

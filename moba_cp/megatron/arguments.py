@@ -53,6 +53,13 @@ def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "with blocks of up to 512 tokens",
     )
     group.add_argument(
+        "--moba-exchange-gib",
+        type=float,
+        default=None,
+        help="GiB of other ranks' keys, values and gradients that ring and pull may hold, so that these travel once however many "
+        "chunks of rows there are; see moba-cp plan",
+    )
+    group.add_argument(
         "--moba-partition",
         default=_DEFAULTS.partition,
         choices=PARTITIONS,
@@ -131,13 +138,16 @@ def settings_from_arguments(arguments: argparse.Namespace, num_layers: int | Non
         if pattern > layers:
             raise ValueError(f"--moba-layer-freq {pattern} leaves none of the {layers} layers to MoBA")
         pattern = tuple(int((number + 1) % pattern == 0) for number in range(layers))
-    workspace = arguments.moba_workspace_gib
+    workspace, exchange = arguments.moba_workspace_gib, arguments.moba_exchange_gib
     if workspace is not None and not 0 < workspace < math.inf:
         raise ValueError(f"--moba-workspace-gib must be above 0, got {workspace}")
+    if exchange is not None and not 0 <= exchange < math.inf:
+        raise ValueError(f"--moba-exchange-gib must not be negative, got {exchange}")
     optional = {
         "packed_partition": arguments.moba_packed_partition,
         "head_parallel": arguments.moba_head_parallel,
         "workspace_bytes": None if workspace is None else math.ceil(workspace * 2**30),
+        "exchange_bytes": None if exchange is None else math.ceil(exchange * 2**30),
     }
     return {name: value for name, value in optional.items() if value is not None} | {
         "moba_config": MoBAConfig(arguments.moba_block_size, arguments.moba_topk),

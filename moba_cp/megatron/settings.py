@@ -46,7 +46,7 @@ class MoBASettings:
         head_parallel: neighbouring context-parallel ranks that split heads, with ``"a2a..."`` or ``"auto"``.
             None: what Megatron's ``hierarchical_context_parallel_sizes`` says (:mod:`moba_cp.megatron.heads`), else the
             transport decides.
-        workspace_bytes: as for ``moba_cp.moba_attention``, whose default None stands for.
+        workspace_bytes, exchange_bytes: as for ``moba_cp.moba_attention``, whose defaults None stands for.
 
     Raises:
         TypeError: ``moba`` is no ``MoBAConfig``, or a number no integer.
@@ -63,6 +63,7 @@ class MoBASettings:
     full_attention_backend: str = "torch"
     head_parallel: int | None = None
     workspace_bytes: int | None = None
+    exchange_bytes: int | None = None
 
     def __post_init__(self) -> None:
         check_config(self.moba)
@@ -88,6 +89,8 @@ class MoBASettings:
             raise ValueError(f"head_parallel must be None or at least 1, got {self.head_parallel}")
         if self.workspace_bytes is not None:
             check_integer("workspace_bytes", self.workspace_bytes, least=1)
+        if self.exchange_bytes is not None:
+            check_integer("exchange_bytes", self.exchange_bytes, least=0)
         if self.packed_partition is not None and self.packed_partition not in PACKED_PARTITIONS:
             raise ValueError(
                 f"packed_partition must be None or one of {PACKED_PARTITIONS}, got {self.packed_partition!r}"

@@ -35,7 +35,7 @@ def with_moba(spec: Spec, moba_config: MoBAConfig, **settings: Any) -> Spec:
         moba_config: block size, top-k and softmax scale.
         **settings: the other fields of :class:`moba_cp.megatron.MoBASettings` (``comm``,
             ``partition``, ``packed_partition``, ``full_attention_last_n_layers``, ``layer_pattern``,
-            ``full_attention_comm``, ``full_attention_backend``, ``head_parallel``, ``workspace_bytes``).
+            ``full_attention_comm``, ``full_attention_backend``, ``head_parallel``, ``workspace_bytes``, ``exchange_bytes``).
 
     Returns:
         A spec of the same kind. Parameter names and checkpoints do not change.

@@ -44,6 +44,7 @@ def test_flags_become_settings() -> None:
         "full_attention_backend": "torch",
     }
     assert settings_from_arguments(parse("--moba-workspace-gib", "0.5"))["workspace_bytes"] == 1 << 29
+    assert settings_from_arguments(parse("--moba-exchange-gib", "0"))["exchange_bytes"] == 0
     with_te = settings_from_arguments(parse("--moba-full-attention-backend", "te"))
     assert (with_te["full_attention_comm"], with_te["full_attention_backend"]) == ("auto", "te")
 
@@ -52,6 +53,12 @@ def test_flags_become_settings() -> None:
 def test_a_workspace_that_is_no_size_is_refused(size: str) -> None:
     with pytest.raises(ValueError, match=f"--moba-workspace-gib must be above 0, got {float(size)}"):
         settings_from_arguments(parse("--moba-workspace-gib", size))
+
+
+@pytest.mark.parametrize("size", ["-1", "inf", "nan"])
+def test_an_exchange_that_is_no_size_is_refused(size: str) -> None:
+    with pytest.raises(ValueError, match=f"--moba-exchange-gib must not be negative, got {float(size)}"):
+        settings_from_arguments(parse("--moba-exchange-gib", size))
 
 
 @pytest.mark.parametrize(

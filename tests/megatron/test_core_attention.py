@@ -303,21 +303,21 @@ def test_lengths_that_do_not_fit_the_tensors_are_refused() -> None:
         build()(*random_qkv(4), packed_seq_params=packed)
 
 
-@pytest.mark.parametrize(("workspace", "given"), [(None, {}), (4096, {"workspace_bytes": 4096})])
-def test_the_workspace_reaches_the_layer(
-    workspace: int | None, given: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("given", [{}, {"workspace_bytes": 4096}, {"exchange_bytes": 0, "workspace_bytes": 8192}])
+def test_budgets_reach_the_layer(given: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     attention = core_attention.moba_attention
     noted = lambda *tensors, **options: seen.append(options) or attention(*tensors, **options)  # noqa: E731
     monkeypatch.setattr(core_attention, "moba_attention", noted)
-    core = build(settings=MoBASettings(MOBA, workspace_bytes=workspace))
+    core = build(settings=MoBASettings(MOBA, **given))
     core(*random_qkv(20, 1), attention_mask=None, attn_mask_type=AttnMaskType.causal)
-    assert [{x: options[x] for x in options if x == "workspace_bytes"} for options in seen] == [given]
+    assert [{x: options[x] for x in options if x.endswith("_bytes")} for options in seen] == [given]
 
 
-def test_a_workspace_that_is_no_size_is_refused() -> None:
+def test_a_budget_that_is_no_size_is_refused() -> None:
     with pytest.raises(ValueError, match="workspace_bytes must be at least 1, got 0"):
         MoBASettings(MOBA, workspace_bytes=0)
     with pytest.raises(TypeError, match="workspace_bytes must be an int"):
         MoBASettings(MOBA, workspace_bytes=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="exchange_bytes must be at least 0, got -1"):
+        MoBASettings(MOBA, exchange_bytes=-1)
