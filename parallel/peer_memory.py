@@ -184,9 +184,12 @@ def _symmetric(comm: CommGroup, device: torch.device, size: int) -> PeerMemory:
         torch.cuda.empty_cache()  # this memory comes from the driver, which does not know what torch keeps unused
         return symmetric_memory.empty(size, dtype=torch.uint8, device=device)
 
+    def map_all() -> tuple[Any, list[Tensor]]:
+        handle = symmetric_memory.rendezvous(own, group.group_name)
+        return handle, [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(comm.size)]
+
     own = _together(comm, device, allocate)
-    handle = symmetric_memory.rendezvous(own, group.group_name)
-    buffers = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(comm.size)]
+    handle, buffers = _together(comm, device, map_all)
     wanted_of, wanted_by = torch.full((2, comm.size), _MANY, device="cpu", pin_memory=True)
     return PeerMemory(buffers, wanted_of, wanted_by, handle, own, int(timeout_of(group, device).total_seconds() * 1000))
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 
 from .. import MoBAConfig, SequenceLayout, __version__, moba_attention, reference
+from ..kernels.dispatch import gluon_serves
 
 OLDEST_CAPABILITY = (8, 0)
 MEGATRON, TRANSFORMER_ENGINE = "megatron-core", "transformer-engine"
@@ -142,8 +143,10 @@ def gpu_findings(size: int) -> list[Finding]:
             found.append(Finding("note", f"GPU {index}", f"{text}, {free / 2**30:.0f} GiB free", cure))
         else:
             found.append(Finding("ok", f"GPU {index}", text))
-    if torch.cuda.get_device_capability(0) != (9, 0):
-        found.append(Finding("note", "kernels", "tuned for sm_90; this GPU takes the portable ones"))
+    portable = [index for index in range(count) if not gluon_serves(torch.device("cuda", index))]
+    if portable:
+        of = ", ".join(map(str, portable))
+        found.append(Finding("note", "kernels", f"those of Hopper need sm_90; portable ones on GPU {of}"))
     speed = _copy_speed(0, 0, size)
     found.append(Finding("ok", "copy on GPU 0", f"{2 * speed:.0f} GB/s read and written"))
     for other in range(1, count):
