@@ -43,7 +43,7 @@ def _selection_of(selected, head, sample, samples, TOPK: tl.constexpr):
 @triton.jit
 def _write_centroid(
     k, table, out, k_token, block, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, KEYS: tl.constexpr
-):  # fmt: skip
+):
     """One centroid; sums in the order of `centroids_kernel`, so that it has the same bits."""
     first_slot = tl.load(table + block * BLOCK)
     if tl.load(table + block * BLOCK + BLOCK - 1) - first_slot == BLOCK - 1:  # as in `attend_selected_kernel`

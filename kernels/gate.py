@@ -7,8 +7,8 @@ for nearly every row that they contain the selection. Rows without a proof are l
 `gate_kernel` with longer lists where that may help, and what is left by `gate_exact.py`. All compute the same products in the
 same order, so a row's result does not depend on which of them made it. The host reads nothing.
 
-`counts` and `unproved` hold, for each pass of `gate_kernel` and each q head, how many rows have no proof, and which. Behind two
-numbers of rows per q head, `counts` has the bits of the largest squared norm of a centroid of each kv head.
+`counts` and `unproved` hold, for each pass of `gate_kernel` and each q head, how many rows have no proof, and which. `counts` is
+int32 `[2 * Hq + Hkv]`: after those numbers come, for each kv head, the bits of the largest squared norm of a centroid.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def add_gradients_kernel(
     at = arrived + arrived_row * row + arrived_head * head
     _add_rows(
         own_dk + own_dk_row * row + own_dk_head * head, at, dk + dk_row * row + dk_head * head, inside, D, D_PADDED
-    )  # fmt: skip
+    )
     _add_rows(
         own_dv + own_dv_row * row + own_dv_head * head, at + D, dv + dv_row * row + dv_head * head, inside, DV, DV_PADDED
     )  # fmt: skip

@@ -85,8 +85,8 @@ class BoundLaunch:
     """Launches of one kernel that differ in the addresses of their tensors alone: `launch_kernel` with its numbers bound.
 
     Args:
-        kernel, grid, arguments, constants: as for `launch_kernel`. Of tensors, and of those in descriptors, nothing is kept but
-            their places; `TENSOR` stands for one as well.
+        kernel, grid, arguments, constants: as for `launch_kernel`. Of a tensor, also of one in a descriptor, only its position
+            among the arguments is kept; `TENSOR` may stand for one.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> None:

@@ -169,7 +169,7 @@ def route(
     small = block_size <= configs.SMALL_BLOCK
     shape = list_shape(
         selected, n_blocks, kv_heads, block_size, config.item_rows_small if small else config.item_rows_large
-    )  # fmt: skip
+    )
     token_bits = max(selected.shape[1] - 1, 0).bit_length()
     narrow = token_bits + shape.head_bits + shape.slot_bits <= config.entry_bits
     entry = torch.empty(capacity, dtype=torch.int32 if narrow else torch.int64, device=device)

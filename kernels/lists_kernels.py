@@ -55,7 +55,7 @@ def count_kernel(
     for row in range(begin, begin + share_rows, ENTRIES // WIDTH):
         block = _batch(
             head_selected, row, begin + share_rows, tokens, selected_token, selected_slot, SLOTS, WIDTH, CHUNKS, ENTRIES
-        )  # fmt: skip
+        )
         if BINS > 0:
             total += tl.histogram(tl.where(block >= 0, block, 0), BINS, mask=block >= 0)
         else:

@@ -183,5 +183,5 @@ def scatter_kernel(
         wide = (first + origin // WIDTH).to(entry.dtype.element_ty)
         gl.store(
             entry + position, (wide << (head_bits + slot_bits)) | (in_group << slot_bits) | (origin % WIDTH), mask=held
-        )  # fmt: skip
+        )
     words_s._keep_alive()

@@ -215,9 +215,8 @@ class CentroidCache:
         blocks = blocks_per_sample(slots, block_size)
         tiles = -(-blocks // COUNT_TILE)
         if self.values is None or self.count is None:
-            self.values = k.new_zeros(
-                samples, blocks, heads, dim
-            )  # of no block yet: what is there would cost the gate time
+            # Zeros: rows are scored again, at a cost, where a centroid is not finite, also one that no block has yet.
+            self.values = k.new_zeros(samples, blocks, heads, dim)
             self.count = torch.zeros(samples, heads, tiles, dtype=torch.int32, device=k.device)
             self.arrived = self.count.new_zeros(samples, heads) if k.is_cuda else None
             self._block_size = block_size
@@ -255,7 +254,8 @@ def moba_attention_cached(
     """MoBA attention of new queries against a cache that holds their keys already; forward only, on one device.
 
     Equal to the rows of `moba_attention` over the whole content: a query at position p of its sample's content attends to its own
-    block up to p, and to the best-scored complete blocks before. A selected block that decoding reads is read once per q head.
+    block up to p, and to the best-scored complete blocks before. Decoding reads a
+    selected block once per kv head, for all q heads that selected it.
     `torch.compile` breaks the graph once, at the call.
 
     Args:

@@ -22,7 +22,7 @@ LEAST_CHUNK_BYTES = 5 << 27
 """Of gradients of scores that a chunk of rows keeps: half of the default workspace, which two chunks of a head always take. With
 0.5 GiB nothing is gained, and the host is busy for as long as the GPU."""
 MOST_KEPT_BYTES = (1 << 38) - 1
-"""Of gradients of scores at once: places of partial dq are int32, and below this over 256."""
+"""Most bytes of gradients of scores kept at once: the place of a partial dq, in units of 256 bytes, is an int32."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def most_at_once(
     Args:
         most: rows of the rank with most.
         head_bytes: workspace per row and q head.
-        kv_head_bytes: and per kv head, whatever its rows. Of half the workspace at most: where they take more, chunks of very few
-            rows would not make them less.
+        kv_head_bytes: workspace per kv head, however many rows a chunk has. At most half of the workspace is set aside for it,
+            as smaller chunks would not reduce it.
     """
     row_bytes = max(1, q_heads // kv_heads * head_bytes)  # of one kv head
     per_range = min(kv_heads, max(1, workspace_bytes // max(1, most * row_bytes + kv_head_bytes)))

@@ -1,4 +1,4 @@
-"""Selections of one's own: what a call attends to where q and k do not decide it, and what it tells about its selection.
+"""Custom selections: what a call attends to where q and k do not decide it, and what it tells about its selection.
 
 A caller decides in one of two ways. `selection=` lists the blocks of each row. `routing=(q_gate, k_gate)` names other tensors
 to score with: block centroids are means of `k_gate`, and MoBA's gate selects the best scored. Block numbers count within the

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from .cost import CallSizes, choose_head_parallel
 from .exchanges.base import LocalOnly
-from .exchanges.registry import COMMS as FLAT_COMMS
-from .exchanges.registry import EXCHANGES
+from .exchanges.registry import EXCHANGES, FLAT_COMMS
 from .topology import Topology
 
 HEADS = "a2a"
@@ -23,7 +22,7 @@ class Split:
 
     Attributes:
         size: ranks over which heads are split, U.
-        exchange: what moves keys and values among sequence ranks: a value of `registry.COMMS`.
+        exchange: what moves keys and values among sequence ranks: a value of `registry.FLAT_COMMS`.
         reason: why, for people to read; empty where the exchange alone decides.
         asked: the value of `comm` that named the split; empty where none did.
     """

@@ -81,7 +81,7 @@ def speed_table(results: dict[str, Any], runs: list[Run]) -> str:
     text = table(["commit", "arm", "seeds", "K tokens/s", f"GPU s to loss {target:.3f}", "peak GiB"], rows)
     alone = [f"`{commit[:7]}`" for commit in order if (commit, "full") not in groups]
     if alone:
-        text += f"\n\nFull attention did not run at {' and '.join(alone)}: no arm's speed there stands beside it."
+        text += f"\n\nFull attention was not run at {' or '.join(alone)}: speeds measured there have no baseline."
     return text
 
 

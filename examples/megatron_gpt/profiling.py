@@ -28,7 +28,7 @@ KERNELS = {
     "forward": ("stream_rows", "hold_rows", "own_blocks", "attend_selected"),
     "merge": ("merge", "delta", "merge_dq"),
     "backward": ("dkdv_dq", "dkdv_dq_tiles", "dkdv", "dq", "dq_of_ds", "find_segments", "sum_segments"),
-    "exchange": ("_pack", "_heads", "_wanted", "add_gradients"),
+    "exchange": ("_pack", "_pack_pairs", "_add_pairs", "_heads", "_wanted", "add_gradients"),
 }
 """Names of the package's kernels, without `_kernel`, by stage. Exchange kernels move rows, or add gradients that arrived."""
 _STAGE = {f"{name}_kernel": label for label, names in KERNELS.items() for name in names}

@@ -204,7 +204,7 @@ def hold_rows_kernel(
         mbarrier.wait(k_full.index(stage), phase)
         s_run = warpgroup_mma(
             q_s, k_s.index(stage).reshape([KEYS, D]).permute((1, 0)), zero, use_acc=False, is_async=True
-        )  # fmt: skip
+        )
         s, total, p_left = warpgroup_mma_wait(0, deps=(s_run, acc, p_left))
         barrier()
         key = first_key + i * KEYS

@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def rms_norm_kernel(
     x, other, weight, total, normed, eps, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ADD: tl.constexpr
-):  # fmt: skip
+):
     """One program: one row of `total = x + other`, rounded, and of `normed = total / rms(total) * weight`.
 
     Reads 2 * WIDTH values per row and writes as many with ADD, half of that without.

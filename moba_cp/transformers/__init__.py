@@ -4,7 +4,7 @@
     from moba_cp.transformers import configure
 
     model = AutoModelForCausalLM.from_pretrained(path)
-    configure(model, MoBAConfig(block_size=512, topk=8), full_last=3)   # registers "moba", and selects it for this model
+    configure(model, MoBAConfig(block_size=512, topk=8), full_last=3)   # selects "moba", which the import registered
     model.generate(**inputs)
 
 `configure` writes its settings into the model's config, so they are saved with it. To load such a model::

@@ -108,7 +108,7 @@ class Route:
         name: the exchange in use.
         reason: why this one, for people to read.
         walks: how often each byte crosses the wire in forward, and in backward: 1, or the number of chunks.
-        mine: bool `[Hkv, n_blocks]`, pairs that the local queries selected; None where the exchange does not ask.
+        mine: uint8 `[Hkv, n_blocks]`, 1 for pairs that the local queries selected; None where the exchange does not ask.
         wanted: wanted pairs of all ranks; None where the exchange does not ask.
         once_bytes: the least `exchange_bytes` with which each byte crosses the wire once in forward, and in backward; 0 where it
             does with any.

@@ -22,8 +22,8 @@ from .ring import Ring
 EXCHANGES: dict[str, type[Exchange]] = {exchange.name: exchange for exchange in (AllGather, Ring, Fetch, Pull)}
 """Exchanges between ranks, by name."""
 
-COMMS = ("auto", *EXCHANGES)
-"""Values of `comm`."""
+FLAT_COMMS = ("auto", *EXCHANGES)
+"""Values of `comm` that split no heads."""
 
 
 class Opening(Protocol):
@@ -34,7 +34,7 @@ class Opening(Protocol):
 
 
 def open_forward(comm_name: str, home: HomeBlocks, comm: CommGroup, work: Work) -> Opening:
-    """Begin the exchange that `comm_name`, one of `COMMS`, stands for; what needs no routing starts here.
+    """Begin the exchange that `comm_name`, one of `FLAT_COMMS`, stands for; what needs no routing starts here.
 
     `auto` decides before the gate where GPUs can read each other's memory; otherwise from what the ranks want, after it.
     """
