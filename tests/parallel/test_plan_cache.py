@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moba_cp
-from moba_cp import MoBAConfig, SequenceLayout
+from moba_cp import MoBAConfig, SequenceLayout, memory
 from moba_cp.parallel import plan_cache
 from moba_cp.parallel.blocks import home_plan, rank_plan
 from moba_cp.parallel.home import home_start, index_tensor
@@ -76,7 +76,30 @@ def test_many_layouts_keep_a_bounded_number_of_bytes() -> None:
         assert moba_cp.kept_bytes().host <= 150 << 20
     assert len(PLANS) < 12
     PLANS.clear()
-    assert moba_cp.kept_bytes() == moba_cp.KeptMemory(0, 0, 0)
+    kept = moba_cp.kept_bytes()
+    assert (kept.host, kept.device, kept.shared) == (0, 0, 0)
+
+
+def test_a_captured_plan_stays_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = plan_cache.PlanCache()
+    monkeypatch.setattr(memory, "PLANS", cache)
+    plan = planned(SequenceLayout.zigzag(packed(20_000, 5, 3), 2))
+    assert moba_cp.kept_bytes().captured_host == 0
+    cache.keep(plan)
+    cache.keep(plan)
+    cache.clear()
+    assert moba_cp.kept_bytes().captured_host == bytes_of(plan).host > 20_000
+
+
+def test_layouts_of_megatron_count() -> None:
+    pytest.importorskip("megatron.core")
+    from moba_cp.megatron.layout import packed_layout
+
+    PLANS.clear()
+    true, padded = tuple(range(0, 12 * 5001, 12)), tuple(range(0, 16 * 5001, 16))
+    layout = packed_layout(true, padded, 8)
+    assert packed_layout(true, padded, 8) is layout
+    assert moba_cp.kept_bytes().host >= layout.nbytes > 5000 * 8
 
 
 @pytest.mark.parametrize(
