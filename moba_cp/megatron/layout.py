@@ -91,6 +91,8 @@ def _packed_layout(
     ends = np.array(padded)
     true_ends = ends[:-1] + np.diff(np.array(cu_seqlens))
     documents = np.unique(np.concatenate([[0], true_ends, ends[1:]])).tolist()
+    if rule == "zigzag" and padded == cu_seqlens:  # the rule itself, which lists no rank's runs
+        return SequenceLayout.zigzag(documents, cp_size, per_document=rule == partition)
     chunks = Chunked(np.unique(np.array(cut)), cp_size, mirrored=rule == "zigzag")
     return SequenceLayout.from_runs([chunks.runs(rank) for rank in range(cp_size)], documents)
 
