@@ -50,7 +50,8 @@ class MoBAReport:
             most wanted first.
         attended_keys: int64 `[P]`, (query row, q head, key) triples each rank computes.
         imbalance: the largest of `attended_keys` over their mean; 1 is balanced.
-        selected: int32 `[Hq, T, topk]`, this rank's selected blocks, ascending, -1 for none.
+        selected: int32 `[Hq, T, slots]`, this rank's selected blocks, ascending, -1 for none; `slots` is `topk`, or less where no
+            document has so many blocks.
         token_numbers: int64 `[T]`, global numbers of this rank's tokens, on the host.
         block_size: tokens per block.
         n_blocks: blocks over all documents.
@@ -84,7 +85,7 @@ def make_report(call: Call, split: Split, route: Route, selected: Tensor, sizes:
         call: the call as one over the whole group, whether or not heads were split.
         split: over how many ranks heads were split.
         route: what its exchange decided.
-        selected: `[Hq, T, topk]`, what the gate chose for this rank's own tokens.
+        selected: `[Hq, T, slots]`, what the gate chose for this rank's own tokens.
         sizes: of the call.
     """
     kv_heads, pair_bytes = sizes.kv_heads, (sizes.dim + sizes.dim_v) * sizes.itemsize

@@ -45,8 +45,8 @@ class Selection:
 
     Attributes:
         blocks: int32 `[Hq, T, slots]`: block numbers within the row's document, ascending, -1 at the front where there are
-            fewer; the last one is the row's own block. `slots` is `topk`, or less where no document has so many blocks. It can
-            be passed as `selection=`.
+            fewer; the last one is the row's own block. `slots` is `topk`, or less where no document has so many blocks; in a
+            compiled graph, which serves all layouts, `topk`. It can be passed as `selection=`.
         weights: fp32 (fp64 for fp64 inputs) `[Hq, T, slots]`: the share of each block in the row's attention, 0 for empty
             slots. A row's shares sum to 1 within rounding. No gradient flows through them.
     """

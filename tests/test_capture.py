@@ -10,6 +10,7 @@ import torch
 
 from moba_cp import MoBAConfig, SequenceLayout, dense, moba_attention, prepare
 from moba_cp.parallel import backward_order
+from moba_cp.parallel.blocks import HomePlan
 from moba_cp.parallel.plan_cache import PLANS
 from tests.calls import TWO, assert_works, full_result, good_call, outcome
 from tests.ranks import run_ranks
@@ -69,14 +70,15 @@ def test_ranks_refuse_other_captures_and_go_on() -> None:
 
 
 def test_the_plan_of_a_captured_call_outlives_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "_captured", {})
+    kept: list[HomePlan] = []
+    monkeypatch.setattr(PLANS, "keep", kept.append)
     q, k, v = (torch.zeros(12, 2, 4) for _ in range(3))
     call = {"config": MoBAConfig(4, 2), "layout": SequenceLayout.contiguous([0, 12], 1)}
     moba_attention(q, k, v, **call)
-    assert not prepare._captured
+    assert not kept
     monkeypatch.setattr(prepare, "is_captured", lambda q: True)
     moba_attention(q, k, v, **call)
     PLANS.clear()
-    (plan,) = prepare._captured.values()
+    (plan,) = kept
     assert plan.layout == call["layout"]
     assert len(plan.memo)  # what replays read
