@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -285,10 +286,14 @@ class _MoBAFunction(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, saved: SavedTensors, dout: Tensor, *no_gradient: object) -> tuple[Tensor | None, ...]:
         group: CommGroup = ctx.group
+        reading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if group.size > 1:
-            backward_order.check(group.group, wide.number_of(ctx.call), dout.device)
+            number = wide.number_of(ctx.call)
+            reading = backward_order.check(group.group, number, dout.device, hooked=ctx.hooked)
+        with reading:
+            tensors = saved()
         with as_given(dout):
-            gradients = wide.run_backward(ctx.call, ctx.kept, saved()[:-1], dout)
+            gradients = wide.run_backward(ctx.call, ctx.kept, tensors[:-1], dout)
         return *gradients, None, None, None, None
 
     jvp = staticmethod(no_forward_mode)

@@ -12,6 +12,7 @@ kernels dominate.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -188,11 +189,14 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, saved: SavedTensors, dout: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         dout = dout.contiguous()
+        reading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if call.whole.size > 1:
-            backward_order.check(call.whole.group, call.number, dout.device)
+            reading = backward_order.check(call.whole.group, call.number, dout.device, hooked=ctx.hooked)
+        with reading:
+            tensors = saved()
         if call.wide is not None:
-            return *wide_dense_backward(call.wide, partial(_attend_backward, call), saved(), dout), None
-        q, k, v, out, lse = saved()
+            return *wide_dense_backward(call.wide, partial(_attend_backward, call), tensors, dout), None
+        q, k, v, out, lse = tensors
         gradients = _attend_backward(call, q, k, v, out, lse, dout)
         return *(x.to(dout.dtype) for x in gradients), None
 

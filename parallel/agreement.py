@@ -74,6 +74,7 @@ class _GroupState:
         unread: those of calls whose facts are to be compared later.
         keep: what all-gathers in flight use.
         litter: prefixes of notes that nobody needs once an all-gather is complete.
+        alone: whether other ranks would not join a call now; see `no_calls`.
         lock: orders this rank's all-gathers.
     """
 
@@ -90,6 +91,7 @@ class _GroupState:
     unread: list[HostCopy] = field(default_factory=list)
     keep: list[object] = field(default_factory=list)
     litter: list[str] = field(default_factory=list)
+    alone: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -202,10 +204,15 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
 
     Raises:
         ValueError: the facts differ, with the values of two ranks; or another rank refused its input.
-        RuntimeError: a rank did not come within the group's timeout, or sent something else.
+        RuntimeError: a rank did not come within the group's timeout, or sent something else; or the call is inside `no_calls`.
     """
     group = process_group(group)
     state = _state(group)
+    if state.alone:
+        raise RuntimeError(
+            f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} computes a call again in backward, as activation "
+            "checkpointing does, and another rank does not: checkpoint the same calls on every rank"
+        )
     state.calls += 1
     _read_late(state)
     try:
@@ -246,6 +253,17 @@ def check(group: dist.ProcessGroup | None, facts: dict[str, str], device: torch.
         state.agreed.clear()
     state.agreed.add(payload)
     state.keep.clear()
+
+
+@contextlib.contextmanager
+def no_calls(group: dist.ProcessGroup) -> Iterator[None]:
+    """Inside, `check` raises: other ranks are elsewhere."""
+    state = _state(group)
+    state.alone = True
+    try:
+        yield
+    finally:
+        state.alone = False
 
 
 def _gather_to_read_late(

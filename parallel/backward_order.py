@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -114,7 +115,9 @@ def take_number(group: dist.ProcessGroup | None) -> int:
     return order.calls
 
 
-def check(group: dist.ProcessGroup | None, number: int, device: torch.device) -> None:
+def check(
+    group: dist.ProcessGroup | None, number: int, device: torch.device, *, hooked: bool
+) -> contextlib.AbstractContextManager[None]:
     """All ranks of `group` (None: the default one) are at the backward of the same call. Called by all ranks alike, right before
     the first collective of that backward.
 
@@ -122,6 +125,12 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
         group: the context-parallel group.
         number: what `take_number` gave the call.
         device: where the group's backend communicates.
+        hooked: whether hooks give back what forward saved. One of checkpointing computes the call again, for which other ranks
+            are needed.
+
+    Returns:
+        A context in which to read what forward saved, on every rank. Where ranks are known to differ in `hooked`, a rank that
+        computes the call again there raises, and so do the others.
 
     Raises:
         ValueError: on every rank: they are not; or, on CUDA, were not in an earlier backward (see above), or a CUDA graph is
@@ -138,11 +147,13 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
     order.in_backward = True
     if _compares_at_once(order, device):
         with _named(group, f"begin the backward of call {number}"):
-            facts = agreement.all_facts(group, {"step": "backward", "number": str(number)}, device)
+            mine = {"step": "backward", "number": str(number), "hooked": str(hooked)}
+            facts = agreement.all_facts(group, mine, device)
         if any(of_rank.get("step") != "backward" for of_rank in facts):
             agreement.compare(facts)  # a rank went on to another call
         _compare(torch.tensor([[int(of_rank["number"])] for of_rank in facts], device="cpu"))
-        return
+        alike = all(of_rank["hooked"] == str(hooked) for of_rank in facts)
+        return contextlib.nullcontext() if alike else _read_apart(group, device)
     if order.told is not None and order.events - order.told.at >= _CALLS_BETWEEN:
         _read(group, order, order.told, device)
     order.digest = (order.digest * _BASE + number) % _PRIME
@@ -150,6 +161,25 @@ def check(group: dist.ProcessGroup | None, number: int, device: torch.device) ->
     order.untold = True
     if len(order.numbers) < _SHOWN:
         order.numbers.append(number)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _read_apart(group: dist.ProcessGroup, device: torch.device) -> Iterator[None]:
+    """Where hooks give back what some ranks saved, not what others did: a hook may offload, but not compute a call again. All
+    ranks learn if one fails."""
+    failure: RuntimeError | None = None
+    try:
+        with agreement.no_calls(group):
+            yield
+    except RuntimeError as error:
+        failure = error
+    told = {} if failure is None else {"refused": f"{type(failure).__name__}: {failure}"}
+    with _named(group, "read what forward saved"):
+        facts = agreement.all_facts(group, told, device)
+    if failure is not None:
+        raise failure
+    agreement.compare(facts)
 
 
 def _compares_at_once(order: _Order, device: torch.device) -> bool:

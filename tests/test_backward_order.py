@@ -1,10 +1,15 @@
-"""Ranks that run the backward passes of two calls in different orders all get an error, and no gradients."""
+"""Ranks that run the backward passes of two calls in different orders, or of which one alone computes a call again, all get an
+error, and no gradients."""
 
 from __future__ import annotations
+
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 import moba_cp
 from moba_cp import MoBAConfig, SequenceLayout
@@ -72,3 +77,50 @@ def test_a_rank_that_goes_on_without_backward_ends_the_others_by_name(ahead: int
         assert outcome.exception is None, outcome.exception
         assert "are apart: rank" in outcome.result
         assert f"rank {1 - ahead} {'is ' * ahead}at the backward of call 1" in outcome.result
+
+
+COMMS = ("ring", "fetch", "pull", "all_gather", "a2a", "full attention")
+
+
+def hooked_on_one_rank(rank: int, size: int, comm: str) -> tuple[str, float, list[torch.Tensor], list[torch.Tensor]]:
+    """Rank 1 checkpoints a call; then it offloads what a call saves; then no rank does anything."""
+    group = dist.new_group([0, 1])
+    whole = [torch.randn(64, 2, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in range(3)]
+
+    def attention(*inputs: torch.Tensor) -> torch.Tensor:
+        if comm == "full attention":
+            return causal_attention(*inputs, None, layout=LAYOUT, group=group)
+        return moba_cp.moba_attention(*inputs, CONFIG, layout=LAYOUT, group=group, comm=comm)
+
+    def inputs() -> list[torch.Tensor]:
+        return [LAYOUT.shard(x, rank).requires_grad_() for x in whole]
+
+    def gradients(out: torch.Tensor, of: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(out.pow(2).sum(), of))
+
+    try:
+        mine = inputs()
+        out = checkpoint(attention, *mine, use_reentrant=False) if rank else attention(*mine)
+        begin = time.monotonic()
+        with pytest.raises((ValueError, RuntimeError)) as error:  # the text is looked at below
+            gradients(out, mine)
+        seconds, mine = time.monotonic() - begin, inputs()
+        if rank:
+            with save_on_cpu():
+                out = attention(*mine)
+        else:
+            out = attention(*mine)
+        offloaded, mine = gradients(out, mine), inputs()
+        return str(error.value), seconds, offloaded, gradients(attention(*mine), mine)
+    finally:
+        dist.destroy_process_group(group)
+
+
+@pytest.mark.parametrize("comm", COMMS)
+def test_a_rank_that_alone_computes_a_call_again_ends_the_others_too(comm: str) -> None:
+    (told, *_), (own, *_) = found = run_ranks(2, hooked_on_one_rank, comm)
+    assert "rank 1 of 2 computes a call again in backward" in own
+    assert told.startswith("rank 1 refused its input: RuntimeError: rank 1 of 2 computes a call again")
+    for _, seconds, offloaded, plain in found:
+        assert seconds < 30  # of the group's timeout of minutes
+        assert all(torch.equal(x, y) for x, y in zip(offloaded, plain, strict=True))
