@@ -13,7 +13,6 @@ from importlib.util import find_spec
 import torch
 
 from .. import MoBAConfig, SequenceLayout, __version__, moba_attention, reference
-from ..kernels.dispatch import gluon_serves
 
 OLDEST_CAPABILITY = (8, 0)
 MEGATRON, TRANSFORMER_ENGINE = "megatron-core", "transformer-engine"
@@ -143,8 +142,7 @@ def gpu_findings(size: int) -> list[Finding]:
             found.append(Finding("note", f"GPU {index}", f"{text}, {free / 2**30:.0f} GiB free", cure))
         else:
             found.append(Finding("ok", f"GPU {index}", text))
-    portable = [index for index in range(count) if not gluon_serves(torch.device("cuda", index))]
-    if portable:
+    if find_spec("triton") and (portable := _without_hopper_kernels(count)):
         of = ", ".join(map(str, portable))
         found.append(Finding("note", "kernels", f"those of Hopper need sm_90; portable ones on GPU {of}"))
     speed = _copy_speed(0, 0, size)
@@ -156,6 +154,13 @@ def gpu_findings(size: int) -> list[Finding]:
         else:
             found.append(Finding("ok", f"GPU {other} to 0", f"peer copy {_copy_speed(other, 0, size):.0f} GB/s"))
     return found
+
+
+def _without_hopper_kernels(count: int) -> list[int]:
+    """The first `count` GPUs that Hopper's kernels do not serve."""
+    from ..kernels.dispatch import gluon_serves
+
+    return [index for index in range(count) if not gluon_serves(torch.device("cuda", index))]
 
 
 def _copy_speed(source: int, target: int, size: int) -> float:
