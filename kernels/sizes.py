@@ -81,7 +81,8 @@ MOST_SUMMED_KEYS = 1 << 17
 
 
 LARGEST_CHOICE = 2 * MOST_SUMMED_KEYS
-"""From this block size on, no choice of a kernel or of its tiles depends on it, but for what divides it."""
+"""From this block size on, no choice of a kernel or of its tiles depends on it, but for what divides it, and where bins of more
+than 2^24 entries are cut."""
 
 
 def block_size_of_kernels(block_size: int, longest: int) -> int:

@@ -289,7 +289,7 @@ class _MoBAFunction(torch.autograd.Function):
         reading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if group.size > 1:
             number = wide.number_of(ctx.call)
-            reading = backward_order.check(group.group, number, dout.device, hooked=ctx.hooked)
+            reading = backward_order.check(group.group, number, dout.device, hooks=ctx.hooks)
         with reading:
             tensors = saved()
         with as_given(dout):

@@ -174,7 +174,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, saved: SavedTensors, gradient: Tensor) -> tuple[Tensor, None, None]:
-        with backward_order.check(ctx.group, ctx.number, gradient.device, hooked=False):
+        with backward_order.check(ctx.group, ctx.number, gradient.device, hooks=""):
             pass  # nothing is saved
         return _summed(gradient, ctx.group), None, None
 

@@ -9,7 +9,7 @@ per sample (a chunk of a prompt) take the gate, lists, attention and merge of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +21,7 @@ from .config import DEFAULT_WORKSPACE_BYTES, MoBAConfig
 from .decoding import Step, decode, made, most_slots, step_facts, strides_of
 from .derivatives import refuse_transforms
 from .kernels import Backend, KVPart, QueryRows, backend_for, query_rows
+from .kernels.sizes import block_size_of_kernels
 from .kernels.types import COUNT_TILE
 from .parallel.outside_graphs import outside_graphs
 from .precision import as_given
@@ -254,9 +255,8 @@ def moba_attention_cached(
     """MoBA attention of new queries against a cache that holds their keys already; forward only, on one device.
 
     Equal to the rows of `moba_attention` over the whole content: a query at position p of its sample's content attends to its own
-    block up to p, and to the best-scored complete blocks before. Decoding reads a
-    selected block once per kv head, for all q heads that selected it.
-    `torch.compile` breaks the graph once, at the call.
+    block up to p, and to the best-scored complete blocks before. Decoding reads a selected block once per kv head, for all q
+    heads that selected it. `torch.compile` breaks the graph once, at the call.
 
     Args:
         q: `[samples, queries, Hq, D]`, fp64, fp32, bf16 or fp16.
@@ -302,14 +302,16 @@ def moba_attention_cached(
     with torch.cuda.device_of(q), as_given(q):  # nothing here requires a gradient
         k, v = unit_stride(k), unit_stride(v)
         new = centroids.make_room(k, config.block_size)
+        block_size = block_size_of_kernels(config.block_size, k.shape[1])
         one_each = q.shape[1] == 1
         if new or not one_each:
             means = made(centroids.values)
-            most = means.shape[1] if new else -(-q.shape[1] // config.block_size) + 1
+            most = means.shape[1] if new else -(-q.shape[1] // block_size) + 1
             backend.update_centroids(
                 k, slots=tokens.slots, before=tokens.before, lengths=tokens.lengths, count=made(centroids.count),
-                centroids=means, block_size=config.block_size, at_most=most,
+                centroids=means, block_size=block_size, at_most=most,
             )  # fmt: skip
+        config = replace(config, block_size=block_size)
         if not one_each:
             return _chunk(backend, q, k, v, config, tokens, made(centroids.values), workspace_bytes)
         repeated = strides is not None and strides == centroids._step.strides

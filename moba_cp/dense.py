@@ -191,7 +191,7 @@ class _CausalAttention(torch.autograd.Function):
         dout = dout.contiguous()
         reading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if call.whole.size > 1:
-            reading = backward_order.check(call.whole.group, call.number, dout.device, hooked=ctx.hooked)
+            reading = backward_order.check(call.whole.group, call.number, dout.device, hooks=ctx.hooks)
         with reading:
             tensors = saved()
         if call.wide is not None:

@@ -44,11 +44,18 @@ def refuse_transforms(**named: Tensor) -> None:
 
 def can_refuse(ctx: Any, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
     """Note in forward whether `saved` holds the inputs themselves, so that their gradients can carry a refusal to them, and
-    whether a hook (checkpointing, offloading) has what forward saved, so that giving it back is work.
+    which hooks (checkpointing, offloading) have what forward saved, so that giving it back is work: a name, empty for none.
     """
-    ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    ctx.hooks = "" if hooks is None else _name(hooks[0])
     needed = [x for x, wanted in zip(inputs, ctx.needs_input_grad, strict=False) if wanted]
     ctx.linked = all(any(x is y for y in saved) for x in needed)
+
+
+def _name(hook: Any) -> str:
+    """What tells one kind of hook from others, on every rank."""
+    of = hook if hasattr(hook, "__qualname__") else type(hook)
+    return f"{of.__module__}.{of.__qualname__}"[-200:]
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,7 +81,7 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
                 raise RuntimeError("attention of moba_cp takes one gradient at a time, got is_grads_batched=True")
             if again and not ctx.linked:
                 raise RuntimeError(f"{_TWICE}; here create_graph=True is refused already")
-            if not getattr(ctx, "hooked", True):
+            if getattr(ctx, "hooks", None) == "":
                 saved()
         with torch.no_grad():
             gradients = backward(ctx, saved, *incoming)

@@ -116,7 +116,7 @@ def take_number(group: dist.ProcessGroup | None) -> int:
 
 
 def check(
-    group: dist.ProcessGroup | None, number: int, device: torch.device, *, hooked: bool
+    group: dist.ProcessGroup | None, number: int, device: torch.device, *, hooks: str
 ) -> contextlib.AbstractContextManager[None]:
     """All ranks of `group` (None: the default one) are at the backward of the same call. Called by all ranks alike, right before
     the first collective of that backward.
@@ -125,11 +125,11 @@ def check(
         group: the context-parallel group.
         number: what `take_number` gave the call.
         device: where the group's backend communicates.
-        hooked: whether hooks give back what forward saved. One of checkpointing computes the call again, for which other ranks
-            are needed.
+        hooks: name of the hooks that give back what forward saved, empty for none. Those of checkpointing compute the call
+            again, for which other ranks are needed.
 
     Returns:
-        A context in which to read what forward saved, on every rank. Where ranks are known to differ in `hooked`, a rank that
+        A context in which to read what forward saved, on every rank. Where ranks are known to differ in `hooks`, a rank that
         computes the call again there raises, and so do the others.
 
     Raises:
@@ -147,12 +147,12 @@ def check(
     order.in_backward = True
     if _compares_at_once(order, device):
         with _named(group, f"begin the backward of call {number}"):
-            mine = {"step": "backward", "number": str(number), "hooked": str(hooked)}
+            mine = {"step": "backward", "number": str(number), "hooks": hooks}
             facts = agreement.all_facts(group, mine, device)
         if any(of_rank.get("step") != "backward" for of_rank in facts):
             agreement.compare(facts)  # a rank went on to another call
         _compare(torch.tensor([[int(of_rank["number"])] for of_rank in facts], device="cpu"))
-        alike = all(of_rank["hooked"] == str(hooked) for of_rank in facts)
+        alike = all(of_rank["hooks"] == hooks for of_rank in facts)
         return contextlib.nullcontext() if alike else _read_apart(group, device)
     if order.told is not None and order.events - order.told.at >= _CALLS_BETWEEN:
         _read(group, order, order.told, device)
@@ -168,11 +168,11 @@ def check(
 def _read_apart(group: dist.ProcessGroup, device: torch.device) -> Iterator[None]:
     """Where hooks give back what some ranks saved, not what others did: a hook may offload, but not compute a call again. All
     ranks learn if one fails."""
-    failure: RuntimeError | None = None
+    failure: Exception | None = None
     try:
         with agreement.no_calls(group):
             yield
-    except RuntimeError as error:
+    except Exception as error:
         failure = error
     told = {} if failure is None else {"refused": f"{type(failure).__name__}: {failure}"}
     with _named(group, "read what forward saved"):

@@ -93,8 +93,8 @@ def _pack_pairs_kernel(
         of_rank = pair // n_blocks
         block = pair - of_rank * n_blocks
         rank = of_rank // heads
-        head = of_rank - rank * heads
-        first = tl.load(at + rank.to(tl.int64) * at_p + head.to(tl.int64) * at_h + block)
+        head = (of_rank - rank * heads).to(tl.int64)  # heads may be the outermost dimension of keys and values
+        first = tl.load(at + rank.to(tl.int64) * at_p + head * at_h + block)
         place = (unit - pair * TILES) * ROWS + tl.arange(0, ROWS)
         inside = (place < tl.load(length + block)) & (first >= 0)
         here = tl.load(begin + block) + place

@@ -3,12 +3,13 @@ error, and no gradients."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import moba_cp
@@ -82,45 +83,67 @@ def test_a_rank_that_goes_on_without_backward_ends_the_others_by_name(ahead: int
 COMMS = ("ring", "fetch", "pull", "all_gather", "a2a", "full attention")
 
 
-def hooked_on_one_rank(rank: int, size: int, comm: str) -> tuple[str, float, list[torch.Tensor], list[torch.Tensor]]:
-    """Rank 1 checkpoints a call; then it offloads what a call saves; then no rank does anything."""
+def broken() -> saved_tensors_hooks:
+    def unpack(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("the file is gone")
+
+    return saved_tensors_hooks(lambda x: x, unpack)
+
+
+HOOKS = {"none": contextlib.nullcontext, "offloaded": save_on_cpu, "broken": broken}
+
+
+def hooked_apart(rank: int, size: int, comm: str, first: str, second: str) -> tuple[str, float, bool]:
+    """What comes of a backward pass of which rank 0 has hooks `first` and rank 1 `second`, and whether the group works then."""
     group = dist.new_group([0, 1])
     whole = [torch.randn(64, 2, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in range(3)]
+    hooks = second if rank else first
 
     def attention(*inputs: torch.Tensor) -> torch.Tensor:
         if comm == "full attention":
             return causal_attention(*inputs, None, layout=LAYOUT, group=group)
         return moba_cp.moba_attention(*inputs, CONFIG, layout=LAYOUT, group=group, comm=comm)
 
-    def inputs() -> list[torch.Tensor]:
-        return [LAYOUT.shard(x, rank).requires_grad_() for x in whole]
-
-    def gradients(out: torch.Tensor, of: list[torch.Tensor]) -> list[torch.Tensor]:
-        return list(torch.autograd.grad(out.pow(2).sum(), of))
+    def gradients(hooks: str) -> list[torch.Tensor]:
+        inputs = [LAYOUT.shard(x, rank).requires_grad_() for x in whole]
+        if hooks == "checkpoint":
+            out = checkpoint(attention, *inputs, use_reentrant=False)
+        else:
+            with HOOKS[hooks]():
+                out = attention(*inputs)
+        return list(torch.autograd.grad(out.pow(2).sum(), inputs))
 
     try:
-        mine = inputs()
-        out = checkpoint(attention, *mine, use_reentrant=False) if rank else attention(*mine)
-        begin = time.monotonic()
-        with pytest.raises((ValueError, RuntimeError)) as error:  # the text is looked at below
-            gradients(out, mine)
-        seconds, mine = time.monotonic() - begin, inputs()
-        if rank:
-            with save_on_cpu():
-                out = attention(*mine)
+        begin, found = time.monotonic(), []
+        try:
+            found = gradients(hooks)
+        except (ValueError, RuntimeError) as error:
+            told = str(error)
         else:
-            out = attention(*mine)
-        offloaded, mine = gradients(out, mine), inputs()
-        return str(error.value), seconds, offloaded, gradients(attention(*mine), mine)
+            told = ""
+        seconds, plain = time.monotonic() - begin, gradients("none")
+        return told, seconds, all(torch.equal(x, y) for x, y in zip(found or plain, plain, strict=True))
     finally:
         dist.destroy_process_group(group)
 
 
 @pytest.mark.parametrize("comm", COMMS)
-def test_a_rank_that_alone_computes_a_call_again_ends_the_others_too(comm: str) -> None:
-    (told, *_), (own, *_) = found = run_ranks(2, hooked_on_one_rank, comm)
+@pytest.mark.parametrize("first", ["none", "offloaded"])
+def test_a_rank_that_alone_computes_a_call_again_ends_the_others_too(comm: str, first: str) -> None:
+    (told, *_), (own, *_) = found = run_ranks(2, hooked_apart, comm, first, "checkpoint")
     assert "rank 1 of 2 computes a call again in backward" in own
     assert told.startswith("rank 1 refused its input: RuntimeError: rank 1 of 2 computes a call again")
-    for _, seconds, offloaded, plain in found:
-        assert seconds < 30  # of the group's timeout of minutes
-        assert all(torch.equal(x, y) for x, y in zip(offloaded, plain, strict=True))
+    assert all(works and seconds < 30 for _, seconds, works in found)  # of the group's timeout of minutes
+
+
+@pytest.mark.parametrize("comm", COMMS)
+def test_a_rank_may_offload_alone(comm: str) -> None:
+    assert [(told, works) for told, _, works in run_ranks(2, hooked_apart, comm, "none", "offloaded")] == [
+        ("", True)
+    ] * 2
+
+
+def test_a_hook_that_fails_on_one_rank_ends_the_others_too() -> None:
+    (told, *_), (own, *_) = found = run_ranks(2, hooked_apart, "ring", "none", "broken")
+    assert (told, own) == ("rank 1 refused its input: ValueError: the file is gone", "the file is gone")
+    assert all(works and seconds < 30 for _, seconds, works in found)

@@ -288,6 +288,16 @@ def test_shapes_are_inferred_without_numbers() -> None:
         assert out.shape == (2, 3, 4, 6)
 
 
+@pytest.mark.parametrize("block_size", [2**31, 2**40, 2**62, 2**31 + 5])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_blocks_may_be_far_longer_than_the_cache(block_size: int, queries: int) -> None:
+    q, k, v = (torch.randn(2, n, heads, 8, dtype=torch.float64) for n, heads in ((queries, 4), (40, 2), (40, 2)))
+    tokens = CachedTokens.of(None, samples=2, queries=queries, slots=40, offset=40 - queries, device=q.device)
+    out = moba_attention_cached(q, k, v, MoBAConfig(block_size, 3), tokens=tokens)
+    full = moba_attention_cached(q, k, v, MoBAConfig(40, 1), tokens=tokens)
+    torch.testing.assert_close(out, full, rtol=1e-12, atol=1e-12)  # as elsewhere in fp64
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("block_size", "topk"), [(64, 3), (512, 2)])
 def test_chunks_have_the_bits_of_a_forward_pass(block_size: int, topk: int) -> None:

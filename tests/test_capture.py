@@ -42,7 +42,7 @@ def others_captured_on_two_ranks(rank: int, size: int) -> tuple[list[str], int, 
     calls = (
         lambda: dense.causal_attention(q, k, v, None, layout=TWO),
         lambda: scores.block_scores(q, k, blocks, config, layout=TWO),
-        lambda: backward_order.check(None, 7, torch.device("cuda", 0), hooked=False),
+        lambda: backward_order.check(None, 7, torch.device("cuda", 0), hooks=""),
     )
     with (
         recorded() as started,

@@ -24,6 +24,7 @@ All of them become packed documents. Row ``i`` of the local tensor is token ``la
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from itertools import pairwise
 
 import numpy as np
@@ -75,19 +76,21 @@ def packed_layout(
     Raises:
         ValueError: numbers that do not describe packed sequences, or lengths that cannot be cut into equal parts.
     """
-    asked = (cu_seqlens, cu_seqlens_padded, cp_size, partition)
-    return PLANS.get(("layout of a pack", *asked), Memo).get("layout", lambda: _packed_layout(*asked))
+    padded = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
+    _check_cumulative(cu_seqlens, padded)
+    cut = padded if partition in PARTITIONS else (0, padded[-1])
+    if cp_size > 1:
+        _check_equal_parts(cut, cp_size, partition)
+    lengths = blake2b(np.array([cu_seqlens, padded], dtype=np.int64).tobytes()).digest()
+    make = lambda: _packed_layout(cu_seqlens, padded, cut, cp_size, partition)  # noqa: E731
+    return PLANS.get(("layout of a pack", lengths, cp_size, partition), Memo).get("layout", make)
 
 
 def _packed_layout(
-    cu_seqlens: tuple[int, ...], cu_seqlens_padded: tuple[int, ...] | None, cp_size: int, partition: str
+    cu_seqlens: tuple[int, ...], padded: tuple[int, ...], cut: tuple[int, ...], cp_size: int, partition: str
 ) -> SequenceLayout:
-    padded = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
-    _check_cumulative(cu_seqlens, padded)
+    """Of lengths that are checked. `cut`: what the rule cuts into equal parts, `padded` or the whole pack."""
     rule = partition.removesuffix(WHOLE_PACK)
-    cut = padded if rule == partition else (0, padded[-1])
-    if cp_size > 1:
-        _check_equal_parts(cut, cp_size, partition)
     ends = np.array(padded)
     true_ends = ends[:-1] + np.diff(np.array(cu_seqlens))
     documents = np.unique(np.concatenate([[0], true_ends, ends[1:]])).tolist()

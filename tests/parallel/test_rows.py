@@ -208,6 +208,16 @@ class TestOnGPU:
     def test_pairs(self, case: tuple, dtype: torch.dtype) -> None:
         check_pairs(case, dtype, "cuda", kernel=True)
 
+    def test_heads_may_be_the_outermost_dimension(self) -> None:
+        """Heads that lie more than 2^31 elements from the first."""
+        memory = torch.zeros((1 << 31) + (1 << 13), dtype=torch.bfloat16, device="cuda")
+        k = memory.as_strided((64, 3, 128), (128, 1 << 30, 1))
+        k[:, 2] = torch.randn(64, 128, device="cuda")
+        at = torch.tensor([[[-1], [-1], [0]]], device="cuda")
+        pairs = rows.Pairs(at, torch.zeros_like(at[0, 0]), torch.full_like(at[0, 0], 64), 64)
+        message = rows.pack_pairs(k, k, pairs, 64)
+        assert torch.equal(message, torch.cat([k[:, 2], k[:, 2]], dim=1))
+
     @pytest.mark.parametrize("case", [*PACKED, (4000, 8, 128, 64)], ids=str)
     def test_pack(self, case: tuple[int, ...]) -> None:
         check_pack(*case, "cuda", kernel=True)
