@@ -30,6 +30,7 @@ MAY_CHANGE = {
     "model.rotary_base": "",
     "data.seq_length": ": the text is cut and drawn anew from here on",
     "run.seed": ": the text is drawn anew from here on",
+    "run.global_batch_size": ": learning rates go on by steps",
 }
 """Settings that a resumed run may change, with what follows."""
 FROM_CONFIGURATION = ("max_lr", "min_lr", "betas", "eps")

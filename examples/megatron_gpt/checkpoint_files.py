@@ -97,7 +97,8 @@ def _damage(path: Path) -> str | None:
 
 
 def _steps(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.glob("step_*") if p.is_dir() and p.suffix != ".tmp")
+    """Those that `publish` named; others, such as copies with names of their own, are the user's."""
+    return sorted(p for p in directory.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d+", p.name))
 
 
 def _files(folder: Path) -> list[Path]:

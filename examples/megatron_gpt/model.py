@@ -210,7 +210,8 @@ def sizes_record(config: TrainConfig) -> dict[str, Any]:
     model = {f"model.{name}": value for name, value in vars(config.model).items() if name != "init_std"}
     optimizer = {f"optimizer.{name}": value for name, value in vars(config.optimizer).items()}
     optimizer["parallel.distributed_optimizer"] = config.parallel.distributed_optimizer
-    return model | optimizer | {"data.seq_length": config.data.seq_length, "run.seed": config.run.seed}
+    run = {"run.seed": config.run.seed, "run.global_batch_size": config.run.global_batch_size}
+    return model | optimizer | {"data.seq_length": config.data.seq_length} | run
 
 
 def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
@@ -228,6 +229,12 @@ def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
         params_dtype=_DTYPES[config.run.precision],
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
+
+
+def resume_schedule(trainer: Trainer, config: TrainConfig, step: int) -> None:
+    """Put learning rates where they are after so many steps: the schedule counts samples, and a step may have had others."""
+    trainer.scheduler.num_steps = step * config.run.global_batch_size
+    trainer.scheduler.step(increment=0)
 
 
 def _scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -26,7 +26,14 @@ from examples.megatron_gpt import checkpoint, distributed, fit, run_folder  # no
 from examples.megatron_gpt.batches import MicroBatch, Sharding, micro_batches, sequence_lengths  # noqa: E402
 from examples.megatron_gpt.config import TrainConfig, load_config, reading_evaluation  # noqa: E402
 from examples.megatron_gpt.data import PADDED_VOCAB_SIZE, Corpus, PackedText  # noqa: E402
-from examples.megatron_gpt.model import build, count_parameters, moba_record, moba_settings, sizes_record  # noqa: E402
+from examples.megatron_gpt.model import (  # noqa: E402
+    build,
+    count_parameters,
+    moba_record,
+    moba_settings,
+    resume_schedule,
+    sizes_record,
+)
 from examples.megatron_gpt.progress import Reporter  # noqa: E402
 from examples.megatron_gpt.signals import Stop, note_signals  # noqa: E402
 from examples.megatron_gpt.step import evaluate, last_layer_report, routing, train_step  # noqa: E402
@@ -120,6 +127,8 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
             notes=notes,
         )
     progress = restored or checkpoint.Progress(corpus=train_corpus.fingerprint)
+    if restored:
+        resume_schedule(trainer, config, progress.step)
     batches = read(train_text, progress.consumed_samples, ahead=READ_AHEAD)
 
     schedule = MoBASchedule.by_fraction(config.moba.fraction, run.steps)
@@ -147,6 +156,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
                 reporter.say(f"MoBA before step {schedule.full_from}, full attention from there on")
             if progress.step >= run.steps:
                 reporter.say(f"run.steps={run.steps} are done: a larger run.steps trains on")
+        schedule.apply(trainer.model, max(1, progress.step))  # for what is drawn at the end, where no step is left
         for step in range(progress.step + 1, run.steps + 1):
             schedule.apply(trainer.model, step)
             try:

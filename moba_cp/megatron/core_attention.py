@@ -164,9 +164,9 @@ class MoBACoreAttention(MegatronModule):
             TypeError: an unknown keyword argument that carries a value; on the same ranks.
         """
         group, cp_size = self._group(packed_seq_params)
-        packed = packed_seq_params if is_packed(packed_seq_params) else None
         asked = (query, key, attention_mask, attn_mask_type, attention_bias, extra)
         if self._te and not self.computes_moba:
+            packed = packed_seq_params if is_packed(packed_seq_params) else None
             self._check_call(*asked)
             if packed is not None and cp_size > 1:
                 self._packed_layout(packed, query.size(0), cp_size)  # refuses a cut that is not named
@@ -174,6 +174,7 @@ class MoBACoreAttention(MegatronModule):
             (te,) = self._te
             return te(query, key, value, None, attn_mask_type=mask_type, packed_seq_params=packed_seq_params)
         with nullcontext() if group is None else RefusedTogether(None, group, query, key, value):
+            packed = packed_seq_params if is_packed(packed_seq_params) else None
             self._check_call(*asked)
             layout = self._layout(query, packed, cp_size)
         if packed is not None:

@@ -23,12 +23,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from moba_cp.validation import RefusedTogether
+
 from . import fused
 from .direct import DirectBefore, DirectBehind, Feed, Projection, feed, project
 from .offload import host_inputs
 from .partition import is_packed
 from .recompute import Before, Behind, OnDevice, Source
-from .rotation import rotation_of
+from .rotation import group_of, rotation_of
 from .swap import Spec, Swap
 
 
@@ -133,8 +135,12 @@ class LongLayer(TransformerLayer):
         given = {name for name, value in extra.items() if value is not None and value is not False}
         if given:
             raise ValueError(f"LongLayer {self.layer_number} does not support {', '.join(sorted(given))}")
-        packed = packed_seq_params if is_packed(packed_seq_params) else None
-        table = rotation_of(rotary_pos_emb, packed, self.layer_number, self.pg_collection.cp, hidden_states.dtype)
+        cut = getattr(self.self_attention.core_attention, "packed_partition", None)
+        with RefusedTogether(None, group_of(packed_seq_params, self.pg_collection.cp), hidden_states):
+            packed = packed_seq_params if is_packed(packed_seq_params) else None
+            table = rotation_of(
+                rotary_pos_emb, packed, self.layer_number, self.pg_collection.cp, hidden_states.dtype, cut
+            )
         attend = partial(self._attend, attention_mask, packed)
         direct = self._written_out(table, hidden_states)
         if not (self.settings.recompute and torch.is_grad_enabled()):

@@ -29,6 +29,8 @@ class LayerReport:
 def collect_reports(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[list[LayerReport]]:
     """Collect a report of every MoBA layer and micro-batch that runs inside the ``with`` block; of nested blocks, each collects.
 
+    A layer that Megatron recomputes in a backward pass inside the block reports that pass too.
+
     Making a report involves the whole context-parallel group, so all of its ranks must enter the block together.
 
     Args:

@@ -24,22 +24,32 @@ def rotation_of(
     layer_number: int,
     cp_group: torch.distributed.ProcessGroup,
     dtype: torch.dtype,
+    cut: str | None,
 ) -> Table | None:
     """Table of :func:`moba_cp.megatron.fused.split_rotate` for this rank's tokens; None without angles.
 
     Args:
         freqs: Megatron's angles ``[s, 1, 1, d]``: of this rank's tokens, or for packs of a whole sequence.
-        packed: parameters of packed sequences, which every rank holds zigzag, or None.
+        packed: parameters of packed sequences, or None.
         layer_number: of the layer that asks.
         cp_group: the context-parallel group.
         dtype: of queries and keys.
+        cut: how packs are cut, if the settings say so.
+
+    Raises:
+        ValueError: packs are cut otherwise than zigzag, each sequence by itself.
     """
     if freqs is None:
         return None
     whole = _table(freqs, dtype)
     if packed is None:
         return whole
-    group = getattr(packed, "cp_group", None) if getattr(packed, "local_cp_size", None) is not None else cp_group
+    group = group_of(packed, cp_group)
+    if cut not in (None, "zigzag") and group is not None and group.size() > 1:
+        raise ValueError(
+            f"long layers rotate packs of which each sequence is cut zigzag, got packed_partition={cut!r}: use Megatron's "
+            "layers, whose rotary embedding your program replaces, or no rotary embedding"
+        )
     lengths = peek_lengths(packed, layer_number)
     made = _of_packs.get(packed)
     if made is None or made[0] is not lengths or made[1] is not whole:
@@ -50,6 +60,13 @@ def rotation_of(
         cos, sin = whole
         made = _of_packs[packed] = (lengths, whole, (cos[places], sin[places]))
     return made[2]
+
+
+def group_of(
+    packed: PackedSeqParams | None, cp_group: torch.distributed.ProcessGroup
+) -> torch.distributed.ProcessGroup | None:
+    """The context-parallel group of a micro-batch: under dynamic context parallelism that of its pack."""
+    return getattr(packed, "cp_group", None) if getattr(packed, "local_cp_size", None) is not None else cp_group
 
 
 def positions(lengths: PackLengths, cp_size: int, cp_rank: int) -> np.ndarray:
