@@ -55,7 +55,7 @@ def can_refuse(ctx: Any, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> N
 def _name(hook: Any) -> str:
     """What tells one kind of hook from others, on every rank."""
     of = hook if hasattr(hook, "__qualname__") else type(hook)
-    return f"{of.__module__}.{of.__qualname__}"[-200:]
+    return f"{getattr(of, '__module__', '')}.{of.__qualname__}"[-200:]  # a method of a built-in type has no module
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
