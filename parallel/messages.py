@@ -44,7 +44,7 @@ def messages(wanted: Wanted, rank: int, ranges: Sequence[slice]) -> Messages:
 
 def _sent(wanted: Wanted, rank: int, of_range: Tensor) -> Tensor:
     blocks, _, length = home_blocks(wanted.plan, wanted.packed.device)
-    keys = wanted.of_blocks(blocks, slice(None)) * length
+    keys = wanted.of_blocks(blocks) * length
     keys[rank] = 0
     before = torch.cumsum(keys, 2) - keys
     return torch.where(keys > 0, before + _begins(keys.sum(2), of_range)[:, :, None], -1)
@@ -53,7 +53,7 @@ def _sent(wanted: Wanted, rank: int, of_range: Tensor) -> Tensor:
 def _start(wanted: Wanted, rank: int, of_range: Tensor) -> Tensor:
     plan, device = wanted.plan.plan, wanted.packed.device
     source, length = home_and_length(plan, device)
-    keys = wanted.of_rank(rank, slice(None)) * length
+    keys = wanted.of_rank(rank) * length
     keys.masked_fill_(source == rank, 0)
     order, ranks = blocks_by_home(plan, device), wanted.packed.shape[0]
     in_order = keys[:, order]

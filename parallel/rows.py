@@ -55,7 +55,7 @@ def add_wanted(
     """Add the rows of wanted blocks to `target`. With `first`, `target` is uninitialized and its other rows become 0.
 
     Args:
-        source, target, wanted, start, length, most_rows: as for `copy_wanted`; every row of `target` is in a block.
+        source, target, wanted, start, length, most_rows: as for `copy_wanted`. Here every row of `target` belongs to a block.
         first: see above.
     """
     if source.is_cuda:

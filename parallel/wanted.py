@@ -52,13 +52,13 @@ class Wanted:
             tokens[first : first + step] = keys.masked_fill_(home == some[:, None], 0).sum(1)
         return tokens.cpu().numpy()
 
-    def of_rank(self, rank: int, heads: slice) -> Tensor:
-        """bool `[H, n_blocks]`: what `rank` wants of these kv heads."""
-        return unpack_bits(self.packed[rank, heads], self.n_blocks)
+    def of_rank(self, rank: int) -> Tensor:
+        """bool `[Hkv, n_blocks]`: what `rank` wants."""
+        return unpack_bits(self.packed[rank], self.n_blocks)
 
-    def of_blocks(self, blocks: Tensor, heads: slice) -> Tensor:
-        """bool `[P, H, n]`: which ranks want these blocks, int64 `[n]`, of these kv heads."""
-        return _bits_of_blocks(self.packed[:, heads], blocks)
+    def of_blocks(self, blocks: Tensor) -> Tensor:
+        """bool `[P, Hkv, n]`: which ranks want these blocks, int64 `[n]`."""
+        return _bits_of_blocks(self.packed, blocks)
 
 
 def exchange_wanted(mine: Tensor, plan: RankPlan, comm: CommGroup) -> Wanted:
