@@ -97,7 +97,7 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
     ("overrides", "message"),
     [
         (["run.steps"], "section.key=value, got 'run.steps'"),
-        (["moba.layer_pattern.0=1"], "incompatible container types"),
+        (["moba.layer_pattern.0=1"], "incompatible container types|Cannot merge DictConfig with ListConfig"),
         (["run.directory=~nobody_here/x"], "run.directory='~nobody_here/x': Could not determine home directory"),
         (["moba.layer_pattern=[1,0"], "'moba.layer_pattern=\\[1,0' is not YAML behind the equals sign"),
         (["moba.workspace_gib=1e300"], "moba.workspace_gib must be at most 1048576, got 1e\\+300"),
