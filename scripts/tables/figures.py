@@ -19,6 +19,7 @@ from .learning import learning_figures
 from .speed import dq_ms
 from .text import Entry
 from .trials import trial_figures
+from .versions import MODES
 
 Figures = dict[str, str]
 GIB = 1 << 30
@@ -46,6 +47,7 @@ def figures(results: Path) -> Figures:
         "kernels_h200_long": lambda: _kept_peak(content("kernels_h200"), content("kernels_h200_long")),
         "versions_kept_ds": lambda: _ratios(content("versions_kept_ds"), 512),
         "versions_rows": lambda: _ratios(content("versions_rows"), 512, 4096),
+        "versions_fetch": lambda: _messages(content("versions_fetch")),
         "scaling": lambda: _scaling(content("scaling")),
         "scaling_longest": lambda: _longest(content("scaling_longest")),
         "two_nodes": lambda: _two_nodes(content("two_nodes")),
@@ -101,6 +103,12 @@ def _ratios(content: dict[str, Any], *block_sizes: int) -> Figures:
         found[f"ratio_{block_size}"] = f"{after['ms']['ratio']['median']:.3f}"
         found[f"host_{block_size}"] = f"{host[0]} ms in place of {host[1]}"
     return found
+
+
+def _messages(content: dict[str, Any]) -> Figures:
+    times = one(content["results"], tokens=1 << 18, block_size=128)["times"]
+    before, after = ([times[name][mode]["ms"]["median"] for mode in MODES] for name in ("before", "after"))
+    return {"both_128": f"{after[0]:.1f} / {after[1]:.1f} ms in place of {before[0]:.1f} / {before[1]:.1f}"}
 
 
 def _foreseen(results: Path, later: str) -> Figures:

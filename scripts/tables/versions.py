@@ -20,11 +20,12 @@ def versions_tables(contents: Sequence[dict[str, Any]]) -> str:
 def _table(content: dict[str, Any]) -> str:
     names = list(content["versions"])
     before, after = (content["versions"][name][:16] or name[:16] for name in (names[0], names[-1]))
-    ranks = content["ranks"]
+    ranks, comm = content["ranks"], content["results"][0]["comm"]
+    exchange = "" if ranks == 1 else f' with `comm="{comm}"`'
     lines = [
-        f"{ranks} x {content['device']}, torch {content['torch']}, Triton {content['triton']}. Milliseconds per call at commit "
-        f"{before} → at {after}, medians over {content['results'][0]['turns']} turns; in brackets the median ratio and its "
-        "quartiles. *Host*: until a forward+backward call on an idle GPU returns.",
+        f"{ranks} x {content['device']}{exchange}, torch {content['torch']}, Triton {content['triton']}. Milliseconds per call "
+        f"at commit {before} → at {after}, medians over {content['results'][0]['turns']} turns; in brackets the median ratio "
+        "and its quartiles. *Host*: until a forward+backward call on an idle GPU returns.",
         "",
         "| tokens | heads | (B, k) | forward | forward+backward | host | equal bits |",
         "|---|---|---|---|---|---|---|",
