@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -99,8 +100,12 @@ def start(config: TrainConfig) -> Ranks:
         dist.init_process_group("nccl", timeout=timeout)
     sections = asdict(config)
     settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    agree_on({name: value for name, value in settings.items() if name not in LOCAL_SETTINGS})
-    _check_sizes(config, dist.get_world_size())
+    try:
+        agree_on({name: value for name, value in settings.items() if name not in LOCAL_SETTINGS})
+        _check_sizes(config, dist.get_world_size())
+    except ValueError:  # on every rank
+        dist.destroy_process_group()
+        raise
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
@@ -124,9 +129,21 @@ def dist_size() -> int:
 
 
 def stop() -> None:
-    """Leave the groups; the last thing a process does."""
+    """Leave the groups; the last thing a process does when all do."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def end_alone(error: str) -> NoReturn:
+    """Print the error of this rank alone, and end its process.
+
+    NCCL's groups stay: leaving them waits for ranks that wait for this one. gloo's do not wait, and a process that ends while its
+    threads run may be aborted.
+    """
+    print(f"error: rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)  # first: others may fail as it leaves
+    if dist.get_backend() == "gloo":
+        stop()
+    sys.exit(1)
 
 
 def largest(value: int, device: torch.device) -> int:

@@ -68,16 +68,15 @@ def main(
         with note_signals() as stop, run_folder.held(config.run_directory, config.run.timeout_seconds):
             train(config, ranks, stop)
     except fit.OutOfMemoryError as error:  # on one rank: the others wait for it until torchrun ends them
-        sys.exit(f"error: rank {dist.get_rank()}: {fit.explain(error, config, ranks)}")
+        distributed.end_alone(fit.explain(error, config, ranks))
     except OSError as error:  # on one rank, as above: metrics could not be written, or text not be read
-        sys.exit(f"error: rank {dist.get_rank()}: {error}")
+        distributed.end_alone(str(error))
     except distributed.TrainingError as error:  # on every rank
         if ranks.is_reporter:
             print(f"error: {error}", file=sys.stderr, flush=True)
         dist.barrier()  # torchrun ends the others as soon as one has failed
         distributed.stop()
         sys.exit(1)
-    # Not after an error: leaving NCCL's groups may wait for ranks that wait for this one, and nobody would see the error.
     distributed.stop()
 
 
