@@ -79,13 +79,15 @@ class CachedTokens:
             check_integer(name, count, least=0)
         if content is not None:
             check_tensor("content", content)
-            if content.dtype != torch.bool and content.dtype not in INTEGERS:
+            if content.is_floating_point() or content.is_complex():
                 raise TypeError(f"content must be bool, or integers where 0 is padding, got {content.dtype}")
             if content.dim() != 2 or content.shape[0] != samples or content.shape[1] > slots:
                 raise ValueError(
                     f"content must have shape [{samples}, at most {slots}], got {tuple(content.shape)} for {samples} "
                     f"samples and {slots} slots"
                 )
+        if not isinstance(device, (str, torch.device)):
+            raise TypeError(f"device must be a torch.device, got {device!r}")
         offset = _checked_offset(offset, queries, slots)
         slot = torch.arange(slots, device=device)
         used = (slot < offset + queries)[None, :].expand(samples, -1)
@@ -170,6 +172,14 @@ class HostTokens:
         return not self.before.any()
 
     @property
+    def first_query(self) -> int:
+        """Slot of the first query where the call is `whole`; 0 where no query is content."""
+        samples = np.flatnonzero(self.lengths)
+        if not samples.size:
+            return 0
+        return int(self.ends[samples[0], 0]) - int((self.query_position[samples[0]] >= 0).argmax())
+
+    @property
     def gapless(self) -> bool:
         """The content of every sample is consecutive slots."""
         return bool(((self.lengths == 0) | (self.ends[:, 1] - self.ends[:, 0] + 1 == self.lengths)).all())
@@ -202,6 +212,15 @@ class CentroidCache:
         """Bytes on the device."""
         return sum(x.nbytes for x in (self.values, self.count, self.arrived, self._step.run) if x is not None)
 
+    def fits(self, k: Tensor, block_size: int) -> bool:
+        """Whether a call with the cache `k` `[samples, slots, Hkv, D]` can use this object: it is new, or of calls with the same
+        samples, heads, head size, dtype and block size."""
+        if self.values is None:
+            return True
+        shape = self.values.shape
+        made_for = (self._block_size, shape[0], shape[2:], self.values.dtype)
+        return made_for == (block_size, k.shape[0], k.shape[2:], k.dtype)
+
     def make_room(self, k: Tensor, block_size: int) -> bool:
         """Allocate for the cache `k` `[samples, slots, Hkv, D]`, as far as needed; whether nothing was there before.
 
@@ -223,7 +242,7 @@ class CentroidCache:
             self._block_size = block_size
             return True
         known = self.values.shape
-        if (self._block_size, known[0], known[2:], self.values.dtype) != (block_size, samples, k.shape[2:], k.dtype):
+        if not self.fits(k, block_size):
             raise ValueError(
                 f"a CentroidCache made for blocks of {self._block_size} keys, {tuple(self.values[:, 0].shape)} "
                 f"{self.values.dtype}, got blocks of {block_size} keys, {tuple(k[:, 0].shape)} {k.dtype}"
@@ -289,7 +308,7 @@ def moba_attention_cached(
             raise ValueError(
                 "moba_attention_cached has no gradient; use moba_attention for training, or torch.no_grad()"
             )
-        if q.numel() == 0 or without_numbers(q, k, v):
+        if without_numbers(q, k, v) or (q.numel() == 0 and (centroids is None or k.numel() == 0)):
             return q.new_zeros(*q.shape[:3], v.shape[3])
     else:
         strides = strides_of(q, k, v, tokens)
@@ -312,6 +331,8 @@ def moba_attention_cached(
                 centroids=means, block_size=block_size, at_most=most,
             )  # fmt: skip
         config = replace(config, block_size=block_size)
+        if q.numel() == 0:
+            return q.new_zeros(*q.shape[:3], v.shape[3])
         if not one_each:
             return _chunk(backend, q, k, v, config, tokens, made(centroids.values), workspace_bytes)
         repeated = strides is not None and strides == centroids._step.strides

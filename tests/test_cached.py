@@ -175,6 +175,21 @@ def test_cropped_content(queries: int) -> None:
         torch.testing.assert_close(out[sample, here], expected[seen : seen + int(here.sum())], rtol=1e-12, atol=1e-12)
 
 
+def test_a_call_without_queries_forgets_what_was_cropped() -> None:
+    """Content that comes after it may have come without queries."""
+    k = torch.randn(1, 24, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, centroids = torch.randn(1, 24, 4, 8, dtype=torch.float64), CentroidCache()
+
+    def attend(k: Tensor, offset: int, queries: int, centroids: CentroidCache) -> Tensor:
+        tokens = CachedTokens.of(None, samples=1, queries=queries, slots=24, offset=offset, device=k.device)
+        return moba_attention_cached(q[:, offset : offset + queries], k, k, CONFIG, tokens=tokens, centroids=centroids)
+
+    attend(k, 0, 20, centroids)
+    assert attend(k, 8, 0, centroids).shape == (1, 0, 4, 8)
+    other = torch.cat([k[:, :8], -k[:, 8:]], 1)
+    assert torch.equal(attend(other, 20, 4, centroids), attend(other, 20, 4, CentroidCache()))
+
+
 def test_nan_in_unused_slots_and_padding_reaches_nobody() -> None:
     """`Cache` fills them with NaN, and every test above compares with numbers; here keys are read nowhere else."""
     given, content = documents(), content_of("scattered")
@@ -236,6 +251,9 @@ def test_refusals() -> None:
         of(content=[[True]])
     with pytest.raises(TypeError, match="samples must be an int, got 4.0"):
         of(samples=4.0)
+    with pytest.raises(TypeError, match="device must be a torch.device, got 5"):
+        of(device=5)
+    assert torch.equal(of(content=content.to(torch.uint8)).slots, tokens.slots)
     assert moba_attention_cached(q[:, :0], k, v, CONFIG, tokens=of(queries=0)).shape == (4, 0, Q_HEADS, DV)
 
 

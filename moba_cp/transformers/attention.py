@@ -116,7 +116,7 @@ def moba_attention_forward(
     centroids = moba_centroids
     if centroids is None or kept.moved(tokens, moba_cached_tokens):
         centroids = CentroidCache()
-    if centroids.values is not None and centroids.values.dtype != k.dtype:  # autocast was switched in between
+    if not centroids.fits(k, config.block_size):  # autocast was switched in between, or `configure` called
         centroids = CentroidCache()
     out = moba_attention_cached(q, k, v, config, tokens=tokens, centroids=centroids)
     kept.keep(cached_key, centroids, tokens)
@@ -268,15 +268,17 @@ def _prefill(
     moba: bool, q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, tokens: CachedTokens, ends: Sequence[int]
 ) -> Tensor:
     """Attention of whole samples, padding left out, within documents that end at `ends`; differentiable. `k` and `v` may have
-    slots that are not used yet."""
+    slots of padding before those of the queries, and slots that are not used yet."""
     host, (samples, queries) = tokens.host, q.shape[:2]
     layout = SequenceLayout.contiguous(ends, 1)
+    first = host.first_query
+    k, v = (x[:, first : first + queries] for x in (k, v))
     at = np.flatnonzero(host.query_position.ravel() >= 0)
     if at.size == samples * queries:
-        q, k, v = (x[:, :queries].flatten(0, 1) for x in (q, k, v))
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         return _attend(moba, q, k, v, config, layout).unflatten(0, (samples, queries))
     rows = torch.from_numpy(at).to(q.device)
-    q, k, v = (x[:, :queries].flatten(0, 1).index_select(0, rows) for x in (q, k, v))
+    q, k, v = (x.flatten(0, 1).index_select(0, rows) for x in (q, k, v))
     out = _attend(moba, q, k, v, config, layout)
     padded = out.new_zeros(samples * queries, *out.shape[1:]).index_copy(0, rows, out)
     return padded.unflatten(0, (samples, queries))

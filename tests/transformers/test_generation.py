@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 from moba_cp import MoBAConfig
 from moba_cp.kernels import torch_backend
-from moba_cp.transformers import kept
+from moba_cp.transformers import configure, kept
 from tests.transformers.models import (
     CACHE,
     CONFIG,
@@ -32,6 +32,8 @@ LEFT, RIGHT, GAP = (
     for of_second in ([0] * 9 + [1] * 17, [1] * 17 + [0] * 9, [1] * 10 + [0] * 9 + [1] * 7)
 )
 """Masks of a first sample without padding and a second one with some; the gap is that of a prompt with padding on the right."""
+BOTH = torch.tensor([[0] * 8 + [1] * 18, [0] * 11 + [1] * 15])
+"""All samples begin with padding, in which a first chunk may end."""
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -96,16 +98,43 @@ def test_every_split_of_the_prefill(cache: str) -> None:
 
 @caches
 @pytest.mark.parametrize("chunks", [[TOKENS], [7, 12, 1, 1, 5], [1] * TOKENS], ids=str)
-@pytest.mark.parametrize("mask", [LEFT, RIGHT, GAP], ids=["left", "right", "gap"])
+@pytest.mark.parametrize("mask", [LEFT, RIGHT, GAP, BOTH], ids=["left", "right", "gap", "both"])
 def test_padding(mask: torch.Tensor, chunks: list[int], cache: str) -> None:
     """Blocks are counted from content: a padded sample has the logits that it has alone."""
     model, ids = tiny(full_last=1), text(2, TOKENS)
-    content = mask[1].bool()
     logits = in_chunks(
         model, ids, chunks, new_cache(model, cache), attention_mask=mask, position_ids=positions_of(mask)
     )
-    torch.testing.assert_close(logits[:1], whole(model, ids[:1]), **TOLERANCE)
-    torch.testing.assert_close(logits[1:, content], whole(model, ids[1:, content]), **TOLERANCE)
+    for sample, content in enumerate(mask.bool()):
+        alone = whole(model, ids[sample : sample + 1, content])
+        torch.testing.assert_close(logits[sample : sample + 1, content], alone, **TOLERANCE)
+
+
+@caches
+@pytest.mark.parametrize("full_last", [0, LAYERS])
+def test_a_first_chunk_of_padding(full_last: int, cache: str) -> None:
+    """Queries that are the first content stand behind slots of padding, whose keys and values are nobody's."""
+    model, ids = tiny(full_last=full_last), text(2, TOKENS)
+    for chunks in ([8, 1, 17], [5, 21], [8, 18]):
+        logits = in_chunks(
+            model, ids, chunks, new_cache(model, cache), attention_mask=BOTH, position_ids=positions_of(BOTH)
+        )
+        for sample, content in enumerate(BOTH.bool()):
+            alone = whole(model, ids[sample : sample + 1, content])
+            torch.testing.assert_close(logits[sample : sample + 1, content], alone, **TOLERANCE)
+
+
+def test_another_block_size_for_a_cache_that_lives() -> None:
+    """Centroids of the old one are of no use; those of the new one are computed anew."""
+    model, ids = tiny(), text(1, TOKENS)
+    cache = new_cache(model, "dynamic")
+    in_chunks(model, ids, [20, 1], cache)
+    fresh = copy.deepcopy(cache)
+    for layer in fresh.layers:
+        kept.take(layer.keys)
+    configure(model, MoBAConfig(3, CONFIG.topk))
+    logits = in_chunks(model, ids[:, 21:], [1] * 5, cache)
+    assert torch.equal(logits, in_chunks(model, ids[:, 21:], [1] * 5, fresh))
 
 
 @caches
