@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import MoBAConfig
-from .derivatives import SavedTensors, first_derivative_only, refuse_transforms
+from .derivatives import SavedTensors, first_derivative_only, refuse_transforms, refuse_transforms_around
 from .kernels.torch_backend import accumulate_dtype
 from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
@@ -145,6 +145,7 @@ def _check(
         raise ValueError(f"k_gate must have q_gate's tokens and head size, and heads that divide q_gate's, {shapes}")
     if blocks.shape[:2] != (heads, tokens):
         raise ValueError(f"blocks must have shape [heads of q_gate, tokens, n], {shapes}")
+    refuse_transforms_around()
     check_placement(q_gate, layout, group)
 
 

@@ -24,7 +24,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import checked_scale
-from .derivatives import SavedTensors, can_refuse, first_derivative_only, no_forward_mode, refuse_transforms
+from .derivatives import (
+    SavedTensors,
+    can_refuse,
+    first_derivative_only,
+    no_forward_mode,
+    refuse_transforms,
+    refuse_transforms_around,
+)
 from .kernels import dense
 from .kernels.torch_backend import accumulate_dtype
 from .parallel import agreement, backward_order
@@ -104,6 +111,7 @@ def causal_attention(
         check_comm(comm, COMMS)
         check_tensors(q, k, v)
         refuse_transforms(q=q, k=k, v=v)
+        refuse_transforms_around()
         check_placement(q, layout, group)
         check_split(comm, head_parallel, q.shape[1], layout.cp_size)
         softmax_scale = checked_scale(softmax_scale)

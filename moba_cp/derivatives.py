@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 SavedTensors: TypeAlias = Callable[[], tuple[Tensor, ...]]
 """Gives what forward saved."""
@@ -20,26 +21,44 @@ _TWICE = (
     "attention of moba_cp has no second derivatives: trying to differentiate twice a function that was marked with "
     "@once_differentiable"
 )
+_NO_TRANSFORMS = (
+    "must not be inside a torch.func transform (vmap, grad, vjp, jvp, ...): use torch.autograd, and pack a batch as documents of "
+    "one layout"
+)
+_NO_FORWARD_MODE = "attention of moba_cp has no forward-mode derivative (jvp)"
 
 
 def refuse_transforms(**named: Tensor) -> None:
-    """No argument is inside a transform of `torch.func`, which autograd functions of fixed shapes do not follow, and no call is
-    recorded by `torch.jit.trace`, in which sizes are tensors.
+    """No argument is inside a transform of `torch.func`, which autograd functions of fixed shapes do not follow; none has a
+    tangent of forward mode; and `torch.jit.trace`, in which sizes are tensors, does not record the call.
 
     Raises:
         TypeError: an argument is batched, or tracks gradients, by such a transform; or the call is recorded.
+        NotImplementedError: an argument has a tangent.
     """
     if torch.jit.is_tracing():
         raise TypeError(f"torch.jit.trace cannot record attention of moba_cp, got {', '.join(named)}: use torch.export")
+    if forward_ad._current_level >= 0:
+        for name, x in named.items():
+            if forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(f"{_NO_FORWARD_MODE}, got {name} with a tangent")
     if not torch._C._are_functorch_transforms_active():
         return
     of = torch._C._functorch
     for name, x in named.items():
         if of.is_batchedtensor(x) or of.is_gradtrackingtensor(x):
-            raise TypeError(
-                f"{name} must not be inside a torch.func transform (vmap, grad, vjp, jvp, ...): use torch.autograd, and pack a "
-                "batch as documents of one layout"
-            )
+            raise TypeError(f"{name} {_NO_TRANSFORMS}")
+
+
+def refuse_transforms_around() -> None:
+    """The call is not inside a transform of `torch.func` of other tensors either: autograd functions refuse to run there, and on
+    one rank alone, where others have begun to wait for it.
+
+    Raises:
+        TypeError: it is.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise TypeError(f"a call of moba_cp {_NO_TRANSFORMS}")
 
 
 def can_refuse(ctx: Any, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
@@ -122,4 +141,4 @@ class _Twice(torch.autograd.Function):
 
 def no_forward_mode(ctx: Any, *tangents: object) -> None:
     """`jvp` of an autograd function that has none."""
-    raise NotImplementedError("attention of moba_cp has no forward-mode derivative (jvp)")
+    raise NotImplementedError(_NO_FORWARD_MODE)

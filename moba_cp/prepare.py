@@ -12,7 +12,7 @@ from torch import Tensor
 from . import pipeline, wide
 from .call import Call, is_one_chunk, slots_of
 from .config import MoBAConfig
-from .derivatives import refuse_transforms
+from .derivatives import refuse_transforms, refuse_transforms_around
 from .kernels import backend_for
 from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
@@ -107,6 +107,7 @@ def prepare(
     )
     if known:
         refuse_transforms(q=q, k=k, v=v)
+        refuse_transforms_around()
         group = None  # a kept call must not hold it
         plan = home_plan(layout, config.block_size)
         tensors = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
@@ -125,6 +126,7 @@ def prepare(
         check_can_be_saved(gradients, q=q, k=k, v=v)
         if selection is not None or routing is not None:
             check_routing(selection, routing, q, k, config)
+        refuse_transforms_around()
         if inferred:
             if return_report or return_selection:
                 raise ValueError(

@@ -251,8 +251,8 @@ def gradients_fact(wanted: bool) -> str:
 
 
 class RefusedTogether:
-    """Context in which what one rank refuses (TypeError, ValueError), all ranks of the call raise: see `parallel.agreement`. A
-    class, as a generator costs each call microseconds.
+    """Context in which what one rank refuses (TypeError, ValueError, NotImplementedError), all ranks of the call raise: see
+    `parallel.agreement`. A class, as a generator costs each call microseconds.
 
     Args:
         layout, group: of the call.
@@ -266,7 +266,7 @@ class RefusedTogether:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, (TypeError, ValueError)):
+        if not isinstance(error, (TypeError, ValueError, NotImplementedError)):
             return
         if group_size(self._layout, self._group) > 1 and not sends_nothing(*self._tensors):
             group = self._group if isinstance(self._group, dist.ProcessGroup) else None

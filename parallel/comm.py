@@ -184,8 +184,16 @@ class CommGroup:
 
 
 def process_group_of(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
-    """The process group of a `DeviceMesh` of one dimension; anything else as it is, for `check_group` to judge."""
+    """The process group of a `DeviceMesh` of one dimension; anything else as it is, for `check_group` to judge.
+
+    Raises:
+        ValueError: this rank is not in the mesh. The ranks that are do not wait for it.
+    """
     if isinstance(group, DeviceMesh) and group.ndim == 1:
+        if group.get_coordinate() is None:
+            raise ValueError(
+                f"group must be a DeviceMesh that this rank belongs to, got {group!r} on rank {dist.get_rank()}"
+            )
         return group.get_group()
     return group  # type: ignore[return-value]
 

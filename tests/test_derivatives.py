@@ -186,6 +186,13 @@ def test_transforms_of_torch_func(attention: Callable[..., Tensor]) -> None:
             ask()
 
 
+def test_a_transform_around_a_call_of_other_tensors(attention: Callable[..., Tensor]) -> None:
+    """torch's autograd functions refuse it too, but only once ranks have begun to wait for each other."""
+    qkv = tensors()
+    with pytest.raises(TypeError, match="a call of moba_cp must not be inside a torch.func transform"):
+        torch.vmap(lambda x: attention(*qkv).sum() + x)(torch.zeros(2))
+
+
 def test_torchscript_does_not_record(attention: Callable[..., Tensor]) -> None:
     with pytest.raises(TypeError, match=r"torch.jit.trace cannot record attention .* got q, k, v.*: use torch.export"):
         torch.jit.trace(attention, tuple(tensors()))

@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.autograd import forward_ad
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import moba_cp
 from moba_cp import diagnostics
@@ -96,6 +97,25 @@ def mapped(given: Callable[..., object], name: str, x: torch.Tensor) -> Callable
     return call
 
 
+def tangent(given: Callable[..., object], name: str, x: torch.Tensor) -> Callable[..., object]:
+    """`given(rank, name=x)`, where x has a tangent of forward mode."""
+
+    def call(rank: int, **bad: Any) -> object:
+        with forward_ad.dual_level():
+            return given(rank, **{name: forward_ad.make_dual(x, x)} if bad else {})
+
+    return call
+
+
+def around(given: Callable[..., object]) -> Callable[..., object]:
+    """`given(rank)`, inside `torch.func.vmap` of other tensors."""
+
+    def call(rank: int, **bad: Any) -> object:
+        return torch.func.vmap(lambda x: (given(rank), x)[1], randomness="same")(zeros(2)) if bad else given(rank)
+
+    return call
+
+
 def gated(rank: int, *, q_gate: torch.Tensor) -> object:
     return attention(rank, routing=(q_gate, zeros(8, 2, 8)))
 
@@ -161,6 +181,25 @@ ALONE: dict[str, tuple[Callable[..., object], dict[str, Any], str]] = {
     ),
     "mapped gates": (mapped(gated, "q_gate", zeros(8, 4, 8)), {"bad": 1}, "q_gate must not be inside a torch.func"),
     "mapped scores": (mapped(scores, "k_gate", zeros(8, 2, 8)), {"bad": 1}, "k_gate must not be inside a torch.func"),
+    "a transform around": (around(attention), {"bad": 1}, "a call of moba_cp must not be inside a torch.func"),
+    "a transform around full attention": (
+        around(full),
+        {"bad": 1},
+        "a call of moba_cp must not be inside a torch.func",
+    ),
+    "a transform around scores": (around(scores), {"bad": 1}, "a call of moba_cp must not be inside a torch.func"),
+    "a tangent": (
+        tangent(attention, "k", zeros(8, 2, 8)),
+        {"bad": 1},
+        "no forward-mode derivative .*, got k with a tangent",
+    ),
+    "a tangent of full attention": (tangent(full, "v", zeros(8, 2, 4)), {"bad": 1}, "got v with a tangent"),
+    "a tangent of scores": (tangent(scores, "k_gate", zeros(8, 2, 8)), {"bad": 1}, "got k_gate with a tangent"),
+    "another layout to gather by": (
+        gathered,
+        {"layout": moba_cp.SequenceLayout.contiguous([0, 9, 16], 2)},
+        "the report is of another layout",
+    ),
     "no report": (histogram, {"report": None}, "report must be a MoBAReport, got NoneType"),
 }
 
@@ -168,7 +207,7 @@ ALONE: dict[str, tuple[Callable[..., object], dict[str, Any], str]] = {
 def refusing(rank: int, size: int) -> tuple[dict[str, str], tuple[torch.Tensor, ...]]:
     told = {}
     for name, (call, bad, _) in ALONE.items():
-        with pytest.raises((TypeError, ValueError)) as error:  # the text is looked at below
+        with pytest.raises((TypeError, ValueError, NotImplementedError)) as error:  # the text is looked at below
             call(rank, **bad if rank else {})
         told[name] = f"{type(error.value).__name__}: {error.value}"
     return told, full_result(rank)
@@ -182,6 +221,24 @@ def test_both_ranks_raise_and_the_group_works_on() -> None:
             raise ValueError(second[name])
         assert first[name] == f"ValueError: rank 1 refused its input: {second[name]}"[: len(first[name])], name
     assert_works([good for _, good in per_rank])
+
+
+def outside_of_a_mesh(rank: int, size: int) -> None:
+    mesh = DeviceMesh("cpu", [0])
+    alone = moba_cp.SequenceLayout.contiguous([0, 8], 1)
+    if rank:
+        for call in (attention, full, scores):
+            with pytest.raises(ValueError, match=r"a DeviceMesh that this rank belongs to, got DeviceMesh.* on rank 1"):
+                call(rank, layout=alone, group=mesh)
+        with pytest.raises(ValueError, match="a DeviceMesh that this rank belongs to"):
+            moba_cp.MoBAAttention(moba_cp.MoBAConfig(4, 2), group=mesh)
+    else:
+        for call in (attention, full, scores):
+            call(rank, layout=alone, group=mesh)
+
+
+def test_a_rank_that_a_mesh_leaves_out_is_told_so() -> None:
+    run_ranks(2, outside_of_a_mesh)
 
 
 def with_a_mesh(rank: int, size: int) -> None:
