@@ -55,6 +55,7 @@ class MoBAReport:
         token_numbers: int64 `[T]`, global numbers of this rank's tokens, on the host.
         block_size: tokens per block.
         n_blocks: blocks over all documents.
+        layout_digest: `SequenceLayout.digest` of the call's layout.
     """
 
     transport: str
@@ -75,6 +76,7 @@ class MoBAReport:
     token_numbers: Tensor = field(repr=False)
     block_size: int
     n_blocks: int
+    layout_digest: bytes = field(repr=False)
 
 
 @torch.no_grad()
@@ -119,6 +121,7 @@ def make_report(call: Call, split: Split, route: Route, selected: Tensor, sizes:
         token_numbers=plan.layout.local_indices(call.plan.rank),
         block_size=call.config.block_size,
         n_blocks=len(blocks),
+        layout_digest=plan.layout.digest,
     )
 
 

@@ -228,6 +228,10 @@ def test_errors_name_the_values(tmp_path):
         diagnostics.gather_selection(report, SequenceLayout.contiguous(CU_SEQLENS, 2))
     with pytest.raises(ValueError, match="another layout: it has 10 blocks of 8 tokens and 67 local tokens"):
         diagnostics.plot_distance_histogram(report, tmp_path / "x.png", layout=SequenceLayout.contiguous([0, 67], 1))
+    # As many blocks and tokens, of other documents.
+    shifted = [0, *(end + 1 for end in CU_SEQLENS[1:-1]), CU_SEQLENS[-1]]
+    with pytest.raises(ValueError, match="the report is of another layout"):
+        diagnostics.gather_selection(report, SequenceLayout.contiguous(shifted, 1))
     with pytest.raises(TypeError, match="layout must be a SequenceLayout, got list"):
         diagnostics.gather_selection(report, CU_SEQLENS)
     assert not list(tmp_path.iterdir())
