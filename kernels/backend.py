@@ -177,13 +177,12 @@ class Backend(Protocol):
             lse: `[Hq, T]`, written: log-sum-exp over all keys of the row.
         """
 
-    def block_weights(self, partials: Partials, *, selected: Tensor, lse: Tensor) -> Tensor:
-        """Share of each slot's block in the row's attention: `[Hq, T, topk]` in the dtype of `lse`, 0 for empty slots.
+    def block_weights(self, partials: Partials, *, selected: Tensor) -> Tensor:
+        """Share of each slot's block in the row's attention: `[Hq, T, topk]` in the accumulation dtype, 0 for empty slots.
 
         Args:
             partials: of `attend`, every slot with `selected >= 0` written.
             selected: `[Hq, T, topk]` of `select_blocks`.
-            lse: `[Hq, T]`, of `merge`.
         """
         ...
 

@@ -227,9 +227,17 @@ def merge(partials: Partials, *, selected: Tensor, out: Tensor, lse: Tensor) -> 
     out.copy_(merged.transpose(0, 1))
 
 
-def block_weights(partials: Partials, *, selected: Tensor, lse: Tensor) -> Tensor:
+def block_weights(partials: Partials, *, selected: Tensor) -> Tensor:
     """See `backend.Backend.block_weights`."""
-    return torch.exp(partials.lse - lse[:, :, None]).masked_fill(selected < 0, 0.0)
+    return shares(partials.lse, selected)
+
+
+def shares(lse: Tensor, selected: Tensor) -> Tensor:
+    """`exp(lse)` of the slots of `[Hq, T, slots]` that hold a block, divided by their sum; 0 for the others.
+
+    Not `exp(lse - lse of the row)`: the row's is rounded once more, which counts where it is large.
+    """
+    return torch.softmax(lse.masked_fill(selected < 0, -torch.inf), 2).masked_fill(selected < 0, 0.0)
 
 
 def new_lse(q: Tensor) -> Tensor:

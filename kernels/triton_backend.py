@@ -6,10 +6,12 @@ the host.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from . import sizes
+from . import sizes, torch_backend
 from .backward import attend_backward, delta
 from .centroids import centroids
 from .decode import attend_selected, decode_step, select_for_decoding, update_centroids
@@ -110,6 +112,8 @@ def new_lse(q: Tensor) -> Tensor:
     return torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
 
 
-def block_weights(partials: Partials, *, selected: Tensor, lse: Tensor) -> Tensor:
+def block_weights(partials: Partials, *, selected: Tensor) -> Tensor:
     """See `backend.Backend.block_weights`."""
-    return torch.exp2(partials.lse - lse[:, :, None]).masked_fill(selected < 0, 0.0)
+    largest = partials.lse.masked_fill(selected < 0, -torch.inf).amax(2, keepdim=True)
+    # From base 2 after the subtraction, which is exact where it matters: large numbers would be rounded by the factor.
+    return torch_backend.shares((partials.lse - largest) * math.log(2), selected)

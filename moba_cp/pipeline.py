@@ -127,7 +127,7 @@ def _forward_chunk(
     with call.stage("merge"):
         call.backend.merge(partials, selected=chosen, out=chunk.of_rows(out), lse=chunk.of_heads(lse))
     if weights is not None:
-        found = call.backend.block_weights(partials, selected=chosen, lse=chunk.of_heads(lse))
+        found = call.backend.block_weights(partials, selected=chosen)
         chunk.of_heads(weights).copy_(found)
 
 

@@ -201,6 +201,18 @@ def test_weights_are_shares_of_the_attention() -> None:
             torch.testing.assert_close(selection.weights[4, row], share / share.sum())
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+def test_weights_in_fp32_sum_to_one_also_of_large_scores(scale: float) -> None:
+    """They are the shares with which partial outputs are merged. The row's log-sum-exp is rounded to 1e-3 where it is 1e4."""
+    q, k, v = (torch.randn(64, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    layout = SequenceLayout.contiguous([0, 64], 1)
+    _, selection = moba_cp.moba_attention(
+        q * scale, k, v, moba_cp.MoBAConfig(8, 4), layout=layout, return_selection=True
+    )
+    # Four additions in fp32.
+    torch.testing.assert_close(selection.weights.sum(2), torch.ones(4, 64), rtol=0, atol=5e-7)
+
+
 def test_what_breaks_a_rule_counts_as_none_where_it_is_not_checked() -> None:
     q, k, v, _ = MIXED.inputs()
     layout = SequenceLayout.contiguous(MIXED.cu_seqlens, 1)
