@@ -20,7 +20,7 @@ from .parallel.layout import SequenceLayout
 from .parallel.outside_graphs import outside_graphs
 from .parallel.partition import Kind, head_of_description
 from .parallel.plan_cache import PLANS, Memo
-from .parallel.splits import COMMS
+from .parallel.splits import COMMS, check_split
 from .tracing import sends_nothing
 from .validation import check_comm, check_config, check_integer, check_layout, check_tensor
 
@@ -59,13 +59,12 @@ class MoBAAttention(nn.Module):
         check_comm(comm, COMMS)
         check_integer("workspace_bytes", workspace_bytes, least=1)
         check_integer("exchange_bytes", exchange_bytes, least=0)
-        if head_parallel is not None:
-            check_integer("head_parallel", head_parallel, least=1)
         self.config, self.comm = config, comm
         self.group = process_group_of(group)
         check_group(self.group)
         self.cp_size = 1 if self.group is None else dist.get_world_size(self.group)
         self.cp_rank = 0 if self.group is None else dist.get_rank(self.group)
+        check_split(comm, head_parallel, None, self.cp_size)
         self.head_parallel, self.workspace_bytes, self.exchange_bytes = head_parallel, workspace_bytes, exchange_bytes
         _check_fits(layout, self)
         self.layout = layout

@@ -39,8 +39,8 @@ class Split:
         return HEADS if exchange == LocalOnly.name else f"{HEADS}+{exchange}"
 
 
-def check_split(comm: str, head_parallel: int | None, q_heads: int, cp_size: int) -> None:
-    """`head_parallel` fits `comm`, the heads and the group's size, as far as one rank can tell.
+def check_split(comm: str, head_parallel: int | None, q_heads: int | None, cp_size: int) -> None:
+    """`head_parallel` fits `comm`, the heads (None: not known yet) and the group's size, as far as one rank can tell.
 
     Raises:
         TypeError, ValueError: it does not.
@@ -58,7 +58,7 @@ def check_split(comm: str, head_parallel: int | None, q_heads: int, cp_size: int
     size = head_parallel or (cp_size if comm == HEADS else 1)
     if cp_size % size:
         raise ValueError(f"head_parallel must divide the {cp_size} ranks of the layout, got {size}")
-    if q_heads % size:
+    if q_heads is not None and q_heads % size:
         what = f"head_parallel={size}" if head_parallel else f"comm={HEADS!r} on {cp_size} ranks"
         raise ValueError(
             f"{what} needs q heads that {size} divides, got {q_heads}; 'a2a+ring' and the like split them as far as they go"

@@ -188,6 +188,7 @@ def test_the_module_says_what_it_cannot_do() -> None:
         ({"workspace_bytes": 0}, "workspace_bytes must be at least 1, got 0"),
         ({"exchange_bytes": -1}, "exchange_bytes must be at least 0, got -1"),
         ({"head_parallel": 0}, "head_parallel must be at least 1, got 0"),
+        ({"head_parallel": 2}, "head_parallel must divide the 1 ranks of the layout, got 2"),
         ({"layout": SequenceLayout.contiguous([0, 8], 2)}, "for 2 ranks, but a module's group has 1"),
     ],
     ids=str,
