@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ triton_backend = pytest.importorskip("moba_cp.kernels.triton_backend")
 import moba_cp  # noqa: E402
 from moba_cp import prepare  # noqa: E402
 from moba_cp.kernels import torch_backend  # noqa: E402
-from moba_cp.kernels.types import RoutingLists, list_shape  # noqa: E402
+from moba_cp.kernels.types import Partials, RoutingLists, list_shape  # noqa: E402
 from tests.kernels.forward_cases import relative  # noqa: E402
 
 DEVICE = "cuda" if interpreter.CUDA and not interpreter.ACTIVE else "cpu"
@@ -140,6 +141,25 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_shares_of_blocks(scale):
+    """Log-sum-exps are in base 2 here, natural in the reference; empty slots hold anything."""
+    lse = torch.randn(3, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * scale
+    lse = lse.to(torch.float32)
+    selected = torch.arange(4).expand(3, 7, 4).clone()
+    selected[:, 3:, :2] = -1
+    expected = torch.exp2(lse.double() - lse.double().masked_fill(selected < 0, -torch.inf).amax(2, keepdim=True))
+    expected = expected.masked_fill(selected < 0, 0.0)
+    expected /= expected.sum(2, keepdim=True)
+    lse[selected < 0] = torch.nan
+    found = triton_backend.block_weights(Partials(torch.empty(3, 7, 4, 0), lse), selected=selected)
+    natural = Partials(torch.empty(3, 7, 4, 0), lse * math.log(2))
+    # Differences below the largest are exact to 1e-7 of the largest two, exponents of numbers below 100 to 1e-5.
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    if scale == 1.0:  # else the reference's log-sum-exps are rounded by more
+        torch.testing.assert_close(torch_backend.block_weights(natural, selected=selected), found, rtol=1e-5, atol=1e-7)
+
+
 @interpreter.interpreted
 @pytest.mark.parametrize("name", SMALL)
 def test_definition(name, monkeypatch):
@@ -175,6 +195,22 @@ class TestOnGpu:
             assert off.float().mean() < 5e-3, (name, off.sum())
             # The dq of a single token is exactly zero; sums that cancel leave about 1e-6.
             assert float(error[~off].norm()) < 6e-3 * float(want.double().norm()) + 1e-5
+
+    @pytest.mark.parametrize("scale", [1.0, 30.0])
+    def test_shares_of_blocks_are_those_of_fp64(self, scale):
+        tokens, config = 3000, moba_cp.MoBAConfig(256, 4)
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(tokens, heads, 128, generator=generator).bfloat16() for heads in (4, 2, 2))
+        options = {"layout": moba_cp.SequenceLayout.contiguous([0, tokens], 1), "return_selection": True}
+        given = [x.cuda() for x in (q * scale, k, v)]
+        _, selection = moba_cp.moba_attention(*given, config, **options)
+        exact = [x.double().cpu() for x in given]
+        _, expected = moba_cp.moba_attention(*exact, config, selection=selection.blocks.cpu(), **options)
+        assert torch.equal(selection.blocks.cpu(), expected.blocks)
+        # Four additions.
+        torch.testing.assert_close(selection.weights.sum(2).cpu(), torch.ones(4, tokens), rtol=0, atol=5e-7)
+        # Scores up to 30 * 15 in fp32, of 128 products: 1e-4 at most.
+        torch.testing.assert_close(selection.weights.double().cpu(), expected.weights, rtol=0, atol=3e-6 * scale)
 
     def test_workspace_changes_no_bit_of_output_and_dq(self):
         sizes = dict(lengths=[5000, 1000], block_size=128, topk=4, q_heads=4, kv_heads=2, dim=128, dim_v=128)
