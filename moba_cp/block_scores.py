@@ -14,7 +14,7 @@ from .derivatives import SavedTensors, first_derivative_only, refuse_transforms,
 from .kernels.torch_backend import accumulate_dtype
 from .parallel import agreement, backward_order
 from .parallel.blocks import home_plan, rank_plan
-from .parallel.comm import named_error, process_group_of
+from .parallel.comm import named_error, process_group_of, weakly
 from .parallel.layout import SequenceLayout
 from .parallel.outside_graphs import outside_graphs
 from .prepare import needs_gradients
@@ -167,7 +167,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, number: int) -> Tensor:
-        ctx.group, ctx.number = group, number
+        ctx.group, ctx.number = weakly(group), number
         ctx.together = backward_order.BackwardRefusedTogether(group, x.device)
         ctx.linked = True  # linear: its gradient depends on the incoming one only
         return _summed(x, group)
@@ -175,9 +175,9 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, saved: SavedTensors, gradient: Tensor) -> tuple[Tensor, None, None]:
-        with backward_order.check(ctx.group, ctx.number, gradient.device, hooks=""):
+        with backward_order.check(ctx.group(), ctx.number, gradient.device, hooks=""):
             pass  # nothing is saved
-        return _summed(gradient, ctx.group), None, None
+        return _summed(gradient, ctx.group()), None, None
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

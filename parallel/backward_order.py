@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import agreement
-from .comm import HostCopy, SideStream, named_error, process_group, start_all_gather
+from .comm import HostCopy, SideStream, named_error, process_group, start_all_gather, weakly
 
 AT_ONCE = ("cpu",)
 """Types of devices where numbers are always compared at the beginning of each call's backward."""
@@ -195,7 +195,7 @@ class BackwardRefusedTogether:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self._group, self._device = group, device
+        self._group, self._device = weakly(group), device
 
     def __enter__(self) -> None:
         pass
@@ -203,7 +203,7 @@ class BackwardRefusedTogether:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, RuntimeError):
             return
-        group = process_group(self._group)
+        group = process_group(self._group())
         order = _order(group)
         if not _compares_at_once(order, self._device):
             return

@@ -8,6 +8,7 @@ runs beside the work of the caller's stream; `SideStream` puts other work there 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -109,8 +110,10 @@ class Pending:
 class CommGroup:
     """One rank's view of a context-parallel group, with the traffic of one call.
 
+    It does not keep the group alive, as the graph of an output holds it: a process that ends while gloo's threads run may be
+    aborted, also after `destroy_process_group`.
+
     Attributes:
-        group: the process group, None for a group of one.
         rank, size: this rank in the group, and its size.
         traffic: counts what is sent and received.
         nodes: node of each rank where it is known, else empty; see `topology`.
@@ -123,9 +126,18 @@ class CommGroup:
         traffic: Traffic | None = None,
         nodes: tuple[int, ...] = (),
     ) -> None:
-        self.group, self.size, self.nodes = group, size, nodes
+        self._group, self.size, self.nodes = weakly(group), size, nodes
         self.rank = dist.get_rank(group) if size > 1 else 0
         self.traffic = Traffic() if traffic is None else traffic
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group; None for a group of one, or the default one.
+
+        Raises:
+            RuntimeError: it was destroyed.
+        """
+        return self._group()
 
     def _elsewhere(self, rank: int) -> bool:
         """Whether `rank` is known to be on another node."""
@@ -196,6 +208,20 @@ def process_group_of(group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proce
             )
         return group.get_group()
     return group  # type: ignore[return-value]
+
+
+def weakly(group: dist.ProcessGroup | None) -> Callable[[], dist.ProcessGroup | None]:
+    """A function that gives `group` and does not keep it alive; it raises a RuntimeError where the group was destroyed."""
+    if group is None:
+        return lambda: None
+    kept, name = weakref.ref(group), group.group_name
+
+    def found() -> dist.ProcessGroup:
+        if (alive := kept()) is None:
+            raise RuntimeError(f"process group {name!r} of this call was destroyed")
+        return alive
+
+    return found
 
 
 def check_group(group: object) -> None:

@@ -1,4 +1,4 @@
-"""Process groups of some ranks of a context-parallel group, made by those ranks alone and kept as long as the group.
+"""Process groups of some ranks of a context-parallel group, made by those ranks alone. Torch keeps them, as it does all groups.
 
 `torch.distributed.new_group` does not serve here. Every rank of the world has to call it, or the name comes from a count that can
 differ between ranks and is the same again in the group's next life, when its store still holds the last life's addresses; and
@@ -12,6 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,9 @@ from torch.distributed import distributed_c10d
 from .agreement import life_of
 from .comm import backends_of, process_group
 
-_Groups = dict[tuple[tuple[int, ...], str], dist.ProcessGroup]
+_Groups: TypeAlias = "weakref.WeakValueDictionary[tuple[tuple[int, ...], str], dist.ProcessGroup]"
 _made: weakref.WeakKeyDictionary[dist.ProcessGroup, _Groups] = weakref.WeakKeyDictionary()
-_parents: list[tuple[weakref.ref[dist.ProcessGroup], dist.ProcessGroup]] = []
+_parents: list[tuple[weakref.ref[dist.ProcessGroup], weakref.ref[dist.ProcessGroup]]] = []
 
 
 def sub_group(parent: dist.ProcessGroup | None, ranks: Sequence[int], device: torch.device) -> dist.ProcessGroup:
@@ -39,13 +40,14 @@ def sub_group(parent: dist.ProcessGroup | None, ranks: Sequence[int], device: to
     parent = process_group(parent)
     if tuple(ranks) == tuple(range(parent.size())):
         return parent
-    groups = _made.setdefault(parent, {})
+    groups = _made.setdefault(parent, weakref.WeakValueDictionary())
     key = tuple(ranks), device.type
-    if key not in groups:
+    group = groups.get(key)
+    if group is None:
         _destroy_orphans()
-        groups[key] = _make(parent, key[0], device)
-        _parents.append((weakref.ref(parent), groups[key]))
-    return groups[key]
+        group = groups[key] = _make(parent, key[0], device)
+        _parents.append((weakref.ref(parent), weakref.ref(group)))
+    return group
 
 
 def sub_groups_of(parent: dist.ProcessGroup) -> list[dist.ProcessGroup]:
@@ -105,11 +107,11 @@ def _unbound() -> Iterator[None]:
 def _destroy_orphans() -> None:
     """Destroy groups whose parents were destroyed: torch keeps a group until it is told."""
     kept = []
-    for weak, group in _parents:
-        parent = weak()
+    for pair in _parents:
+        parent, group = (weak() for weak in pair)
         if parent is not None and parent in distributed_c10d._world.pg_map:
-            kept.append((weak, group))
-        elif group in distributed_c10d._world.pg_map:
+            kept.append(pair)
+        elif group is not None and group in distributed_c10d._world.pg_map:
             with contextlib.suppress(RuntimeError):  # its peers are gone
                 dist.destroy_process_group(group)
     _parents[:] = kept

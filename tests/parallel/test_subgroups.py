@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
 
+import moba_cp
+from moba_cp.dense import causal_attention
 from moba_cp.parallel import agreement, subgroups
 from moba_cp.parallel.subgroups import sub_group, sub_groups_of, timeout_of
 from tests.ranks import run_fresh_ranks, run_ranks
@@ -74,3 +78,36 @@ def devices_on_rank(rank: int, size: int) -> list[float]:
 
 def test_a_group_for_each_kind_of_device() -> None:
     assert run_ranks(4, devices_on_rank) == [[1.0, 1.0], [1.0, 1.0], [5.0, 5.0], [5.0, 5.0]]
+
+
+def outputs_outlive_groups(rank: int, size: int) -> tuple[bool, str]:
+    """Outputs of every way to communicate, with their graphs, after all groups were destroyed."""
+    layout, config = moba_cp.SequenceLayout.contiguous([0, 32], size), moba_cp.MoBAConfig(4, 2)
+    q, k, v = (torch.randn(8, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 4, 4))
+    blocks = torch.zeros(4, 8, 1, dtype=torch.int64)
+    group = dist.new_group(list(range(size)))
+    options = {"layout": layout, "group": group}
+    splits = [("auto", None), ("fetch", None), ("pull", None), ("ring", None), ("a2a", None), ("a2a+ring", 2)]
+    kept = [moba_cp.moba_attention(q, k, v, config, comm=c, head_parallel=u, **options) for c, u in splits]
+    kept += [causal_attention(q, k, v, None, comm=c, **options) for c in ("ring", "a2a")]
+    kept.append(moba_cp.block_scores(q, k, blocks, config, **options))
+    for out in kept[1:]:
+        out.sum().backward()
+    groups = [weakref.ref(one) for one in (group, *sub_groups_of(group))]
+    del group, options
+    dist.destroy_process_group()
+    alive = any(one() is not None for one in groups)
+    try:
+        kept[0].sum().backward()
+    except RuntimeError as error:
+        return alive, str(error)
+    return alive, ""
+
+
+def test_nothing_that_a_caller_keeps_keeps_groups() -> None:
+    """gloo's threads run as long as a group is alive, and a process that ends then may be aborted."""
+    for outcome in run_fresh_ranks(4, outputs_outlive_groups, group_timeout=20.0):
+        assert outcome.exception is None, outcome
+        alive, error = outcome.result
+        assert not alive
+        assert "was destroyed" in error
