@@ -15,9 +15,10 @@ from ..attention import moba_attention
 from ..cached import CachedTokens, CentroidCache, moba_attention_cached
 from ..config import MoBAConfig
 from ..dense import causal_attention
+from ..parallel.comm import process_group_of
 from ..parallel.layout import SequenceLayout
 from ..tracing import infer_output, without_numbers
-from ..validation import RefusedTogether
+from ..validation import RefusedTogether, check_layout, check_placement
 from . import kept, masks
 from .settings import Settings, settings_of
 
@@ -56,7 +57,7 @@ def moba_attention_forward(
             more than the position before it; with padding, wherever positions do not increase from one content token to the next.
         cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, where documents begin; instead of positions, for one sample.
         moba_layout, moba_group: the sample is this rank's part of a sequence under context parallelism. They reach this
-            function as arguments of the model's forward pass.
+            function as arguments of the model's forward pass, with `position_ids` in each token's document.
         moba_centroids, moba_cached_tokens: of the keys in the cache, and the tokens that they are of; from a hook on the module.
         **kwargs: others are for other attention functions. Those that would change the result are refused.
 
@@ -81,6 +82,8 @@ def moba_attention_forward(
                 )
             if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
                 raise ValueError("give cu_seq_lens or moba_layout, not both: the layout says where documents begin")
+            if position_ids is not None:
+                _refuse_default_positions(position_ids, query, cast(int, module.layer_idx), moba_layout, moba_group)
     cached_key = key
     query, key, value = _as_autocast_wants(query, key, value)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [samples, tokens, heads, head size]
@@ -223,6 +226,41 @@ def _documents(
     elif len(begins) != samples:
         raise ValueError(f"position_ids are of {len(begins)} samples, the queries of {samples}")
     return [tokens * i + begin for i, of_sample in enumerate(begins) for begin in of_sample] + [tokens * samples]
+
+
+def _refuse_default_positions(
+    position_ids: Tensor, query: Tensor, layer: int, layout: SequenceLayout, group: dist.ProcessGroup | None
+) -> None:
+    """Refuse positions 0, 1, ... of this rank's tokens, which a model makes where it is given none, if its tokens are not as far
+    apart in their documents. `query`: `[1, Hq, tokens, D]`."""
+    check_layout(layout)
+    check_placement(query[0].transpose(0, 1), layout, process_group_of(group))
+    tokens = query.shape[2]
+    if without_numbers(position_ids) or position_ids.shape != (1, tokens):
+        return
+    rank = dist.get_rank(process_group_of(group)) if layout.cp_size > 1 else 0
+
+    def read(x: Tensor) -> list[bool]:
+        default = bool((x[0] == torch.arange(tokens, device=x.device)).all())
+        return [default and not _are_as_in_documents(np.arange(tokens), layout, rank)]
+
+    if _on_host(position_ids, layer, "default", read) == [True]:
+        raise ValueError(
+            f"moba_layout needs position_ids of this rank's tokens, each from its document's first token: rank {rank} got 0 to "
+            f"{tokens - 1}, which are not those of {layout!r}"
+        )
+
+
+def _are_as_in_documents(position: np.ndarray, layout: SequenceLayout, rank: int) -> bool:
+    """Whether `position` of the tokens of `rank` is that in their documents, or, of documents that `rank` holds whole, as far
+    apart."""
+    ends, number = layout.cu_seqlens_array, layout.local_indices(rank).numpy()
+    document = np.searchsorted(ends, number, side="right") - 1
+    shift = position - (number - ends[document])
+    here, first, count = np.unique(document, return_index=True, return_counts=True)
+    whole = count == np.diff(ends)[here]
+    expected = np.where(whole, shift[first], 0)
+    return bool((shift == expected[np.searchsorted(here, document)]).all())
 
 
 def _begins(position_ids: Tensor) -> list[list[int]]:
