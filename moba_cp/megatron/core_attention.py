@@ -163,7 +163,7 @@ class MoBACoreAttention(MegatronModule):
                 Transformer Engine's attention.
             TypeError: an unknown keyword argument that carries a value; on the same ranks.
         """
-        group, cp_size = self._group(packed_seq_params)
+        group, cp_size = self._group(packed_seq_params, query, key, value)
         asked = (query, key, attention_mask, attn_mask_type, attention_bias, extra)
         if self._te and not self.computes_moba:
             packed = packed_seq_params if is_packed(packed_seq_params) else None
@@ -237,17 +237,24 @@ class MoBACoreAttention(MegatronModule):
         self.report_to(self, report, layout, group)
         return out_thd
 
-    def _group(self, packed: PackedSeqParams | None) -> tuple[torch.distributed.ProcessGroup | None, int]:
-        """Context-parallel group of this call and its size. Dynamic context parallelism chooses it per micro-batch."""
+    def _group(
+        self, packed: PackedSeqParams | None, *tensors: torch.Tensor
+    ) -> tuple[torch.distributed.ProcessGroup | None, int]:
+        """Context-parallel group of this call and its size. Dynamic context parallelism chooses it per micro-batch.
+
+        Raises:
+            ValueError: the pack contradicts it; on every rank of the group.
+        """
         local_size = getattr(packed, "local_cp_size", None)
         if local_size is None:
             size = self.cp_group.size()
             return (self.cp_group, size) if size > 1 else (None, 1)
         group = getattr(packed, "cp_group", None)
         size = 1 if group is None else group.size()
-        if size != local_size:
-            raise ValueError(f"packed_seq_params.local_cp_size={local_size}, but its cp_group has {size} rank(s)")
-        resolve_partition(self.config, self._settings, size)  # it may be larger than the layer's own
+        with nullcontext() if size == 1 else RefusedTogether(None, group, *tensors):
+            if size != local_size:
+                raise ValueError(f"packed_seq_params.local_cp_size={local_size}, but its cp_group has {size} rank(s)")
+            resolve_partition(self.config, self._settings, size)  # it may be larger than the layer's own
         return (group, size) if size > 1 else (None, 1)
 
     def _layout(self, query: torch.Tensor, packed: PackedSeqParams | None, cp_size: int) -> SequenceLayout:

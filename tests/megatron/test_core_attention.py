@@ -93,6 +93,7 @@ def refusing_layer(rank: int, size: int) -> tuple[list[str], float]:
         {"packed_seq_params": packed},
         {"query": good[0][:23]},
         {"query": good[0][:, 0]},
+        {"packed_seq_params": PackedSeqParams(local_cp_size=4, cp_group=dist.group.WORLD)},
     )
     for change in bad:
         arguments = dict(zip(("query", "key", "value"), good, strict=True)) | (change if rank == 0 else {})
@@ -103,7 +104,15 @@ def refusing_layer(rank: int, size: int) -> tuple[list[str], float]:
 
 
 def test_what_one_rank_refuses_ends_the_others_too() -> None:
-    texts = ("attention_mask", "attention_bias is not", "unknown", "end at token 44", "23 queries but 24", "must be")
+    texts = (
+        "attention_mask",
+        "attention_bias is not",
+        "unknown",
+        "end at token 44",
+        "23 queries but 24",
+        "must be",
+        "local_cp_size=4",
+    )
     for rank, (errors, worst) in enumerate(run_ranks(2, refusing_layer)):
         for text, error in zip(texts, errors, strict=True):
             assert text in error, (rank, error)
