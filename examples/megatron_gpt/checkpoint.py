@@ -119,6 +119,31 @@ def _cause(error: BaseException) -> BaseException:
     return _cause(error.__cause__) if error.__cause__ is not None else error
 
 
+def make_ready(directory: Path, resume: bool, notes: list[str]) -> None:
+    """Find out before training whether checkpoints can be written; every rank must call this.
+
+    Args:
+        directory: folder of the run's checkpoints.
+        resume: whether the run goes on from them. If not, checkpoints that are there are set aside.
+        notes: receives what the user should know, one line each.
+
+    Raises:
+        TrainingError: they cannot.
+    """
+    error: str | None = None
+    moved: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            aside = None if resume else files.set_aside(directory)
+            moved = [None if aside is None else f"run.resume=false: earlier checkpoints are now in {aside}"]
+            files.check_writable(directory)
+        except OSError as raised:
+            error = f"checkpoints cannot be written: {raised}"
+    agree(error)
+    dist.broadcast_object_list(moved, src=0)
+    notes.extend(filter(None, moved))
+
+
 def load_latest(
     directory: Path,
     trainer: Trainer,
@@ -169,7 +194,9 @@ def load_latest(
         state = dist_checkpointing.load(_sharded_state(trainer, is_loading=True), str(path))
     except (CheckpointingException, CheckpointException) as error:  # torch's is no Exception
         cause = _cause(error)
-        is_damage = isinstance(cause, (pickle.UnpicklingError, EOFError)) or "metadata read failed" in str(cause)
+        is_damage = isinstance(
+            cause, (pickle.UnpicklingError, EOFError, FileNotFoundError)
+        ) or "metadata read failed" in str(cause)
         problem = f"checkpoint {path} {'is damaged' if is_damage else 'does not fit this model'}: {cause}"
     agree(problem)
     for number, chunk in enumerate(unwrap_model(trainer.model)):

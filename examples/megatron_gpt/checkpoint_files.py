@@ -24,6 +24,30 @@ def prepare(directory: Path, name: str) -> Path:
     return unfinished
 
 
+def check_writable(directory: Path) -> None:
+    """Make the folder of a run's checkpoints, and a file in it.
+
+    Raises:
+        OSError: that cannot be done; better known before training than after it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / "writable.tmp"
+    probe.touch()
+    probe.unlink()
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Rename a folder with checkpoints, so that a run that starts from scratch is not mixed with another; its new name, None if
+    there is none."""
+    if not directory.is_dir() or not (_steps(directory) or (directory / "latest").exists()):
+        return None
+    number = 1
+    while (target := directory.with_name(f"{directory.name}_before_{number}")).exists():
+        number += 1
+    os.replace(directory, target)
+    return target
+
+
 def publish(directory: Path, name: str, keep: int) -> None:
     """Give a finished folder its name, let ``latest`` name it, and remove all but the ``keep`` newest (0: none)."""
     unfinished, target, replaced = directory / f"{name}.tmp", directory / name, directory / f"{name}.old.tmp"
@@ -54,8 +78,10 @@ def choose(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, from the one that ``latest`` names downwards, and what the user should know about it.
 
     Raises:
-        ValueError: there is a ``latest``, or a checkpoint, but no whole one.
+        ValueError: there is a ``latest``, or a checkpoint, but no whole one; or ``directory`` is no folder.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is no folder")
     pointer, candidates, notes = directory / "latest", _steps(directory), list[str]()
     if not pointer.exists():
         if not candidates:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moba_cp.config import MoBAConfig
@@ -18,6 +18,8 @@ DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 """Megatron's schedules of the learning rate that need nothing but what `OptimizerSection` has."""
 LONGEST_TIMEOUT = 1e9
 """Seconds, 32 years. Beyond, Python's time differences overflow."""
+LARGEST_INTEGER, LARGEST_NUMBER = (1 << 63) - 1, 3e38
+"""Of 64 bits, and of fp32: beyond, tensors cannot hold a value."""
 MOST_WORKSPACE_GIB = 1 << 20
 """A thousand times the memory of any GPU."""
 
@@ -165,16 +167,9 @@ def load_config(path: str | Path, overrides: list[str]) -> TrainConfig:
     if not isinstance(content, DictConfig):
         raise ValueError(f"expected sections {', '.join(structure)}, got a list")
     given = [content, *(_override(structure, text) for text in overrides)]
-    if missing := set[str]().union(*map(OmegaConf.missing_keys, given)):
-        raise ValueError(f"no value is given for {', '.join(sorted(missing))}: ??? stands for a missing one")
-    for section, values in (item for part in given for item in part.items()):
-        if section in structure and not isinstance(values, DictConfig):
-            raise ValueError(f"{section!s} must be a section of keys, got {values!r}")
-    for section, values in content.items():
-        for key, value in values.items() if isinstance(values, DictConfig) else ():
-            if _is_text(structure, section, key) and not isinstance(value, str):
-                raise ValueError(f"{section!s}.{key!s} is text, and YAML reads it as {value!r}: put it in quotes")
     try:
+        for part in given:
+            _check_kinds(structure, part)
         config = OmegaConf.to_object(OmegaConf.merge(structure, *given))
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping in place of a list
         what, where = str(error).splitlines()[0], getattr(error, "full_key", None)
@@ -191,11 +186,31 @@ def _override(structure: DictConfig, text: str) -> DictConfig:
         raise ValueError(f"expected section.key=value, got {text!r}")
     section, _, name = key.partition(".")
     if _is_text(structure, section, name):
-        return OmegaConf.create({section: {name: value}})
+        return OmegaConf.create({section: {name: value.replace("${", r"\${")}})
     try:
         return OmegaConf.from_dotlist([text])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{text!r} is not YAML behind the equals sign: {' '.join(str(error).split())}") from None
+
+
+def _check_kinds(structure: DictConfig, given: DictConfig) -> None:
+    """Refuse what OmegaConf takes for something else, or refuses in words of its own: no section, a missing value, text that YAML
+    reads as a number, a number as a switch, a single value as a list."""
+    if missing := OmegaConf.missing_keys(given):
+        raise ValueError(f"no value is given for {', '.join(sorted(missing))}: ??? stands for a missing one")
+    for section, values in given.items():
+        if section not in structure:
+            continue  # refused when they are merged
+        if not isinstance(values, DictConfig):
+            raise ValueError(f"{section!s} must be a section of keys, got {values!r}")
+        for key, value in values.items():
+            default = structure[section].get(key)
+            if isinstance(default, str) and not isinstance(value, str):
+                raise ValueError(f"{section!s}.{key!s} is text, and YAML reads it as {value!r}: put it in quotes")
+            if isinstance(default, bool) and isinstance(value, (int, float)) and not isinstance(value, bool):
+                raise ValueError(f"{section!s}.{key!s} must be true or false, got {value!r}")
+            if isinstance(default, ListConfig) and isinstance(value, (str, int, float)):
+                raise ValueError(f"{section!s}.{key!s} must be a list, such as [{value!s}], got {value!r}")
 
 
 def _is_text(structure: DictConfig, section: Any, key: Any) -> bool:
@@ -290,6 +305,11 @@ def _check(config: TrainConfig) -> None:
         )
     _check_attention(config)
     _check_optimizer(config)
+    for section, values in vars(config).items():
+        for name, value in vars(values).items():
+            most = LARGEST_INTEGER if isinstance(value, int) else LARGEST_NUMBER
+            if isinstance(value, (int, float)) and name != "timeout_seconds" and most < value < math.inf:
+                raise ValueError(f"{section}.{name} must be at most {most:g}, got {value}")
 
 
 def _check_attention(config: TrainConfig) -> None:

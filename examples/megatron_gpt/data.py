@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,9 +41,12 @@ class Corpus:
 
         Raises:
             FileNotFoundError: a pattern that matches no file with text in it.
+            ValueError: an empty pattern.
         """
         found: dict[Path, Path] = {}
         for pattern in patterns or [_standard_library()]:
+            if not pattern:
+                raise ValueError("an empty path: give '.' for the current folder")
             given = Path(pattern).expanduser()
             paths = [given] if given.exists() else [Path(p) for p in glob.glob(str(given), recursive=True)]
             files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
@@ -87,7 +91,7 @@ class Corpus:
     def fingerprint(self) -> str:
         """Changes whenever a document is added, removed, renamed or resized: a resumed run must see the same text."""
         text = "\n".join(f"{path.name} {size}" for path, size in zip(self.paths, self.sizes, strict=True))
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(os.fsencode(text), digest_size=16).hexdigest()  # names may be of any bytes
 
 
 def _standard_library() -> str:
@@ -152,6 +156,6 @@ class PackedText:
             file.seek(start)
             text = file.read(min(stop, size) - start)
         if len(text) != min(stop, size) - start:
-            raise RuntimeError(f"{path} is shorter than the {size} bytes it had when the run started")
+            raise OSError(f"{str(path)!r} is shorter than the {size} bytes it had when the run started")
         tokens = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
         return np.append(tokens, SEPARATOR) if stop > size else tokens

@@ -158,9 +158,11 @@ class Reporter:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines up to a step. A line that a killed run did not finish goes, too."""
+    """Keep the lines up to a step, none at step 0. What is no line of metrics goes, too, as one that a killed run did not
+    finish."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        lines = path.read_text(errors="replace").splitlines() if step else []
+        kept = [line for line in lines if _step_of(line) <= step]
         shorter = path.with_name(path.name + ".tmp")
         shorter.write_text("".join(line + "\n" for line in kept))
         os.replace(shorter, path)

@@ -91,7 +91,13 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
         train_text = PackedText(train_corpus, data.seq_length, run.seed)
         eval_text = cache(partial(PackedText, eval_corpus, data.seq_length, run.seed))
         if reading_evaluation(run):
-            eval_text()  # must fill a sequence
+            try:
+                eval_text()  # must fill a sequence
+            except ValueError as error:
+                count, of = len(eval_corpus.paths), len(corpus.paths)
+                raise ValueError(
+                    f"data.eval_fraction={data.eval_fraction} keeps {count} of {of} documents for evaluation: {error}"
+                ) from None
     except (OSError, ValueError) as error:
         missing = f"data.paths={data.paths}: {error}"
     distributed.agree(missing)
@@ -115,6 +121,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
         trainer = build(config, ranks)
     checkpoints = config.run_directory / "checkpoints"
     moba, sizes, notes, restored = moba_record(config), sizes_record(config), list[str](), None
+    checkpoint.make_ready(checkpoints, run.resume, notes)
     if run.resume:
         restored = checkpoint.load_latest(
             checkpoints,
@@ -201,7 +208,7 @@ def train(config: TrainConfig, ranks: distributed.Ranks, stop: Stop) -> None:
             )
             picture = config.run_directory / "routing.png"
             if layer and ranks.dp_rank == 0 and ranks.tp_rank == 0:
-                title = f"Layer {layer.layer_number} after {run.steps} steps"
+                title = f"Layer {layer.layer_number} after {progress.step} steps"
                 diagnostics.plot_block_selection(
                     layer.report, picture, layout=layer.layout, group=layer.group, title=title
                 )

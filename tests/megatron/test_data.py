@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -41,6 +42,16 @@ def test_the_default_is_the_standard_library() -> None:
 def test_nothing_found_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no text found at .*nothing\*"):
         Corpus.find([str(tmp_path / "nothing*")])
+
+
+def test_a_name_may_be_of_any_bytes(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/\xff\xfe.txt", "wb") as file:
+        file.write(b"text")
+    corpus = Corpus.find([str(tmp_path)])
+    assert corpus.sizes == (4,)
+    assert len(str(corpus).encode()) > 8
+    with pytest.raises(ValueError, match=r"an empty path: give '\.'"):
+        Corpus.find([""])
 
 
 def test_what_is_there_is_no_glob_and_what_is_named_is_not_skipped(tmp_path: Path) -> None:
@@ -113,7 +124,7 @@ def test_the_fingerprint_follows_the_documents(corpus: Corpus, tmp_path: Path) -
 def test_a_document_that_shrinks_while_training_is_an_error(corpus: Corpus) -> None:
     corpus.paths[-1].write_bytes(b"")
     text = PackedText(corpus, 16, 0)
-    with pytest.raises(RuntimeError, match=r"11.txt is shorter than the 78 bytes"):
+    with pytest.raises(OSError, match=r"11.txt' is shorter than the 78 bytes"):
         [text.sample(n) for n in range(text.sequences_per_epoch)]
 
 

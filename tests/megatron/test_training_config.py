@@ -49,7 +49,7 @@ def test_overrides_change_single_keys() -> None:
     assert (config.run.steps, config.data.paths, str(config.run_directory)) == (7, ["a.txt"], "/y/x")
 
 
-@pytest.mark.parametrize("name", ["off", "3e-4", "[1", "'a'", "null"])
+@pytest.mark.parametrize("name", ["off", "3e-4", "[1", "'a'", "null", "${nope}"])
 def test_text_is_taken_as_it_is(name: str) -> None:
     assert load_config(QUICKSTART, [f"run.name={name}", "run.directory=/y"]).run_directory == Path("/y") / name
 
@@ -102,6 +102,10 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
         (["moba.layer_pattern=[1,0"], "'moba.layer_pattern=\\[1,0' is not YAML behind the equals sign"),
         (["moba.workspace_gib=1e300"], "moba.workspace_gib must be at most 1048576, got 1e\\+300"),
         (["optimizer.eps=0"], "optimizer.eps=0 divides"),
+        (["optimizer.lr=1e300"], r"optimizer.lr must be at most 3e\+38, got 1e\+300"),
+        (["model.rotary_base=10000000000000000000000"], r"model.rotary_base must be at most 9.22337e\+18"),
+        (["run.resume=2"], "run.resume must be true or false, got 2"),
+        (["data.paths=x"], r"data.paths must be a list, such as \[x\], got 'x'"),
         (["run.precision=fp16"], "run.precision must be one of.*'fp16'"),
         (["run.routing_interval=-1"], "run.routing_interval must not be negative .0: never., got -1"),
         (["moba.comm=pul"], "moba.comm must be one of.*'auto'.*got 'pul'"),

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,47 @@ def test_files_keep_the_newest_and_remove_unfinished_ones(tmp_path: Path) -> Non
         make(tmp_path, f"step_{step}", keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_2", "step_3"]
     assert checkpoint_files.choose(tmp_path) == (tmp_path / "step_3", [])
+
+
+def test_checkpoints_of_another_run_are_set_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    assert checkpoint_files.set_aside(folder) is None
+    checkpoint_files.check_writable(folder)
+    assert checkpoint_files.set_aside(folder) is None  # nothing is in it
+    for number in (1, 2):
+        make(folder, "step_3")
+        assert checkpoint_files.set_aside(folder) == tmp_path / f"checkpoints_before_{number}"
+        assert checkpoint_files.choose(folder) == (None, [])
+        folder.mkdir()
+
+
+def test_what_is_no_folder_takes_no_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(ValueError, match="checkpoints is no folder"):
+        checkpoint_files.choose(tmp_path / "checkpoints")
+    with pytest.raises(OSError, match="File exists"):
+        checkpoint_files.check_writable(tmp_path / "checkpoints")
+
+
+@pytest.mark.heavy
+def test_a_run_from_scratch_is_not_mixed_with_the_one_before(tmp_path: Path) -> None:
+    """Nor does it train where it could not save."""
+    short = ("run.routing_picture=false",)
+    for steps, more in ((3, ()), (2, ("run.resume=false", "model.init_std=0.05"))):
+        status, output = run(tmp_path, 2, "parallel.context=2", f"run.steps={steps}", *short, *more)
+        assert status == 0, output
+    aside = tmp_path / "a" / "checkpoints_before_1"
+    assert f"run.resume=false:earliercheckpointsarenowin{aside}" in "".join(output.split())  # lines are cut anywhere
+    saved = [len(list((tmp_path / "a" / f).glob("step_*"))) for f in ("checkpoints", aside.name)]
+    assert saved == [2, 3]
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] in ("model", "train")] == [0, 1, 2]
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    (tmp_path / "a" / "checkpoints").touch()
+    status, output = run(tmp_path, 2, "parallel.context=2", *short)
+    assert status
+    assert "error: checkpoints cannot be written: [Errno 17] File exists" in output
+    assert "step 1" not in output
 
 
 @pytest.mark.parametrize("override", ["run.keep_checkpoints=-1", "run.timeout_seconds=0"])
@@ -272,7 +314,7 @@ def test_another_model_is_refused_and_other_lengths_are_noted() -> None:
 def test_metrics_survive_a_line_that_a_killed_run_did_not_finish(tmp_path: Path) -> None:
     whole = [{"kind": "train", "step": step, "loss": 1.0} for step in (1, 2, 3)]
     text = "".join(json.dumps(line) + "\n" for line in whole) + '{"kind": "train", "st'
-    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode() + b"\xff\x00")  # of a block that was never written
     with Reporter(tmp_path, True, total_steps=4, first_step=2, tokens_per_step=10) as reporter:
         reporter.step(3, loss=0.5)
     assert [(line["step"], line["loss"]) for line in metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
