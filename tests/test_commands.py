@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from moba_cp.__main__ import main
 from moba_cp.commands import app, checks
 from moba_cp.commands.plan import read_model, read_tokens
 from moba_cp.commands.values import MOBA_KEYS
+from moba_cp.planning.measured import read
 from tests.programs import run_program
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +92,45 @@ def test_plan_calibrates_from_result_files(tmp_path: Path) -> None:
     status, text = invoke("plan", *given, *(x for path in results for x in ("--results", path)))
     assert status == 0, text
     assert json.loads(saved.read_text())["sources"] == ["kernels.json", "layer.json"]
+    assert f"calibration written to {saved}" in text
+
+
+def test_plan_does_not_replace_what_it_reads(tmp_path: Path) -> None:
+    copied = tmp_path / "kernels.json"
+    shutil.copy(ROOT / "docs" / "results" / "kernels.json", copied)
+    given = ["--model", "32/8", "--tokens", "512K", "--gpus", "2", "--results", str(copied), "--save", str(copied)]
+    status, text = invoke("plan", *given)
+    assert status == 2
+    assert "would replace these --results" in " ".join(text.replace("│", " ").split())
+    assert copied.read_bytes() == (ROOT / "docs" / "results" / "kernels.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"forward_ms": 0}, r"times must be positive, and forward less than forward_backward, got \[0, "),
+        ({"forward_ms": {"median": float("nan")}}, "forward_ms must be a finite number, got nan"),
+        ({"forward_ms": "fast"}, "forward_ms must be a finite number, got 'fast'"),
+        ({"tokens": 131072.0}, "tokens must be a positive integer, got 131072.0"),
+        ({"forward_backward_stages_ms": [1]}, "no result file .*AttributeError"),
+        ({"forward_backward_stages_ms": {"gate": -1}}, "gate takes -1 ms"),
+    ],
+)
+def test_damaged_results_are_refused(change: dict[str, Any], text: str, tmp_path: Path) -> None:
+    content = json.loads((ROOT / "docs" / "results" / "kernels.json").read_text())
+    timed = next(e for e in content["results"] if e.get("tokens") == 131072 and "block_size" in e)
+    timed |= change
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=text):
+        read([path])
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\x80", b'{"device": 5, "results": []}'])
+def test_what_is_no_result_file_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json is no result file"):
+        read([tmp_path / "a.json"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """The files of checkpoints: which are whole, which is the newest, which may go. Plain files, no collectives.
 
 ``step_00000100/`` holds a checkpoint and ``files.json``, which lists the bytes of every other file in it. ``latest`` names
-the newest checkpoint. Folders that end in ``.tmp`` are unfinished.
+the newest checkpoint. Folders that end in ``.tmp`` are unfinished. Damage is a file that is missing or of another size: bytes
+that changed in place are for the file system to find.
 """
 
 from __future__ import annotations

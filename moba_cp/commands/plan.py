@@ -101,10 +101,14 @@ def plan(
         gib = (H200_GIB if calibration.device == H200 else Cluster.memory) if memory is None else memory
         cluster = Cluster(gpus, gpus_per_node, link, fabric, gib)
         if save is not None:
+            if save.exists() and any(save.samefile(path) for path in results or []):
+                raise ValueError(f"--save {save} would replace these --results")
             save.write_text(calibration.to_json())
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     lines, fits = report(layer, cluster, calibration, layers or sizes.layers)
+    if save is not None:
+        lines += ["", f"calibration written to {save}"]
     print("\n".join(lines))
     raise typer.Exit(not fits)
 

@@ -60,13 +60,13 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Measured]]:
             content = json.loads(path.read_text())
             if not isinstance(content, dict):
                 raise TypeError("expected an object")
-            devices.add(content.get("device") or content["about"]["device"])
+            devices.add(_text("device", content.get("device") or content["about"]["device"]))
             entries = content["results"] + [
                 b for b in content.get("baselines", []) if b.get("baseline") == "equal_work"
             ]
-            timed = (e for e in entries if "forward_backward_ms" in e and e["tokens"] >= SMALLEST_TOKENS)
+            timed = (e for e in entries if "forward_backward_ms" in e and _size(e, "tokens") >= SMALLEST_TOKENS)
             found += [_measured(entry, path.name) for entry in timed]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             text = f"{path} is no result file of bench_kernels or scaling ({type(error).__name__}: {error})"
             raise ValueError(text) from error
     if len(devices) != 1:
@@ -99,22 +99,47 @@ def _measured(entry: dict[str, Any], source: str) -> Measured:
         split = replace(split, workspace_bytes=math.ceil(entry["workspace_gib"] * 2**30))
     trained = entry.get("routing") == "trained"
     layer = Layer(
-        tokens=entry["tokens"],
-        q_heads=entry["q_heads"],
-        kv_heads=entry["kv_heads"],
-        block_size=entry["block_size"],
-        topk=entry["topk"],
+        tokens=_size(entry, "tokens"),
+        q_heads=_size(entry, "q_heads"),
+        kv_heads=_size(entry, "kv_heads"),
+        block_size=_size(entry, "block_size"),
+        topk=_size(entry, "topk"),
         head_dim=entry.get("head_dim", 128),
         document=entry.get("document", 0) if trained else 0,
         wanted_share=min(1.0, entry.get("wanted_share", 1.0)) if ranks > 1 else 1.0,
     )
     stages = entry.get("forward_backward_stages_ms") or entry.get("stages_ms_rank0") or {}
     peak = entry.get("peak_gib_forward_backward") or entry.get("forward_backward_peak_gib") or 0.0
-    return Measured(layer, split, _ms(entry["forward_ms"]), _ms(entry["forward_backward_ms"]), stages, peak, source)
+    for name, ms in stages.items():
+        if _number(name, ms) < 0:
+            raise ValueError(f"{name} takes {ms} ms")
+    times = [_number(name, _median(entry[name])) for name in ("forward_ms", "forward_backward_ms")]
+    if not 0 < times[0] < times[1]:
+        raise ValueError(f"times must be positive, and forward less than forward_backward, got {times} ms")
+    return Measured(layer, split, times[0], times[1], stages, _number("peak memory", peak), source)
 
 
-def _ms(value: float | dict[str, float]) -> float:
+def _median(value: float | dict[str, float]) -> float:
     return value["median"] if isinstance(value, dict) else value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return value
+
+
+def _size(entry: dict[str, Any], name: str) -> int:
+    value = entry[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {value!r}")
+    return value
 
 
 def calibrate(device: str, measured: Sequence[Measured], cluster: Cluster | None = None) -> Calibration:
