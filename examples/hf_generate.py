@@ -15,7 +15,7 @@ torch.manual_seed(0)
 if len(sys.argv) > 1:
     try:
         model, moba = AutoModelForCausalLM.from_pretrained(sys.argv[1]), MoBAConfig(block_size=512, topk=8)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a kind of model that this version does not know
         raise SystemExit(f"no model could be loaded from {sys.argv[1]!r}: {str(error).splitlines()[0]}") from None
 else:  # a small random one
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}

@@ -107,7 +107,9 @@ def block_scores(
     place = blocks.long() + first[:, None]
     counted = (blocks >= 0) & (place < own[:, None])
     head = torch.arange(q_gate.shape[1], device=q_gate.device) // (q_gate.shape[1] // k_gate.shape[1])
-    gathered = means[place.masked_fill(~counted, len(table)), head[:, None, None]]  # [Hs, T, n, Dg]
+    row = place.masked_fill(~counted, len(table)) * k_gate.shape[1] + head[:, None, None]
+    # Its backward adds in one order on any device; that of indexing does not on the CPU, that of index_select on none.
+    gathered = torch.nn.functional.embedding(row, means.flatten(0, 1))  # [Hs, T, n, Dg]
     # Not a matrix product: autocast would round its operands, also those of its backward pass.
     scores = (q_gate.to(acc).transpose(0, 1)[:, :, None] * gathered).sum(-1)
     return scores.masked_fill(~counted, 0)

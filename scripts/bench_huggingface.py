@@ -38,8 +38,8 @@ def main(
     chunk: Annotated[int, typer.Option(help="queries of the chunk that is timed at the end of the cache")] = 4096,
     heads: Annotated[str, typer.Option(help="q/kv heads")] = "32/8",
     configs: Annotated[str, typer.Option(help="block size:topk, comma-separated")] = "512:8,128:8,4096:12",
-    layers: Annotated[int, typer.Option(help="caches that a decoding step walks over")] = 8,
-    iterations: Annotated[int, typer.Option(help="timed calls of each figure")] = 11,
+    layers: Annotated[int, typer.Option(help="caches that a decoding step walks over", min=1)] = 8,
+    iterations: Annotated[int, typer.Option(help="timed calls of each figure", min=1)] = 11,
     device_name: Annotated[str, typer.Option("--device", help="cuda, or cpu to try the program")] = "cuda",
     commit: options.Commit = "",
 ) -> None:

@@ -6,8 +6,9 @@
 
 A version is a checkout's folder. Each runs in processes of its own, one per rank, which stay for the whole run. In every turn
 each case is timed in all versions, in a new random order: a machine that grows slower does so for all. Ratios are those of one
-turn's times to the first version's. Where the host is the bound, as in calls of 8K tokens, the version named first was faster than an
-equal one named second: run such cases in both orders. `scripts.bench_kernels` and `scripts.scaling` measure one commit more closely.
+turn's times to the first version's. Where the host is the bound, as in calls of 8K tokens, a version that was named first was
+faster than an equal one named second: run such cases in both orders. `scripts.bench_kernels` and `scripts.scaling` measure one
+commit more closely.
 """
 
 from __future__ import annotations

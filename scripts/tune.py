@@ -87,7 +87,7 @@ def main(
     sizes = options.configs(configs)
     if name == "backward":
         compile_backward(sizes, heads, at_once, group)  # before this process has a CUDA context
-    options.device("cuda")
+    options.gpu()
     results = Results(out, {"about": about(commit)}, "results")
     for block_size, topk in sizes:
         chunk = make_chunk(tokens, heads, at_once, group, block_size, topk)

@@ -213,3 +213,22 @@ def test_the_example_learns_what_to_select() -> None:
     spec.loader.exec_module(indexer)  # type: ignore[union-attr]
     found = indexer.main(dense_steps=90, sparse_steps=20)
     assert found["indexer"] > 0.85 > 0.75 > found["mean keys"]
+
+
+def test_gradients_have_the_same_bits_every_time() -> None:
+    """Many rows add to the same few means; threads must not change the order."""
+    q, k = (torch.randn(192, 1, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    layout, config = SequenceLayout.contiguous([0, 192], 1), moba_cp.MoBAConfig(8, 24)
+    blocks = torch.arange(24).expand(1, 192, 24)
+    blocks = blocks.masked_fill(blocks > torch.arange(192)[:, None] // 8, -1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    try:
+        found = []
+        for _ in range(20):
+            leaves = [x.clone().requires_grad_() for x in (q, k)]
+            scores = moba_cp.block_scores(*leaves, blocks, config, layout=layout)
+            found.append(torch.autograd.grad(scores.square().sum(), leaves))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for gradients in found for x, y in zip(gradients, found[0], strict=True))

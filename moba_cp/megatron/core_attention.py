@@ -164,7 +164,7 @@ class MoBACoreAttention(MegatronModule):
             TypeError: an unknown keyword argument that carries a value; on the same ranks.
         """
         group, cp_size = self._group(packed_seq_params, query, key, value)
-        asked = (query, key, attention_mask, attn_mask_type, attention_bias, extra)
+        asked = (query, key, value, attention_mask, attn_mask_type, attention_bias, extra)
         if self._te and not self.computes_moba:
             packed = packed_seq_params if is_packed(packed_seq_params) else None
             self._check_call(*asked)
@@ -280,6 +280,7 @@ class MoBACoreAttention(MegatronModule):
         self,
         query: torch.Tensor,
         key: torch.Tensor,
+        value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None,
         attention_bias: torch.Tensor | None,
@@ -287,6 +288,12 @@ class MoBACoreAttention(MegatronModule):
     ) -> None:
         where = f"MoBA attention, layer {self.layer_number}"
         refuse_extra(where, extra)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, torch.Tensor) or x.dim() not in (3, 4):
+                got = f"{tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+                raise TypeError(
+                    f"{where}: {name} must be a tensor [s / cp, b, heads, d] or [t / cp, heads, d], got {got}"
+                )
         if query.size(0) != key.size(0):
             raise ValueError(
                 f"{where}: {query.size(0)} queries but {key.size(0)} keys; inference with a key-value cache is "

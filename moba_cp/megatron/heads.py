@@ -53,6 +53,8 @@ def resolve_head_parallel(
             f"full_attention_comm, that as {', '.join(name for name in FULL_ATTENTION_COMMS if name in HYBRIDS)}"
         )
     over = size or (cp_size if comm == HEADS else 1)
+    if cp_size % over:
+        raise ValueError(f"{where}: {name}={size} must divide the {cp_size} context-parallel ranks")
     heads = config.num_attention_heads // tp_size
     if heads % over:
         raise ValueError(

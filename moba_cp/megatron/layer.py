@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from moba_cp.parallel.layout_input import integer
 from moba_cp.validation import RefusedTogether
 
 from . import fused
@@ -46,6 +47,7 @@ class LongLayerSettings:
         offload: keep the layer's input in pinned host memory; needs ``recompute``.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: a negative number of tokens, or ``offload`` without ``recompute``.
     """
 
@@ -54,7 +56,10 @@ class LongLayerSettings:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens < 0:
+        for name in ("recompute", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if integer("chunk_tokens", self.chunk_tokens) < 0:
             raise ValueError(f"chunk_tokens must not be negative (0: all at once), got {self.chunk_tokens}")
         if self.offload and not self.recompute:
             raise ValueError("offload=True needs recompute=True: only the inputs of layers go to the host")
@@ -64,17 +69,22 @@ def with_long_layers(spec: Spec, settings: LongLayerSettings) -> Spec:
     """Copy of a spec of the local implementation in which every transformer layer is a :class:`LongLayer`.
 
     Raises:
-        ValueError: there is no transformer layer in the spec.
+        TypeError: ``settings`` are no :class:`LongLayerSettings`.
+        ValueError: there is no transformer layer in the spec, or its layers are long already.
 
     Example::
 
         spec = with_moba(get_gpt_layer_local_spec(normalization="RMSNorm"), MoBAConfig(512, 8))
         spec = with_long_layers(spec, LongLayerSettings(recompute=True))
     """
+    if not isinstance(settings, LongLayerSettings):
+        raise TypeError(f"settings must be LongLayerSettings, got {settings!r}")
     found = 0
 
     def replaced(node: Any) -> Any:
         nonlocal found
+        if isinstance(node, ModuleSpec) and node.module is LongLayer:
+            raise ValueError("the layers of the spec are long layers already: with_long_layers takes a spec once")
         if isinstance(node, ModuleSpec) and node.module is TransformerLayer:
             found += 1
             return dataclasses.replace(node, module=LongLayer, params=dict(node.params or {}) | {"settings": settings})

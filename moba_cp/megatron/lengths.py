@@ -130,7 +130,8 @@ def peek_lengths(packed: PackedSeqParams, layer_number: int) -> PackLengths:
 
 _OVERWRITTEN = (
     "MoBA attention, layer {}: recomputation needs the lengths of the forward pass, {}, but packed_seq_params now has {}. "
-    "Give every micro-batch in flight a PackedSeqParams and tensors of its own"
+    "Give every micro-batch in flight, and every forward pass in train mode that has no backward, a PackedSeqParams and tensors "
+    "of its own"
 )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from moba_cp.parallel.layout_input import positive
+
 from . import fused
 from .recompute import InChunks
 
@@ -41,8 +43,7 @@ class ChunkedLossGPT(FusedLossGPT):
     """
 
     def __init__(self, *args: Any, loss_chunk: int, **kwargs: Any) -> None:
-        if loss_chunk < 1:
-            raise ValueError(f"loss_chunk must be at least 1, got {loss_chunk}")
+        positive("loss_chunk", loss_chunk)
         super().__init__(*args, **kwargs)
         self.loss_chunk = loss_chunk
         self._deferred: tuple[Tensor, Tensor | None] | None = (

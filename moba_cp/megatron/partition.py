@@ -58,8 +58,11 @@ def is_packed(packed: Any) -> bool:
         packed: Megatron's ``PackedSeqParams``, or None.
 
     Raises:
+        TypeError: neither of them.
         ValueError: lengths with another format than ``"thd"``, which MoBA would have to ignore.
     """
+    if packed is not None and not hasattr(packed, "qkv_format"):
+        raise TypeError(f"packed_seq_params must be PackedSeqParams or None, got {type(packed).__name__}")
     if packed is None or packed.qkv_format == "thd":
         return packed is not None
     if packed.cu_seqlens_q is not None:

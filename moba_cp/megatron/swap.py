@@ -132,6 +132,8 @@ class Swap:
             return type(node)(self.copy(item) for item in node)
         if not dataclasses.is_dataclass(node) or isinstance(node, type):
             return node
+        if node.__dataclass_params__.frozen:  # type: ignore[attr-defined]  # no part of a spec
+            return node
         result = copy.copy(node)
         for field in dataclasses.fields(node):
             value = getattr(node, field.name)

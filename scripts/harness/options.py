@@ -64,6 +64,12 @@ def choices(text: str, known: Iterable[str]) -> list[str]:
     return names
 
 
+def gpu() -> None:
+    """There is a GPU, for programs that run nowhere else."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("no GPU is visible")
+
+
 def device(name: str) -> torch.device:
     """ "cuda" or "cpu", if this machine has it."""
     if name not in ("cuda", "cpu"):

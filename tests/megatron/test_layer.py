@@ -169,19 +169,25 @@ def test_attention_is_computed_once_and_its_inputs_are_not_kept() -> None:
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
     from moba_cp.megatron.layer import LongLayerSettings, with_long_layers
 
     start_megatron()
-    found = []
+    found, spec = [], get_gpt_layer_local_spec(normalization="RMSNorm")
     for call in (
         lambda: LongLayerSettings(chunk_tokens=-1),
         lambda: LongLayerSettings(offload=True),
         lambda: with_long_layers(3, LongLayerSettings()),
         lambda: second_backward(),
+        lambda: LongLayerSettings(recompute="false"),
+        lambda: LongLayerSettings(chunk_tokens=1.5),
+        lambda: with_long_layers(spec, {"recompute": True}),
+        lambda: with_long_layers(with_long_layers(spec, LongLayerSettings()), LongLayerSettings()),
     ):
         try:
             call()
-        except (ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             found.append(str(error))
     return found
 
@@ -201,11 +207,15 @@ def second_backward() -> None:
 def test_refusals() -> None:
     (outcome,) = run_fresh_ranks(1, refusals, group_timeout=60)
     assert outcome.exception is None, outcome
-    negative, alone, nothing, gone = outcome.result
+    negative, alone, nothing, gone, text, part, mapping, twice = outcome.result
     assert "chunk_tokens must not be negative" in negative
     assert "offload=True needs recompute=True" in alone
     assert "no TransformerLayer found in int" in nothing
     assert "is gone after one backward pass" in gone
+    assert text == "recompute must be a bool, got 'false'"
+    assert "chunk_tokens must be an int" in part
+    assert mapping == "settings must be LongLayerSettings, got {'recompute': True}"
+    assert "long layers already" in twice
 
 
 @pytest.mark.parametrize(

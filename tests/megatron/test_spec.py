@@ -103,6 +103,8 @@ def model_config(transformer: TransformerConfig) -> Any:
 
 
 def test_something_without_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="no core_attention found in MoBAConfig: is it a layer or block spec"):
+        with_moba(MoBAConfig(16, 2), MoBAConfig(16, 2))
     with pytest.raises(ValueError, match="no core_attention found in TransformerBlockSubmodules"):
         with_moba(TransformerBlockSubmodules(), MOBA)
 

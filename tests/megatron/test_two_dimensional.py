@@ -108,6 +108,7 @@ def test_megatrons_sizes_are_heads_then_sequence() -> None:
         ({"comm": "a2a+fetch", "cp_size": 8, "levels": [2, 2, 2]}, r"\[ranks that split heads, ranks that split the sequence\]"),
         ({"comm": "a2a+fetch", "cp_size": 8, "levels": [4, 2], "head_parallel": 2}, "head_parallel=2 contradicts"),
         ({"comm": "a2a", "cp_size": 8, "levels": [4, 2]}, "says 4; name what moves .*moba_a2a.fetch"),
+        ({"comm": "auto", "cp_size": 1, "head_parallel": 2}, "head_parallel=2 must divide the 1 context-parallel ranks"),
         ({"comm": "fetch", "cp_size": 8, "head_parallel": 2}, "comm='fetch' does not split heads"),
         ({"comm": "a2a+fetch", "cp_size": 8, "levels": [8, 1], "tp": 4}, "leave 4 on a rank, which cannot be split over 8"),
         ({"comm": "a2a", "cp_size": 8, "heads": 4}, "leave 4 on a rank, which cannot be split over 8"),
