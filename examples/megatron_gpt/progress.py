@@ -62,7 +62,7 @@ class Reporter:
             TimeRemainingColumn(),
             console=self.console,
         )
-        self.task = self.bar.add_task("train", total=total_steps, completed=first_step, status="")
+        self.task = self.bar.add_task("train", total=max(total_steps, first_step), completed=first_step, status="")
         self.last_time, self.last_step = time.perf_counter(), first_step
 
     def __enter__(self) -> Reporter:

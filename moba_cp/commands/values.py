@@ -87,7 +87,7 @@ def read_model(text: str) -> Model:
     if not path.is_file():
         if "/" in text and DIGITS.issuperset(text.replace("/", "")):
             return Model(*read_heads(text))
-        why = " is a folder" if path.is_dir() else ", no such file" if path.suffix in (".yaml", ".yml") else ""
+        why = " is a folder" if text and path.is_dir() else ", no such file" if path.suffix in (".yaml", ".yml") else ""
         raise ValueError(f"model must be a YAML file or heads such as 32/8, got {text!r}{why}")
     content = _yaml(path)
     content = content if isinstance(content, dict) else {}
