@@ -1,6 +1,7 @@
 # torchrun --nproc-per-node 2 examples/hf_train.py
 """Train a Hugging Face Llama with MoBA under context parallelism: sequences split over the ranks, parameters too (FSDP2)."""
 
+import gc
 import os
 
 import torch
@@ -59,4 +60,8 @@ for step in range(STEPS):
     dist.all_reduce(loss)
     if rank == 0:
         print(f"step {step}  loss {loss.item():.5f}", flush=True)
+# What FSDP2 made holds the group, some of it in cycles, and gloo's threads must end before the process does.
+del model, layer, optimizer, mesh
+logits = loss = None
+gc.collect()
 dist.destroy_process_group()
