@@ -235,7 +235,7 @@ def block_weights(partials: Partials, *, selected: Tensor) -> Tensor:
 def shares(lse: Tensor, selected: Tensor) -> Tensor:
     """`exp(lse)` of the slots of `[Hq, T, slots]` that hold a block, divided by their sum; 0 for the others.
 
-    Not `exp(lse - lse of the row)`: the row's is rounded once more, which counts where it is large.
+    `exp(lse - row_lse)` would not sum to 1: rounding the log-sum-exp per row adds an error that grows with its magnitude.
     """
     return torch.softmax(lse.masked_fill(selected < 0, -torch.inf), 2).masked_fill(selected < 0, 0.0)
 

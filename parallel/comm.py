@@ -110,8 +110,8 @@ class Pending:
 class CommGroup:
     """One rank's view of a context-parallel group, with the traffic of one call.
 
-    It does not keep the group alive, as the graph of an output holds it: a process that ends while gloo's threads run may be
-    aborted, also after `destroy_process_group`.
+    It does not keep the process group alive. The graph of an output holds this object, and a process that exits while a gloo
+    group is alive may be aborted, even after `destroy_process_group`.
 
     Attributes:
         rank, size: this rank in the group, and its size.

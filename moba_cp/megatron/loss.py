@@ -39,6 +39,7 @@ class ChunkedLossGPT(FusedLossGPT):
         others: as Megatron's model takes them.
 
     Raises:
+        TypeError: a chunk that is no integer.
         ValueError: a chunk below 1, multi-token prediction, or MuP, which scales logits.
     """
 

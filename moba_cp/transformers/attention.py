@@ -234,11 +234,12 @@ def _refuse_default_positions(
     """Refuse positions 0, 1, ... of this rank's tokens, which a model makes where it is given none, if its tokens are not as far
     apart in their documents. `query`: `[1, Hq, tokens, D]`."""
     check_layout(layout)
-    check_placement(query[0].transpose(0, 1), layout, process_group_of(group))
+    group = process_group_of(group)
+    check_placement(query[0].transpose(0, 1), layout, group)
     tokens = query.shape[2]
     if without_numbers(position_ids) or position_ids.shape != (1, tokens):
         return
-    rank = dist.get_rank(process_group_of(group)) if layout.cp_size > 1 else 0
+    rank = dist.get_rank(group) if layout.cp_size > 1 else 0
 
     def read(x: Tensor) -> list[bool]:
         default = bool((x[0] == torch.arange(tokens, device=x.device)).all())
