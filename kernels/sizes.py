@@ -59,6 +59,23 @@ def heads_at_once(kv_heads: int, group_size: int, q_bytes: int) -> int:
     return 1 << (most.bit_length() - 1) if most else 1
 
 
+MOST_UNITS, ROWS_OF_UNITS = 4, 1 << 15
+"""Work units of large blocks that take turns where dq is summed: how many at most, and of how many rows together. A row takes
+1 KiB of L2: of q, of dout and of its sums."""
+
+
+def units_at_once(entries: int, n_bins: int) -> int:
+    """Work units whose tiles of keys take turns where dq is summed (docs/kernels.md, "Fewer units in turns for long bins").
+
+    The programs of a unit's tiles of keys walk the same rows, one behind the other. The more units take turns, the further apart
+    these programs start, and the less they wait for each other. But what lies between the first and the last must stay in L2.
+
+    Args:
+        entries, n_bins: of the routing lists: entries at most, and (kv head, block) pairs.
+    """
+    return max(1, min(MOST_UNITS, ROWS_OF_UNITS * n_bins // max(entries, 1)))
+
+
 MOST_DIM = 256
 """Largest head size of the kernels."""
 LEAST_BLOCK = 16

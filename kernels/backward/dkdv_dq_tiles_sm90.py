@@ -74,14 +74,14 @@ def _signal(progress, value):
 
 
 @gluon.jit
-def _unit_and_tile(ticket, TILES: gl.constexpr, UNITS: gl.constexpr):
+def _unit_and_tile(ticket, units_at_once, TILES: gl.constexpr):
     """Work unit, as an index in the order of programs, and tile of keys of the program that starts as number `ticket`.
 
-    UNITS units at a time: their first tiles of keys, then their second ones, and so on. Programs of one unit then start one
-    behind the other, as they have to work.
+    `units_at_once` units at a time: their first tiles of keys, then their second ones, and so on. Programs of one unit then
+    start one behind the other, as they have to work.
     """
-    first = ticket // (UNITS * TILES) * UNITS
-    here = gl.minimum(gl.num_programs(0) // TILES - first, UNITS)
+    first = ticket // (units_at_once * TILES) * units_at_once
+    here = gl.minimum(gl.num_programs(0) // TILES - first, units_at_once)
     within = ticket - first * TILES
     return first + within % here, within // here
 
@@ -108,15 +108,17 @@ def _store_places(
         gl.store(place + at, first_row + j + index, mask=here)
 
 
-@gluon.jit(do_not_specialize=[*VARYING, "place_head"], do_not_specialize_on_alignment=[*UNALIGNED, "place"])
+@gluon.jit(
+    do_not_specialize=[*VARYING, "place_head", "units_at_once"], do_not_specialize_on_alignment=[*UNALIGNED, "place"]
+)
 def dkdv_dq_tiles_kernel(
     q, dout, k, v, lse, delta, position, pointer, entry, start, length, segment_bin, dk, dv, dq, sums,
     q_token, q_head, dout_token, dout_head, k_row, k_head, v_row, v_head, dk_row, dk_head, dv_row, dv_head,
     lse_head, lse_token, delta_head, delta_token, place_head, place_token, start_head, n_bins, n_blocks, group, scale,
-    place, progress,
+    place, progress, units_at_once,
     D: gl.constexpr, HEAD_BITS: gl.constexpr, SLOT_BITS: gl.constexpr, TOPK: gl.constexpr, KEYS: gl.constexpr,
     ROWS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr,
-    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, HEADS: gl.constexpr, UNITS: gl.constexpr,
+    SEGMENT: gl.constexpr, ACCUMULATE: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of KEYS keys of one block, and what these keys add to dq, over the rows of its bin or of one segment
     of it.
@@ -129,7 +131,7 @@ def dkdv_dq_tiles_kernel(
     whose sums a program has added to.
     """
     STAGES: gl.constexpr = AHEAD + 2
-    index, tile = _unit_and_tile(gl.atomic_add(progress, 1, sem="relaxed"), TILES, UNITS)
+    index, tile = _unit_and_tile(gl.atomic_add(progress, 1, sem="relaxed"), units_at_once, TILES)
     program = index * TILES + tile
     unit = work_unit(program, n_bins, n_blocks, TILES, HEADS)
     bin_, before, begin, count, first_key, held = unit_bounds(

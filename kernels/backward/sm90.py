@@ -15,7 +15,7 @@ from ..configs import GluonConfig
 from ..descriptors import gluon_dtype
 from ..gpu import gpu_of
 from ..launch import launch_kernel
-from ..sizes import MOST_ITEMS_PER_PROGRAM, MOST_REACH, cdiv, heads_at_once, programs_for, reach
+from ..sizes import MOST_ITEMS_PER_PROGRAM, MOST_REACH, cdiv, heads_at_once, programs_for, reach, units_at_once
 from .call import Call
 from .dkdv_dq_sm90 import dkdv_dq_kernel
 from .dkdv_dq_tiles_sm90 import dkdv_dq_tiles_kernel
@@ -23,10 +23,6 @@ from .dkdv_sm90 import dkdv_kernel
 from .dq_of_ds_sm90 import dq_of_ds_kernel
 from .dq_sm90 import dq_kernel
 from .segments import segment_rows, sum_segments
-
-UNITS_AT_ONCE = 4
-"""Work units whose tiles of keys take turns where dq is summed: then programs hardly wait for each other (docs/kernels.md,
-"dq summed over tiles of keys")."""
 
 
 def launch(call: Call) -> None:
@@ -70,9 +66,10 @@ def launch_dkdv_dq_tiles(call: Call, config: GluonConfig) -> None:
     programs = (shape.n_bins + call.n_segments) * tiles
     sums = call.segment_sums(shape.block_size)
     progress = torch.zeros(1 + programs, dtype=torch.int32, device=call.q.device)
+    units = units_at_once(call.lists.entry.numel(), shape.n_bins)
     launch_kernel(dkdv_dq_tiles_kernel, (programs,),
-        *call.dkdv_dq_tiles_arguments(sums, progress), **call.bits(), **_constants(call, config), AHEAD=config.ahead, TILES=tiles,
-        HEADS=_heads(call), UNITS=UNITS_AT_ONCE, SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate,
+        *call.dkdv_dq_tiles_arguments(sums, progress), units, **call.bits(), **_constants(call, config), AHEAD=config.ahead,
+        TILES=tiles, HEADS=_heads(call), SEGMENT=segment_rows(shape.block_size), ACCUMULATE=call.accumulate,
         num_warps=config.num_warps,
     )  # fmt: skip
     sum_segments(call, sums, config.keys, tiles)

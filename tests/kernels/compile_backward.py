@@ -214,7 +214,7 @@ def build_summing(common: dict, dtype: str, capability: tuple[int, int]) -> dict
     from moba_cp.kernels.backward import sm90
 
     config = configs.SM90_DKDV_DQ_TILES
-    constants = common | tile_constants(config) | {"TILES": 32, "UNITS": sm90.UNITS_AT_ONCE}
+    constants = common | tile_constants(config) | {"TILES": 32}
     return {
         f"dkdv_dq_tiles, group {group}, {heads} at once": build(
             sm90.dkdv_dq_tiles_kernel, constants | {"HEAD_BITS": (group - 1).bit_length(), "HEADS": heads}, dtype,

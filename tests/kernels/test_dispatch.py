@@ -163,6 +163,7 @@ def test_backward_launches_where_dq_is_summed(launches: dict[str, dict]) -> None
     assert (launched["place_head"], launched["place_token"]) == place.stride()[:2]
     programs = case.lists.shape.n_bins * launched["TILES"]
     assert launched["progress"].tolist() == [0] * (1 + programs)
+    assert launched["units_at_once"] == sizes.units_at_once(case.selected.numel(), case.lists.shape.n_bins)
     with pytest.raises(ValueError, match="dq is not summed by variant 'portable' for blocks of 1024 keys and D 128"):
         attend_backward(case, partials, variant="portable")
 

@@ -18,7 +18,7 @@ from tests.kernels.list_cases import make_lists
 
 pytest.importorskip("triton.experimental.gluon")
 from moba_cp.kernels import gluon_rows, sizes
-from moba_cp.kernels.backward import dq_sm90, rows_sm90, segments
+from moba_cp.kernels.backward import dkdv_dq_tiles_sm90, dq_sm90, rows_sm90, segments
 from moba_cp.kernels.forward import sm90, stream_rows_sm90
 
 NO_ITEM = dq_sm90._NO_ITEM.value
@@ -83,6 +83,21 @@ def test_every_work_unit_has_its_programs(heads, at_once, segments, tiles):
             for head in range(first, min(first + at_once, heads))
         ]
         assert units[segments * tiles :: tiles] == wanted
+
+
+@pytest.mark.parametrize("units", [1, 2, 7])
+@pytest.mark.parametrize("tiles", [5, 32])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4])
+def test_programs_of_a_unit_start_in_order_of_its_tiles(units, tiles, at_once):
+    """A program waits for that of the tile before, which must have started; units take turns, `at_once` at a time."""
+    start = on_host(dkdv_dq_tiles_sm90._unit_and_tile, 0, units * tiles)
+    wanted = [
+        (unit, tile)
+        for first in range(0, units, at_once)
+        for tile in range(tiles)
+        for unit in range(first, min(first + at_once, units))
+    ]
+    assert [start(ticket, at_once, tiles) for ticket in range(units * tiles)] == wanted
 
 
 @pytest.mark.parametrize("resident", [1, 3, 132])

@@ -50,6 +50,15 @@ def test_heads_at_once():
     assert [sizes.heads_at_once(8, 4, tokens * row) for tokens in (8192, 16384, 32768)] == [4, 2, 1]
 
 
+def test_units_at_once():
+    """As many as have 2^15 entries together, one to four."""
+    of_bins = {1: 4, 8192: 4, 8193: 3, 16384: 2, 16385: 1, 1 << 30: 1}
+    for entries, units in of_bins.items():
+        assert sizes.units_at_once(7 * entries, 7) == units, entries
+    assert sizes.units_at_once(0, 5) == 4
+    assert sizes.units_at_once(0, 0) == 1
+
+
 @given(st.integers(16, 2**62), st.integers(1, 2**21), st.sampled_from([64, 96, 128, 256]))
 def test_a_block_larger_than_all_documents_takes_few_programs_of_the_same_kind(
     block_size: int, longest: int, dim: int
