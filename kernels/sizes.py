@@ -59,7 +59,7 @@ def heads_at_once(kv_heads: int, group_size: int, q_bytes: int) -> int:
     return 1 << (most.bit_length() - 1) if most else 1
 
 
-MOST_UNITS, ROWS_OF_UNITS = 4, 1 << 15
+MOST_UNITS, ROWS_OF_UNITS = 4, 3 << 15
 """Work units of large blocks that take turns where dq is summed: how many at most, and of how many rows together. A row takes
 1 KiB of L2: of q, of dout and of its sums."""
 

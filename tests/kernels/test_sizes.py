@@ -51,8 +51,8 @@ def test_heads_at_once():
 
 
 def test_units_at_once():
-    """As many as have 2^15 entries together, one to four."""
-    of_bins = {1: 4, 8192: 4, 8193: 3, 16384: 2, 16385: 1, 1 << 30: 1}
+    """As many as have 98,304 entries together, one to four."""
+    of_bins = {1: 4, 24576: 4, 24577: 3, 32768: 3, 32769: 2, 49152: 2, 49153: 1, 1 << 30: 1}
     for entries, units in of_bins.items():
         assert sizes.units_at_once(7 * entries, 7) == units, entries
     assert sizes.units_at_once(0, 5) == 4
