@@ -79,8 +79,10 @@ class Packing:
         """``[tokens, ...]`` without padding to ``[padded tokens, ...]``.
 
         Raises:
-            ValueError: another number of tokens than the pack's.
+            ValueError: another number of tokens than the pack's, or a ``fill`` that integers cannot hold.
         """
+        if isinstance(fill, float) and not (x.is_floating_point() or fill.is_integer()):
+            raise ValueError(f"a tensor of {x.dtype} cannot hold fill={fill}")
         if x.size(0) != self.cu_seqlens[-1]:
             raise ValueError(f"the pack has {self.cu_seqlens[-1]} tokens, got a tensor of {tuple(x.shape)}")
         padded = x.new_full((self.cu_seqlens_padded[-1], *x.shape[1:]), fill)

@@ -76,7 +76,7 @@ class MoBASchedule:
         return cls(first if first <= total_steps else None)
 
     def is_full(self, step: int) -> bool:
-        """Whether step number ``step`` (from 1) computes full attention.
+        """Whether step number ``step`` (from 1) computes full attention; 0, before training, is as step 1.
 
         Raises:
             TypeError, ValueError: ``step`` is no integer, or negative.
@@ -84,7 +84,7 @@ class MoBASchedule:
         step = integer("step", step)
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
-        return self.full_from is not None and step >= self.full_from
+        return self.full_from is not None and max(step, 1) >= self.full_from
 
     def apply(self, model: torch.nn.Module | Iterable[torch.nn.Module], step: int) -> None:
         """Put the model into the state of step number ``step``; cheap enough to call before every step."""

@@ -49,7 +49,8 @@ def swap_core_attention(
     """
     chosen = MoBASettings(moba_config, **settings)
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    attentions = [m for chunk in chunks for m in chunk.modules() if _has_core_attention(m)]
+    modules = dict.fromkeys(m for chunk in chunks for m in chunk.modules())  # each once, also where chunks share it
+    attentions = [m for m in modules if _has_core_attention(m)]
     if not attentions and not any(is_pipelined(chunk) for chunk in chunks):
         raise ValueError(
             f"no core_attention found in {', '.join(type(chunk).__name__ for chunk in chunks) or 'nothing'}"

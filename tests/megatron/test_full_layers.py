@@ -88,6 +88,8 @@ def test_schedules() -> None:
     assert MoBASchedule.by_fraction(0.9, 10) == MoBASchedule(10)
     assert MoBASchedule.by_fraction(1.0, 10) == MoBASchedule(None)
     assert MoBASchedule.by_fraction(0.0, 10) == MoBASchedule(1)
+    assert MoBASchedule(1).is_full(0)
+    assert not MoBASchedule(2).is_full(0)
     with pytest.raises(ValueError, match=r"1\.5"):
         MoBASchedule.by_fraction(1.5, 10)
     with pytest.raises(ValueError, match="got 0"):

@@ -61,6 +61,8 @@ def test_tensors_and_lengths_that_do_not_fit_are_refused() -> None:
         Packing.of([3, -1], 2)
     with pytest.raises(ValueError, match=r"has 8 tokens, got a tensor of \(7,\)"):
         Packing.of([5, 3], 2).pad(torch.zeros(7))
+    with pytest.raises(ValueError, match=r"torch\.int64 cannot hold fill=0\.5"):
+        Packing.of([5, 3], 2).pad(torch.zeros(8, dtype=torch.int64), fill=0.5)
 
 
 @pytest.mark.parametrize(
