@@ -142,6 +142,8 @@ def test_what_is_no_result_file_is_named(content: bytes, tmp_path: Path) -> None
         ({"--model": "32/5"}, "5 and 32"),
         ({"--gpus": "12"}, "12 GPUs"),
         ({"--link": "-1"}, "link must be positive"),
+        ({"--link": "1e-300"}, "link is in GB/s and must be 0.001 to 1,000,000, got 1e-300"),
+        ({"--fabric": "1e9"}, "fabric is in GB/s and must be 0.001 to 1,000,000, got 1000000000.0"),
         ({"--fabric": "nan"}, "fabric must be positive, got nan"),
         ({"--memory": "inf"}, "memory must be finite, got inf"),
         ({"--tokens": "99999999999999999999M"}, "tokens must be below 4294967296"),

@@ -118,6 +118,9 @@ class Cluster:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
             if getattr(self, name) == math.inf:
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        for name in ("link", "fabric"):
+            if not 1e-3 <= getattr(self, name) <= 1e6:
+                raise ValueError(f"{name} is in GB/s and must be 0.001 to 1,000,000, got {getattr(self, name)}")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise ValueError(f"{self.gpus} GPUs do not fill nodes of {self.gpus_per_node}")
 
