@@ -118,7 +118,7 @@ def scaling_headline() -> str:
 
 def contents(name: str) -> list[dict[str, Any]]:
     """Of every file `name*.json`; none where nothing was measured yet."""
-    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{name}*.json"))]
+    return [_of_file(file) for file in sorted(RESULTS.glob(f"{name}*.json"))]
 
 
 def if_measured(name: str, table: Callable[[dict[str, Any]], str]) -> str:
@@ -132,7 +132,14 @@ def if_measured(name: str, table: Callable[[dict[str, Any]], str]) -> str:
 
 def content(name: str) -> dict[str, Any]:
     """Of the file `name`.json."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return _of_file(RESULTS / f"{name}.json")
+
+
+def _of_file(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise typer.BadParameter(f"{file} is damaged: {error}") from None
     return found
 
 

@@ -277,6 +277,17 @@ def test_a_failure_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert results.failed == written[:1]
 
 
+def test_a_file_that_cannot_be_written_or_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(typer.BadParameter, match=r"a_file/out\.json cannot be written"):
+        records.Results(tmp_path / "a_file" / "out.json", {}, "results")
+    (tmp_path / "soak.json").write_text('{"about"')
+    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
+    for read in (make_tables.content, make_tables.contents):
+        with pytest.raises(typer.BadParameter, match=r"soak\.json is damaged"):
+            read("soak")
+
+
 def test_times_have_a_median_and_a_spread() -> None:
     assert Times((3.0, 1.0, 2.0)).record() == {"median": 2.0, "quartile_1": 1.0, "quartile_3": 3.0, "count": 3}
     assert Times((3.0,), (1.0,)).record()["quartile_3"] == 3.0

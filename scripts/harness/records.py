@@ -14,6 +14,7 @@ from runpy import run_path
 from typing import Any
 
 import torch
+import typer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -80,10 +81,16 @@ class Results:
             head: what comes before the lists.
             lists: names of the lists.
             quiet: fields of an entry that are written and not printed.
+
+        Raises:
+            typer.BadParameter: the file cannot be written.
         """
         self.path, self.lists, self.quiet = path, lists, {"trace", *quiet}
         self.content = head | {name: [] for name in lists}
-        self.write()
+        try:
+            self.write()
+        except OSError as error:
+            raise typer.BadParameter(f"{path} cannot be written: {error.strerror}") from None
 
     def write(self) -> None:
         if self.path is not None:
