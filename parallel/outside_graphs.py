@@ -1,8 +1,13 @@
-"""`torch.compiler.disable` that imports dynamo at the first call of the function: dynamo takes as long to import as torch."""
+"""`torch.compiler.disable` without an import of dynamo where nothing else has imported it.
+
+Dynamo takes as long to import as torch. It also binds the default group of that moment in
+`torch.distributed.nn.functional`, which keeps the group until the process ends.
+"""
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -23,6 +28,8 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
                 f"{function.__name__} cannot be part of an exported graph with these arguments: they ask for what no graph "
                 "holds, or are not as the function takes them (call it eagerly to see)"
             )
+        if not torch.compiler.is_dynamo_compiling() and "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)  # nothing traces; and dynamo would keep today's default group for good
         if not disabled:
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args, **kwargs)

@@ -344,6 +344,18 @@ def test_importing_the_library_imports_no_command_line_and_no_dynamo() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_calls_outside_graphs_import_no_dynamo() -> None:
+    """It would keep the default group of that moment for the life of the process."""
+    code = (
+        "import sys, torch, moba_cp; from moba_cp.dense import causal_attention; "
+        "layout = moba_cp.SequenceLayout.contiguous([0, 8], 1); q = torch.randn(8, 1, 8); "
+        "moba_cp.block_scores(q, q, torch.zeros(1, 8, 1, dtype=torch.int64), moba_cp.MoBAConfig(4, 2), layout=layout); "
+        "causal_attention(q, q, q, None, layout=layout); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_every_command_describes_itself() -> None:
     for command in ("plan", "doctor"):
         status, text = invoke(command, "--help")
