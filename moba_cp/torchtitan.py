@@ -68,15 +68,15 @@ class TitanAttention(MoBAAttention):
         return self._forward(q_BLNH, k_BLNH, v_BLNH, config, layout)
 
     def _asks_plainly(self, masks: Any, scale: float | None, is_causal: bool, other: dict[str, Any]) -> bool:
-        """Whether `_asked` will accept the arguments. What it refuses, it refuses outside of the graph, where the other ranks
-        learn of it."""
+        """Whether `_asked` will accept the arguments without reading documents. What it refuses, it refuses outside of the graph,
+        where the other ranks learn of it."""
         own = self.config.softmax_scale
         return (
             is_causal
             and (scale is None or isinstance(scale, (int, float)))
             and all(value is None for value in other.values())
             and (scale is None or own is None or scale == own)
-            and (masks is None or self.layout is not None or (hasattr(masks, "cu_seq_q") and self.cp_size == 1))
+            and (masks is None or self.layout is not None)
         )
 
     def _asked(

@@ -276,6 +276,8 @@ def test_torchtitan_arguments() -> None:
     assert torch.equal(module(q, q, q, attention_masks=documents), packed)
     documents.cu_seq_k = documents.cu_seq_q.clone()
     assert torch.equal(module(q, q, q, attention_masks=documents), packed)
+    compiled = torch.compile(module, backend="aot_eager")  # with a graph break: documents are read on the host
+    assert torch.equal(compiled(q, q, q, attention_masks=documents), packed)
     of_keys = SimpleNamespace(cu_seq_q=documents.cu_seq_q, cu_seq_k=torch.tensor([0, 6, 24], dtype=torch.int32))
     module.layout = SequenceLayout.contiguous([0, 5, 24], 1)
     assert torch.equal(module(q, q, q, attention_masks=object()), packed)  # the layout says the documents
