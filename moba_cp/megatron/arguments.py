@@ -20,6 +20,8 @@ from .swap import with_settings
 from .te import require_te
 
 _DEFAULTS = MoBASettings(DEFAULT_MOBA)
+_TOO_MANY_GIB = 1 << 32
+"""As bytes, 62 bits."""
 
 
 def add_moba_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -143,6 +145,9 @@ def settings_from_arguments(arguments: argparse.Namespace, num_layers: int | Non
         raise ValueError(f"--moba-workspace-gib must be above 0, got {workspace}")
     if exchange is not None and not 0 <= exchange < math.inf:
         raise ValueError(f"--moba-exchange-gib must not be negative, got {exchange}")
+    for name, gib in (("workspace", workspace), ("exchange", exchange)):
+        if gib is not None and gib >= _TOO_MANY_GIB:
+            raise ValueError(f"--moba-{name}-gib must be below {_TOO_MANY_GIB}, got {gib}")
     optional = {
         "packed_partition": arguments.moba_packed_partition,
         "head_parallel": arguments.moba_head_parallel,

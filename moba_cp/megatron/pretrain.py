@@ -102,7 +102,7 @@ def split(arguments: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
     add_moba_arguments(parser)
     parser.add_argument("--moba-cpu", action="store_true", help="run on CPU over gloo")
     flags, rest = parser.parse_known_args(arguments)
-    if "--spec" in rest:
+    if any(argument == "--spec" or argument.startswith("--spec=") for argument in rest):
         raise ValueError("--spec is what this script sets: start the training script itself, or leave --spec out")
     megatron = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     megatron.add_argument("--transformer-impl", default="transformer_engine")

@@ -177,3 +177,5 @@ def test_a_missing_transformer_engine_is_named() -> None:
 def test_a_second_spec_is_refused() -> None:
     with pytest.raises(ValueError, match="--spec is what this script sets"):
         pretrain.split(["x.py", "--spec", "a", "b"])
+    with pytest.raises(ValueError, match="leave --spec out"):
+        pretrain.split(["x.py", "--spec=a"])
