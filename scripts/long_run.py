@@ -35,7 +35,7 @@ from typing import Annotated, Any
 import typer
 
 from .harness import limits, options, training
-from .harness.records import REPOSITORY, about, megatron_core_version, write_json
+from .harness.records import REPOSITORY, about, check_writable, megatron_core_version, write_json
 
 PLAIN = ["run.eval_interval=0", "run.routing_interval=0", "run.save_last=false", "run.routing_picture=false"]
 PLAIN += ["run.log_interval=1", "run.name=run"]
@@ -79,6 +79,11 @@ def main(
         load_config(config, again)  # refused now, if at all
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{config}: {error}") from None
+    visible = _visible(device)
+    for option, wanted in (("first-ranks", first_ranks), ("ranks", ranks)):
+        if len(visible) < wanted:
+            raise typer.BadParameter(f"{option} is {wanted}, and {len(visible)} GPUs are visible")
+    check_writable(out)
     content: dict[str, Any] = {
         "about": about(commit) | {"megatron_core": megatron_core_version()},
         "setup": {
@@ -95,16 +100,13 @@ def main(
     }
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    visible = _visible(device)
-    if len(visible) < first_ranks:
-        raise typer.BadParameter(f"first-ranks is {first_ranks}, and {len(visible)} GPUs are visible")
     start = partial(_train, config, device=device, output=output)
     found = start(changes, visible[:first_ranks], steps, seconds, number=1)
     content |= summary(found, steps, shared) | {"parameters": parameters(output / "run" / "metrics.jsonl")}
     write_json(out, content)
     print(_described(content), flush=True)
     killed = content["loss"]
-    if len(killed) > save_at and len(visible) >= ranks:
+    if len(killed) > save_at:
         _drop_checkpoints(output / "run" / "checkpoints", save_at)
         found = start(again, visible[:ranks], save_at + resumed_steps, resume_seconds, number=2)
         content["resumed"] = compared(killed, {entry["step"]: entry["loss"] for entry in found}, save_at) | {

@@ -37,7 +37,7 @@ from moba_cp import MoBAConfig, SequenceLayout, kept_bytes, moba_attention, refe
 from moba_cp.parallel.splits import COMMS, HEADS
 
 from .harness import options
-from .harness.records import about, write_json
+from .harness.records import about, check_writable, write_json
 from .harness.teams import join
 
 BETWEEN_CHECKS, BETWEEN_REFUSALS = 10, 40
@@ -89,6 +89,7 @@ def main(
 ) -> None:
     """Call for `minutes`; exits with an error if a result is wrong, a refusal is missed or something grows."""
     place = join(options.device(device))
+    check_writable(out)
     soak = Soak(place, tokens, seed, distinct)
     samples: list[dict[str, int]] = []
     for _ in range(distinct):

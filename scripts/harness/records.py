@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -65,6 +66,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a result file, before what is measured takes minutes.
+
+    Raises:
+        typer.BadParameter: it cannot be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written")
+
+
 class Results:
     """A result file: facts about the run, and lists of entries.
 
@@ -87,10 +102,9 @@ class Results:
         """
         self.path, self.lists, self.quiet = path, lists, {"trace", *quiet}
         self.content = head | {name: [] for name in lists}
-        try:
-            self.write()
-        except OSError as error:
-            raise typer.BadParameter(f"{path} cannot be written: {error.strerror}") from None
+        if path is not None:
+            check_writable(path)
+        self.write()
 
     def write(self) -> None:
         if self.path is not None:
