@@ -73,6 +73,9 @@ def main(
 
     from examples.megatron_gpt.config import load_config
 
+    own = {change.partition("=")[0] for start in starts([], output, steps, save_at, 1, 1) for change in start}
+    if taken := [change for change in overrides or [] if change.partition("=")[0] in own]:
+        raise typer.BadParameter(f"this program sets {', '.join(sorted(own))} itself; got {', '.join(taken)}")
     changes, again = starts(overrides or [], output, steps, save_at, first_ranks, ranks)
     try:
         settings = load_config(config, changes)
