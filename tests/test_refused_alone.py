@@ -215,7 +215,7 @@ def refusing(rank: int, size: int) -> tuple[dict[str, str], tuple[torch.Tensor, 
 
 def test_both_ranks_raise_and_the_group_works_on() -> None:
     pytest.importorskip("matplotlib")
-    (first, _), (second, _) = per_rank = run_ranks(2, refusing)
+    (first, _), (second, _) = per_rank = run_ranks(2, refusing, timeout=200)  # it compiles a dozen calls
     for name, (_, _, text) in ALONE.items():
         with pytest.raises(ValueError, match=text):
             raise ValueError(second[name])
